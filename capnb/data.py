@@ -26,7 +26,7 @@ class CaptionData:
         rows, # The data: each row has `image` (PIL) and `captions` or `caption` (a text or several), and may have `image_id` and more
         limit:int=None, # Use only the first `limit` rows
     ):
-        if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise TypeError(f"data must have a length and an index; {type(rows).__name__} has not")
+        if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
         self.rows, self.n = rows, len(rows) if limit is None else min(limit, len(rows))
         if not self.n: raise ValueError("the data set is empty")
 

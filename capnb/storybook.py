@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 KINDS = ('cat', 'bird', 'fish', 'butterfly', 'flower', 'tree', 'mushroom', 'house', 'boat', 'car', 'balloon', 'kite')
 COLOURS = dict(red=(221,58,50), orange=(243,143,44), yellow=(250,214,64), green=(70,165,84), blue=(58,120,212),
                purple=(138,82,186), pink=(245,150,188), black=(48,46,58))
-SIZES = dict(big=(.19, .23), small=(.115, .14)) # radius, as a share of the picture's width
+SIZES = dict(big=(.19, .23), small=(.13, .15)) # radius, as a share of the picture's width
 PLACES = ('meadow', 'beach', 'snow', 'night')
 RELATIONS = ('left of', 'right of', 'above', 'below', 'beside')
 
