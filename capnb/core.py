@@ -91,7 +91,7 @@ def as_hyperparameters(
     if isinstance(settings, Hyperparameters): settings = asdict(settings)
     elif isinstance(settings, (str, os.PathLike)): settings = _read_settings(settings)
     chosen = {**PRESETS[_one_of('preset', preset, PRESETS)], **(settings or {}), **changes}
-    for key in chosen: _one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
+    for key,value in chosen.items(): _one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
     return Hyperparameters(**chosen)
 
 # %% ../nbs/00_core.ipynb #5812a2a6

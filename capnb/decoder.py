@@ -69,4 +69,4 @@ def generate_captions(
     prefix = prefix.to(decoder.get_input_embeddings().weight.dtype)
     options = dict(do_sample=False, num_beams=1, max_new_tokens=max_caption_length, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     ids = decoder.generate(inputs_embeds=prefix, attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long), **{**options, **kwargs})
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return [text.strip().split('\n')[0] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] # a caption is one line

@@ -23,7 +23,7 @@ RELATIONS = ('left of', 'right of', 'above', 'below', 'beside')
 # %% ../nbs/01_storybook.ipynb #b4d8b8c6
 HELD_OUT = frozenset({('green','fish'), ('red','boat'), ('orange','cat'), ('yellow','house'), ('blue','tree'),
                       ('purple','car'), ('pink','butterfly'), ('black','balloon')})
-SPLITS = dict(train=8000, validation=400, test=400, compositional=400) # name: default number of pictures
+SPLITS = dict(train=5000, validation=200, test=300, compositional=200) # name: default number of pictures
 
 # %% ../nbs/01_storybook.ipynb #f5ac2d00
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Storybook:
         split:str='train', # 'train', 'validation', 'test' or 'compositional' (with pairs of colour and kind that no other split has)
         seed:int=0, # Another seed is another book; what is in a split's scenes never is in another split's, whatever the seeds
         size:int=64, # Width and height of the pictures in pixels
-        n:int=None, # Number of pictures; None takes 8000 for 'train', 400 for the others
+        n:int=None, # Number of pictures; None takes the number in `SPLITS`
     ):
         if split not in SPLITS: raise ValueError(f"split is {split!r}; the storybook has {', '.join(SPLITS)}")
         self.split, self.seed, self.size, self.n = split, seed, size, SPLITS[split] if n is None else n

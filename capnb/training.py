@@ -9,9 +9,8 @@ __all__ = ['epoch_batches', 'make_optimizer', 'validate', 'Run', 'Callback', 'tr
 import time, warnings
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
-import torch
+import accelerate, capnb, torch, transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -105,7 +104,7 @@ def train_epoch(
     for step,(features, captions) in enumerate(bar, 1):
         loss = run.model(features, captions)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(run.model.adapter.parameters(), 1.)
+        accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), 1.)
         optimizer.step(); optimizer.zero_grad()
         run.losses.append(loss.item()); total += run.losses[-1]
         bar.set_postfix({'Loss': f'{run.losses[-1]:.3f}', 'Avg Loss': f'{total/step:.3f}'}, refresh=False)
@@ -136,7 +135,7 @@ def _new_metadata(run, training_loss, seconds):
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
                 data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}), device=str(run.model.device), seconds=round(seconds,1),
-                versions={p: version(p) for p in ('capnb','torch','transformers','accelerate')})
+                versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
     "Print what an epoch brought, in five lines."

@@ -1,0 +1,45 @@
+"What tests of the console commands share."
+import os, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def outside(**more):
+    "The environment of a process that imports this checkout and asks no network."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    return {**os.environ, 'PYTHONPATH': path, 'HF_HUB_OFFLINE': '1', 'PYTHONUTF8': '1', **more}
+
+@pytest.fixture(scope='session')
+def environment(): return outside
+
+@pytest.fixture(scope='session')
+def scripts():
+    "The console commands of settings.ini: (module, function) by name."
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    found = [script.split('=') for script in config['DEFAULT']['console_scripts'].split()]
+    return {name: tuple(target.split(':')) for name,target in found}
+
+@pytest.fixture(scope='session')
+def start(scripts, tmp_path_factory):
+    "Start a console command by its name in the folder `cwd`, through a script like the one that pip installs."
+    folder = tmp_path_factory.mktemp('scripts')
+    for name,(module, function) in scripts.items():
+        (folder/name).write_text(f"import sys\nfrom {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n")
+    def start(name, *args, cwd):
+        assert name in scripts, f'settings.ini has no console script {name}'
+        return subprocess.Popen([sys.executable, folder/name, *map(str, args)], cwd=cwd, env=outside(COLUMNS='200'), text=True, encoding='utf-8',
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return start
+
+@pytest.fixture(scope='session')
+def run(start):
+    "Run a console command to its end; gives exit code, output and error output."
+    def run(name, *args, cwd):
+        with start(name, *args, cwd=cwd) as process:
+            try: out, err = process.communicate(timeout=600)
+            finally: process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return run
