@@ -31,12 +31,12 @@ def train(
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
     "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
+    h = as_hyperparameters(settings, preset, **changes) # before anything heavy is imported: a mistake is told at once
     from capnb.captioner import build_captioner
     from capnb.data import load_data
     from capnb.encoder import encode_data
     from capnb.evaluation import Scores
     from capnb.training import fit
-    h = as_hyperparameters(settings, preset, **changes)
     splits = load_data(h.data if data is None else data, h.image_size, h.training_size_limit)
     if not h.evaluation_enabled: splits = {'train': splits['train']}
     model = build_captioner(h, device)

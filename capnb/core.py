@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'Hyperparameters', 'as_hyperparameters', 'model_path', 'no_loading_bar', 'default_device', 'default_dtype',
            'memory_in_use', 'atomic_write']
 
-# %% ../nbs/00_core.ipynb #c4c7f10b
-import json, os, tempfile
+# %% ../nbs/00_core.ipynb #74982778
+import json, os, re, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -77,10 +77,11 @@ def _one_of(what, name, names):
 def _read_settings(path):
     "Read a dictionary from a JSON or YAML file."
     import yaml
-    try: settings = yaml.safe_load(Path(path).read_text(encoding='utf-8')) # JSON is YAML too
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(e).split())}") from None
+    read = json.loads if str(path).endswith('.json') else yaml.safe_load
+    try: settings = read(Path(path).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, ValueError) as e: raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict): raise ValueError(f"{path} holds no settings by name, but {settings!r:.60}")
-    return settings
+    return {k: float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?\d+e[-+]?\d+', v) else v for k,v in settings.items()} # YAML takes 1e-4 for a text
 
 def as_hyperparameters(
     settings=None, # Dictionary, path of a JSON or YAML file, `Hyperparameters`, or None
@@ -91,7 +92,7 @@ def as_hyperparameters(
     if isinstance(settings, Hyperparameters): settings = asdict(settings)
     elif isinstance(settings, (str, os.PathLike)): settings = _read_settings(settings)
     chosen = {**PRESETS[_one_of('preset', preset, PRESETS)], **(settings or {}), **changes}
-    for key,value in chosen.items(): _one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
+    for key in chosen: _one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
     return Hyperparameters(**chosen)
 
 # %% ../nbs/00_core.ipynb #5812a2a6

@@ -113,8 +113,8 @@ def score_table(
     rows = {'ROUGE-L': lambda s: s['rouge_l'], '  floor: another picture': lambda s: s['rouge_l_floor'], '  ceiling: a person': lambda s: s['rouge_l_ceiling'],
             '  way from floor to ceiling': way, '  on all references': lambda s: s['rouge_l_all'], 'F1 of colour and kind': fact('pairs'), 'F1 of place': fact('place'),
             'F1 of relation': fact('relation'), 'image gain, nats per caption': lambda s: s['image_gain']}
-    cell = lambda v: f'{"-" if v is None else f"{v:.3f}":>15}'
-    lines = [f'{"":30}' + ''.join(f'{name:>15}' for name in columns)]
+    cell = lambda v: f'{"-" if v is None else f"{v:.3f}":>16}'
+    lines = [f'{"":30}' + ''.join(f'{name:>16}' for name in columns)]
     return '\n'.join(lines + [f'{name:30}' + ''.join(cell(get(s)) for s in columns.values()) for name,get in rows.items()])
 
 def draw_samples(
@@ -154,7 +154,7 @@ class Scores(Callback):
         run.metadata.update({split: scores for split,(scores,_) in results.items()}, untrained=self.untrained)
         save_metadata(run.checkpoint, run.metadata)
         columns = {split: scores for split,(scores,_) in results.items()}
-        print('\n' + score_table(columns | {f'untrained {s[:5]}': v for s,v in self.untrained.items()}) + '\n')
+        print('\n' + score_table(columns | {f'untrained {s[:4]}': v for s,v in self.untrained.items()}) + '\n')
         self._show(run, next(iter(results)), next(iter(results.values()))[1])
 
     def _show(self, run, split, captions):
