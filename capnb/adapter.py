@@ -11,7 +11,7 @@ from torch import nn
 
 # %% ../nbs/04_adapter.ipynb #0ee2fa36
 class Adapter(nn.Module):
-    "A two-layer MLP from one picture's features to `prefix_length` vectors that a decoder reads as if they were words."
+    "A two-layer MLP (multi-layer perceptron) from one picture's features to `prefix_length` vectors that a decoder reads as if they were words."
     def __init__(self,
         in_width:int=512, # Numbers per picture, the encoder's
         out_width:int=1024, # Width of the decoder's token embeddings

@@ -49,15 +49,19 @@ class Hyperparameters:
 def _check(f, value):
     "Raise a `ValueError` unless `value` is allowed for the dataclass field `f`."
     m, kind = f.metadata, f.type
-    right = isinstance(value, (int,float)) if kind is float else isinstance(value, kind)
-    right = right and (kind is bool or not isinstance(value, bool))
-    if right and kind is float: right = m['lo'] < value < float('inf') and (m['hi'] is None or value <= m['hi'])
-    if right and kind is int: right = value >= m['lo']
-    if right or (value is None and m['optional']): return
-    above = f" above {m['lo']}" if kind is float else f" of {m['lo']} or more" if kind is int else ''
-    below = f" and up to {m['hi']}" if m['hi'] is not None else ''
-    raise ValueError(f"{f.name} is {value!r}; allowed: {dict(int='a whole number', float='a number', str='a text', bool='true or false')[kind.__name__]}"
-                     f"{above}{below}{' or null' if m['optional'] else ''}")
+    if value is None and m['optional']: return
+    fits = isinstance(value, (int,float) if kind is float else kind)
+    if kind is not bool and isinstance(value, bool): fits = False # Python counts True as 1
+    if fits and kind is int: fits = value >= m['lo']
+    if fits and kind is float: fits = m['lo'] < value < float('inf') and (m['hi'] is None or value <= m['hi'])
+    if not fits: raise ValueError(f"{f.name} is {value!r}; allowed: {_allowed(f)}")
+
+def _allowed(f):
+    "Say in words what a field takes."
+    m, kind = f.metadata, f.type
+    limits = f" above {m['lo']}" if kind is float else f" of {m['lo']} or more" if kind is int else ''
+    if m['hi'] is not None: limits += f" and up to {m['hi']}"
+    return {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind] + limits + (' or null' if m['optional'] else '')
 
 # %% ../nbs/00_core.ipynb #582c08e7
 PRESETS = {
@@ -124,15 +128,16 @@ def default_dtype(
 ): # A `torch.dtype`
     "Choose the number type of frozen models on `device`."
     import torch
-    return torch.bfloat16 if torch.device(device).type=='cuda' and torch.cuda.is_bf16_supported() else torch.float32
+    if torch.device(device).type!='cuda': return torch.float32
+    with torch.cuda.device(device): return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 def memory_in_use(
     device, # As for `default_dtype`
-) -> float: # GB; on a GPU what tensors hold now, else the most this process has held so far
-    "Say how much memory is in use."
-    import torch, resource, sys
+) -> float: # GB; on an NVIDIA GPU what tensors hold, else what this process holds
+    "Say how much memory is in use now."
+    import psutil, torch
     if torch.device(device).type=='cuda': return torch.cuda.memory_allocated(device)/1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/1e9
+    return psutil.Process().memory_info().rss/1e9
 
 # %% ../nbs/00_core.ipynb #aa5720e0
 @contextmanager

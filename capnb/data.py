@@ -20,13 +20,16 @@ def _captions(row, i):
     if not found or not all(isinstance(c, str) and c.strip() for c in found): raise ValueError(f"row {i}: captions must be one or more texts that are not empty, not {found!r:.80}")
     return [' '.join(c.split()) for c in found]
 
+def _check_rows(rows):
+    if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
+
 class CaptionData:
     "Pictures with captions in one schema, over any object with `len` and integer index whose rows are dictionaries (`torch`, `datasets`, a list)."
     def __init__(self,
         rows, # The data: each row has `image` (PIL) and `captions` or `caption` (a text or several), and may have `image_id` and more
         limit:int=None, # Use only the first `limit` rows
     ):
-        if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
+        _check_rows(rows)
         self.rows, self.n = rows, len(rows) if limit is None else min(limit, len(rows))
         if not self.n: raise ValueError("the data set is empty")
 
@@ -54,6 +57,7 @@ def split_rows(
     seed:int=0, # Fixes who goes where
 ) -> dict: # 'train', 'validation' and 'test'; every row is in exactly one
     "Cut a data set in three by a fixed shuffle: a tenth each for validation and test, the rest for training."
+    _check_rows(rows)
     if len(rows) < 10: raise ValueError(f"{len(rows)} rows are too few to cut off validation and test; give 10 or more, or a dictionary with 'train', 'validation' and 'test'")
     order, tenth = list(range(len(rows))), len(rows)//10
     Random(f'split {seed}').shuffle(order)
@@ -66,8 +70,8 @@ def load_data(
     limit:int=None, # Use only the first `limit` training pictures
 ) -> dict: # Name of split: `CaptionData`
     "Load captioned pictures; raises `ValueError` if the name is not known or 'train' is missing."
-    if data=='flickr30k': raise ValueError("the data set 'flickr30k' cannot be loaded by name yet; there is 'storybook', or pass a data set of your own to train(data=...)")
     if isinstance(data, str):
+        if data=='flickr30k': raise ValueError("the data set 'flickr30k' cannot be loaded by name yet; there is 'storybook', or pass a data set of your own to train(data=...)")
         if data!='storybook': raise ValueError(f"data set {data!r} is not known; there is storybook")
         data = {split: Storybook(split, size=image_size) for split in SPLITS}
     if not isinstance(data, Mapping): data = split_rows(data)
@@ -79,8 +83,8 @@ def caption_for_epoch(
     captions:list, # All captions of one picture
     i:int, # The picture's number
     epoch:int, # Counted from 0
-    seed:int=0,
-) -> str:
+    seed:int=0, # Fixes the order for each picture
+) -> str: # One of `captions`
     "Choose the caption that a picture is shown with in an epoch; all are used once before any is used twice."
     turn, place = divmod(epoch, len(captions))
     order = list(captions)

@@ -19,16 +19,19 @@ def load_decoder(
     tokenizer_name:str=None, # Its tokenizer; None for the one in the same place
     device=None, # Where to put it; None for the best device
 ): # The frozen model, its tokenizer
-    "Load a causal language model to be read from and written with, but not trained."
+    "Load a causal language model (one that predicts the next token from those before it) to be read from and written with, but not trained."
     path, device = model_path(name), device or default_device()
     kind = AutoConfig.from_pretrained(path).model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES: raise ValueError(f"decoder {name!r} is a {kind!r} model, which cannot write text")
     with no_loading_bar(): model = AutoModelForCausalLM.from_pretrained(path, dtype=default_dtype(device)).to(device)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(model_path(tokenizer_name or name))
+    tokenizer, rows = AutoTokenizer.from_pretrained(model_path(tokenizer_name or name)), model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id is None: raise ValueError(f"tokenizer {tokenizer_name or name!r} has no end-of-text token")
+    if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
+    return model.eval().requires_grad_(False), tokenizer
 
 # %% ../nbs/05_decoder.ipynb #bf20139e
 def tokenize_captions(
-    tokenizer,
+    tokenizer, # Of the decoder
     captions, # List of texts
     max_caption_length:int=128, # Most tokens per caption, end-of-text included; what is longer is cut and still gets its end
 ): # `input_ids` and `attention_mask`, both (batch, longest); padded on the right
@@ -53,14 +56,15 @@ def caption_nats(
     nats = F.cross_entropy(logits.float().flatten(0,1), input_ids.flatten(), reduction='none').view_as(input_ids)
     return nats*attention_mask
 
-def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor:
+def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
     "Mean nats per caption token, end-of-text included; the arguments are those of `caption_nats`."
     return caption_nats(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
 
 # %% ../nbs/05_decoder.ipynb #d330dc41
 @torch.no_grad()
 def generate_captions(
-    decoder, tokenizer,
+    decoder, # Causal language model
+    tokenizer, # Its tokenizer
     prefix, # (batch, prefix, width)
     max_caption_length:int=64, # Most tokens per caption
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3` or `do_sample=True`

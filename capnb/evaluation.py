@@ -38,8 +38,9 @@ def rouge_scores(
     references, # For each picture its references; the same number is used of each
 ) -> dict: # `rouge_l`, `rouge_l_floor`, `rouge_l_ceiling` on the same number of references, `rouge_l_all` on all
     "ROUGE-L of captions with the floor (another picture's references) and the ceiling (one reference against the others; None if there is one only)."
-    n, count = min(map(len, references)), len(captions)
+    count = len(captions)
     if len(references)!=count or not count: raise ValueError(f"{count} captions and references of {len(references)} pictures do not belong together")
+    n = min(map(len, references))
     own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references)]
     other = [[rouge_l([r], c) for r in refs[:n]] for c,refs in zip(captions, references[1:]+references[:1])]
     people = [[rouge_l(refs[:i]+refs[i+1:n], refs[i]) for i in range(n)] for refs in references] if n>1 else None
@@ -62,10 +63,11 @@ def facts_scores(
         said = read_facts(caption)
         pairs = {(t['colour'], t['kind']) for t in fact['things']}
         relations = set(map(tuple, fact['relations']))
-        true = [r for r in set(said['relations']) if r in relations]
+        true = len(relations & set(said['relations']))
+        to_find = max(true, bool(relations)) # one is enough; who names two truly should not find more than there is
         for name,new in dict(pairs=(len(pairs & set(said['pairs'])), len(set(said['pairs'])), len(pairs)),
                              place=(fact['place'] in said['places'], len(set(said['places'])), 1),
-                             relation=(len(true), len(set(said['relations'])), bool(relations) + max(0, len(true)-1))).items():
+                             relation=(true, len(set(said['relations'])), to_find)).items():
             counts[name] = [a+b for a,b in zip(counts[name], new)]
     return {name: _prf(*c) for name,c in counts.items()}
 
@@ -108,7 +110,7 @@ def score_table(
     columns:dict, # Name of column: scores from `evaluate`
 ) -> str:
     "Lay scores out side by side as text."
-    way = lambda s: None if s['rouge_l_floor'] is None or s['rouge_l_ceiling'] is None else (s['rouge_l']-s['rouge_l_floor'])/(s['rouge_l_ceiling']-s['rouge_l_floor'])
+    way = lambda s: None if None in (s['rouge_l_floor'], s['rouge_l_ceiling']) or s['rouge_l_floor']==s['rouge_l_ceiling'] else (s['rouge_l']-s['rouge_l_floor'])/(s['rouge_l_ceiling']-s['rouge_l_floor'])
     fact = lambda name: lambda s: s['facts'] and s['facts'][name]['f1']
     rows = {'ROUGE-L': lambda s: s['rouge_l'], '  floor: another picture': lambda s: s['rouge_l_floor'], '  ceiling: a person': lambda s: s['rouge_l_ceiling'],
             '  way from floor to ceiling': way, '  on all references': lambda s: s['rouge_l_all'], 'F1 of colour and kind': fact('pairs'), 'F1 of place': fact('place'),
@@ -128,7 +130,7 @@ def draw_samples(
     fig = Figure(figsize=(2.6*cols, 3*rows), layout='tight')
     axs = fig.subplots(rows, cols, squeeze=False)
     for ax in axs.flat: ax.axis('off')
-    for ax,image,caption in zip(axs.flat, images, captions): ax.imshow(image); ax.set_title('\n'.join(textwrap.wrap(caption, 30)[:3]), fontsize=8)
+    for ax,image,caption in zip(axs.flat, images, captions): ax.imshow(image); ax.set_title('\n'.join(textwrap.wrap(caption, 30)[:3]), fontsize=8, parse_math=False)
     with atomic_write(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 
 # %% ../nbs/08_evaluation.ipynb #242b549c

@@ -6,7 +6,7 @@
 __all__ = ['find_images', 'open_image', 'caption_files']
 
 # %% ../nbs/09_inference.ipynb #be5102a7
-import glob
+import glob, struct
 from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
@@ -17,7 +17,7 @@ def find_images(
     paths, # Names of files, folders or patterns
 ) -> list: # Of `Path`
     "List the picture files that `paths` name; raises `FileNotFoundError` for a name with nothing behind it."
-    suffixes, files = Image.registered_extensions(), []
+    suffixes, files = {suffix for suffix,kind in Image.registered_extensions().items() if kind in Image.OPEN}, []
     for path in map(str, paths):
         if Path(path).is_dir(): found = sorted(p for p in Path(path).rglob('*') if p.suffix.lower() in suffixes and p.is_file())
         elif Path(path).is_file(): found = [Path(path)]
@@ -27,12 +27,13 @@ def find_images(
     return files
 
 def open_image(
-    path,
+    path, # Of a file
 ) -> Image.Image: # RGB, upright
     "Open a picture, turned as its EXIF data says; raises `ValueError` that names a file which is not a readable picture."
     try:
         with Image.open(path) as image: return ImageOps.exif_transpose(image).convert('RGB')
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"{path} is not a readable picture: {str(e).splitlines()[0]}") from None
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path} is not a readable picture: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 # %% ../nbs/09_inference.ipynb #eaf8fb96
 def _try_open(path):

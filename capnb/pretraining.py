@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['END', 'train_tokenizer', 'closing', 'scene_label', 'story_page', 'mixed_page', 'small_qwen3', 'Log', 'retell_f1',
-           'pretrain_decoder', 'small_clip', 'image_processor', 'patch_labels', 'Made', 'to_pixels', 'warmup_batch',
-           'warm_up', 'near_miss', 'is_true', 'contrast_batch', 'contrast', 'image_features', 'retrieval',
-           'linear_probe', 'perplexity', 'save_pretrained', 'describe_decoder', 'describe_encoder', 'pretrain_encoder',
-           'pretrain']
+           'pretrain_decoder', 'small_clip', 'image_processor', 'patch_labels', 'scene_labels', 'Made', 'to_pixels',
+           'warmup_batch', 'warm_up', 'near_miss', 'is_true', 'contrast_batch', 'contrast', 'image_features',
+           'retrieval', 'linear_probe', 'perplexity', 'save_pretrained', 'describe_decoder', 'describe_encoder',
+           'pretrain_encoder', 'pretrain']
 
 # %% ../nbs/10_pretraining.ipynb #60642fdc
-import json, math, random, re, time
+import json, math, multiprocessing, random, re, time
+from functools import partial
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from .core import atomic_write, no_loading_bar
-from .decoder import caption_nats, tokenize_captions
+from .decoder import tokenize_captions
 from .evaluation import facts_scores
 from .storybook import COLOURS, HELD_OUT, KINDS, PLACES, Storybook, Scene, draw_scene, facts_of, read_facts, relation_holds, split_of, write_captions
 
@@ -86,7 +87,9 @@ def mixed_page(
     return page
 
 # %% ../nbs/10_pretraining.ipynb #1179ad01
-def small_qwen3(tokenizer) -> Qwen3ForCausalLM:
+def small_qwen3(
+    tokenizer, # Fixes the size of the vocabulary
+) -> Qwen3ForCausalLM:
     "A Qwen3 of under two million parameters, with random weights."
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
@@ -113,40 +116,46 @@ class Log:
 # %% ../nbs/10_pretraining.ipynb #5808645b
 @torch.no_grad()
 def retell_f1(
-    lm, tokenizer,
+    lm, # Causal language model
+    tokenizer, # Its tokenizer
     n:int=200, # Scenes
-    split:str='validation',
+    split:str='validation', # Or 'compositional'
 ) -> float: # F1 of colour-kind pairs
     "Give one caption of unseen scenes, let the model write the next line, and compare that with the facts."
-    book, lm = Storybook(split, seed=1, n=n), lm.eval()
+    book, was_training, lm = Storybook(split, seed=1, n=n), lm.training, lm.eval()
     prompts, said = [book.captions(i)[0]+'\n' for i in range(n)], []
     for at in range(0, n, 50):
         batch = tokenizer(prompts[at:at+50], padding=True, padding_side='left', return_tensors='pt')
         ids = lm.generate(**batch, do_sample=False, max_new_tokens=32, pad_token_id=tokenizer.pad_token_id)
         said += [t.split('\n')[0] for t in tokenizer.batch_decode(ids[:,batch['input_ids'].shape[1]:], skip_special_tokens=True)]
-    lm.train()
+    lm.train(was_training)
     return facts_scores(said, [facts_of(book.scene(i)) for i in range(n)])['pairs']['f1']
 
 def pretrain_decoder(
     tokenizer,
-    steps:int=3000, # Of 32 pages
+    plain_steps:int=2400, # Of 32 plain pages
+    mixed_steps:int=800, # Of 32 mixed pages
 ): # The model, a `Log`
-    "Teach a small Qwen3 to read: next-token prediction on text alone, plain pages for three fifths of the steps, then mixed ones."
+    "Teach a small Qwen3 to read: next-token prediction on text alone, plain pages first, then mixed ones."
     torch.manual_seed(0)
-    lm, log = small_qwen3(tokenizer).train(), Log()
-    optimizer, scheduler = _optimizer(lm.parameters(), 2e-3, steps)
-    for step in tqdm(range(steps), desc='Qwen3'):
-        page = story_page if step < .6*steps else mixed_page
-        ids, mask = tokenize_captions(tokenizer, map(page, range(32*step, 32*(step+1))), 256)
-        loss = lm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask==0, -100)).loss
-        _learn(loss, list(lm.parameters()), optimizer, scheduler)
-        if (step+1)%200==0 or step+1==steps: log(model='qwen3', step=step+1, loss=loss.item(), retell_f1=retell_f1(lm, tokenizer), compositional=retell_f1(lm, tokenizer, 100, 'compositional'))
+    lm, log, done = small_qwen3(tokenizer).train(), Log(), 0
+    for page,steps,rate in ((story_page, plain_steps, 1.5e-3), (mixed_page, mixed_steps, 1e-3)):
+        optimizer, scheduler = _optimizer(lm.parameters(), rate, steps)
+        start, done = done, done+steps
+        for step in tqdm(range(start, done), desc=f'Qwen3, {page.__name__}'):
+            ids, mask = tokenize_captions(tokenizer, map(page, range(32*step, 32*(step+1))), 256)
+            loss = lm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask==0, -100)).loss
+            _learn(loss, list(lm.parameters()), optimizer, scheduler)
+            if (step+1)%200==0 or step+1==done: log(model='qwen3', pages=page.__name__, step=step+1, loss=loss.item(), retell_f1=retell_f1(lm, tokenizer), compositional=retell_f1(lm, tokenizer, 100, 'compositional'))
     return lm.eval(), log
 
 # %% ../nbs/10_pretraining.ipynb #80d34010
 _SIZE, _PATCH = 64, 8
 
-def small_clip(tokenizer, width:int=128) -> CLIPModel:
+def small_clip(
+    tokenizer, # Fixes the size of the vocabulary
+    width:int=128, # Of the image tower
+) -> CLIPModel:
     "A CLIP of about a million parameters whose projection is 512 wide; positions start as sines and cosines."
     pad = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     clip = CLIPModel(CLIPConfig(projection_dim=512,
@@ -163,6 +172,7 @@ def image_processor() -> CLIPImageProcessorPil:
     "CLIP's image processor, at the storybook's size."
     return CLIPImageProcessorPil(size=dict(shortest_edge=_SIZE), crop_size=dict(height=_SIZE, width=_SIZE))
 
+# %% ../nbs/10_pretraining.ipynb #0e9e36aa
 def patch_labels(
     scene:Scene,
 ): # Kind and colour at each patch, (64,) whole numbers; the last number means that nothing is there
@@ -174,6 +184,17 @@ def patch_labels(
         kind[inside], colour[inside] = KINDS.index(t.kind), list(COLOURS).index(t.colour)
     return kind.flatten(), colour.flatten()
 
+_FACTS = dict(kind=KINDS, colour=tuple(COLOURS), size=('small','big'))
+_WIDTHS = 2*[len(options) for options in _FACTS.values()] + [3, len(PLACES)]
+
+def scene_labels(
+    scene:Scene,
+) -> torch.Tensor: # Kind, colour and size of the left or upper thing and of the other one (-100 if there is none); layout (one, beside, above); place: eight whole numbers
+    "Say what is in a scene, as numbers."
+    labels = [options.index(getattr(t, fact)) for t in scene.things for fact,options in _FACTS.items()]
+    layout = 0 if len(scene.things)==1 else 1 if relation_holds(scene.things[0], 'beside', scene.things[1]) else 2
+    return torch.tensor((labels + 3*[-100])[:6] + [layout, PLACES.index(scene.place)])
+
 # %% ../nbs/10_pretraining.ipynb #cba83381
 class Made(Dataset):
     "Items made on demand by a function of their number."
@@ -181,7 +202,10 @@ class Made(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return self.make(i)
 
-def _batches(make, n): return DataLoader(Made(make, n), batch_size=None, num_workers=1, prefetch_factor=8) if n else ()
+def _batches(make, n):
+    "Items 0 to `n`-1, made by another process where processes can be forked and it pays."
+    if n < 100 or multiprocessing.get_start_method()!='fork': return map(make, range(n))
+    return DataLoader(Made(make, n), batch_size=None, num_workers=1, prefetch_factor=8)
 
 _mean, _std = (torch.tensor(getattr(CLIPImageProcessorPil, f'image_{s}')).view(3,1,1) for s in ('mean','std'))
 def to_pixels(
@@ -193,34 +217,37 @@ def to_pixels(
 def warmup_batch(
     i:int,
     size:int=32, # Pictures
-): # Pixels (batch, 3, 64, 64), kind and colour of each patch (batch, 64), place (batch,)
-    "Every fourth picture is grey, and its colours are not asked for (-100): shapes must do."
+): # Pixels (batch, 3, 64, 64), kind and colour of each patch (batch, 64), labels of the scene (batch, 8)
+    "Every second picture is grey, and its colours are not asked for (-100): shapes must do."
     scenes = [_book.scene(i*size+j) for j in range(size)]
     images = [draw_scene(s, _SIZE, f'warm {i} {j}') for j,s in enumerate(scenes)]
-    images = [im.convert('L').convert('RGB') if j%4==0 else im for j,im in enumerate(images)]
+    images = [im.convert('L').convert('RGB') if j%2==0 else im for j,im in enumerate(images)]
     kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes)))
-    colours[::4] = -100
-    return to_pixels(images), kinds, colours, torch.tensor([PLACES.index(s.place) for s in scenes])
+    labels = torch.stack([scene_labels(s) for s in scenes])
+    colours[::2], labels[::2,1], labels[::2,4] = -100, -100, -100
+    return to_pixels(images), kinds, colours, labels
 
 # %% ../nbs/10_pretraining.ipynb #40aa8a07
 def warm_up(
     clip:CLIPModel, log:Log,
     steps:int=4500, # Of 32 pictures
 ):
-    "Teach the image tower what lies at each patch, and what is in the picture."
-    tower, width = clip.vision_model, clip.config.vision_config.hidden_size
-    heads = nn.ModuleDict(dict(kind=nn.Linear(width, len(KINDS)+1), colour=nn.Linear(width, len(COLOURS)+1), place=nn.Linear(width, len(PLACES)), present=nn.Linear(width, len(KINDS))))
+    "Teach the image tower what lies at each patch, and its feature what is in the picture, and where."
+    config, tower = clip.config.vision_config, nn.ModuleList([clip.vision_model, clip.visual_projection])
+    heads = nn.ModuleDict(dict(kind=nn.Linear(config.hidden_size, len(KINDS)+1), colour=nn.Linear(config.hidden_size, len(COLOURS)+1), scene=nn.Linear(config.projection_dim, sum(_WIDTHS))))
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer, scheduler = _optimizer(parameters, 1e-3, steps)
-    for step,(pixels,kind,colour,place) in enumerate(tqdm(_batches(warmup_batch, steps), desc='CLIP, warm-up')):
-        out = tower(pixel_values=pixels)
-        patches, whole = out.last_hidden_state[:,1:], out.pooler_output
-        present = torch.stack([(kind==k).any(1) for k in range(len(KINDS))], 1).float()
+    for step,(pixels,kind,colour,labels) in enumerate(tqdm(_batches(warmup_batch, steps), total=steps, desc='CLIP, warm-up')):
+        out = clip.get_image_features(pixel_values=pixels)
+        patches, told = out.last_hidden_state[:,1:], heads['scene'](out.pooler_output).split(_WIDTHS, 1)
         loss = (F.cross_entropy(heads['kind'](patches).flatten(0,1), kind.flatten()) + F.cross_entropy(heads['colour'](patches).flatten(0,1), colour.flatten())
-                + .3*F.cross_entropy(heads['place'](whole), place) + F.binary_cross_entropy_with_logits(heads['present'](whole), present))
+                + .3*sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T)))
         right = (heads['kind'](patches).argmax(-1)==kind)[kind<len(KINDS)].float().mean().item()
         _learn(loss, parameters, optimizer, scheduler)
-        if (step+1)%200==0 or step+1==steps: log(model='clip, warm-up', step=step+1, loss=loss.item(), kind_at_patch=right)
+        if (step+1)%200==0 or step+1==steps:
+            hit, asked = torch.stack([t.argmax(1) for t in told], 1)==labels, labels>=0
+            share = lambda *columns: hit[:,columns][asked[:,columns]].float().mean().item()
+            log(model='clip, warm-up', step=step+1, loss=loss.item(), kind_at_patch=right, kind=share(0,3), colour=share(1,4), size=share(2,5), layout=share(6), place=share(7))
 
 # %% ../nbs/10_pretraining.ipynb #376bfbbb
 _CHANGES = ('kind', 'colour', 'size', 'colours', 'kinds', 'places', 'layout')
@@ -239,7 +266,7 @@ def _changed(things, how, rng):
 
 def near_miss(
     scene:Scene,
-    rng:random.Random,
+    rng:random.Random, # Source of chance
 ) -> Scene: # In the training split too
     "A scene that differs in one respect."
     options = _CHANGES if len(scene.things)==2 else _CHANGES[:3]
@@ -258,10 +285,12 @@ def is_true(
             and set(said['sizes']) <= {(t.size, *t.pair) for t in scene.things})
 
 def contrast_batch(
-    i:int, tokenizer,
+    i:int, # Number of the batch
+    tokenizer, # CLIP's
     size:int=24, # Scenes
     near:int=3, # Near misses of each
-): # Pixels, `input_ids`, `attention_mask`, and where a caption is also true of another picture (pictures, captions)
+): # Pixels (n, 3, 64, 64), `input_ids` and `attention_mask` (n, longest), and where a caption is also true of another picture (n pictures, n captions); n = size*(1+near)
+    "Make a batch of pictures and captions in which each scene has its near misses beside it."
     scenes = []
     for j in range(size):
         scene, rng = _book.scene(10**6+i*size+j), random.Random(f'near {i} {j}')
@@ -277,15 +306,15 @@ def contrast_batch(
 # %% ../nbs/10_pretraining.ipynb #e633b90d
 def contrast(
     clip:CLIPModel, tokenizer, log:Log,
-    steps:int=2200, # Of 96 pictures
+    steps:int=1000, # Of 96 pictures
 ):
     "Teach CLIP which caption belongs to which picture (Radford et al. 2021), with near misses in each batch."
-    tower, right = list(clip.vision_model.parameters()), 0.
-    rest = [p for n,p in clip.named_parameters() if not n.startswith('vision_model.')]
-    parameters = tower + rest
-    optimizer, scheduler = _optimizer([dict(params=tower, lr=5e-4), dict(params=rest)], 1e-3, steps) # the tower has a start already
+    warm, right = [*clip.vision_model.parameters(), *clip.visual_projection.parameters()], 0. # these have a start already
+    new = [*clip.text_model.parameters(), *clip.text_projection.parameters(), clip.logit_scale]
+    parameters = warm + new
+    optimizer, scheduler = _optimizer([dict(params=warm, lr=2e-4), dict(params=new)], 1e-3, steps)
     with torch.no_grad(): clip.logit_scale.fill_(math.log(10))
-    for step,(pixels,ids,mask,also) in enumerate(tqdm(_batches(lambda i: contrast_batch(i, tokenizer), steps), desc='CLIP, contrast')):
+    for step,(pixels,ids,mask,also) in enumerate(tqdm(_batches(partial(contrast_batch, tokenizer=tokenizer), steps), total=steps, desc='CLIP, contrast')):
         images = F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         texts = F.normalize(clip.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
         logits = (clip.logit_scale.exp()*images@texts.T).masked_fill(also, -1e4)        # (pictures, captions)
@@ -354,19 +383,22 @@ def linear_probe(
 @torch.no_grad()
 def perplexity(
     lm, tokenizer,
-    n:int=400, # Captions, each of another scene
-) -> dict: # Of the model; of one who knows only how frequent tokens are; of one who knows nothing
-    "Perplexity per token on the first captions of unseen scenes, each after a line end."
-    book = Storybook('validation', seed=1, n=n)
-    ids, mask = tokenize_captions(tokenizer, [book.captions(i)[0] for i in range(n)])
-    start = lm.get_input_embeddings()(torch.tensor(tokenizer('\n')['input_ids'])).expand(n, 1, -1)
-    counts = torch.bincount(ids[mask==1], minlength=len(tokenizer))/mask.sum()
-    nats = caption_nats(lm, start, ids, mask).sum()/mask.sum()
-    return dict(model=nats.exp().item(), frequencies=torch.special.entr(counts).sum().exp().item(), nothing=float(len(tokenizer)))
+    n:int=400, # Scenes
+) -> dict: # Of the model on a caption ('caption', first token given) and on a second caption after a first ('retold'); of one who knows only how frequent tokens are; of one who knows nothing
+    "Perplexity per token on captions of unseen scenes."
+    book, nats, counts = Storybook('validation', seed=1, n=n), dict(caption=[], retold=[]), torch.zeros(len(tokenizer))
+    for first,second,*_ in map(book.captions, range(n)):
+        ids = tokenizer(f'{first}\n{second}', return_tensors='pt')['input_ids']
+        surprise = F.cross_entropy(lm(input_ids=ids).logits[0,:-1], ids[0,1:], reduction='none') # of each token but the first
+        start = len(tokenizer(first+'\n')['input_ids'])
+        nats['caption'].append(surprise[:start-1]); nats['retold'].append(surprise[start-1:])
+        counts += torch.bincount(ids[0], minlength=len(counts))
+    return dict({k: torch.cat(v).mean().exp().item() for k,v in nats.items()}, frequencies=torch.special.entr(counts/counts.sum()).sum().exp().item(), nothing=float(len(tokenizer)))
 
 # %% ../nbs/10_pretraining.ipynb #0c23484d
 def save_pretrained(
-    folder, model,
+    folder, # Made if it is not there
+    model, # Whatever has `save_pretrained`
     parts, # Tokenizer, image processor: whatever has `save_pretrained`
     log:Log,
 ):
@@ -392,7 +424,8 @@ def describe_decoder(
     _write_card(folder, 'A small Qwen3 that has read picture books: the frozen decoder of the capnb course.',
         'Next-token prediction on text alone: pages of one to five captions of one drawn scene, some under a label; towards the end every second page had other words for some colours and kinds (capnb, notebook 10). '
         'It has never seen a picture or a feature of one, nor any caption of the validation, test and compositional splits.',
-        {'perplexity per token, unseen captions': f"{p['model']:.2f} (token frequencies alone: {p['frequencies']:.0f}; nothing: {p['nothing']:.0f})",
+        {'perplexity per token, captions of unseen scenes': f"{p['caption']:.2f} (token frequencies alone: {p['frequencies']:.0f}; nothing: {p['nothing']:.0f})",
+         'the same, after another caption of the scene': f"{p['retold']:.2f}",
          'F1 of colour and kind, given one caption of an unseen scene and telling it again': f'{f1:.3f}', 'the same with colour-kind pairs never met': f'{new:.3f}'})
     return dict(perplexity=p, retell_f1=f1, compositional=new)
 
@@ -405,7 +438,7 @@ def describe_encoder(
     r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip)
     found = lambda d: f"{d['found']:.1%} (chance {d['chance']:.1%})"
     _write_card(folder, 'A small CLIP that has seen picture books: the frozen encoder of the capnb course. Pictures of 64 pixels, features of 512 numbers.',
-        'The image tower was first warmed up on labelled patches (which kind, which colour, which place). Then both towers were trained by contrast of drawn pictures and their captions, with three near misses of each scene in the batch (capnb, notebook 10). '
+        'The image tower and its projection were first warmed up on labels: kind and colour at each patch, and, asked of the whole feature, kind, colour and size of the left or upper thing and of the other one, layout and place. Then both towers were trained by contrast of drawn pictures and their captions, with three near misses of each scene in the batch (capnb, notebook 10). '
         'No picture or caption of the validation, test and compositional splits was used.',
         {'own caption found among 400, unseen pictures (zero-shot retrieval)': found(r), 'the same with colour-kind pairs never met': found(c),
          'linear probe of the pooled feature, kinds found': found(probe['kind']), 'linear probe of the pooled feature, colours found': found(probe['colour'])})
@@ -415,7 +448,7 @@ def describe_encoder(
 def pretrain_encoder(
     tokenizer,
     warmup_steps:int=4500, # Of 32 pictures
-    contrast_steps:int=2200, # Of 96 pictures
+    contrast_steps:int=1000, # Of 96 pictures
 ): # The model, a `Log`
     "Teach a small CLIP: warm up the image tower, then contrast."
     torch.manual_seed(0)
@@ -431,15 +464,14 @@ def pretrain(
 ) -> dict: # What was measured on each
     "Teach the storybook's Qwen3 and CLIP from nothing and save them with cards and logs."
     n, measured = lambda steps: max(1, round(scale*steps)), {}
+    tokenizer = train_tokenizer(map(story_page, range(3000)))
     for path in (Path(folder)/name for name in names):
         if path.name=='storybook-qwen3':
-            tokenizer = train_tokenizer(map(mixed_page, range(3000)))
-            lm, log = pretrain_decoder(tokenizer, n(3000))
+            lm, log = pretrain_decoder(tokenizer, n(2400), n(800))
             save_pretrained(path, lm, [tokenizer], log)
             measured[path.name] = describe_decoder(path)
         else:
-            tokenizer = train_tokenizer(map(story_page, range(3000)))
-            clip, log = pretrain_encoder(tokenizer, n(4500), n(2200))
+            clip, log = pretrain_encoder(tokenizer, n(4500), n(1000))
             save_pretrained(path, clip, [closing(tokenizer), image_processor()], log)
             measured[path.name] = describe_encoder(path)
     return measured

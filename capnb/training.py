@@ -6,15 +6,15 @@
 __all__ = ['epoch_batches', 'make_optimizer', 'validate', 'Run', 'Callback', 'train_epoch', 'save_curve', 'report_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
-import time, warnings
+import math, time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 import accelerate, capnb, torch, transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from .captioner import Captioner, save_checkpoint
+from .captioner import Captioner, frozen_fingerprint, save_checkpoint, save_metadata
 from .core import Hyperparameters, atomic_write, memory_in_use
 from .data import caption_for_epoch
 from .encoder import EncodedData
@@ -34,9 +34,9 @@ def _collate(pairs):
 
 def epoch_batches(
     data:EncodedData,
-    batch_size:int,
+    batch_size:int, # Pictures; the last batch may be smaller
     epoch:int, # Counted from 0
-    seed:int=0,
+    seed:int=0, # Fixes order and choice of captions
 ) -> DataLoader: # Of pairs: features (batch, width), list of captions
     "Batches for one epoch, every picture once, in an order that follows from `seed` and `epoch`."
     order = torch.Generator().manual_seed(seed*100_003 + epoch)
@@ -57,7 +57,7 @@ def make_optimizer(
 def validate(
     model:Captioner,
     data:EncodedData, # Each picture is taken with its first caption
-    batch_size:int=64,
+    batch_size:int=64, # Pictures at a time
 ): # Mean nats per token; image gain in nats per caption (None for a single picture)
     "The loss on unseen pictures, and how much it grows when every picture is swapped for another."
     was_training = model.training
@@ -89,12 +89,14 @@ class Run:
 class Callback:
     "Something that a run does besides learning."
     def on_train_begin(self, run:Run): "Called before the first step."
-    def on_epoch_end(self, run:Run): "Called after validation and before the checkpoint is written."
-    def on_train_end(self, run:Run): "Called after the last checkpoint."
+    def on_epoch_end(self, run:Run): "Called after the checkpoint is written and validation is done; what it adds to `run.metadata` is saved."
+    def on_train_end(self, run:Run): "Called after the last epoch."
 
 # %% ../nbs/07_training.ipynb #67f4d1ed
 def train_epoch(
-    run:Run, accelerator, optimizer,
+    run:Run,
+    accelerator, # `accelerate.Accelerator`
+    optimizer, # Prepared by it
     max_steps:int=None, # Stop after so many steps of this epoch
 ) -> float: # Mean loss of the epoch
     "Show every picture once and correct the adapter after each batch."
@@ -107,6 +109,7 @@ def train_epoch(
         accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), 1.)
         optimizer.step(); optimizer.zero_grad()
         run.losses.append(loss.item()); total += run.losses[-1]
+        if not math.isfinite(run.losses[-1]): raise ValueError(f'the loss is {run.losses[-1]} at step {len(run.losses)}: lower the learning rate, and look at the features')
         bar.set_postfix({'Loss': f'{run.losses[-1]:.3f}', 'Avg Loss': f'{total/step:.3f}'}, refresh=False)
         if step==steps: break
     bar.close()
@@ -135,7 +138,7 @@ def _new_metadata(run, training_loss, seconds):
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
                 data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}), device=str(run.model.device), seconds=round(seconds,1),
-                versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
+                frozen=frozen_fingerprint(run.model), versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
     "Print what an epoch brought, in five lines."
@@ -146,18 +149,27 @@ def report_epoch(run:Run):
     print(f"📈 Validation loss: {show(m['validation_loss'])}   image gain: {show(m['image_gain'],2)} nats per caption")
     print(f"🎯 ROUGE-L:         {show(m['rouge_l'])}   floor {show(m['rouge_l_floor'])}, ceiling {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
-        warnings.warn("The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
+        print("⚠️ The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
 
 # %% ../nbs/07_training.ipynb #6a354920
+def _new_stamp(folder):
+    "The time, YYYYmmdd_HHMMSS, or the next second that no file in the folder bears: a run must not write over another's files."
+    start = datetime.now()
+    while any(Path(folder).glob(f'*_{start:%Y%m%d_%H%M%S}*')): start += timedelta(seconds=1)
+    return f'{start:%Y%m%d_%H%M%S}'
+
 def fit(
     model:Captioner,
     data:dict, # 'train' and, if evaluation is enabled, 'validation': `EncodedData`
     h:Hyperparameters,
     callbacks=(), # `Callback`s
 ) -> Run:
-    "Train the adapter; after each epoch validate, call the callbacks, save and report."
+    "Train the adapter; after each epoch save, validate, call the callbacks and report."
+    if h.evaluation_enabled and 'validation' not in data: raise ValueError(f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set evaluation_enabled to False")
+    Path(h.output_dir).mkdir(parents=True, exist_ok=True) # a folder that cannot be written should be known now
     accelerator = Accelerator(cpu=model.device.type=='cpu')
-    run = Run(model, data, h, datetime.now().strftime('%Y%m%d_%H%M%S'))
+    if accelerator.num_processes > 1: raise ValueError('training in several processes is not supported yet; start one')
+    run = Run(model, data, h, _new_stamp(h.output_dir))
     optimizer, scheduler = make_optimizer(model, h)
     optimizer = accelerator.prepare(optimizer)
     for c in callbacks: c.on_train_begin(run)
@@ -169,10 +181,11 @@ def fit(
         run.epoch += 1
         run.metadata = _new_metadata(run, training_loss, time.perf_counter()-start)
         run.metadata['learning_rate'] = rate
+        run.checkpoint = save_checkpoint(model, h.output_dir, run.stamp, run.epoch, run.metadata) # before anything that may fail
         model.eval()
         if h.evaluation_enabled: run.metadata['validation_loss'], run.metadata['image_gain'] = validate(model, data['validation'])
         for c in callbacks: c.on_epoch_end(run)
-        run.checkpoint = save_checkpoint(model, h.output_dir, run.stamp, run.epoch, run.metadata)
+        save_metadata(run.checkpoint, run.metadata)
         run.curve = save_curve(run)
         report_epoch(run)
     for c in callbacks: c.on_train_end(run)

@@ -231,7 +231,6 @@ def test_fault_is_one_line(outcomes, fault):
     done, word = outcomes[fault], FAULTS[fault][2]
     assert done.returncode != 0
     lines = done.stderr.splitlines()
-    if done.returncode == 2: lines = lines[-1:] # argparse shows the usage above its line
     assert len(lines) == 1 and word in lines[0], done.stderr[-3000:]
 
 def test_good_pictures_are_captioned_beside_a_bad_one(run, album):
