@@ -47,8 +47,8 @@ def make_optimizer(
     model:Captioner,
     h:Hyperparameters,
 ): # The optimizer; the scheduler, to be stepped once after each epoch
-    "AdamW over what learns, and the schedule of its rate: constant, or decayed after every `learning_rate_decay_step` epochs."
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=h.learning_rate)
+    "AdamW (Adam with weight decay) over what learns, and the schedule of its rate: constant, or decayed after every `learning_rate_decay_step` epochs."
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=h.learning_rate, betas=(.9,.98))
     decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, h.learning_rate_decay_step, decay)
 
@@ -106,7 +106,7 @@ def train_epoch(
     for step,(features, captions) in enumerate(bar, 1):
         loss = run.model(features, captions)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), 1.)
+        accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), .3)
         optimizer.step(); optimizer.zero_grad()
         run.losses.append(loss.item()); total += run.losses[-1]
         if not math.isfinite(run.losses[-1]): raise ValueError(f'the loss is {run.losses[-1]} at step {len(run.losses)}: lower the learning rate, and look at the features')
