@@ -13,7 +13,7 @@ from zlib import crc32
 from PIL import Image, ImageDraw
 
 # %% ../nbs/01_storybook.ipynb #9b7346b2
-KINDS = ('cat', 'bird', 'fish', 'butterfly', 'flower', 'tree', 'mushroom', 'house', 'boat', 'car', 'balloon', 'kite')
+KINDS = ('cat', 'bird', 'fish', 'butterfly', 'flower', 'tree', 'house', 'boat', 'car', 'balloon')
 COLOURS = dict(red=(221,58,50), orange=(243,143,44), yellow=(250,214,64), green=(70,165,84), blue=(58,120,212),
                purple=(138,82,186), pink=(245,150,188), black=(48,46,58))
 SIZES = dict(big=(.19, .23), small=(.13, .15)) # radius, as a share of the picture's width
@@ -68,11 +68,11 @@ def _thing(rng, x, y):
 
 def random_scene(
     rng:random.Random, # Source of chance
-) -> Scene: # One thing (one time in four) or two, beside or above each other
+) -> Scene: # One thing (half of the time) or two, beside or above each other
     "Draw a scene by lot."
     layout = rng.random()
-    if layout < .25:   things = (_thing(rng, _between(rng,.3,.7), _between(rng,.4,.65)),)
-    elif layout < .70: y = _between(rng,.45,.65); things = (_thing(rng,.27,y), _thing(rng,.73,y))
+    if layout < .50:   things = (_thing(rng, _between(rng,.3,.7), _between(rng,.4,.65)),)
+    elif layout < .75: y = _between(rng,.45,.65); things = (_thing(rng,.27,y), _thing(rng,.73,y))
     else:              x = _between(rng,.35,.65); things = (_thing(rng,x,.27), _thing(rng,x,.74))
     return Scene(_pick(rng, PLACES), things)
 
@@ -105,15 +105,12 @@ SHAPES = dict(
     flower=[('leaf', [(-.06,-.2),(.06,-.2),(.06,1),(-.06,1)]), ('leaf', [(.0,.8),(.5,.35),(.4,.75)]), ('leaf', [(.0,.9),(-.5,.5),(-.4,.85)])] + _petals + [('gold', _oval(0,-.35,.26,.26))],
     tree=[('wood', [(-.16,.1),(.16,.1),(.24,1),(-.24,1)]), ('main', _oval(-.45,-.05,.5,.45)), ('main', _oval(.45,-.05,.5,.45)), ('main', _oval(0,-.5,.58,.5)),
           ('pale', _oval(-.25,-.55,.16,.14)), ('pale', _oval(.3,-.2,.14,.12)), ('deep', _oval(-.4,.1,.14,.12))],
-    mushroom=[('cream', [(-.24,.0),(.24,.0),(.32,.95),(-.32,.95)]), ('main', _oval(0,.12,.98,1.0,180,360)), ('cream', _oval(-.45,-.28,.17,.15)), ('cream', _oval(.1,-.55,.19,.16)), ('cream', _oval(.55,-.15,.15,.13))],
     house=[('cream', [(.35,-.9),(.6,-.9),(.6,-.3),(.35,-.3)]), ('main', [(-.72,-.1),(.72,-.1),(.72,.95),(-.72,.95)]), ('deep', [(-.98,-.05),(0,-.95),(.98,-.05)]), ('cream', [(-.15,.3),(.2,.3),(.2,.95),(-.15,.95)]),
            ('sky', [(-.58,.2),(-.28,.2),(-.28,.5),(-.58,.5)]), ('sky', [(.34,.2),(.62,.2),(.62,.5),(.34,.5)])],
     boat=[('wood', [(-.06,-1),(.04,-1),(.04,.4),(-.06,.4)]), ('pale', [(.1,-.9),(.85,.25),(.1,.25)]), ('cream', [(-.14,-.7),(-.14,.25),(-.65,.25)]), ('main', [(-1,.35),(1,.35),(.6,.95),(-.6,.95)]), ('deep', [(-1,.35),(1,.35),(.92,.5),(-.92,.5)])],
     car=[('main', [(-.55,-.05),(-.35,-.6),(.4,-.6),(.65,-.05)]), ('main', [(-1,-.05),(.8,-.05),(1,.15),(1,.55),(-1,.55)]), ('sky', [(-.4,-.05),(-.27,-.45),(0,-.45),(0,-.05)]), ('sky', [(.1,-.05),(.1,-.45),(.33,-.45),(.48,-.05)]),
          ('ink', _oval(-.52,.55,.28,.28)), ('ink', _oval(.52,.55,.28,.28)), ('cream', _oval(-.52,.55,.11,.11)), ('cream', _oval(.52,.55,.11,.11)), ('gold', _oval(.9,.2,.1,.12))],
-    balloon=[('main', _oval(0,-.3,.68,.7)), ('deep', [(-.4,.22),(.4,.22),(.18,.6),(-.18,.6)]), ('pale', _oval(0,-.3,.25,.7)), ('wood', [(-.2,.68),(.2,.68),(.16,1),(-.16,1)])],
-    kite=[('main', [(0,-1),(.62,-.25),(0,.55),(-.62,-.25)]), ('deep', [(0,-1),(.62,-.25),(0,-.25)]), ('deep', [(0,.55),(-.62,-.25),(0,-.25)]), ('wood', [(-.03,.55),(.03,.55),(.2,.95),(.14,.97)]),
-          ('gold', [(.0,.62),(.22,.82),(.22,.62),(.0,.82)]), ('gold', [(.04,.88),(.32,1.02),(.32,.84),(.04,1.04)])])
+    balloon=[('main', _oval(0,-.3,.68,.7)), ('deep', [(-.4,.22),(.4,.22),(.18,.6),(-.18,.6)]), ('pale', _oval(0,-.3,.25,.7)), ('wood', [(-.2,.68),(.2,.68),(.16,1),(-.16,1)])])
 _FIXED = dict(eye=(250,250,245), ink=(52,48,60), gold=(250,196,70), rose=(238,140,150), leaf=(88,150,78), wood=(140,98,66), cream=(253,244,222), sky=(186,224,242), paper=(255,253,247))
 
 # %% ../nbs/01_storybook.ipynb #d4642f8d
@@ -187,8 +184,8 @@ def draw_scene(
 _SIZE_WORDS = dict(big=('big','large'), small=('small','little'))
 _PLACE_WORDS = dict(meadow=('in the meadow','on the grass'), beach=('on the beach','by the sea'), snow=('in the snow','on a snowy hill'), night=('at night','under the stars'))
 _RELATION_WORDS = {'left of':('to the left of',), 'right of':('to the right of',), 'beside':('beside','next to'), 'above':('above',), 'below':('below','under')}
-_VERBS = dict(cat='sits', bird='sits', fish='floats', butterfly='flutters', flower='grows', tree='grows', mushroom='grows', house='stands',
-              boat='rests', car='waits', balloon='hovers', kite='hovers')
+_VERBS = dict(cat='sits', bird='sits', fish='floats', butterfly='flutters', flower='grows', tree='grows', house='stands',
+              boat='rests', car='waits', balloon='hovers')
 
 def _noun(rng, thing, sized):
     words = ([_pick(rng, _SIZE_WORDS[thing.size])] if sized else []) + [thing.colour, thing.kind]
