@@ -57,18 +57,17 @@ def facts_scores(
     captions, # One per picture
     facts, # For each picture its facts, as `capnb.storybook.facts_of` gives them
 ) -> dict: # 'pairs' (of colour and kind), 'place' and 'relation', each with precision, recall and f1
-    "Compare what captions claim with what is true. A relation is one between kinds, as in SPICE (Anderson et al. 2016), and found if one true relation is named, since all of them follow from where things stand."
-    kinds_only = lambda relations: {(a, r, b) for _,a,r,_,b in relations}
+    "Compare what captions claim with what is true. A relation is found if one true relation is named, since all of them follow from where things stand."
     counts = dict(pairs=[0,0,0], place=[0,0,0], relation=[0,0,0])
     for caption, fact in zip(captions, facts):
         said = read_facts(caption)
         pairs = {(t['colour'], t['kind']) for t in fact['things']}
-        relations, claimed = kinds_only(fact['relations']), kinds_only(said['relations'])
-        true = len(relations & claimed)
+        relations = set(map(tuple, fact['relations']))
+        true = len(relations & set(said['relations']))
         to_find = max(true, bool(relations)) # one is enough; who names two truly should not find more than there is
         for name,new in dict(pairs=(len(pairs & set(said['pairs'])), len(set(said['pairs'])), len(pairs)),
                              place=(fact['place'] in said['places'], len(set(said['places'])), 1),
-                             relation=(true, len(claimed), to_find)).items():
+                             relation=(true, len(set(said['relations'])), to_find)).items():
             counts[name] = [a+b for a,b in zip(counts[name], new)]
     return {name: _prf(*c) for name,c in counts.items()}
 
