@@ -68,11 +68,11 @@ def _thing(rng, x, y):
 
 def random_scene(
     rng:random.Random, # Source of chance
-) -> Scene: # One thing (half of the time) or two, beside or above each other
+) -> Scene: # One thing (every third time) or two, beside or above each other
     "Draw a scene by lot."
     layout = rng.random()
-    if layout < .50:   things = (_thing(rng, _between(rng,.3,.7), _between(rng,.4,.65)),)
-    elif layout < .75: y = _between(rng,.45,.65); things = (_thing(rng,.27,y), _thing(rng,.73,y))
+    if layout < 1/3:   things = (_thing(rng, _between(rng,.3,.7), _between(rng,.4,.65)),)
+    elif layout < 2/3: y = _between(rng,.45,.65); things = (_thing(rng,.27,y), _thing(rng,.73,y))
     else:              x = _between(rng,.35,.65); things = (_thing(rng,x,.27), _thing(rng,x,.74))
     return Scene(_pick(rng, PLACES), things)
 
@@ -116,9 +116,9 @@ _FIXED = dict(eye=(250,250,245), ink=(52,48,60), gold=(250,196,70), rose=(238,14
 # %% ../nbs/01_storybook.ipynb #d4642f8d
 def _shade(rgb, by): return tuple(max(0, min(255, int(c+by))) for c in rgb)
 
-def _draw_thing(draw, thing, width, rng):
+def _draw_thing(draw, thing, width, rng, palette):
     cx, cy, r = thing.x*width, thing.y*width, thing.radius*width
-    main = tuple(int(c+_between(rng,-12,12)) for c in COLOURS[thing.colour])
+    main = tuple(int(c+_between(rng,-12,12)) for c in palette[thing.colour])
     flip = -1 if rng.random()<.5 else 1
     roles = dict(_FIXED, main=_shade(main,0), deep=_shade(main,-34), pale=_shade(main,48))
     shapes = [(role, [(cx+flip*r*x, cy+r*y) for x,y in pts]) for role,pts in SHAPES[thing.kind]]
@@ -170,6 +170,7 @@ def draw_scene(
     scene:Scene,
     size:int=64, # Width and height of the picture in pixels
     seed:str='', # Fixes what the scene does not say: shades, horizon, clouds
+    palette:dict=COLOURS, # Red, green and blue of each colour's name
 ) -> Image.Image: # RGB
     "Draw a scene; drawn at twice the size and reduced, so that edges are smooth."
     rng, width = random.Random(seed), 2*size
@@ -177,7 +178,7 @@ def draw_scene(
     draw = ImageDraw.Draw(im)
     _land(draw, scene.place, width, rng)
     _signs(draw, scene.place, width, rng)
-    for thing in scene.things: _draw_thing(draw, thing, width, rng)
+    for thing in scene.things: _draw_thing(draw, thing, width, rng, palette)
     return im.reduce(2)
 
 # %% ../nbs/01_storybook.ipynb #39024ef2

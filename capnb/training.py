@@ -106,7 +106,7 @@ def train_epoch(
     for step,(features, captions) in enumerate(bar, 1):
         loss = run.model(features, captions)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), .3)
+        accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), 1.)
         optimizer.step(); optimizer.zero_grad()
         run.losses.append(loss.item()); total += run.losses[-1]
         if not math.isfinite(run.losses[-1]): raise ValueError(f'the loss is {run.losses[-1]} at step {len(run.losses)}: lower the learning rate, and look at the features')
