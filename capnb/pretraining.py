@@ -10,7 +10,7 @@ __all__ = ['END', 'train_tokenizer', 'closing', 'story_page', 'mixed_page', 'sma
            'describe_encoder', 'pretrain_encoder', 'pretrain']
 
 # %% ../nbs/10_pretraining.ipynb #60642fdc
-import json, math, multiprocessing, random, re, time
+import colorsys, json, math, multiprocessing, random, re, time
 from functools import partial
 from dataclasses import replace
 from pathlib import Path
@@ -250,19 +250,29 @@ def to_pixels(
     "Normalise pictures that have the right size already, as the image processor does, but many times faster."
     return (torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0,3,1,2)/255 - _mean)/_std
 
-def _other_colour(rng):
-    "A colour that looks like none of the eight."
+# %% ../nbs/10_pretraining.ipynb #c0ffee11
+def _resembles(rgb, name):
+    "Might someone call this colour `name`? Generously: whatever is dark is black, else an eighth of the colour circle to either side counts."
+    if name=='black': return max(rgb) < 120
+    here, there = (colorsys.rgb_to_hsv(*c)[0] for c in (rgb, COLOURS[name]))
+    return min(abs(here-there), 1-abs(here-there)) < 1/8
+
+def _other_colour(scene, rng):
+    "A colour that is none of the eight, and resembles none that is held out for a kind in the scene."
+    kinds = {t.kind for t in scene.things}
+    taboo = [colour for colour,kind in sorted(HELD_OUT) if kind in kinds]
     while True:
         rgb = tuple(rng.randrange(256) for _ in range(3))
-        if min(math.dist(rgb, known) for known in COLOURS.values()) >= 60: return rgb
+        if min(math.dist(rgb, known) for known in COLOURS.values()) >= 60 and not any(_resembles(rgb, name) for name in taboo): return rgb
 
+# %% ../nbs/10_pretraining.ipynb #c0ffee13
 def warmup_batch(
     i:int,
     size:int=32, # Pictures
 ): # Pixels (batch, 3, 64, 64), kind and colour of each patch (batch, 64), labels of the scene (batch, 8)
     "On every second picture things have other colours, which are not asked for (-100): shapes must do."
     scenes, rng = [_book.scene(i*size+j) for j in range(size)], random.Random(f'colours {i}')
-    palettes = [COLOURS if j%2 else {name: _other_colour(rng) for name in COLOURS} for j in range(size)]
+    palettes = [COLOURS if j%2 else {t.colour: _other_colour(s, rng) for t in s.things} for j,s in enumerate(scenes)]
     images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in enumerate(zip(scenes, palettes))]
     kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes)))
     labels = torch.stack([scene_labels(s) for s in scenes])
@@ -272,7 +282,7 @@ def warmup_batch(
 # %% ../nbs/10_pretraining.ipynb #40aa8a07
 def warm_up(
     clip:CLIPModel, log:Log,
-    steps:int=11000, # Of 32 pictures
+    steps:int=8000, # Of 32 pictures
 ):
     "Teach the image tower what lies at each patch, and its feature what is in the picture, and where."
     config, tower = clip.config.vision_config, nn.ModuleList([clip.vision_model, clip.visual_projection])
@@ -349,7 +359,7 @@ def contrast_batch(
 # %% ../nbs/10_pretraining.ipynb #e633b90d
 def contrast(
     clip:CLIPModel, tokenizer, log:Log,
-    steps:int=1200, # Of 96 pictures
+    steps:int=1000, # Of 96 pictures
 ):
     "Teach CLIP which caption belongs to which picture (Radford et al. 2021), with near misses in each batch."
     tower, right = list(clip.vision_model.parameters()), 0. # these can see already, and hardly change
@@ -490,8 +500,8 @@ def describe_encoder(
 # %% ../nbs/10_pretraining.ipynb #b193ff70
 def pretrain_encoder(
     tokenizer,
-    warmup_steps:int=11000, # Of 32 pictures
-    contrast_steps:int=1200, # Of 96 pictures
+    warmup_steps:int=8000, # Of 32 pictures
+    contrast_steps:int=1000, # Of 96 pictures
 ): # The model, a `Log`
     "Teach a small CLIP: warm up the image tower, then contrast."
     torch.manual_seed(0)
@@ -515,7 +525,7 @@ def pretrain(
             measured[path.name] = describe_decoder(path)
         else:
             tokenizer = train_tokenizer(map(story_page, range(3000)))
-            clip, log = pretrain_encoder(tokenizer, n(11000), n(1200))
+            clip, log = pretrain_encoder(tokenizer, n(8000), n(1000))
             save_pretrained(path, clip, [closing(tokenizer), image_processor()], log)
             measured[path.name] = describe_encoder(path)
     return measured
