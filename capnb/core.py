@@ -33,7 +33,7 @@ class Hyperparameters:
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
     encoder_name: str = _setting('openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder')
     decoder_name: str = _setting(None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name', optional=True)
-    data: str = _setting('flickr30k', 'Name of the data set')
+    data: str = _setting('flickr30k', 'Name of the data set, or a folder with pictures and a captions.csv')
     prefix_length: int = _setting(1, 'Prefix tokens that the adapter makes of one picture', lo=1)
     adapter_width: int = _setting(1024, 'Hidden units of the adapter', lo=1)
     max_steps: int = _setting(None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True)
