@@ -144,6 +144,6 @@ def pretrain_command(
     scale:Param('Share of the full number of steps; 1 is what the shipped models had', float)=1.,
     only:Param('Make only one of the two', str, choices=['storybook-clip','storybook-qwen3'])=None,
 ):
-    "Pretrain the storybook's CLIP and Qwen3 from nothing; under 90 minutes on two cores."
+    "Pretrain the storybook's CLIP and Qwen3 from nothing; about half an hour on two cores."
     from capnb.pretraining import pretrain
     pretrain(folder, scale, [only] if only else ('storybook-qwen3', 'storybook-clip'))

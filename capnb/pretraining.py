@@ -140,7 +140,7 @@ def blurred(
     tokenizer, # Its tokenizer
     input_ids, # (pages, n)
 ) -> torch.Tensor: # (pages, n, width)
-    "Token embeddings in which notes are blurred: words of a thing added up, all words bleeding into each position, and noise up to the size of the embeddings, each in four notes out of five and of its own strength; one token in ten of a noisy note becomes noise alone."
+    "Token embeddings in which notes are blurred: words of a thing added up, all words bleeding into each position, and noise up to the mean size of the whole table, each in four notes out of five and of its own strength; one token in ten of a noisy note becomes noise alone."
     (pages, n), embeddings, note = input_ids.shape, lm.get_input_embeddings()(input_ids), note_mask(tokenizer, input_ids)
     four_in_five = lambda: note & (torch.rand(pages,1)<.8)
     alone, part = torch.arange(n), -1-_before(input_ids==tokenizer(',')['input_ids'][0])
@@ -252,7 +252,7 @@ def to_pixels(
 
 # %% ../nbs/10_pretraining.ipynb #c0ffee11
 def _resembles(rgb, name):
-    "Might someone call this colour `name`? Generously: whatever is dark is black, else an eighth of the colour circle to either side counts."
+    "Might someone call this colour `name`? Generously: black is whatever is dark, any other name reaches an eighth of the colour circle to either side, however dark."
     if name=='black': return max(rgb) < 120
     here, there = (colorsys.rgb_to_hsv(*c)[0] for c in (rgb, COLOURS[name]))
     return min(abs(here-there), 1-abs(here-there)) < 1/8
@@ -491,9 +491,9 @@ def describe_encoder(
     r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip)
     found = lambda d: f"{d['found']:.1%} (chance {d['chance']:.1%})"
     _write_card(folder, 'A small CLIP that has seen picture books: the frozen encoder of the capnb course. Pictures of 64 pixels, features of 512 numbers.',
-        'The image tower and its projection were first warmed up on labels: kind and colour at each patch, and, asked of the whole feature, which kinds are there, kind, colour and size of the left or upper thing and of the other one, layout and place. Then both towers were trained by contrast of drawn pictures and their captions, with three near misses of each scene in the batch (capnb, notebook 10). '
+        'The image tower and its projection were first warmed up on labels: kind and colour at each patch, and, asked of the whole feature, which kinds are there, kind, colour and size of the left or upper thing and of the other one, layout and place; on half of the pictures in colours without a name, none of which resembles one held out for a kind in the picture. Then both towers were trained by contrast of drawn pictures and their captions, with three near misses of each scene in the batch (capnb, notebook 10). '
         'No picture or caption of the validation, test and compositional splits was used.',
-        {'own caption found among 400, unseen pictures (zero-shot retrieval)': found(r), 'the same with colour-kind pairs never met': found(c),
+        {'own caption found among 400, unseen pictures (zero-shot retrieval)': found(r), 'the same with colour-kind pairs never met (fewer pages with one thing, so fewer captions that fit several pictures)': found(c),
          **{f'linear probe of the pooled feature, {name} found': found(p) for name,p in probe.items()}})
     return dict(retrieval=r, compositional=c, **probe)
 

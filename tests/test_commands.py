@@ -253,3 +253,25 @@ def test_help_says_what_it_does(run, script, tmp_path):
     words = lambda text: ''.join(text.split()) # however the lines are broken
     assert words(first_words(module, function)) in words(done.stdout)
     if name == 'capnb_train': assert all(f'--{f.name} ' in done.stdout and words(f.metadata['help']) in words(done.stdout) for f in fields(Hyperparameters))
+
+# --- A folder of one's own pictures
+
+def test_folder_from_pictures_to_scores(run, tmp_path):
+    book, folder = Storybook(n=30), tmp_path/'holiday'
+    folder.mkdir()
+    rows = [(f'{i}.png', caption) for i in range(30) for caption in book.captions(i)[:2]]
+    for i in range(30): book[i]['image'].save(folder/f'{i}.png')
+    (folder/'captions.csv').write_text('file_name,caption\n' + '\n'.join(f'{name},"{caption}"' for name,caption in rows), encoding='utf-8')
+    done = run('capnb_train', '--data', folder, '--num_epochs', 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
+    assert metadata['data'] == dict(name=str(folder), train=24, validation=3, test=3) and metadata['facts_f1'] is None
+    judged = run('capnb_eval', '--json_file', 'scores.json', cwd=tmp_path) # the same pictures are held back
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    assert json.loads((tmp_path/'scores.json').read_text(encoding='utf-8'))['test']['rouge_l'] == pytest.approx(metadata['test']['rouge_l'], abs=1e-6)
+
+def test_folder_with_a_bad_row_is_told_before_training(run, tmp_path):
+    (tmp_path/'captions.csv').write_text('file_name,caption\nnowhere.png,A cat.\n', encoding='utf-8')
+    done = run('capnb_train', '--data', tmp_path, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.strip() == f"train: {tmp_path/'captions.csv'}: line 2: there is no picture 'nowhere.png'"
