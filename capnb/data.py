@@ -88,7 +88,7 @@ def _table_rows(text):
 # %% ../nbs/02_data.ipynb #0da7a010
 def _json_rows(text):
     "Line, picture and captions of each line that is a JSON object."
-    for line,row in enumerate(text.splitlines(), 1):
+    for line,row in enumerate(text.split('\n'), 1): # not splitlines: JSON may hold other line separators
         if not row.strip(): continue
         try: record = json.loads(row)
         except ValueError as e: raise ValueError(f"line {line} is not JSON: {e}") from None
@@ -107,7 +107,7 @@ class PictureFolder:
         if len(tables)!=1: raise FileNotFoundError(f"{folder} needs one table of captions, such as captions.csv with the columns file_name and caption; it has {', '.join(t.name for t in tables) or 'none'}")
         self.captions, self.table = {}, tables[0]
         try: bad = [problem for row in (_json_rows if self.table.suffix=='.jsonl' else _table_rows)(_decoded(self.table)) if (problem := self._add(*row))]
-        except ValueError as e: raise ValueError(f"{self.table}: {e}") from None
+        except (ValueError, csv.Error) as e: raise ValueError(f"{self.table}: {e}") from None
         if bad: raise ValueError(f"{self.table}: {'; '.join(bad[:5])}" + (f'; and {len(bad)-5} more lines' if len(bad)>5 else ''))
         self.names = list(self.captions)
 
