@@ -15,9 +15,9 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 from torch import nn
-from .adapter import Adapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device
-from .decoder import caption_nats, generate_captions, load_decoder, tokenize_captions
+from .adapter import Adapter, PatchAdapter
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config
+from .decoder import begin_ids, caption_nats, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, load_encoder
 
 # %% ../nbs/06_captioner.ipynb #f387e0aa
@@ -44,29 +44,45 @@ class Captioner(nn.Module):
         return self
 
 # %% ../nbs/06_captioner.ipynb #c755bf84
+def _new_adapter(h, encoder, decoder):
+    "An adapter of the form that `h` asks for, between an encoder and a decoder; its start follows from `h.seed`."
+    width, size = decoder.get_input_embeddings().embedding_dim, embedding_size(decoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(h.seed)
+        if h.features=='patch': return PatchAdapter(encoder.width, width, size)
+        return Adapter(encoder.width, width, h.prefix_length, h.adapter_width, size)
+
 def build_captioner(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     device=None, # None for the best device
 ) -> Captioner: # With an adapter that has learned nothing
-    "Load the frozen pair that `h` names and put a new adapter between; the adapter's start follows from `h.seed`."
+    "Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair cannot take what `h` asks for."
     device = device or default_device()
-    encoder = load_encoder(h.encoder_name, device, h.image_size)
+    model_config(h.decoder_name or h.tokenizer_name, 'decoder') # a wrong name is told before the encoder is read
+    encoder = load_encoder(h.encoder_name, device, h.image_size, h.features)
     decoder, tokenizer = load_decoder(h.decoder_name or h.tokenizer_name, h.tokenizer_name, device)
-    table = decoder.get_input_embeddings().weight
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(h.seed)
-        adapter = Adapter(encoder.width, table.shape[1], h.prefix_length, h.adapter_width, table.float().pow(2).mean().sqrt().item())
-    return Captioner(encoder, adapter.to(device), decoder, tokenizer, h.max_caption_length)
+    longest, prefix = getattr(decoder.config, 'max_position_embeddings', None), encoder.patches if h.features=='patch' else h.prefix_length
+    if longest and longest < prefix+h.max_caption_length: raise ValueError(f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest} positions of decoder {h.decoder_name or h.tokenizer_name!r}")
+    return Captioner(encoder, _new_adapter(h, encoder, decoder).to(device), decoder, tokenizer, h.max_caption_length)
 
 # %% ../nbs/06_captioner.ipynb #1f4447e9
 @patch
+def prefix(self:Captioner,
+    features, # (batch, encoder width) or (batch, patches, encoder width)
+) -> torch.Tensor: # (batch, prefix, decoder width)
+    "Say what stands before a caption: the token that a text begins with, if this decoder has one, then the picture."
+    prefix = self.adapter(features.to(self.device))                                          # (batch, prefix, width)
+    begin = torch.tensor([begin_ids(self.tokenizer)]*len(prefix), dtype=torch.long, device=self.device)
+    return torch.cat([self.decoder.get_input_embeddings()(begin).to(prefix.dtype), prefix], 1) if begin.numel() else prefix
+
+@patch
 def nats(self:Captioner,
-    features, # (batch, encoder width)
+    features, # (batch, encoder width) or (batch, patches, encoder width)
     captions, # List of texts, one per row
 ): # Nats of each token (batch, n) and the mask of real tokens (batch, n)
     "Say how surprising each token of each caption is, given its picture."
     ids, mask = (t.to(self.device) for t in tokenize_captions(self.tokenizer, captions, self.max_caption_length))
-    return caption_nats(self.decoder, self.adapter(features.to(self.device)), ids, mask), mask
+    return caption_nats(self.decoder, self.prefix(features), ids, mask), mask
 
 @patch
 def forward(self:Captioner, features, captions) -> torch.Tensor:
@@ -78,11 +94,11 @@ def forward(self:Captioner, features, captions) -> torch.Tensor:
 @patch
 @torch.no_grad()
 def caption_features(self:Captioner,
-    features, # (batch, encoder width)
+    features, # (batch, encoder width) or (batch, patches, encoder width)
     **kwargs, # For `transformers`' `generate`
 ) -> list: # One caption per row
     "Write a caption for each encoded picture."
-    return generate_captions(self.decoder, self.tokenizer, self.adapter(features.to(self.device)), self.max_caption_length, **kwargs)
+    return generate_captions(self.decoder, self.tokenizer, self.prefix(features), self.max_caption_length, **kwargs)
 
 @patch
 def caption(self:Captioner,

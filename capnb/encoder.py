@@ -6,63 +6,98 @@
 __all__ = ['ImageEncoder', 'load_encoder', 'EncodedData', 'encode_data']
 
 # %% ../nbs/03_encoder.ipynb #b85ce27e
-import torch
+import torch, transformers
+from fastcore.basics import patch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModelWithProjection
-from .core import default_device, default_dtype, model_path, no_loading_bar
+from transformers import AutoImageProcessor
+from .core import default_device, default_dtype, load_whole, model_config, model_path
 
 # %% ../nbs/03_encoder.ipynb #5597efde
-class _VisionTower(CLIPVisionModelWithProjection):
-    "CLIP's image half; the text half in the same file is left unread on purpose."
-    _keys_to_ignore_on_load_unexpected = [r'^text_model\.', r'^text_projection\.', r'^logit_scale$', r'position_ids$']
+_TOWERS = dict(clip=('CLIPVisionModelWithProjection','CLIPVisionModel'), siglip=('SiglipVisionModel',)*2, siglip2=('Siglip2VisionModel',)*2, # for pooled and for patch features
+               dinov2=('Dinov2Model',)*2, dinov2_with_registers=('Dinov2WithRegistersModel',)*2)
+_TOWERS |= {f'{kind}_vision_model': _TOWERS[kind] for kind in ('clip','siglip','siglip2')}
+def _tower(kind, features): return getattr(transformers, _TOWERS[kind][features=='patch'])
 
+# %% ../nbs/03_encoder.ipynb #0da7b011
 class ImageEncoder(nn.Module):
-    "A frozen CLIP image tower with its image processor; a picture becomes one vector of `width` numbers."
+    "A frozen image tower with its image processor; a picture becomes one vector of `width` numbers, or `patches` of them."
     def __init__(self,
-        model:CLIPVisionModelWithProjection, # Image tower with projection
+        model, # Image tower of CLIP, SigLIP, SigLIP2 or DINOv2
         processor, # Its image processor
+        features:str='pooled', # 'pooled': one vector per picture; 'patch': one per patch
+        image_size:int=None, # Width and height of the pictures, pixels; None for what the model was made for
     ):
         super().__init__()
-        self.model, self.processor = model.eval().requires_grad_(False), processor
-        self.width, self.image_size = model.config.projection_dim, model.config.image_size
+        self.model, self.processor, self.features = model.eval().requires_grad_(False), processor, features
+        config = model.config
+        self.image_size = image_size or config.image_size
+        self.patches = (self.image_size//config.patch_size)**2
+        self.width = getattr(config, 'projection_dim', config.hidden_size) if features=='pooled' else config.hidden_size
 
     def train(self, mode=True): return super().train(False) # what is frozen stays in evaluation mode
 
-    def prepare(self,
-        images, # List of PIL pictures
-    ) -> torch.Tensor: # `pixel_values`, (batch, 3, image_size, image_size)
-        "Scale and normalise pictures as the encoder was trained on."
-        return self.processor(images=list(images), return_tensors='pt')['pixel_values']
+# %% ../nbs/03_encoder.ipynb #0da7b012
+@patch
+def prepare(self:ImageEncoder,
+    images, # List of PIL pictures
+) -> torch.Tensor: # `pixel_values`, (batch, 3, image_size, image_size); SigLIP2's free-size form cuts them into patches, (batch, patches, numbers per patch)
+    "Scale and normalise pictures as the encoder was trained on."
+    if _free_size(self.model.config): images = [im.convert('RGB').resize((self.image_size,)*2, Image.Resampling.BICUBIC) for im in images]
+    return self.processor(images=list(images), return_tensors='pt')['pixel_values']
 
-    def forward(self,
-        pixel_values, # (batch, 3, image_size, image_size)
-    ) -> torch.Tensor: # (batch, width), float32
-        "Encode prepared pictures."
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        with torch.no_grad(): return self.model(pixel_values=pixel_values).image_embeds.float()
+def _free_size(config): return config.model_type.startswith('siglip2') # takes any number of patches, and wants to be told how many
 
-    def encode(self,
-        images, # List of PIL pictures
-    ) -> torch.Tensor: # (batch, width), float32
-        "Encode pictures."
-        return self(self.prepare(images))
+@patch
+def forward(self:ImageEncoder,
+    pixel_values, # From `prepare`
+) -> torch.Tensor: # (batch, width) or (batch, patches, width), float32
+    "Encode prepared pictures."
+    inputs, n = dict(pixel_values=pixel_values.to(self.model.device, self.model.dtype)), len(pixel_values)
+    if _free_size(self.model.config):
+        side = self.image_size//self.model.config.patch_size
+        inputs |= dict(spatial_shapes=torch.full((n,2), side), pixel_attention_mask=pixel_values.new_ones(n, side*side, dtype=torch.long))
+    with torch.no_grad(): out = self.model(**inputs, output_hidden_states=self.features=='patch')
+    if self.features=='pooled': return (out.image_embeds if 'image_embeds' in out else out.pooler_output).float()
+    states = out.hidden_states[-2] if self.model.config.model_type.startswith('clip') else out.last_hidden_state
+    return states[:,-self.patches:].float() # what comes before the patches stands for the whole picture
+
+@patch
+def encode(self:ImageEncoder,
+    images, # List of PIL pictures
+) -> torch.Tensor: # As of `forward`
+    "Encode pictures."
+    return self(self.prepare(images))
 
 # %% ../nbs/03_encoder.ipynb #5d29de12
+def _checked_size(name, config, processor, size):
+    "Width and height that the encoder is to see, made known to its processor; raises `ValueError` if it cannot see that size."
+    if not config.model_type.startswith(('dinov2','siglip2')):
+        if size not in (None, config.image_size): raise ValueError(f"image_size is {size}, but encoder {name!r} takes {config.image_size}")
+        return config.image_size
+    size = size or 224 # these two take every grid of whole patches
+    if size % config.patch_size: raise ValueError(f"image_size is {size}, but encoder {name!r} takes multiples of {config.patch_size}, such as {size//config.patch_size*config.patch_size or config.patch_size}")
+    if _free_size(config): processor.max_num_patches = (size//config.patch_size)**2
+    else: processor.size, processor.crop_size = dict(shortest_edge=size*256//224), dict(height=size, width=size) # a little is cut off at the edges, as in training
+    return size
+
 def load_encoder(
-    name:str, # A shipped model, a hub id or a folder with a CLIP model
+    name:str, # A shipped model, a hub id or a folder with a CLIP, SigLIP, SigLIP2 or DINOv2
     device=None, # Where to put it; None for the best device
-    image_size:int=None, # Raise `ValueError` unless the encoder takes this size; None takes any
+    image_size:int=None, # Raise `ValueError` unless the encoder takes this size; None for the one that it was made for
+    features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
-    "Load a CLIP's image half and its processor (PIL backend)."
-    path, device = model_path(name), device or default_device()
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type not in ('clip', 'clip_vision_model'): raise ValueError(f"encoder {name!r} is a {config.model_type!r} model, not a CLIP")
-    size = getattr(config, 'vision_config', config).image_size
-    if image_size not in (None, size): raise ValueError(f"image_size is {image_size}, but encoder {name!r} takes {size}")
-    with no_loading_bar(): model = _VisionTower.from_pretrained(path, dtype=default_dtype(device)).to(device)
-    return ImageEncoder(model, AutoImageProcessor.from_pretrained(path, backend='pil'))
+    "Load an encoder's image half and its processor (PIL backend)."
+    path, device, config = model_path(name), device or default_device(), model_config(name, 'encoder')
+    if config.model_type not in _TOWERS: raise ValueError(f"encoder {name!r} is a {config.model_type!r} model; an image encoder is needed: {', '.join(k for k in _TOWERS if 'vision' not in k)}")
+    vision = getattr(config, 'vision_config', config)
+    if features=='pooled' and not getattr(vision, 'vision_use_head', True): raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
+    processor = AutoImageProcessor.from_pretrained(path, backend='pil')
+    size = _checked_size(name, vision, processor, image_size)
+    model = load_whole(_tower(config.model_type, features), path, 'encoder', dtype=default_dtype(device))
+    return ImageEncoder(model.to(device), processor, features, size)
 
 # %% ../nbs/03_encoder.ipynb #0788551f
 class EncodedData:
