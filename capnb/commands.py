@@ -37,7 +37,7 @@ def train(
     if isinstance(data, str): data, changes = None, dict(changes, data=data)
     h = as_hyperparameters(settings, preset, **changes) # before anything heavy is imported: a mistake is told at once
     if data is not None: h = replace(h, data=OWN_DATA)
-    from capnb.captioner import build_captioner
+    from capnb.captioner import build_captioner, start_from
     from capnb.data import load_data
     from capnb.encoder import encode_data
     from capnb.evaluation import Scores
@@ -45,6 +45,7 @@ def train(
     splits = load_data(h.data if data is None else data, h.image_size, h.training_size_limit)
     if not h.evaluation_enabled: splits = {'train': splits['train']}
     model = build_captioner(h, device)
+    if h.init_from: start_from(model, h.init_from)
     encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}') for split,pictures in splits.items()}
     scores = [Scores(splits)] if h.evaluation_enabled else []
     run = fit(model, encoded, h, [*scores, *callbacks])

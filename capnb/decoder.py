@@ -46,6 +46,7 @@ def load_decoder(
     name:str, # A shipped model, a hub id, a folder with a causal language model, or a file in GGUF format, `FOLDER/FILE.gguf`
     tokenizer_name:str=None, # Its tokenizer; None for the one in the same place
     device=None, # Where to put it; None for the best device
+    dtype=None, # Number type of its weights; None for what suits the device
 ): # The frozen model, its tokenizer
     "Load a causal language model (one that predicts the next token from those before it) to be read from and written with, but not trained."
     path, file = _file_of(name)
@@ -53,7 +54,7 @@ def load_decoder(
     _check_writer(name, config)
     tokenizer_path, tokenizer_file = _file_of(tokenizer_name or name)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **tokenizer_file)
-    model = load_whole(AutoModelForCausalLM, path, 'decoder', dtype=default_dtype(device), **file).to(device)
+    model = load_whole(AutoModelForCausalLM, path, 'decoder', dtype=dtype or default_dtype(device), **file).to(device)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
     _settle_end(tokenizer, config)

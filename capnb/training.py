@@ -14,7 +14,7 @@ import accelerate, capnb, torch, transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from .captioner import Captioner, frozen_fingerprint, save_checkpoint, save_metadata
+from .captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, save_metadata
 from .core import Hyperparameters, atomic_write, memory_in_use
 from .data import caption_for_epoch
 from .encoder import EncodedData
@@ -48,7 +48,8 @@ def make_optimizer(
     h:Hyperparameters,
 ): # The optimizer; the scheduler, to be stepped once after each epoch
     "AdamW (Adam with weight decay) over what learns, and the schedule of its rate: constant, or decayed after every `learning_rate_decay_step` epochs."
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=h.learning_rate, betas=(.9,.98))
+    groups = [dict(name=name, params=list(named.values()), lr=h.learning_rate*(h.decoder_rate if name=='decoder' else 1)) for name,named in parameter_groups(model, h).items()]
+    optimizer = torch.optim.AdamW(groups, betas=(.9,.98))
     decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, h.learning_rate_decay_step, decay)
 
