@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config
-from .decoder import begin_ids, caption_nats, embedding_size, generate_captions, load_decoder, tokenize_captions
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device
+from .decoder import begin_ids, caption_nats, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, load_encoder
 
 # %% ../nbs/06_captioner.ipynb #f387e0aa
@@ -59,7 +59,7 @@ def build_captioner(
 ) -> Captioner: # With an adapter that has learned nothing
     "Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair cannot take what `h` asks for."
     device = device or default_device()
-    model_config(h.decoder_name or h.tokenizer_name, 'decoder') # a wrong name is told before the encoder is read
+    decoder_config(h.decoder_name or h.tokenizer_name) # a wrong name is told before the encoder is read
     encoder = load_encoder(h.encoder_name, device, h.image_size, h.features)
     decoder, tokenizer = load_decoder(h.decoder_name or h.tokenizer_name, h.tokenizer_name, device, torch.float32 if h.unfreeze_layers else None) # small corrections are lost in half precision
     if h.lora_rank: decoder = _add_lora(decoder, h)

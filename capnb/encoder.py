@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .core import default_device, default_dtype, load_whole, model_config, model_path
+from .core import default_device, default_dtype, load_whole, model_config, model_source
 
 # %% ../nbs/03_encoder.ipynb #5597efde
 _TOWERS = dict(clip=('CLIPVisionModelWithProjection','CLIPVisionModel'), siglip=('SiglipVisionModel',)*2, siglip2=('Siglip2VisionModel',)*2, # for pooled and for patch features
@@ -90,13 +90,14 @@ def load_encoder(
     features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
     "Load an encoder's image half and its processor (PIL backend)."
-    path, device, config = model_path(name), device or default_device(), model_config(name, 'encoder')
+    device, config = device or default_device(), model_config(name, 'encoder')
     if config.model_type not in _TOWERS: raise ValueError(f"encoder {name!r} is a {config.model_type!r} model; an image encoder is needed: {', '.join(k for k in _TOWERS if 'vision' not in k)}")
     vision = getattr(config, 'vision_config', config)
     if features=='pooled' and not getattr(vision, 'vision_use_head', True): raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
-    processor = AutoImageProcessor.from_pretrained(path, backend='pil')
+    path, options = model_source(name)
+    processor = AutoImageProcessor.from_pretrained(path, backend='pil', **options)
     size = _checked_size(name, vision, processor, image_size)
-    model = load_whole(_tower(config.model_type, features), path, 'encoder', dtype=default_dtype(device))
+    model = load_whole(_tower(config.model_type, features), name, 'encoder', dtype=default_dtype(device))
     return ImageEncoder(model.to(device), processor, features, size)
 
 # %% ../nbs/03_encoder.ipynb #0788551f
