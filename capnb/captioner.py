@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Captioner', 'build_captioner', 'parameter_groups', 'thaw', 'frozen_fingerprint', 'trained_state', 'save_metadata',
-           'save_checkpoint', 'newest_checkpoint', 'read_metadata', 'load_trained', 'load_model_from_checkpoint',
-           'start_from']
+           'save_checkpoint', 'newest_checkpoint', 'read_metadata', 'load_trained', 'check_frozen',
+           'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
 import json, math, pickle, re
@@ -230,6 +230,15 @@ def load_trained(
     _check_shapes(wanted, state, source)
     model.load_state_dict(state, strict=False)
 
+def check_frozen(
+    model:Captioner,
+    fingerprint, # From `frozen_fingerprint` when it was trained; None where that is not known
+    source, # Named in the error
+):
+    "Raise a `ValueError` if the frozen weights are not those that the model was trained with."
+    now = frozen_fingerprint(model)
+    if fingerprint not in (None, now): raise ValueError(f"{source} was trained with other frozen weights than are here now ({fingerprint}, now {now}): the encoder or the decoder has changed")
+
 def load_model_from_checkpoint(
     path, # File of weights, `model_state_dict_....pth`
     device=None, # None for the best device
@@ -239,8 +248,7 @@ def load_model_from_checkpoint(
     h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
     model = build_captioner(h, device)
     thaw(model, h, metadata.get('epoch', 1))
-    if metadata.get('frozen', now := frozen_fingerprint(model)) != now:
-        raise ValueError(f"{path} was trained with other weights of {h.encoder_name!r} or {h.decoder_name or h.tokenizer_name!r} than are here now ({metadata['frozen']}, now {now})")
+    check_frozen(model, metadata.get('frozen'), path)
     load_trained(model, state, path)
     return model.eval(), metadata, h
 
