@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'CapnbConfig', 'config_of', 'CapnbForImageCaptioning', 'CapnbProcessor', 'model_card', 'share',
-           'as_checkpoint', 'as_llava']
+           'as_checkpoint', 'as_llava', 'save_llava', 'share_command']
 
 # %% ../nbs/15_sharing.ipynb #0da7c003
 import copy, json, tempfile
@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig,
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers.utils import cached_file
-from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, save_checkpoint, thaw, trained_state
+from fastcore.script import Param, store_true
+from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, newest_checkpoint, save_checkpoint, thaw, trained_state
+from .commands import command
 from .core import Hyperparameters, as_hyperparameters, atomic_write
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
@@ -248,6 +250,8 @@ def _with_image_token(tokenizer):
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, 'left'
     return tokenizer
 
+def _facts(config): return {k: v for k,v in config.to_dict().items() if k!='_name_or_path'} # where it was read from is nobody's business
+
 def as_llava(
     model:Captioner, # With a CLIP, patch features, and nothing learned in the decoder but whole layers
 ): # A `LlavaForConditionalGeneration`, its `LlavaProcessor`
@@ -257,12 +261,38 @@ def as_llava(
     if any('.lora_' in n for n,_ in decoder.named_parameters()): raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
     tokenizer = _with_image_token(model.tokenizer)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = LlavaConfig(vision_config=vision.config, text_config=decoder.config, image_token_id=token, vision_feature_layer=-2, vision_feature_select_strategy='default', projector_hidden_act='gelu',
+    config = LlavaConfig(vision_config=_facts(vision.config), text_config=_facts(decoder.config), image_token_id=token, vision_feature_layer=-2, vision_feature_select_strategy='default', projector_hidden_act='gelu',
                          image_seq_length=model.encoder.patches, tie_word_embeddings=decoder.config.tie_word_embeddings)
     llava = LlavaForConditionalGeneration(config).to(decoder.dtype).eval()
     for ours,theirs in ((vision, llava.model.vision_tower), (model.adapter, llava.model.multi_modal_projector), (decoder.get_decoder(), llava.model.language_model), (decoder.get_output_embeddings(), llava.lm_head)):
         theirs.load_state_dict(ours.state_dict())
-    if token >= decoder.config.vocab_size: llava.resize_token_embeddings(token+1)
+    if token >= decoder.config.vocab_size: llava.resize_token_embeddings(token+1, mean_resizing=False)
     llava.generation_config = GenerationConfig(max_new_tokens=model.max_caption_length, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     processor = LlavaProcessor(model.encoder.processor, tokenizer, patch_size=vision.config.patch_size, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_CHAT)
     return llava, processor
+
+def save_llava(
+    model:Captioner, # As for `as_llava`
+    folder, # Made if it is not there
+):
+    "Save a captioner as a LLaVA, model and processor, for programs without capnb."
+    llava, processor = as_llava(model)
+    names = {n.replace('model.vision_tower.', 'model.vision_tower.vision_model.'): t for n,t in llava.state_dict().items()} # as published LLaVAs have it, and vLLM wants it
+    llava.save_pretrained(folder, state_dict=names)
+    processor.save_pretrained(folder)
+
+# %% ../nbs/15_sharing.ipynb #0da7c033
+@command
+def share_command(
+    folder:Param('Folder to write', str, opt=False, nargs='?')=None,
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', str)=None,
+    llava:Param('Write a LLaVA with all its parts, for programs without capnb; needs a captioner with patch features', store_true)=False,
+    push:Param('Upload to the hub as OWNER/NAME, instead of writing a folder', str)=None,
+):
+    "Share a trained captioner: what learned, with the names of the frozen parts and a model card."
+    if (folder is None)==(push is None): raise ValueError('name either a folder to write or, with --push, a repository')
+    if llava and push: raise ValueError('--llava writes a folder; upload it with: hf upload OWNER/NAME FOLDER')
+    model = share(checkpoint or newest_checkpoint(), 'cpu')
+    if llava: save_llava(model.captioner, folder)
+    elif folder: model.save_pretrained(folder)
+    print(f"🤝 {model.push_to_hub(push) if push else folder}")
