@@ -37,11 +37,12 @@ def train(
     if isinstance(data, str): data, changes = None, dict(changes, data=data)
     h = as_hyperparameters(settings, preset, **changes) # before anything heavy is imported: a mistake is told at once
     if data is not None: h = replace(h, data=OWN_DATA)
-    from capnb.captioner import build_captioner, start_from
+    from capnb.captioner import build_captioner, check_models, start_from
     from capnb.data import load_data
     from capnb.encoder import encode_data
     from capnb.evaluation import Scores
     from capnb.training import fit
+    check_models(h) # before pictures are fetched for a model that does not exist
     splits = load_data(h.data if data is None else data, h.image_size, h.training_size_limit)
     if not h.evaluation_enabled: splits = {'train': splits['train']}
     model = build_captioner(h, device)

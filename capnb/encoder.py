@@ -94,12 +94,15 @@ def _fit_size(name, config, processor, size):
 def load_image_processor(
     name:str, # As for `load_encoder`
     image_size:int=None, # As for `load_encoder`
+    features:str='pooled', # As for `load_encoder`
 ): # Image processor (PIL backend), the size that it makes, the configuration of the encoder
     "Load what prepares pictures for an encoder; raises `ValueError` if there is none of that kind or size."
     config, (path, options) = model_config(name, 'encoder'), model_source(name)
     if config.model_type not in _TOWERS: raise ValueError(f"encoder {name!r} is a {config.model_type!r} model; an image encoder is needed: {', '.join(k for k in _TOWERS if 'vision' not in k)}")
+    vision = getattr(config, 'vision_config', config)
+    if features=='pooled' and not getattr(vision, 'vision_use_head', True): raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
     processor = AutoImageProcessor.from_pretrained(path, backend='pil', **options)
-    return processor, _fit_size(name, getattr(config, 'vision_config', config), processor, image_size), config
+    return processor, _fit_size(name, vision, processor, image_size), config
 
 def load_encoder(
     name:str, # A shipped model, a hub id or a folder with a CLIP, SigLIP, SigLIP2 or DINOv2
@@ -108,8 +111,7 @@ def load_encoder(
     features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
     "Load an encoder's image half and its processor (PIL backend)."
-    processor, size, config = load_image_processor(name, image_size)
-    if features=='pooled' and not getattr(getattr(config, 'vision_config', config), 'vision_use_head', True): raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
+    processor, size, config = load_image_processor(name, image_size, features)
     device = device or default_device()
     model = load_whole(_tower(config.model_type, features), name, 'encoder', dtype=default_dtype(device))
     return ImageEncoder(model.to(device), processor, features, size)
