@@ -141,9 +141,10 @@ def _advice(causes, kind, name):
     if is_a(hub.RepositoryNotFoundError) or is_a(DatasetNotFoundError) and status is None: return FileNotFoundError, "there is none of this name on the hub, or it is private; check the name, or log in with `hf auth login`"
     if status in (401, 403): return PermissionError, "the hub refuses access; log in with `hf auth login`"
     if status==429 or status and status>=500: return ConnectionError, f"the hub answers with error {status}; try again later, what is downloaded is kept"
-    if is_a(hub.OfflineModeIsEnabled): return ConnectionError, "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE"
     if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError): return FileNotFoundError, f"it has not the files that are needed; look at {page}"
-    if is_a(hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError): return ConnectionError, f"{constants.ENDPOINT} cannot be reached; check the network and start again, what is downloaded is kept"
+    if not is_a(hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError): return None
+    if constants.HF_HUB_OFFLINE: return ConnectionError, "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE"
+    return ConnectionError, f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded is kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine"
 
 @contextmanager
 def hub_errors(
