@@ -130,6 +130,7 @@ def _causes(e):
 
 def _advice(causes, kind, name):
     "The kind of error and what to say about it, for the first cause that is known; None if there is none."
+    from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub import constants, errors as hub
     is_a = lambda *kinds: any(isinstance(c, kinds) for c in causes)
@@ -141,7 +142,7 @@ def _advice(causes, kind, name):
     if is_a(hub.RepositoryNotFoundError) or is_a(DatasetNotFoundError) and status is None: return FileNotFoundError, "there is none of this name on the hub, or it is private; check the name, or log in with `hf auth login`"
     if status in (401, 403): return PermissionError, "the hub refuses access; log in with `hf auth login`"
     if status==429 or status and status>=500: return ConnectionError, f"the hub answers with error {status}; try again later, what is downloaded is kept"
-    if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError): return FileNotFoundError, f"it has not the files that are needed; look at {page}"
+    if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError, EmptyDatasetError): return FileNotFoundError, f"it has not the files that are needed; look at {page}"
     if not is_a(hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError): return None
     if constants.HF_HUB_OFFLINE: return ConnectionError, "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE"
     return ConnectionError, f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded is kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine"

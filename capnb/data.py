@@ -10,6 +10,7 @@ __all__ = ['HUB_DATA', 'open_image', 'CaptionData', 'tell_columns', 'named_rows'
 import csv, io, json, re, struct
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from random import Random
 import numpy as np
@@ -354,9 +355,14 @@ def _split_name(name): return _SPLIT_NAMES.get(str(name).lower(), str(name))
 def _assigned(rows, name, start, missing):
     "The split of each row of the hub's split `name`, of which `rows` (a `datasets.Dataset`) begin at number `start`."
     if 'split' in rows.column_names: return [_split_name(s) for s in rows['split'][:]]
-    if not missing or len(missing)==1 and _split_name(name)!='train': return [_split_name(name)]*len(rows)
+    if len(_given(rows, name, missing))==1: return [_split_name(name)]*len(rows)
     draws = [int(10*Random(f'split {n}').random()) for n in range(start, start+len(rows))]
     return [missing[d] if d < len(missing) else 'train' for d in draws]
+
+def _given(rows, name, missing):
+    "The splits that the hub's split `name` has rows for."
+    if 'split' in rows.column_names: return {'train', 'validation', 'test'}
+    return {'train', *missing} if len(missing)==2 or _split_name(name)=='train' else {_split_name(name)}
 
 def _regrouped(hub):
     "The hub's splits, a `Dataset` each by name, as the splits that we learn from."
@@ -377,39 +383,47 @@ def held_back(
     "Say how many pictures of each other split belong to a limited number of training pictures."
     return max(10, -(-limit//10))
 
+def _parquet_files(repo, revision):
+    "Addresses of the parquet files of each of the hub's splits, with the commit in them."
+    from datasets import load_dataset_builder
+    builder = load_dataset_builder(repo, revision=revision)
+    if builder.name!='parquet': raise ValueError(f"data set {repo}: training_size_limit needs parquet, but it is stored as {builder.name}; most data sets have a copy, try data_revision 'refs/convert/parquet'")
+    return {str(name): list(urls) for name,urls in builder.config.data_files.items()}
+
 def _groups(files, folder):
     "Row groups of parquet files on the hub, one after the other, as `Dataset`s; each is fetched once and kept in `folder`."
     import pyarrow as pa, pyarrow.parquet as pq
     from datasets import Dataset
     from huggingface_hub import HfFileSystem
     for n,file in enumerate(files):
-        with HfFileSystem().open(file, cache_type='none') as f:
-            parquet = pq.ParquetFile(f)
-            for g in range(parquet.num_row_groups):
-                path = folder/f'{n:05}-{g:05}.arrow'
-                if not path.exists():
-                    table = parquet.read_row_group(g)
-                    with atomic_write(path, 'wb') as out, pa.ipc.new_stream(out, table.schema) as stream: stream.write_table(table)
-                yield Dataset.from_file(str(path))
+        opened, count = cache(lambda: pq.ParquetFile(HfFileSystem().open(file, cache_type='none'))), folder/f'{n:05}.count'
+        if not count.exists():
+            with atomic_write(count) as out: out.write(str(opened().num_row_groups))
+        for g in range(int(count.read_text())):
+            path = folder/f'{n:05}-{g:05}.arrow'
+            if not path.exists():
+                table = opened().read_row_group(g)
+                with atomic_write(path, 'wb') as out, pa.ipc.new_stream(out, table.schema) as stream: stream.write_table(table)
+            yield Dataset.from_file(str(path))
 
 def _first_rows(repo, revision, limit):
     "The first rows of each of the hub's splits, as many as `limit` training pictures and what is held back beside them need."
-    from datasets import concatenate_datasets, load_dataset_builder
-    from huggingface_hub.constants import HF_HOME
-    builder = load_dataset_builder(repo, revision=revision)
-    if builder.name!='parquet': raise ValueError(f"data set {repo}: training_size_limit needs parquet, but it is stored as {builder.name}; most data sets have a copy, try data_revision 'refs/convert/parquet'")
-    files = {str(name): list(urls) for name,urls in builder.config.data_files.items()}
-    have, need, hub, missing = Counter(), lambda split: limit if split=='train' else held_back(limit), {}, _missing(files)
+    from datasets import concatenate_datasets
+    from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
+    folder = Path(HF_HOME)/'capnb'/repo.replace('/','--')
+    index = folder/f"{(revision or 'main').replace('/','--')}.json"
+    if not (HF_HUB_OFFLINE and index.exists()):
+        with atomic_write(index) as f: json.dump(_parquet_files(repo, revision), f)
+    files = json.loads(index.read_text())
+    need, have, hub, missing = lambda split: limit if split=='train' else held_back(limit), Counter(), {}, _missing(files)
     with tqdm(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
         for name,urls in files.items():
-            parts, start, commit = [], 0, re.search('@([^/]+)', urls[0])[1]
-            for rows in _groups(urls, Path(HF_HOME)/'capnb'/repo.replace('/','--')/commit/name):
-                parts.append(rows)
+            parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
+            for rows in _groups(urls, kept):
                 have.update(_assigned(rows, name, start, missing))
-                start += len(rows)
+                parts.append(rows); start += len(rows)
                 bar.update(min(have['train'], limit)-bar.n)
-                mine = ('train','validation','test') if 'split' in rows.column_names else {'train', *missing} if len(files)==1 else {'train', *missing} if _split_name(name)=='train' else {_split_name(name)}
-                if all(have[split] >= need(split) for split in mine): break
+                if all(have[split] >= need(split) for split in _given(rows, name, missing)): break
             hub[name] = concatenate_datasets(parts)
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}
 
@@ -422,7 +436,8 @@ def load_hub(
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
     with hub_errors('data set', repo):
-        if not constants.HF_HUB_OFFLINE: HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT) # what can't be reached is told at once
+        if not constants.HF_HUB_OFFLINE: # what can't be had is told at once
+            if HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated: HfApi().auth_check(repo, repo_type='dataset')
         return _first_rows(repo, revision, limit) if limit else _regrouped(load_dataset(repo, revision=revision))
 
 # %% ../nbs/02_data.ipynb #0da7b502

@@ -1,9 +1,9 @@
 "A hub on the loopback address: enough of the API of huggingface.co for the real clients of `datasets`, `huggingface_hub` and `transformers`."
-import hashlib, json, re, threading
+import hashlib, json, re, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-ASK = re.compile(r'(?:/api/(?P<api>datasets|models)/(?P<name>[^/]+/[^/]+?)(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?'
+ASK = re.compile(r'(?:/api/(?P<api>datasets|models)/(?P<name>[^/]+/[^/]+?)(?:/(?P<what>revision|tree|paths-info|auth-check)(?:/(?P<revision>[^/]+))?(?:/(?P<path>.+))?)?'
                  r'|/(?P<data>datasets/)?(?P<owner>[^/]+/[^/]+)/resolve/(?P<at>[^/]+)/(?P<file>.+))')
 
 class Repo:
@@ -14,14 +14,15 @@ class Repo:
         self.revisions = {*revisions, self.sha}
 
 class Hub:
-    "The server. `sent` counts the bytes of files, `asked` lists the requests; `cut_after` closes the next answers that are longer after so many bytes; `status` answers every request with it."
+    "The server. `sent` counts the bytes of files, `asked` lists the requests; `cut_after` closes the next answers that are longer after so many bytes; `status` answers every request with it, `pause` waits before each 16 KB of a file (seconds)."
     def __init__(self):
-        self.repos, self.sent, self.asked, self.cut_after, self.cuts, self.status = {}, 0, [], None, 0, None
+        self.repair()
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), dict(hub=self)))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f'http://127.0.0.1:{self.server.server_port}'
 
+    def repair(self): self.repos, self.sent, self.asked, self.cut_after, self.cuts, self.status, self.pause = {}, 0, [], None, 0, None, 0
     def add(self, name, files, kind='datasets', **more): self.repos[kind, name] = Repo(files, **more)
     def close(self): self.server.shutdown(); self.server.server_close()
 
@@ -30,7 +31,7 @@ class Hub:
         return {'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_TOKEN': '', 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
+    protocol_version, disable_nagle_algorithm = 'HTTP/1.1', True
     def log_message(self, *args): pass
 
     def answer(self, status, content=b'', **headers):
@@ -38,11 +39,13 @@ class _Handler(BaseHTTPRequestHandler):
         for name,value in dict({'Content-Length': len(content)}, **headers).items(): self.send_header(name, str(value))
         self.end_headers()
         if self.command == 'HEAD': return
-        if self.path.find('/resolve/') > 0 and status < 300: self.hub.sent += len(content)
         if self.hub.cuts and len(content) > self.hub.cut_after:
             self.hub.cuts -= 1
             content, self.close_connection = content[:self.hub.cut_after], True
-        self.wfile.write(content)
+        for at in range(0, len(content), 16_384):
+            if '/resolve/' in self.path: time.sleep(self.hub.pause); self.hub.sent += len(content[at:at+16_384])
+            try: self.wfile.write(content[at:at+16_384])
+            except ConnectionError: self.close_connection = True; return # the other side has gone
 
     def json(self, value): self.answer(200, json.dumps(value).encode(), **{'Content-Type': 'application/json'})
     def error(self, status, code): self.answer(status, **{'X-Error-Code': code, 'X-Error-Message': code})
@@ -59,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None: return self.error(404, 'RepoNotFound')
         if unquote(ask['revision'] or ask['at'] or 'main') not in repo.revisions: return self.error(404, 'RevisionNotFound')
         if ask['file']: return self.file(repo, unquote(ask['file']))
+        if ask['what'] == 'auth-check': return self.error(403, 'GatedRepo') if repo.gated else self.json({})
         if ask['what'] == 'tree': return self.tree(repo, unquote(ask['path'] or ''), parse_qs(url.query))
         if ask['what'] == 'paths-info': return self.json([self.entry(repo, p) for p in self.paths(body) if p in repo.files])
         self.json(dict(_id=repo.sha[:24], id=ask['name'], sha=repo.sha, private=False, gated='manual' if repo.gated else False, disabled=False, downloads=0, likes=0, tags=[],
