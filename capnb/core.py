@@ -147,6 +147,7 @@ def _advice(causes, kind, name):
     if constants.HF_HUB_OFFLINE: return ConnectionError, "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE"
     return ConnectionError, f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded is kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine"
 
+# %% ../nbs/00_core.ipynb #0da7b107
 @contextmanager
 def hub_errors(
     kind:str, # 'data set' or 'model'

@@ -42,14 +42,14 @@ def open_image(
     try:
         if isinstance(source, Image.Image): return _as_rgb(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image: return _as_rgb(image)
-    except UnidentifiedImageError: why = 'its content is of no known format' if isinstance(source, (bytes, Image.Image)) or Path(source).stat().st_size else 'it is empty'
+    except UnidentifiedImageError: why = 'it is empty' if source==b'' or isinstance(source, (str, Path)) and not Path(source).stat().st_size else 'its content is of no known format'
     except _NO_PICTURE as e: why = (str(e) or type(e).__name__).splitlines()[0]
     raise ValueError(f"{name or source} is not a readable picture: {why}")
 
 # %% ../nbs/02_data.ipynb #55ba50be
 def _picture(image, where):
     "The picture of a row, as `open_image` gives it: PIL, or bytes, or bytes with a path as `datasets` stores them."
-    if isinstance(image, Mapping): image = image.get('bytes') or image.get('path') and Path(image['path'])
+    if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
     if not isinstance(image, (Image.Image, bytes, Path)): raise ValueError(f"{where}: 'image' must be a PIL image, not {type(image).__name__}")
     return open_image(image, f"{where}: the image")
 
@@ -233,6 +233,7 @@ def _only_table(folder):
     if len(tables)==1: return tables[0]
     raise FileNotFoundError(f"{folder} needs one table of captions, such as captions.csv with the columns file_name and caption; it has {', '.join(t.name for t in tables) or 'none'}")
 
+# %% ../nbs/02_data.ipynb #0da7a015
 class PictureFolder:
     "Pictures in a folder, with their captions in a table beside them: `captions` or `metadata` as .csv, .tsv, .txt, .jsonl or .json, `results.csv`, a `.token` file as of Flickr8k, `captions_*.json` as of COCO, `dataset_*.json` as of Karpathy."
     def __init__(self,
@@ -383,6 +384,7 @@ def held_back(
     "Say how many pictures of each other split belong to a limited number of training pictures."
     return max(10, -(-limit//10))
 
+# %% ../nbs/02_data.ipynb #0da7b409
 def _parquet_files(repo, revision):
     "Addresses of the parquet files of each of the hub's splits, with the commit in them."
     from datasets import load_dataset_builder
@@ -406,6 +408,7 @@ def _groups(files, folder):
                 with atomic_write(path, 'wb') as out, pa.ipc.new_stream(out, table.schema) as stream: stream.write_table(table)
             yield Dataset.from_file(str(path))
 
+# %% ../nbs/02_data.ipynb #0da7b410
 def _first_rows(repo, revision, limit):
     "The first rows of each of the hub's splits, as many as `limit` training pictures and what is held back beside them need."
     from datasets import concatenate_datasets
@@ -427,6 +430,7 @@ def _first_rows(repo, revision, limit):
             hub[name] = concatenate_datasets(parts)
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}
 
+# %% ../nbs/02_data.ipynb #0da7b411
 def load_hub(
     repo:str, # 'owner/name' on the hub
     revision:str=None, # Branch, tag or commit; None for the main one
@@ -462,16 +466,26 @@ def skip_bad(self:CaptionData,
     return bad
 
 # %% ../nbs/02_data.ipynb #a56c776e
-def _sources(data, image_size, limit, bad_rows, revision):
+def _hub_rows(repo, revision, limit, columns):
+    "A data set of the hub, with a line that says what was taken."
+    found = load_hub(repo, revision, limit)
+    image, captions = tell_columns(next(iter(found.values())).features, *columns)
+    print(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
+    return {split: named_rows(rows, *columns) for split,rows in found.items()}
+
+def _sources(data, image_size, limit, bad_rows, revision, columns):
     "Rows by name of split for whatever names or holds a data set, and what was left out of it."
     name = str(data) if isinstance(data, (str, Path)) else None
+    if not name: return {split: named_rows(rows, *columns) for split,rows in data.items()} if isinstance(data, Mapping) else split_rows(named_rows(data, *columns)), []
     if name=='storybook': return {split: Storybook(split, size=image_size) for split in SPLITS}, []
-    if name in HUB_DATA: return load_hub(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit), []
-    if name and Path(name).is_dir(): return read_folder(name, bad_rows)
-    if name and re.fullmatch(r'[\w.-]+/[\w.-]+', name): return load_hub(name, revision, limit), []
-    if name: raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or a folder with pictures and a captions.csv")
-    return data if isinstance(data, Mapping) else split_rows(data), []
+    if name in HUB_DATA: return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns), []
+    if Path(name).is_dir(): return read_folder(name, bad_rows)
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', name): raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or a folder with pictures and a captions.csv")
+    try: return _hub_rows(name, revision, limit, columns), []
+    except OSError as e: raise type(e)(f"{e}; and there is no folder {name}") from None
 
+
+# %% ../nbs/02_data.ipynb #0da7b412
 def load_data(
     data='storybook', # 'storybook'; a name of `HUB_DATA` or a hub id; a folder, see `read_folder`; a dictionary of splits with at least 'train'; or one data set, which is then cut
     image_size:int=64, # Size at which the storybook is drawn, pixels
@@ -482,9 +496,9 @@ def load_data(
     revision:str=None, # Of a hub data set
 ) -> dict: # Name of split: `CaptionData`
     "Load captioned pictures; raises `ValueError` if the name is not known or 'train' is missing, and as `read_folder` and `load_hub`."
-    sources, bad = _sources(data, image_size, limit, bad_rows, revision)
+    sources, bad = _sources(data, image_size, limit, bad_rows, revision, (image_column, caption_column))
     if 'train' not in sources: raise ValueError(f"the data has no split 'train', only {', '.join(sources)}")
-    splits = {split: CaptionData(named_rows(rows, image_column, caption_column), limit if split=='train' else None) for split,rows in sources.items()}
+    splits = {split: CaptionData(rows, limit if split=='train' else None) for split,rows in sources.items()}
     if bad_rows=='skip':
         bad = bad + [b for split,rows in splits.items() for b in rows.skip_bad(f'Looking over {split}')]
         if bad: print(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
@@ -507,10 +521,10 @@ def check_data(
     revision:str=None,
 ) -> dict: # `data` (its name), `splits` (what is in each), `bad` (what is wrong with each bad row)
     "Open every picture of a data set once, and tell what is in it and what is wrong with it; raises as `load_data`."
-    sources, bad = _sources(data, 64, limit, 'skip', revision)
+    sources, bad = _sources(data, 64, limit, 'skip', revision, (image_column, caption_column))
     found = {}
     for split,rows in sources.items():
-        rows = CaptionData(named_rows(rows, image_column, caption_column), limit if split=='train' else None)
+        rows = CaptionData(rows, limit if split=='train' else None)
         sizes, captions, first = [], [], []
         for i,row,problem in rows.looked_over(f'Looking over {split}'):
             if row is None: bad.append(f'{split}: {problem}'); continue
@@ -519,6 +533,7 @@ def check_data(
         found[split] = dict(pictures=len(sizes), captions=sum(captions), captions_per_picture=dict(sorted(Counter(captions).items())), smallest=min(sizes, key=np.prod, default=None), largest=max(sizes, key=np.prod, default=None), samples=first)
     return dict(data=str(data) if isinstance(data, (str, Path)) else type(data).__name__, splits=found, bad=bad)
 
+# %% ../nbs/02_data.ipynb #0da7b604
 def report_data(
     report:dict, # Of `check_data`
 ):
