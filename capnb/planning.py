@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA', 'PROCESS_GB', 'FIELDS', 'model_config', 'count',
-           'blank_captioner', 'MemoryCounter', 'phases', 'count_phases', 'picture_counts', 'download_of', 'Plan',
-           'free_memory', 'plan_text', 'time_phases', 'run_seconds', 'dry_run', 'settings_name', 'result_row',
-           'add_row', 'results_table', 'results_command']
+           'blank_captioner', 'MemoryCounter', 'FusedAttention', 'phases', 'count_phases', 'picture_counts',
+           'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds', 'dry_run', 'settings_name',
+           'result_row', 'add_row', 'results_table', 'results_command']
 
 # %% ../nbs/13_planning.ipynb #13a00003
 import json, shutil, time, weakref
@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 import torch
 from fastcore.script import Param
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,6 +95,16 @@ class MemoryCounter(TorchDispatchMode):
         return out
 
 # %% ../nbs/13_planning.ipynb #13a00012
+class FusedAttention(TorchFunctionMode):
+    "Inside the `with`, attention on the meta device is the fused operation that devices have."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention: return func(*args, **kwargs)
+        q, k, v = args # (batch, heads, positions, width)
+        if k.shape[1]!=q.shape[1]: k, v = (t.repeat_interleave(q.shape[1]//t.shape[1], 1) for t in (k, v))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, kwargs.get('attn_mask'), torch.is_grad_enabled(), 0., kwargs.get('is_causal', False), scale=kwargs.get('scale'))[0]
+
+# %% ../nbs/13_planning.ipynb #13a00016
 TOKENS = 32 # assumed length of the longest caption in a batch
 ENCODED, READ, WRITTEN = 128, 64, 100 # pictures at a time in `encode_data`, `validate` and `write_captions_for`
 
@@ -124,12 +136,12 @@ def count_phases(
     model, counts = blank_captioner(h, 'meta', dtype), {}
     for name,do in phases(model, h).items():
         model.adapter.zero_grad()
-        with FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
+        with FusedAttention(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
         counts[name] = dict(bytes=memory.now if name=='write' else memory.peak, flops=flops.get_total_flops()) # written token by token: only the cache is ever whole
         del kept
     return counts
 
-# %% ../nbs/13_planning.ipynb #13a0001a
+# %% ../nbs/13_planning.ipynb #13a0001e
 KNOWN_DATA = {'flickr30k': dict(gb=4.3, pictures=dict(train=29000, validation=1014, test=1000))} # parquet files of nlphuji/flickr30k; Karpathy's split
 
 def picture_counts(
@@ -162,7 +174,7 @@ def download_of(
     size = sum(f.file_size for f in files if f.will_download)/1e9
     return size, 'says the hub' if size else 'is in the cache'
 
-# %% ../nbs/13_planning.ipynb #13a0001c
+# %% ../nbs/13_planning.ipynb #13a00020
 PROCESS_GB = .5 # Python with torch and transformers, or the CUDA context on a GPU
 
 class Plan:
@@ -193,7 +205,7 @@ class Plan:
     @property
     def checkpoints(self): return self.epochs*4*self.parameters['adapter']/1e9 # GB
 
-# %% ../nbs/13_planning.ipynb #13a0001f
+# %% ../nbs/13_planning.ipynb #13a00023
 def free_memory(
     device:str, # 'cuda', 'mps' or 'cpu'
 ) -> float: # GB
@@ -214,11 +226,11 @@ def plan_text(plan:Plan) -> str:
              f"data         {', '.join(f'{n} {split}' for split,n in plan.pictures.items())} pictures; {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}",
              f"parameters   frozen {(m['encoder']+m['decoder'])/1e6:.1f} million (encoder {m['encoder']/1e6:.1f}, decoder {m['decoder']/1e6:.1f}), trained {m['adapter']/1e6:.2f} million"]
     lines += [f"download     {gb(size) if size else 'nothing'}: {name} ({how})" for name,(size,how) in plan.downloads.items()]
-    lines += [f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads, {gb(plan.checkpoints)} of checkpoints in {h.output_dir}; {gb(shutil.disk_usage(_existing(h.output_dir)).free)} are free there",
+    lines += [f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads, {gb(plan.checkpoints)} of checkpoints in {h.output_dir}; {gb(shutil.disk_usage(_existing(h.output_dir)).free/1e9)} are free there",
               f"memory       {gb(plan.memory_needed)} expected: " + ', '.join(f'{name} {gb(v)}' for name,v in plan.memory.items() if name not in plan.counts) + ', and the largest of ' + ', '.join(f'{name} {gb(v)}' for name,v in plan.memory.items() if name in plan.counts)]
     return '\n'.join(lines)
 
-# %% ../nbs/13_planning.ipynb #13a00028
+# %% ../nbs/13_planning.ipynb #13a0002c
 class _Wordless:
     "Stands in for a tokenizer where nobody reads what is written."
     eos_token_id = 0
@@ -263,7 +275,7 @@ def run_seconds(
     if not plan.h.evaluation_enabled: return parts
     return dict(parts, validation=plan.epochs*score(plan.pictures['validation'], tokens), test=sum(score(n, tokens)+score(n, plan.h.max_caption_length) for n in held_back))
 
-# %% ../nbs/13_planning.ipynb #13a0002c
+# %% ../nbs/13_planning.ipynb #13a00030
 def _clock(seconds):
     "Seconds as people say them."
     return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} minutes' if seconds < 7200 else f'{seconds/3600:.1f} hours'
@@ -284,7 +296,7 @@ def dry_run(
     parts = run_seconds(plan, seconds)
     print(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
 
-# %% ../nbs/13_planning.ipynb #13a00037
+# %% ../nbs/13_planning.ipynb #13a0003b
 FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_pictures', 'first_loss', 'last_loss', 'validation_loss', 'split', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain', 'seconds', 'device', 'date')
 
 def settings_name(
@@ -309,7 +321,7 @@ def result_row(
     return dict(zip(FIELDS, (settings_name(h), m['encoder'], m['decoder'], m['data']['name'], m['data']['train'], sum(losses[:10])/len(losses[:10]), m['training_loss'], m['validation_loss'], split,
                              *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')), sum(e['seconds'] for e in epochs), hardware or m['device'], f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}')))
 
-# %% ../nbs/13_planning.ipynb #13a00038
+# %% ../nbs/13_planning.ipynb #13a0003c
 def _is_same(a, b): return all(a[k]==b[k] for k in ('settings', 'encoder', 'decoder', 'data')) and (a['device']==b['device'] or None in (a['device'], b['device']))
 
 def add_row(
