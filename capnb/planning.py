@@ -302,8 +302,9 @@ FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_pictures', 'first_
 def settings_name(
     h:Hyperparameters,
 ) -> str: # Such as 'flickr30k' or 'flickr30k (batch_size 4)'
-    "Name settings by the nearest preset and the differences from it; where files go and the seed make none."
-    def differences(preset): return {k: v for k,v in asdict(h).items() if k not in ('output_dir','seed') and v!=as_hyperparameters(preset=preset)[k]}
+    "Name settings by the nearest preset and the differences from it."
+    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'output_dir', 'seed') # have a column of their own, or make no difference
+    def differences(preset): return {k: v for k,v in asdict(h).items() if k not in apart and v!=as_hyperparameters(preset=preset)[k]}
     preset = min(PRESETS, key=lambda p: len(differences(p)))
     changed = ', '.join(f'{k} {v}' for k,v in differences(preset).items())
     return f'{preset} ({changed})' if changed else preset

@@ -147,7 +147,7 @@ def test_one_command_fills_the_table(run, tmp_path, checkpoint):
     assert rows[0]['rouge_l'] == metadata['test']['rouge_l'] and rows[0]['last_loss'] == metadata['training_loss']
     first_epoch = read_metadata(checkpoint.with_name(checkpoint.name.replace('-2.pth', '-1.pth')))
     assert rows[0]['seconds'] == pytest.approx(first_epoch['seconds']+metadata['seconds'])
-    assert rows[0]['settings'] == 'storybook (max_caption_length 24, num_epochs 2, data (data of your own))'
+    assert rows[0]['settings'] == 'storybook (num_epochs 2, max_caption_length 24)'
     assert (tmp_path/'results.md').read_text(encoding='utf-8').strip() == results_table(rows) == done.stdout.strip()
 
 @pytest.mark.parametrize('args, message', [(['nothing.pth'], 'results: nothing.pth has no metadata beside it'), (['CHECKPOINT', '--file', 'table.md'], 'results: table.md must end in .json'), (['CHECKPOINT', '--file', 'broken.json'], 'results: broken.json is no file of results')])
