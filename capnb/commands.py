@@ -81,10 +81,15 @@ def command(f):
 def train_command(
     preset:Param(f"Settings to start from: {', '.join(PRESETS)}", str)='storybook',
     config:Param('JSON or YAML file with hyperparameters, over the preset', str)=None,
+    dry_run:Param('Only say what the run will download, hold and take, and time one step on made-up data', store_true)=False,
     **hyperparameters,
 ):
     "Train a captioner. Without any flag: the storybook, in about a minute on two cores. Each flag below changes one hyperparameter of the preset."
-    train(config, preset=preset, **{k:v for k,v in hyperparameters.items() if v is not None})
+    changes = {k:v for k,v in hyperparameters.items() if v is not None}
+    if not dry_run: train(config, preset=preset, **changes); return
+    h = as_hyperparameters(config, preset, **changes)
+    from capnb import planning # a later chapter, which needs this one: the only import upwards
+    planning.dry_run(h)
 
 # %% ../nbs/11_commands.ipynb #7d78dd50
 def _checkpoint(checkpoint, folder):

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Hyperparameters', 'as_hyperparameters', 'model_path', 'model_source', 'no_loading_bar', 'hub_errors',
-           'model_config', 'load_whole', 'default_device', 'default_dtype', 'memory_in_use', 'atomic_write']
+           'model_config', 'load_whole', 'Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention',
+           'default_device', 'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention',
+           'memory_in_use', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #74982778
 import errno, json, os, re, tempfile
@@ -218,22 +220,78 @@ def load_whole(
     if missing := sorted(report['missing_keys']): raise ValueError(f"{role} {name!r} has no weights for {missing[0]}" + (f' and {len(missing)-1} more' if len(missing)>1 else ''))
     return model
 
+# %% ../nbs/00_core.ipynb #5a1e0003
+@dataclass(frozen=True)
+class Hardware:
+    "A device, as far as the choice of number type and attention depends on it."
+    device: str # 'cuda', 'mps' or 'cpu'
+    name: str # What its maker calls it
+    memory: float # GB in all
+    capability: tuple = None # Compute capability of a GPU, (major, minor); None for what is none
+    bf16: bool = False # Whether a GPU itself computes with bfloat16
+    attention: tuple = ('sdpa',) # What is installed besides 'eager': 'sdpa', 'flash_attention_2'
+
+def choose_dtype(
+    hardware:Hardware,
+) -> str: # Name of a `torch.dtype`
+    "Choose the number type of frozen models: bfloat16 where a GPU has it, float16 on older GPUs with tensor cores (from compute capability 7.0), else float32."
+    if hardware.device!='cuda': return 'float32'
+    if hardware.bf16: return 'bfloat16'
+    return 'float16' if hardware.capability >= (7,0) else 'float32'
+
+def choose_mixed_precision(
+    hardware:Hardware,
+) -> str: # What `accelerate.Accelerator(mixed_precision=...)` takes: 'no', 'bf16' or 'fp16'
+    "Choose the precision of training to go with the frozen models; 'fp16' brings a gradient scaler."
+    return dict(float32='no', bfloat16='bf16', float16='fp16')[choose_dtype(hardware)]
+
+def choose_attention(
+    hardware:Hardware,
+) -> str: # What `from_pretrained(attn_implementation=...)` takes
+    "Choose how attention is computed: FlashAttention 2 where it is installed and the GPU is an Ampere or newer, else PyTorch's own, else plain matrix products."
+    if 'flash_attention_2' in hardware.attention and hardware.device=='cuda' and hardware.capability >= (8,0): return 'flash_attention_2'
+    return 'sdpa' if 'sdpa' in hardware.attention else 'eager'
+
 # %% ../nbs/00_core.ipynb #706d9aa8
 def default_device() -> str: # 'cuda', 'mps' or 'cpu'
     "Name the best device of this machine."
     import torch
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
+def describe_hardware(
+    device=None, # 'cuda', 'cuda:1', 'mps', 'cpu' or a `torch.device`; None for the best device
+) -> Hardware:
+    "Ask this machine what `device` is."
+    import platform, psutil, torch
+    from transformers.utils import is_flash_attn_2_available
+    device = torch.device(device or default_device())
+    attention = ('sdpa',)*hasattr(torch.nn.functional, 'scaled_dot_product_attention') + ('flash_attention_2',)*is_flash_attn_2_available()
+    if device.type!='cuda': return Hardware(device.type, platform.processor() or platform.machine(), psutil.virtual_memory().total/1e9, attention=attention)
+    gpu = torch.cuda.get_device_properties(device)
+    with torch.cuda.device(device): bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Hardware('cuda', gpu.name, gpu.total_memory/1e9, (gpu.major, gpu.minor), bf16, attention)
+
 def default_dtype(
-    device, # 'cuda', 'cuda:1', 'mps', 'cpu' or a `torch.device`
+    device, # As for `describe_hardware`
 ): # A `torch.dtype`
     "Choose the number type of frozen models on `device`."
     import torch
-    if torch.device(device).type!='cuda': return torch.float32
-    with torch.cuda.device(device): return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return getattr(torch, choose_dtype(describe_hardware(device)))
+
+def default_mixed_precision(
+    device, # As for `describe_hardware`
+) -> str: # 'no', 'bf16' or 'fp16'
+    "Choose the precision of training on `device`, for `accelerate`."
+    return choose_mixed_precision(describe_hardware(device))
+
+def default_attention(
+    device, # As for `describe_hardware`
+) -> str: # 'flash_attention_2', 'sdpa' or 'eager'
+    "Choose how attention is computed on `device`."
+    return choose_attention(describe_hardware(device))
 
 def memory_in_use(
-    device, # As for `default_dtype`
+    device, # As for `describe_hardware`
 ) -> float: # GB; on an NVIDIA GPU what tensors hold, else what this process holds
     "Say how much memory is in use now."
     import psutil, torch
