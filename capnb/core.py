@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Hyperparameters', 'as_hyperparameters', 'model_path', 'model_source', 'no_loading_bar', 'hub_errors',
-           'model_config', 'load_whole', 'Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention',
-           'default_device', 'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention',
-           'memory_in_use', 'atomic_write']
+           'Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention', 'default_device',
+           'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention', 'memory_in_use',
+           'model_config', 'load_whole', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #74982778
 import errno, json, os, re, tempfile
@@ -181,45 +181,6 @@ def hub_errors(
         error, advice = _advice(list(_causes(e)), kind, name) or (OSError, (str(e) or type(e).__name__).splitlines()[0])
         raise error(f"{kind} {name}: {advice}") from e
 
-# %% ../nbs/00_core.ipynb #0da7b002
-_QWEN3 = {'': '0.6B 1.7B 4B 8B 14B 32B'.split(), '-Base': '0.6B 1.7B 4B 8B 14B'.split()} # the dense ones
-
-def _check_published(name):
-    "Raise a `ValueError` that names the right sizes if `name` is a dense Qwen3 that does not exist."
-    found = re.fullmatch(r'(Qwen/)?Qwen3-([\d.]+B)(-Base)?', name)
-    if not found or Path(name).exists(): return
-    sizes = _QWEN3[found[3] or '']
-    if not found[1] or found[2] not in sizes: raise ValueError(f"there is no model {name!r}; Qwen3 was published as {', '.join(f'Qwen/Qwen3-{s}{found[3] or str()}' for s in sizes)}")
-
-def model_config(
-    name:str, # As for `model_source`
-    role:str, # What it is wanted for, for the message: 'encoder' or 'decoder'
-): # A `transformers` configuration
-    "Read what kind of model a name stands for, before anything large is read; raises `ValueError` or `OSError` that says in one line why not."
-    from transformers import AutoConfig
-    path, options = model_source(name)
-    _check_published(path)
-    try:
-        with hub_errors('model', path): return AutoConfig.from_pretrained(path, **options)
-    except ValueError as e: raise ValueError(f"{role} {name!r} cannot be read: {str(e).splitlines()[0]}") from None
-
-# %% ../nbs/00_core.ipynb #0da7b005
-def load_whole(
-    cls, # Model class of `transformers`, or an Auto class
-    name:str, # As for `model_source`
-    role:str, # For the message: 'encoder' or 'decoder'
-    **kwargs, # For `from_pretrained`
-): # The model
-    "Load a model whose weights must all be there; what else the file holds is left unread. Raises `ValueError` that names what is missing."
-    from transformers.utils import logging
-    (path, options), level = model_source(name), logging.get_verbosity()
-    logging.set_verbosity_error() # we read the report ourselves
-    try:
-        with no_loading_bar(), hub_errors('model', path): model, report = cls.from_pretrained(path, output_loading_info=True, **options, **kwargs)
-    finally: logging.set_verbosity(level)
-    if missing := sorted(report['missing_keys']): raise ValueError(f"{role} {name!r} has no weights for {missing[0]}" + (f' and {len(missing)-1} more' if len(missing)>1 else ''))
-    return model
-
 # %% ../nbs/00_core.ipynb #5a1e0003
 @dataclass(frozen=True)
 class Hardware:
@@ -297,6 +258,49 @@ def memory_in_use(
     import psutil, torch
     if torch.device(device).type=='cuda': return torch.cuda.memory_allocated(device)/1e9
     return psutil.Process().memory_info().rss/1e9
+
+# %% ../nbs/00_core.ipynb #0da7b002
+_QWEN3 = {'': '0.6B 1.7B 4B 8B 14B 32B'.split(), '-Base': '0.6B 1.7B 4B 8B 14B'.split()} # the dense ones
+
+def _check_published(name):
+    "Raise a `ValueError` that names the right sizes if `name` is a dense Qwen3 that does not exist."
+    found = re.fullmatch(r'(Qwen/)?Qwen3-([\d.]+B)(-Base)?', name)
+    if not found or Path(name).exists(): return
+    sizes = _QWEN3[found[3] or '']
+    if not found[1] or found[2] not in sizes: raise ValueError(f"there is no model {name!r}; Qwen3 was published as {', '.join(f'Qwen/Qwen3-{s}{found[3] or str()}' for s in sizes)}")
+
+def model_config(
+    name:str, # As for `model_source`
+    role:str, # What it is wanted for, for the message: 'encoder' or 'decoder'
+): # A `transformers` configuration
+    "Read what kind of model a name stands for, before anything large is read; raises `ValueError` or `OSError` that says in one line why not."
+    from transformers import AutoConfig
+    path, options = model_source(name)
+    _check_published(path)
+    try:
+        with hub_errors('model', path): return AutoConfig.from_pretrained(path, **options)
+    except ValueError as e: raise ValueError(f"{role} {name!r} cannot be read: {str(e).splitlines()[0]}") from None
+
+# %% ../nbs/00_core.ipynb #0da7b005
+def load_whole(
+    cls, # Model class of `transformers`
+    name:str, # As for `model_source`
+    role:str, # For the message: 'encoder' or 'decoder'
+    device, # Where to put it
+    dtype=None, # Number type of its weights; None for what suits the device
+): # The model, frozen and in evaluation mode
+    "Load a model whose weights must all be there; what else the file holds is left unread. Raises `ValueError` that names what is missing."
+    import torch
+    from transformers.utils import logging
+    (path, options), level, dtype = model_source(name), logging.get_verbosity(), dtype or default_dtype(device)
+    flash = cls._supports_flash_attn and dtype!=torch.float32 and default_attention(device)=='flash_attention_2'
+    logging.set_verbosity_error() # we read the report ourselves
+    try:
+        with no_loading_bar(), hub_errors('model', path):
+            model, report = cls.from_pretrained(path, output_loading_info=True, dtype=dtype, attn_implementation='flash_attention_2' if flash else None, **options)
+    finally: logging.set_verbosity(level)
+    if missing := sorted(report['missing_keys']): raise ValueError(f"{role} {name!r} has no weights for {missing[0]}" + (f' and {len(missing)-1} more' if len(missing)>1 else ''))
+    return model.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/00_core.ipynb #aa5720e0
 @contextmanager

@@ -11,9 +11,9 @@ import inspect, torch
 from importlib.util import find_spec
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .core import default_device, default_dtype, load_whole, model_config, model_source
+from .core import default_device, load_whole, model_config, model_source
 
 # %% ../nbs/05_decoder.ipynb #0da7b031
 def _settle_end(tokenizer, config):
@@ -62,10 +62,10 @@ def load_decoder(
     "Load a causal language model (one that predicts the next token from those before it) to be read from and written with, but not trained."
     config, device = decoder_config(name), device or default_device()
     tokenizer = load_tokenizer(tokenizer_name or name, config)
-    model = load_whole(AutoModelForCausalLM, name, 'decoder', dtype=dtype or default_dtype(device)).to(device)
+    model = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], name, 'decoder', device, dtype)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
-    return model.eval().requires_grad_(False), tokenizer
+    return model, tokenizer
 
 # %% ../nbs/05_decoder.ipynb #bf20139e
 def tokenize_captions(

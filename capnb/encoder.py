@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .core import default_device, default_dtype, load_whole, model_config, model_source
+from .core import default_device, load_whole, model_config, model_source
 
 # %% ../nbs/03_encoder.ipynb #5597efde
 _TOWERS = dict(clip=('CLIPVisionModelWithProjection','CLIPVisionModel'), siglip=('SiglipVisionModel',)*2, siglip2=('Siglip2VisionModel',)*2, # for pooled and for patch features
@@ -113,8 +113,7 @@ def load_encoder(
     "Load an encoder's image half and its processor (PIL backend)."
     processor, size, config = load_image_processor(name, image_size, features)
     device = device or default_device()
-    model = load_whole(_tower(config.model_type, features), name, 'encoder', dtype=default_dtype(device))
-    return ImageEncoder(model.to(device), processor, features, size)
+    return ImageEncoder(load_whole(_tower(config.model_type, features), name, 'encoder', device), processor, features, size)
 
 # %% ../nbs/03_encoder.ipynb #0788551f
 class EncodedData:
