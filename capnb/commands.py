@@ -108,7 +108,7 @@ def eval_command(
     path = _checkpoint(checkpoint, folder)
     model, metadata, h = load_model_from_checkpoint(path)
     if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
-    print(f"{path}, epoch {metadata['epoch']}, trained on {h.data}")
+    print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits = load_data(h.data, h.image_size)
     if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     results = {s: evaluate(model, encode_data(model.encoder, d, progress=f'Encoding {s}'), s) for s,d in splits.items() if s==split or not split and s not in ('train','validation')}
