@@ -43,7 +43,7 @@ class Hyperparameters:
     decoder_rate: float = _setting(.1, 'Learning rate of what learns in the decoder, as a share of learning_rate', lo=0, hi=1)
     init_from: str = _setting(None, 'Checkpoint whose trained weights the run begins with', optional=True)
     max_steps: int = _setting(None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True)
-    seed: int = _setting(0, 'Fixes the order of the data, the choice of captions and the start of the adapter', lo=0)
+    seed: int = _setting(0, 'Fixes the order of the data, the choice of captions, the start of the adapter and what is drawn at random in training', lo=0)
     micro_batch_size: int = _setting(None, 'Captions that go through the model at a time; the whole batch if not set. Fewer need less memory and change no result', lo=1, optional=True)
     mixed_precision: str = _setting('no', 'Compute in half precision where it does no harm: no, bf16 or fp16', choices=('no','bf16','fp16'))
     checkpoint_steps: int = _setting(None, 'Save the training state after every N steps, too; if not set, only with each epoch', lo=1, optional=True)
