@@ -110,7 +110,7 @@ class Run:
     callbacks: list = field(default_factory=list)
     signal: int = 0 # Number of the signal that asks to stop
     busy: bool = False # Within steps, which such a signal lets end
-    saved: int = None # Steps that the last saved state knows of
+    saved: int = 0 # Steps that the last saved state knows of
 
 class Callback:
     "Something that a run does besides learning."
@@ -360,7 +360,7 @@ class Interrupted(KeyboardInterrupt):
     "A signal stopped the run; the text says how to go on."
     def __init__(self, run):
         self.exit_code = 128 + run.signal # as shells say it: 130 for SIGINT, 143 for SIGTERM
-        super().__init__('stopped before the first step; start anew' if run.saved is None else f'stopped after step {run.saved}; {_how_to_go_on(run)}')
+        super().__init__('stopped before the first step; start anew' if not state_path(run).exists() else f'stopped after step {run.saved}; {_how_to_go_on(run)}')
 
 def _how_to_go_on(run): return f'go on with: capnb_train --resume {shlex.quote(str(state_path(run)))}'
 
@@ -375,7 +375,7 @@ def _stoppable(run):
     old = {number: signal.signal(number, handle) for number in mine}
     try: yield
     except OSError as e:
-        if run.saved is None: raise
+        if not state_path(run).exists(): raise
         raise OSError(f'{e}; when that is put right, {_how_to_go_on(run)}') from e
     finally:
         for number,handler in old.items(): signal.signal(number, handler)
