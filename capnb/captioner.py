@@ -8,7 +8,7 @@ __all__ = ['Captioner', 'build_captioner', 'parameter_groups', 'thaw', 'frozen_f
            'read_metadata', 'read_tensors', 'load_trained', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
-import json, math, pickle, re, struct, warnings
+import io, json, math, pickle, re, struct, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from zlib import crc32
@@ -185,7 +185,9 @@ def save_tensors(
     state:dict, # Tensors and plain data, by name
 ):
     "Write tensors and plain data atomically, in the form that `read_tensors` reads; a full disk raises an `OSError` that names the file."
-    with atomic_write(path, 'wb') as f: torch.save(state, f)
+    whole = io.BytesIO()
+    torch.save(state, whole) # straight into the file, a full disk would be an error of PyTorch's own making
+    with atomic_write(path, 'wb') as f: f.write(whole.getbuffer())
 
 def save_checkpoint(
     model:Captioner,
