@@ -109,6 +109,11 @@ class Run:
     random: dict = None # State of the random generators to take up before the next step
     callbacks: list = field(default_factory=list)
     signal: int = 0 # Number of the signal that asks to stop
+    accelerator: object = None # This and the next four are set by `fit`
+    optimizer: object = None
+    scheduler: object = None
+    scaler: object = None # Of the loss, for fp16; else None
+    identity: dict = None # Fingerprints of the data and the frozen models
     busy: bool = False # Within steps, which such a signal lets end
     saved: int = 0 # Steps that the last saved state knows of
 

@@ -54,12 +54,12 @@ def said(cwd): return [line for line in re.split('[\r\n]+', (cwd/'log').read_tex
 # --- What is compared
 
 def outcome(folder):
-    "All that a run leaves: weights and metadata (but for times) by name, without the time of its start; and the names of all its files, hidden ones too."
+    "All that a run leaves: weights and metadata (but for times) by name, without the time of its start; and the names of all its files, halves of files too."
     name = lambda p: re.sub(r'\d{8}_\d{6}', 'TIME', p.name)
     weights = {name(p): torch.load(p, weights_only=True) for p in folder.glob('*.pth')}
     notes = {name(p): {k: v for k,v in json.loads(p.read_text(encoding='utf-8')).items() if k!='seconds'} for p in folder.glob('*.json')}
     stamp = find_state(folder).name[15:30]
-    return weights, notes, sorted(name(p) for p in folder.iterdir() if not p.name.startswith('.') or stamp in p.name)
+    return weights, notes, sorted(name(p) for p in folder.iterdir() if not p.name.startswith('.') or stamp in p.name and p.suffix!='.lock')
 
 def same(a, b):
     assert a[1:] == b[1:]
@@ -100,6 +100,10 @@ def check_whole(folder):
 
 # --- Killed
 
+def has_ended(cwd):
+    "Whether the run has saved that it has ended; the kill may have come after that."
+    return bool(list(cwd.glob('saved_models/training_state_*'))) and read_state(find_state(cwd/'saved_models'))['position']['done']
+
 def killed_at_random(cwd, args, through, kills, chance):
     "Kill so often, at moments drawn by chance from a whole run's time; a run that ended is begun anew elsewhere."
     expected, seconds = through
@@ -111,8 +115,8 @@ def killed_at_random(cwd, args, through, kills, chance):
         process.kill(); process.join()
         assert process.exitcode in (0, -signal.SIGKILL), said(folder)[-1]
         if (folder/'saved_models').exists(): check_whole(folder/'saved_models')
-        if process.exitcode==0: same(outcome(folder/'saved_models'), expected); folder = cwd/str(n)
-    ended(again(folder, args))
+        if has_ended(folder): same(outcome(folder/'saved_models'), expected); folder = cwd/str(n)
+    if not has_ended(folder): ended(again(folder, args))
     same(outcome(folder/'saved_models'), expected)
 
 def test_kill_at_random(args, through, tmp_path): killed_at_random(tmp_path, args, through, 3, random.Random(1))
@@ -126,7 +130,7 @@ def killed_at_write(cwd, args, through, number, when):
     if process.exitcode==0: return False
     assert process.exitcode==-signal.SIGKILL
     if (cwd/'saved_models').exists(): check_whole(cwd/'saved_models')
-    ended(again(cwd, args))
+    if not has_ended(cwd): ended(again(cwd, args))
     same(outcome(cwd/'saved_models'), through[0])
     return True
 
@@ -139,6 +143,15 @@ def test_kill_between_any_two_writes(args, through, tmp_path, when):
     number = 1
     while killed_at_write(tmp_path/str(number), args, through, number, when): number += 1
     assert number > 30 # a run of three epochs writes and removes so often
+
+@slow
+@pytest.mark.parametrize('more', [dict(unfreeze_layers=1), dict(lora_rank=2), dict(features='patch'), dict(micro_batch_size=3), dict(mixed_precision='bf16', evaluation_enabled=False)], ids=str)
+@pytest.mark.parametrize('number', [5, 12])
+def test_what_else_learns(args, tmp_path, more, number):
+    "In the first epoch and in the second, in which the last layer thaws."
+    args = [*args, *flags(more), '--num_epochs', '2']
+    ended(begin(tmp_path/'through', *args))
+    assert killed_at_write(tmp_path/'killed', args, (outcome(tmp_path/'through'/'saved_models'), 0), number, 'after')
 
 # --- Asked to stop
 
@@ -213,8 +226,8 @@ def test_full_disk(args, tmp_path, unmount):
     "Of a small disk: what was saved is whole, and with more room the run goes on."
     disk = tmp_path/'disk'
     disk.mkdir()
-    mount('-t', 'tmpfs', '-o', 'size=1000k', 'tmpfs', disk); unmount(disk)
-    more = [*args, '--num_epochs', '5', '--keep_checkpoints', '5', '--evaluation_enabled', 'false', '--checkpoint_steps', '6']
+    mount('-t', 'tmpfs', '-o', 'size=900k', 'tmpfs', disk); unmount(disk)
+    more = [*args, '--num_epochs', '3', '--keep_checkpoints', '3', '--evaluation_enabled', 'false', '--checkpoint_steps', '6']
     ended(begin(tmp_path, *more, '--output_dir', 'disk'), 1)
     line, state = said(tmp_path)[-1], find_state(disk)
     assert re.fullmatch(r"train: \[Errno 28\] No space left on device: 'disk/\S+'; when that is put right, go on with: capnb_train --resume disk/training_state_\d{8}_\d{6}\.pt", line)
