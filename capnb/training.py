@@ -334,7 +334,7 @@ def load_state(
         _set_random_state(state['random'], run.model.device)
         for c in run.callbacks: vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
         run.metadata = json.loads(state['metadata'])
-    except _DOES_NOT_FIT as e: raise ValueError(f"{path} does not fit this run: {type(e).__name__} {e}") from None
+    except _DOES_NOT_FIT as e: raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION: setattr(run, k, position[k])
     run.random, run.done, run.saved = state['random'], False, len(run.losses)
     if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'): run.micro_batch_size = state['micro_batch_size']
