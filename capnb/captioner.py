@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Captioner', 'check_models', 'build_captioner', 'parameter_groups', 'thaw', 'frozen_fingerprint', 'trained_state',
-           'save_metadata', 'save_checkpoint', 'newest_checkpoint', 'read_metadata', 'load_trained', 'check_frozen',
-           'load_model_from_checkpoint', 'start_from']
+           'weights_path', 'save_metadata', 'save_tensors', 'save_checkpoint', 'delete_checkpoint', 'newest_checkpoint',
+           'read_metadata', 'read_tensors', 'load_trained', 'check_frozen', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
-import json, math, pickle, re
+import io, json, math, pickle, re, struct, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from zlib import crc32
@@ -173,6 +173,14 @@ def trained_state(
     "The parameters that learn, by name."
     return {n: p.detach().cpu() for n,p in model.named_parameters() if p.requires_grad}
 
+def weights_path(
+    folder,
+    stamp:str, # Time of the run's start, YYYYmmdd_HHMMSS
+    epoch:int, # Counted from 1
+) -> Path:
+    "Name the file of weights of an epoch."
+    return Path(folder)/f'model_state_dict_{stamp}-{epoch}.pth'
+
 def _metadata_path(weights): return weights.with_name(weights.name.replace('model_state_dict_', 'training_metadata_')).with_suffix('.json')
 
 def save_metadata(
@@ -182,6 +190,15 @@ def save_metadata(
     "Write, or write anew, the metadata file beside a file of weights."
     with atomic_write(_metadata_path(Path(weights))) as f: json.dump(metadata, f, indent=2)
 
+def save_tensors(
+    path, # File to write or to replace
+    state:dict, # Tensors and plain data, by name
+):
+    "Write tensors and plain data atomically, in the form that `read_tensors` reads; a full disk raises an `OSError` that names the file."
+    whole = io.BytesIO()
+    torch.save(state, whole) # straight into the file, a full disk would be an error of PyTorch's own making
+    with atomic_write(path, 'wb') as f: f.write(whole.getbuffer())
+
 def save_checkpoint(
     model:Captioner,
     folder, # Made if it is not there
@@ -190,10 +207,16 @@ def save_checkpoint(
     metadata:dict, # Plain data; `hyperparameters` must be in it
 ) -> Path: # Of the weights
     "Save what learned and its metadata, each file atomically."
-    path = Path(folder)/f'model_state_dict_{stamp}-{epoch}.pth'
-    with atomic_write(path, 'wb') as f: torch.save(trained_state(model), f)
+    path = weights_path(folder, stamp, epoch)
+    save_tensors(path, trained_state(model))
     save_metadata(path, metadata)
     return path
+
+def delete_checkpoint(
+    weights, # As for `save_metadata`
+):
+    "Remove a file of weights and its metadata; what is not there is left out."
+    for path in (Path(weights), _metadata_path(Path(weights))): path.unlink(missing_ok=True)
 
 # %% ../nbs/06_captioner.ipynb #ca36f4ab
 def newest_checkpoint(
@@ -212,18 +235,32 @@ def read_metadata(
     file = _metadata_path(Path(path))
     if not file.exists() or file==Path(path): raise FileNotFoundError(f"{path} has no metadata beside it ({file.name}); is it a checkpoint of capnb?")
     try: metadata = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError: metadata = None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict): raise ValueError(f"{file} is not the metadata of a checkpoint")
+    except (ValueError, RecursionError): metadata = None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
     if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")
     return metadata
 
 # %% ../nbs/06_captioner.ipynb #b5765eb5
-def _read_weights(path):
-    try: return torch.load(path, map_location='cpu', weights_only=True)
+_NOT_A_CHECKPOINT = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, struct.error) # what `torch.load` makes of other bytes
+
+def read_tensors(
+    path, # File written by `save_tensors`, or by a stranger
+) -> dict: # Tensors (on the CPU) and plain data, by name
+    "Read tensors and plain data without running code from the file; raises `ValueError` or `FileNotFoundError` that names the file."
+    try:
+        with warnings.catch_warnings(action='ignore'): state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"checkpoint {path} does not exist") from None
     except pickle.UnpicklingError: raise ValueError(f"{path} is not a readable checkpoint: it holds something other than plain tensors") from None
-    except (RuntimeError, EOFError) as e: raise ValueError(f"{path} is not a readable checkpoint: {(str(e) or 'it is empty').splitlines()[0]:.100}") from None
+    except _NOT_A_CHECKPOINT as e: raise ValueError(f"{path} is not a readable checkpoint: {(str(e) or 'it is empty').splitlines()[0]:.100}") from None
+    if not isinstance(state, dict): raise ValueError(f"{path} is not a readable checkpoint: it holds no tensors by name")
+    return state
+
+def _read_weights(path):
+    state = read_tensors(path)
+    for name,t in state.items():
+        if not (isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout==torch.strided): raise ValueError(f"{path} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions")
+    return state
 
 def _check_shapes(wanted, state, source):
     for name in wanted.keys() & state.keys():
@@ -233,9 +270,10 @@ def load_trained(
     model:Captioner,
     state:dict, # From `trained_state`
     source='the checkpoint', # Named in the error
+    wanted:dict=None, # Name: parameter to lay a tensor over; None for those that learn now
 ):
     "Lay trained parameters over a model; raises `ValueError` that names the first one that does not fit."
-    wanted = {n:p for n,p in model.named_parameters() if p.requires_grad}
+    if wanted is None: wanted = {n:p for n,p in model.named_parameters() if p.requires_grad}
     for name in sorted(wanted.keys() ^ state.keys()): raise ValueError(f"{source}: {name} is {'missing' if name in wanted else 'not part of this model'}")
     _check_shapes(wanted, state, source)
     model.load_state_dict(state, strict=False)
@@ -255,7 +293,8 @@ def load_model_from_checkpoint(
 ): # The model in evaluation mode, its metadata, its hyperparameters
     "Build the captioner that a checkpoint describes, with the weights it learned; raises `ValueError` if something is broken, or if the frozen weights are not those it was trained with."
     state, metadata = _read_weights(path), read_metadata(path)
-    h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
+    try: h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
+    except ValueError as e: raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
     model = build_captioner(h, device)
     thaw(model, h, metadata.get('epoch', 1))
     check_frozen(model, metadata.get('frozen'), path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from fastcore.script import Param, anno_parser, bool_arg, store_true
-from .core import PRESETS, Hyperparameters, as_hyperparameters
+from .core import PRESETS, Hyperparameters, as_hyperparameters, chosen_settings
 
 # %% ../nbs/11_commands.ipynb #3e515e54
 OWN_DATA = '(data of your own)' # stands for the name of data that has none
@@ -25,18 +25,29 @@ class TrainingResult:
     checkpoint: Path # Weights of the last epoch
     curve: Path # Picture of the loss curve
 
+def _resumed(resume, wanted, has_data):
+    "The state of the run to go on with, and its hyperparameters with what was asked for now."
+    from capnb.training import find_state, read_state, resumed_hyperparameters
+    state = read_state(find_state(wanted.get('output_dir', Hyperparameters.output_dir) if resume is True else resume))
+    h = resumed_hyperparameters(state, wanted)
+    if h.data==OWN_DATA and not has_data: raise ValueError(f"the run of {state['position']['stamp']} learned from data that was passed in Python; pass it again: train(data=..., resume={str(state['path'])!r})")
+    return state, h
+
 def train(
     settings=None, # Dictionary, path of a JSON or YAML file, or `Hyperparameters`; None for the preset as it is
     data=None, # A data set or a dictionary of splits, see `capnb.data.load_data`; None for the one that the settings name
-    preset:str='storybook', # One of `PRESETS`; `settings` changes it
+    preset:str=None, # One of `PRESETS`; `settings` changes it; None for 'storybook', or for what the run had that goes on
     callbacks=(), # More `capnb.training.Callback`s
     device=None, # None for the best device
+    resume=None, # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.training.find_state` takes
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
     "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
     if isinstance(data, str): data, changes = None, dict(changes, data=data)
-    h = as_hyperparameters(settings, preset, **changes) # before anything heavy is imported: a mistake is told at once
-    if data is not None: h = replace(h, data=OWN_DATA)
+    if data is not None: changes = dict(changes, data=OWN_DATA)
+    h = as_hyperparameters(settings, preset or 'storybook', **changes) # before anything heavy is imported: a mistake is told at once
+    state = None
+    if resume: state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
     from capnb.captioner import build_captioner, check_models, start_from
     from capnb.data import load_for
     from capnb.encoder import encode_data
@@ -49,7 +60,7 @@ def train(
     if h.init_from: start_from(model, h.init_from)
     encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}') for split,pictures in splits.items()}
     scores = [Scores(splits)] if h.evaluation_enabled else []
-    run = fit(model, encoded, h, [*scores, *callbacks])
+    run = fit(model, encoded, h, [*scores, *callbacks], state)
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)
 
 # %% ../nbs/11_commands.ipynb #537bcb77
@@ -62,7 +73,7 @@ def _with_flags(f):
                                              for h in fields(Hyperparameters)])
 
 def command(f):
-    "Make a console command of `f`, a function annotated with `Param`s: an expected error is one line and exit code 1, a flag that cannot be understood one line and exit code 2."
+    "Make a console command of `f`, a function annotated with `Param`s: an expected error is one line and exit code 1, a flag that cannot be understood one line and exit code 2, Ctrl-C one line and exit code 130."
     @wraps(f)
     def run(argv=None): # Words after the command's name; None takes those of this process
         name = f.__name__.removesuffix('_command')
@@ -71,7 +82,7 @@ def command(f):
         args = vars(parser.parse_args(argv))
         try: return f(**{k: args[k] for k in run.__signature__.parameters})
         except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
-        except KeyboardInterrupt: print('stopped', file=sys.stderr)
+        except KeyboardInterrupt as e: print(f'{name}: {e}' if str(e) else 'stopped', file=sys.stderr); sys.exit(getattr(e, 'exit_code', 130))
         sys.exit(1)
     run.__signature__ = _with_flags(f)
     return run
@@ -79,14 +90,16 @@ def command(f):
 # %% ../nbs/11_commands.ipynb #8cb2136d
 @command
 def train_command(
-    preset:Param(f"Settings to start from: {', '.join(PRESETS)}", str)='storybook',
+    preset:Param(f"Settings to start from, storybook if not said: {', '.join(PRESETS)}", str)=None,
     config:Param('JSON or YAML file with hyperparameters, over the preset', str)=None,
     dry_run:Param('Only say what the run will download, hold and take, and time one step on made-up data', store_true)=False,
+    resume:Param('Go on exactly where a run stopped: the newest in output_dir, or the one whose file or folder is named; only how long, what is kept and where may change', str, nargs='?', const=True)=None,
     **hyperparameters,
 ):
     "Train a captioner. Without any flag: the storybook, in about a minute on two cores. Each flag below changes one hyperparameter of the preset."
     changes = {k:v for k,v in hyperparameters.items() if v is not None}
-    if not dry_run: train(config, preset=preset, **changes); return
+    if not dry_run: train(config, preset=preset, resume=resume, **changes); return
+    if resume: raise ValueError('--dry_run plans a new run; leave --resume out')
     h = as_hyperparameters(config, preset, **changes)
     from capnb import planning # a later chapter, which needs this one: the only import upwards
     planning.dry_run(h)
@@ -114,7 +127,7 @@ def eval_command(
     path = _checkpoint(checkpoint, folder)
     model, metadata, h = load_model_from_checkpoint(path)
     if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
-    print(f"{path}, epoch {metadata['epoch']}, trained on {h.data}")
+    print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits = load_for(h)
     if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     results = {s: evaluate(model, encode_data(model.encoder, d, progress=f'Encoding {s}'), s) for s,d in splits.items() if s==split or not split and s not in ('train','validation')}
