@@ -47,7 +47,7 @@ class Hyperparameters:
     max_steps: int = _setting(None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True)
     seed: int = _setting(0, 'Fixes the order of the data, the choice of captions, the start of the adapter and what is drawn at random in training', lo=0)
     micro_batch_size: int = _setting(None, 'Captions that go through the model at a time; the whole batch if not set. Fewer need less memory and change no result', lo=1, optional=True)
-    mixed_precision: str = _setting('no', 'Compute in half precision where it does no harm: no, bf16 or fp16', choices=('no','bf16','fp16'))
+    mixed_precision: str = _setting(None, 'Compute in half precision where it does no harm: no, bf16 or fp16; if not set, what suits the device', choices=('no','bf16','fp16'), optional=True)
     checkpoint_steps: int = _setting(None, 'Save the training state after every N steps, too; if not set, only with each epoch', lo=1, optional=True)
     keep_checkpoints: int = _setting(None, 'Keep the last N checkpoints and the one with the best validation loss; all if not set', lo=1, optional=True)
     patience: int = _setting(None, 'Stop after N epochs in a row without a better validation loss; never if not set', lo=1, optional=True)
@@ -77,7 +77,7 @@ def _check(f, value):
 def _allowed(f):
     "Say in words what a field takes."
     m, kind = f.metadata, f.type
-    if m['choices']: return ' or '.join(m['choices'])
+    if m['choices']: return ' or '.join([*m['choices'], *['null']*m['optional']])
     limits = f" above {m['lo']}" if kind is float else f" of {m['lo']} or more" if kind is int else ''
     if m['hi'] is not None: limits += f" and up to {m['hi']}"
     return {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind] + limits + (' or null' if m['optional'] else '')
