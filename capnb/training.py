@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from .captioner import (Captioner, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_mixed_precision, memory_in_use
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_mixed_precision, memory_in_use, revision_of
 from .data import caption_for_epoch
 from .decoder import tokenize_captions
 from .encoder import EncodedData
@@ -215,7 +215,7 @@ def _groups(run):
     "The optimizer's groups: how many parameters each has, how many of them learn in this epoch, and its learning rate."
     return [dict(name=g['name'], parameters=sum(p.numel() for p in g['params']), learns=sum(p.numel() for p in g['params'] if p.requires_grad), learning_rate=g['lr']) for g in run.optimizer.param_groups]
 
-def _revisions(model): return {part: getattr(config, '_commit_hash', None) for part,config in (('encoder', model.encoder.model.config), ('decoder', model.decoder.config))} # None for what came from no hub
+def _revisions(h): return {part: revision_of(name) for part,name in (('encoder', h.encoder_name), ('decoder', h.decoder_name or h.tokenizer_name), ('tokenizer', h.tokenizer_name))} # None for what came from no hub
 
 def _new_metadata(run, training_loss, seconds):
     "What is known after an epoch, before validation and scores."
@@ -223,7 +223,7 @@ def _new_metadata(run, training_loss, seconds):
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
                 data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}), device=str(run.model.device), seconds=round(seconds,1),
-                frozen=frozen_fingerprint(run.model), revisions=_revisions(run.model), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
+                frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
     "Print what an epoch brought, in five lines."
