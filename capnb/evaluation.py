@@ -136,6 +136,7 @@ def draw_samples(
 # %% ../nbs/08_evaluation.ipynb #242b549c
 class Scores(Callback):
     "Score validation after each epoch; before and after training score the splits that learning never looks at."
+    keeps = ('untrained',) # a run that goes on is no longer untrained
     def __init__(self,
         pictures:dict, # Name of split: data with pictures, for the samples
         samples:int=6, # Captions shown with their pictures at the end

@@ -28,17 +28,17 @@ def start(scripts, tmp_path_factory):
     folder = tmp_path_factory.mktemp('scripts')
     for name,(module, function) in scripts.items():
         (folder/name).write_text(f"import sys\nfrom {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n")
-    def start(name, *args, cwd):
+    def start(name, *args, cwd, env={}):
         assert name in scripts, f'settings.ini has no console script {name}'
-        return subprocess.Popen([sys.executable, folder/name, *map(str, args)], cwd=cwd, env=outside(COLUMNS='200'), text=True, encoding='utf-8',
+        return subprocess.Popen([sys.executable, folder/name, *map(str, args)], cwd=cwd, env=outside(COLUMNS='200', **env), text=True, encoding='utf-8',
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return start
 
 @pytest.fixture(scope='session')
 def run(start):
     "Run a console command to its end; gives exit code, output and error output."
-    def run(name, *args, cwd):
-        with start(name, *args, cwd=cwd) as process:
+    def run(name, *args, cwd, env={}):
+        with start(name, *args, cwd=cwd, env=env) as process:
             try: out, err = process.communicate(timeout=600)
             finally: process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -50,7 +50,7 @@ def test_files_and_their_names(saved):
     names = sorted(p.name for p in saved.iterdir())
     stamp = re.fullmatch(r'loss_curve_(\d{8}_\d{6})\.png', names[0])[1]
     assert names == [f'loss_curve_{stamp}.png', *[f'model_state_dict_{stamp}-{e}.pth' for e in (1,2)], f'samples_{stamp}.png',
-                     *[f'training_metadata_{stamp}-{e}.json' for e in (1,2)]]
+                     *[f'training_metadata_{stamp}-{e}.json' for e in (1,2)], f'training_state_{stamp}.pt']
 
 def test_checkpoint_holds_the_adapter_only(saved):
     for path in saved.glob('*.pth'):

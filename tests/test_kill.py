@@ -6,10 +6,12 @@ from PIL import Image
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from capnb.commands import train
 from capnb.storybook import Storybook
+from capnb.training import read_state
 
 # An epoch is one step, and the weights are large enough that writing them takes a while.
 ENDLESS = dict(training_size_limit=4, batch_size=4, num_epochs=100_000, evaluation_enabled=False, adapter_width=2048, max_caption_length=8)
 MOMENTS = { # what is seen in the folder, under its own name or a temporary one, when the kill comes
+    'first state': ('training_state_', '.part'),
     'first weights': ('model_state_dict_', '-1.pth'),
     'first metadata': ('training_metadata_', '-1.json'),
     'first curve': ('loss_curve_', '.png'),
@@ -48,8 +50,9 @@ def check_files(folder):
     "Every file that has its own name, and not a temporary one, is whole."
     for path in folder.glob('model_state_dict_*.pth'): assert torch.load(path, weights_only=True), path
     for path in folder.glob('training_metadata_*.json'): assert json.loads(path.read_text(encoding='utf-8'))['hyperparameters'], path
+    for path in folder.glob('training_state_*.pt'): assert read_state(path)['position']['losses'] is not None, path
     for path in folder.glob('loss_curve_*.png'): Image.open(path).load()
-    others = [p.name for p in folder.iterdir() if not p.name.startswith(('model_state_dict_', 'training_metadata_', 'loss_curve_', '.'))]
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(('model_state_dict_', 'training_metadata_', 'training_state_', 'loss_curve_', '.'))]
     assert not others
 
 def with_metadata(folder):
