@@ -67,6 +67,8 @@ def blank_captioner(
     dtype=torch.float32, # Of the frozen models
 ) -> Captioner: # Without tokenizer; its encoder is the bare model
     "Build the captioner that `h` describes from configurations alone."
+    unknown = [k for k,plain in dict(features='pooled', lora_rank=None, unfreeze_layers=0).items() if h[k]!=plain]
+    if unknown: raise ValueError(f"a plan can be made for pooled features and frozen models only, not yet for {', '.join(f'{k}={h[k]}' for k in unknown)}")
     kind, part, width = _image_half(model_config(h.encoder_name))
     language = model_config(h.decoder_name or h.tokenizer_name)
     if not hasattr(part, 'image_size'): raise ValueError(f"encoder {h.encoder_name!r} is a {part.model_type!r} model, which sees no pictures")

@@ -118,7 +118,8 @@ def test_dry_run_begins_nothing(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('flags, message', [(['--encoder_name', 'nobody/nothing'], "train: there is no configuration of 'nobody/nothing'"), (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
-                                            (['--data', 'coco'], "train: how many pictures the data set 'coco' has is not known beforehand"), (['--batch_size', 0], 'train: batch_size is 0')])
+                                            (['--data', 'coco'], "train: how many pictures the data set 'coco' has is not known beforehand"), (['--batch_size', 0], 'train: batch_size is 0'),
+                                            (['--features', 'patch'], 'train: a plan can be made for pooled features and frozen models only, not yet for features=patch')])
 def test_what_cannot_be_planned_is_told_in_one_line(capsys, flags, message):
     with pytest.raises(SystemExit) as end: train_command(['--dry_run', *map(str, flags)])
     out, err = capsys.readouterr()
