@@ -100,7 +100,7 @@ def train_command(
     changes = {k:v for k,v in hyperparameters.items() if v is not None}
     if not dry_run: train(config, preset=preset, resume=resume, **changes); return
     if resume: raise ValueError('--dry_run plans a new run; leave --resume out')
-    h = as_hyperparameters(config, preset, **changes)
+    h = as_hyperparameters(config, preset or 'storybook', **changes)
     from capnb import planning # a later chapter, which needs this one: the only import upwards
     planning.dry_run(h)
 
