@@ -7,7 +7,7 @@ import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
 from capnb.commands import train, train_command
 from capnb.core import PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype, default_mixed_precision
-from capnb.planning import FIELDS, KNOWN_MODELS, Plan, blank_captioner, count, count_phases, download_of, model_config, plan_text, results_command, results_table, run_seconds
+from capnb.planning import FIELDS, KNOWN_MODELS, Plan, blank_captioner, count, count_phases, download_of, planned_config, plan_text, results_command, results_table, run_seconds
 from capnb.storybook import Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def test_every_preset_can_be_planned_without_network(preset):
     text = plan_text(plan)
     assert h.encoder_name in text and f'{plan.steps} steps of {h.batch_size} captions' in text and f"{plan.pictures['train']} train" in text
     assert plan.parameters['adapter'] == count(blank_captioner(h).adapter)
-    assert 15 > plan.memory_needed > plan.memory['frozen weights'] > 0 and ('write' in plan.memory) == h.evaluation_enabled
+    assert 15 > plan.memory_needed > plan.memory['weights'] > 0 and ('write' in plan.memory) == h.evaluation_enabled
     assert (plan.downloads[h.encoder_name][0] == 0) == (preset=='storybook')
 
 def test_attention_is_counted_as_devices_do_it():
@@ -73,11 +73,20 @@ def test_attention_is_counted_as_devices_do_it():
     assert 128*729*4304*4 < encode['bytes'] < 1.5*128*16*729**2*4 # but the output of the widest layer is there
     assert encode['flops'] == pytest.approx(128*2*729*27*(4*1152**2 + 2*1152*4304 + 2*729*1152), rel=.03)
 
+@pytest.mark.parametrize('changes', [dict(features='patch'), dict(lora_rank=4), dict(num_epochs=2, unfreeze_layers=2), dict(encoder_name='facebook/dinov2-base', features='patch')])
+def test_other_ways_to_learn_are_planned(changes, monkeypatch):
+    monkeypatch.setitem(KNOWN_MODELS, 'facebook/dinov2-base', dict(model_type='dinov2', image_size=518, patch_size=14))
+    plain, other = (Plan(as_hyperparameters(preset='flickr30k', **more), Hardware('cuda', 'T4', 16, (7,5))) for more in ({}, changes))
+    more = {'features': 0, 'lora_rank': 28*4*(2048+1024 + 2*(1024+1024) + 2048+1024 + 3*(1024+3072)), 'unfreeze_layers': 2*(by_hand_qwen(1024, 1, 16, 3072, True)-151936*1024-1024)}
+    adapter = {'features': (768+1)*1024 + (1024+1)*1024}.get(list(changes)[-1], plain.parameters['adapter'])
+    assert other.trained == adapter + more[list(changes)[-1]]
+    assert other.memory['step'] > plain.memory['step'] and other.memory['gradients and AdamW'] == 12*other.trained/1e9
+
 def test_half_the_bytes_on_a_gpu():
     h = as_hyperparameters()
     laptop, t4 = Plan(h, Hardware('cpu', 'a laptop', 16)), Plan(h, Hardware('cuda', 'T4', 16, (7,5)))
-    assert t4.memory['frozen weights'] == laptop.memory['frozen weights']/2
-    assert t4.memory['adapter and AdamW'] == laptop.memory['adapter and AdamW'] == 12*t4.parameters['adapter']/1e9
+    assert t4.memory['weights'] - 4*t4.parameters['adapter']/1e9 == pytest.approx((laptop.memory['weights'] - 4*t4.parameters['adapter']/1e9)/2)
+    assert t4.memory['gradients and AdamW'] == laptop.memory['gradients and AdamW'] == 12*t4.parameters['adapter']/1e9
     assert t4.memory['step'] < laptop.memory['step'] and t4.counts['step']['flops'] == laptop.counts['step']['flops']
 
 def test_a_larger_batch_needs_more():
@@ -117,9 +126,9 @@ def test_dry_run_begins_nothing(run, tmp_path):
     assert '320 train' in done.stdout and '20 steps of 32 captions in 2 epochs' in done.stdout and re.search(r'[\d.]+ s per step', done.stdout)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('flags, message', [(['--encoder_name', 'nobody/nothing'], "train: there is no configuration of 'nobody/nothing'"), (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
+@pytest.mark.parametrize('flags, message', [(['--encoder_name', 'nobody/nothing'], 'train: model nobody/nothing: '), (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
                                             (['--data', 'coco'], "train: how many pictures the data set 'coco' has is not known beforehand"), (['--batch_size', 0], 'train: batch_size is 0'),
-                                            (['--features', 'patch'], 'train: a plan can be made for pooled features and frozen models only, not yet for features=patch')])
+                                            (['--unfreeze_layers', '9'], "train: unfreeze_layers is 9, but decoder 'storybook-qwen3' has 4 layers")])
 def test_what_cannot_be_planned_is_told_in_one_line(capsys, flags, message):
     with pytest.raises(SystemExit) as end: train_command(['--dry_run', *map(str, flags)])
     out, err = capsys.readouterr()
@@ -181,7 +190,7 @@ def test_form_of_the_committed_table():
             continue
         assert all(isinstance(row[k], str) and row[k] for k in texts) and all(isinstance(row[k], (int, float)) for k in numbers)
         assert 0 <= row['rouge_l'] <= 1 and 0 <= row['rouge_l_floor'] < row['rouge_l_ceiling'] <= 1 and row['seconds'] > 0
-        assert row['encoder'] in KNOWN_MODELS or model_config(row['encoder'])
+        assert row['encoder'] in KNOWN_MODELS or planned_config(row['encoder'], 'encoder')
 
 # --- The notebook for a GPU
 
