@@ -71,6 +71,7 @@ def check_pair(
     longest = getattr(text, 'max_position_embeddings', None)
     if longest and longest < prefix+h.max_caption_length: raise ValueError(f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest} positions of decoder {name!r}")
     if h.unfreeze_layers > text.num_hidden_layers: raise ValueError(f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers} layers")
+    if h.unfreeze_layers and h.unfreeze_epoch > h.num_epochs: raise ValueError(f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs): nothing would thaw")
     if h.lora_rank and h.unfreeze_layers: raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
 def check_models(h:Hyperparameters):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import command
 from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path
@@ -70,7 +71,7 @@ def blank_captioner(
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
     model = Captioner(encoder, adapter, decoder, None, h.max_caption_length).train()
-    thaw(model, h, max(h.num_epochs, h.unfreeze_epoch) if h.unfreeze_epoch <= h.num_epochs else 1)
+    thaw(model, h, h.unfreeze_epoch)
     return model
 
 # %% ../nbs/13_planning.ipynb #13a0000f
@@ -158,7 +159,7 @@ def picture_counts(
 
 def _stored_gb(config):
     "GB of all weights in the number type of their file."
-    kind = AutoModel if hasattr(config, 'vision_config') or 'vision' in config.model_type else AutoModelForCausalLM
+    kind = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
     with torch.device('meta'): return count(kind.from_config(config))*(config.dtype or torch.float32).itemsize/1e9
 
 def download_of(
