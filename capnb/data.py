@@ -76,6 +76,7 @@ class CaptionData:
     ):
         _check_rows(rows)
         self.rows, self.order = rows, range(len(rows) if limit is None else min(limit, len(rows)))
+        self.left_out = 0 # rows of the whole data set that could not be read, see `load_data`
         if not self.order: raise ValueError("the data set is empty")
 
     def __len__(self): return len(self.order)
@@ -505,6 +506,7 @@ def load_data(
     splits = {split: CaptionData(rows, limit if split=='train' else None) for split,rows in sources.items()}
     if bad_rows=='skip':
         bad = bad + [b for split,rows in splits.items() for b in rows.skip_bad(f'Looking over {split}')]
+        splits['train'].left_out = len(bad)
         if bad: print(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 

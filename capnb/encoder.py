@@ -133,7 +133,8 @@ class EncodedData:
     def __init__(self,
         features:torch.Tensor, # (pictures, width)
         rows:list, # One dictionary per picture
-    ): self.features, self.rows = features, rows
+        left_out:int=0, # Rows of the data set that could not be read
+    ): self.features, self.rows, self.left_out = features, rows, left_out
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(self.rows[i], features=self.features[i])
@@ -150,4 +151,4 @@ def encode_data(
     for batch in tqdm(batches, desc=progress, disable=not progress, unit='batch'):
         features.append(encoder.encode([r['image'] for r in batch]).cpu())
         rows += [{k:v for k,v in r.items() if k!='image'} for r in batch]
-    return EncodedData(torch.cat(features), rows)
+    return EncodedData(torch.cat(features), rows, data.left_out)

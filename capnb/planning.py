@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA', 'PROCESS_GB', 'FIELDS', 'planned_config',
            'count', 'blank_captioner', 'MemoryCounter', 'FusedAttention', 'phases', 'count_phases', 'picture_counts',
-           'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds', 'dry_run', 'settings_name',
-           'result_row', 'add_row', 'results_table', 'results_command']
+           'data_gb', 'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds', 'dry_run',
+           'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
 
 # %% ../nbs/13_planning.ipynb #13a00003
 import json, shutil, time, weakref
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import command
 from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path
-from .data import load_data
+from .data import held_back, load_for
 from .decoder import caption_loss, caption_nats, generate_captions
 from .encoder import ImageEncoder, tower_class
 from .training import make_optimizer
@@ -144,18 +144,29 @@ def count_phases(
     return counts
 
 # %% ../nbs/13_planning.ipynb #13a0001e
-KNOWN_DATA = {'flickr30k': dict(gb=4.3, pictures=dict(train=29000, validation=1014, test=1000))} # parquet files of nlphuji/flickr30k; Karpathy's split
+KNOWN_DATA = { # GB of parquet files on the hub, and pictures of Karpathy's split
+    'flickr30k': dict(gb=4.3, pictures=dict(train=29000, validation=1014, test=1000)),
+    'flickr8k': dict(gb=1.1, pictures=dict(train=6000, validation=1000, test=1000))}
 
 def picture_counts(
     h:Hyperparameters,
 ) -> dict: # Name of split: number of pictures that the run will encode
     "Count the pictures of a run without loading them; raises `ValueError` for data that would have to be downloaded to be counted."
+    limit = h.training_size_limit
     if h.data in KNOWN_DATA:
-        counts = dict(KNOWN_DATA[h.data]['pictures'])
-        if h.training_size_limit: counts['train'] = min(counts['train'], h.training_size_limit)
-    elif h.data=='storybook' or Path(h.data).is_dir(): counts = {split: len(d) for split,d in load_data(h.data, h.image_size, h.training_size_limit).items()}
+        counts = KNOWN_DATA[h.data]['pictures']
+        if limit: counts = {split: min(n, limit if split=='train' else held_back(limit)) for split,n in counts.items()}
+    elif h.data=='storybook' or Path(h.data).is_dir(): counts = {split: len(d) for split,d in load_for(h).items()}
     else: raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
     return counts if h.evaluation_enabled else dict(train=counts['train'])
+
+def data_gb(
+    name:str, # One of `KNOWN_DATA`
+    pictures:dict, # From `picture_counts`
+) -> float: # GB
+    "Say about how much of a data set has to be downloaded for so many pictures: it is read from the start until there are enough of each split."
+    known = KNOWN_DATA[name]
+    return known['gb']*max(n/known['pictures'][split] for split,n in pictures.items())
 
 def _stored_gb(config):
     "GB of all weights in the number type of their file."
@@ -192,7 +203,7 @@ class Plan:
         self.parameters = {part: count(getattr(model, part)) for part in ('encoder', 'decoder', 'adapter')}
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.downloads = {name: download_of(name) for name in names}
-        if h.data in KNOWN_DATA: self.downloads[h.data] = KNOWN_DATA[h.data]['gb'], 'unless it is in the cache'
+        if h.data in KNOWN_DATA: self.downloads[h.data] = data_gb(h.data, self.pictures), 'about, unless it is in the cache'
         per_epoch = -(-self.pictures['train']//h.batch_size)
         self.steps = min(h.num_epochs*per_epoch, h.max_steps or h.num_epochs*per_epoch)
         self.epochs = -(-self.steps//per_epoch)

@@ -135,7 +135,7 @@ def model_card(
 ) -> ModelCard:
     "Write the model card of a captioner from its metadata."
     h, data = config.h, metadata.get('data', {})
-    learned = f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int))} pictures of {data.get('name', h.data)}"
+    learned = f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='left_out')} pictures of {data.get('name', h.data)}"
     about = ModelCardData(library_name='capnb', pipeline_tag='image-to-text', tags=['image-captioning', 'capnb'], base_model=[n.split('@')[0] for n in (h.encoder_name, h.decoder_name)])
     return ModelCard(f"""---
 {about.to_yaml()}

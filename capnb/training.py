@@ -219,10 +219,11 @@ def _revisions(h): return {part: revision_of(name) for part,name in (('encoder',
 
 def _new_metadata(run, training_loss, seconds):
     "What is known after an epoch, before validation and scores."
+    left_out = run.data['train'].left_out
     scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
-                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}), device=str(run.model.device), seconds=round(seconds,1),
+                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), device=str(run.model.device), seconds=round(seconds,1),
                 frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):

@@ -184,12 +184,14 @@ def test_hub_fault_is_told(hub, load, fault):
     spoil(hub)
     for told,_ in load(dict(data=name), dict(data=name, limit=30)): assert told.startswith(message) and len(told.splitlines()) == 1
 
+LOCAL = '--encoder_name storybook-clip --tokenizer_name storybook-qwen3 --image_size 64'.split() # models that need no hub
+
 @pytest.mark.parametrize('fault,word', [('gated', 'hf auth login'), ('closed', 'cannot be reached; check the network')])
 def test_hub_fault_is_one_line_of_the_command(hub, run, tmp_path, fault, word):
     env = hub.environment(tmp_path/'home')
     if fault=='gated': hub.repos['datasets','nlphuji/flickr30k'].gated = True
     else: env['HF_ENDPOINT'] = 'http://127.0.0.1:9' # where nobody listens
-    done = run('capnb_train', '--preset', 'flickr30k', cwd=tmp_path, env=env)
+    done = run('capnb_train', '--preset', 'flickr30k', *LOCAL, cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout) == (1, '') and len(done.stderr.splitlines()) == 1, done.stderr[-3000:]
     assert done.stderr.startswith('train: data set nlphuji/flickr30k: ') and word in done.stderr
 
@@ -296,6 +298,7 @@ def test_bad_rows_stop_or_are_left_out(run, album, tmp_path):
     assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg'"
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert sum(metadata['data'][split] for split in ('train','validation','test')) == 38
+    assert metadata['data']['left_out'] == 4
 
 def test_a_bad_picture_of_the_hub_is_named(hub, load):
     rows = flickr30k(0, 40)
