@@ -186,7 +186,7 @@ FAULTS = {
     'split is not known': ('capnb_eval', ['--split', 'exam'], 'exam'),
     'preset is not known': ('capnb_train', ['--preset', 'quick'], 'quick'),
     'preset without its models': ('capnb_train', ['--preset', 'flickr30k'], 'openai/clip-vit-base-patch32'),
-    'model of a size that never was': ('capnb_train', ['--preset', 'flickr30k', '--tokenizer_name', 'Qwen/Qwen3-1.5B'], 'Qwen/Qwen3-1.7B'),
+    'model of a size that never was': ('capnb_train', ['--tokenizer_name', 'Qwen/Qwen3-1.5B'], 'Qwen/Qwen3-1.7B'),
     'encoder as a decoder': ('capnb_train', ['--tokenizer_name', 'storybook-clip'], 'cannot write text'),
     'decoder as an encoder': ('capnb_train', ['--encoder_name', 'storybook-qwen3'], 'an image encoder is needed'),
     'checkpoint to begin with is missing': ('capnb_train', ['--init_from', 'gone.pth', '--training_size_limit', '8'], 'gone.pth'),
