@@ -34,8 +34,9 @@ def die(number, when):
         def changed(*args, **kwargs):
             done[0] += 1
             if done[0]==number and when=='before': os.kill(os.getpid(), signal.SIGKILL)
-            change(*args, **kwargs)
-            if done[0]==number: os.kill(os.getpid(), signal.SIGKILL)
+            try: change(*args, **kwargs)
+            finally:
+                if done[0]==number: os.kill(os.getpid(), signal.SIGKILL)
         return changed
     os.replace, os.unlink = deadly(os.replace), deadly(os.unlink)
 
