@@ -135,7 +135,7 @@ def killed_at_write(cwd, args, through, number, when):
     same(outcome(cwd/'saved_models'), through[0])
     return True
 
-@pytest.mark.parametrize('number,when', [(6, 'before'), (18, 'after')])
+@pytest.mark.parametrize('number,when', [(6, 'before'), (11, 'after')])
 def test_kill_between_two_writes(args, through, tmp_path, number, when): assert killed_at_write(tmp_path, args, through, number, when)
 
 @slow
