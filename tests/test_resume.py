@@ -9,7 +9,7 @@ from capnb.training import find_state, read_state
 
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
 # Three epochs of six steps each, with scores, a training state after every second step, and checkpoints that are removed.
-SMALL = dict(batch_size=4, num_epochs=3, checkpoint_steps=2, keep_checkpoints=1, adapter_width=32, prefix_length=2, max_caption_length=8)
+SMALL = dict(batch_size=4, num_epochs=3, checkpoint_steps=2, keep_checkpoints=2, adapter_width=32, prefix_length=2, max_caption_length=8)
 
 # --- Processes that import only once: a server that has imported all, and is copied for each run
 
@@ -143,7 +143,7 @@ def test_kill_between_two_writes(args, through, tmp_path, number, when): assert 
 def test_kill_between_any_two_writes(args, through, tmp_path, when):
     number = 1
     while killed_at_write(tmp_path/str(number), args, through, number, when): number += 1
-    assert number > 30 # a run of three epochs writes and removes so often
+    assert number > 28 # a run of three epochs writes and removes so often
 
 @slow
 @pytest.mark.parametrize('more', [dict(unfreeze_layers=1), dict(lora_rank=2), dict(features='patch'), dict(micro_batch_size=3), dict(mixed_precision='bf16', evaluation_enabled=False)], ids=str)
