@@ -195,7 +195,10 @@ def test_longer(args, through, tmp_path):
     "A run that has ended goes on to what a longer one would have been."
     ended(begin(tmp_path, *args, '--num_epochs', 2))
     ended(begin(tmp_path, '--resume', '--num_epochs', 3))
-    same(outcome(tmp_path/'saved_models'), through[0])
+    found, expected = outcome(tmp_path/'saved_models'), through[0]
+    for notes in (found[1], expected[1]): assert notes['training_metadata_TIME-3.json']['epoch']==3
+    last = lambda run: (run[0], {k: v for k,v in run[1].items() if '-3' in k}, run[2]) # epoch 2 was an end once, and says so
+    same(last(found), last(expected))
 
 def test_what_cannot_change_is_named(album, tmp_path):
     folder = str(tmp_path/'saved')
