@@ -92,11 +92,17 @@ def command(f):
 def train_command(
     preset:Param(f"Settings to start from, storybook if not said: {', '.join(PRESETS)}", str)=None,
     config:Param('JSON or YAML file with hyperparameters, over the preset', str)=None,
+    dry_run:Param('Only say what the run will download, hold and take, and time one step on made-up data', store_true)=False,
     resume:Param('Go on exactly where a run stopped: the newest in output_dir, or the one whose file or folder is named; only how long, what is kept and where may change', str, nargs='?', const=True)=None,
     **hyperparameters,
 ):
     "Train a captioner. Without any flag: the storybook, in about a minute on two cores. Each flag below changes one hyperparameter of the preset."
-    train(config, preset=preset, resume=resume, **{k:v for k,v in hyperparameters.items() if v is not None})
+    changes = {k:v for k,v in hyperparameters.items() if v is not None}
+    if not dry_run: train(config, preset=preset, resume=resume, **changes); return
+    if resume: raise ValueError('--dry_run plans a new run; leave --resume out')
+    h = as_hyperparameters(config, preset or 'storybook', **changes)
+    from capnb import planning # a later chapter, which needs this one: the only import upwards
+    planning.dry_run(h)
 
 # %% ../nbs/11_commands.ipynb #7d78dd50
 def _checkpoint(checkpoint, folder):

@@ -23,20 +23,24 @@ from .storybook import SPLITS, Storybook
 # %% ../nbs/02_data.ipynb #0da7a002
 _NO_PICTURE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError) # what PIL raises on broken files
 
+def _eight_bits(pixels):
+    "A picture of whole numbers: up to 65,535, or, if none is that high, up to 255."
+    return Image.fromarray((pixels.clip(0, 65535)//257 if pixels.dtype.itemsize==2 or pixels.max() > 255 else pixels).astype(np.uint8)).convert('RGB')
+
 def _as_rgb(image):
     "A PIL picture as people see it: upright, 8 bits, on white where it is transparent."
     width, height = image.size
     if max(width, height) > 100*min(width, height): raise ValueError(f"it is a stripe, {width} pixels wide and {height} high")
     if image.mode=='F': raise ValueError("its brightness is in floating point; save it with 8 bits")
     image = ImageOps.exif_transpose(image)
-    if image.mode[0]=='I': return Image.fromarray((np.asarray(image).clip(0, 65535)//257).astype(np.uint8)).convert('RGB')
+    if image.mode[0]=='I': return _eight_bits(np.asarray(image))
     if not image.has_transparency_data: return image.convert('RGB')
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
 def open_image(
     source, # Path of a file, its bytes, or a PIL picture
-    name=None, # What to call it in an error; None for the path
+    name=None, # What to call it in an error; None for the path, or "the image"
 ) -> Image.Image: # RGB
     "Open a picture as people see it: upright, of 8 bits, on white where transparent, the first frame if there are several; raises `ValueError` that names what is not a readable picture."
     try:
@@ -44,7 +48,7 @@ def open_image(
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image: return _as_rgb(image)
     except UnidentifiedImageError: why = 'it is empty' if source==b'' or isinstance(source, (str, Path)) and not Path(source).stat().st_size else 'its content is of no known format'
     except _NO_PICTURE as e: why = (str(e) or type(e).__name__).splitlines()[0]
-    raise ValueError(f"{name or source} is not a readable picture: {why}")
+    raise ValueError(f"{name or (source if isinstance(source, (str, Path)) else 'the image')} is not a readable picture: {why}")
 
 # %% ../nbs/02_data.ipynb #55ba50be
 def _picture(image, where):

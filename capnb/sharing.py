@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from fastcore.script import Param, store_true
 from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, newest_checkpoint, save_checkpoint, thaw, trained_state
 from .commands import command
-from .core import Hyperparameters, as_hyperparameters, atomic_write
+from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
 
@@ -40,18 +40,15 @@ class CapnbConfig(PreTrainedConfig):
     @property
     def h(self): return as_hyperparameters({**asdict(Hyperparameters()), **self.hyperparameters})
 
-def _pinned(name, config):
-    "A model's name with the revision that was loaded, if it came from the hub."
-    commit = getattr(config, '_commit_hash', None)
-    return name if commit is None or '@' in name else f'{name}@{commit}'
+def _pinned(name, revision): return name if revision is None or '@' in name else f'{name}@{revision}'
 
 def config_of(
-    model:Captioner,
-    metadata:dict, # Of its checkpoint
+    metadata:dict, # Of a checkpoint
 ) -> CapnbConfig:
-    "Describe a trained captioner."
-    h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
-    h = replace(h, encoder_name=_pinned(h.encoder_name, model.encoder.model.config), decoder_name=_pinned(h.decoder_name or h.tokenizer_name, model.decoder.config))
+    "Describe a trained captioner; what came from the hub is named with the revision that it was trained with."
+    h, revisions = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']}), metadata.get('revisions', {})
+    names = dict(encoder=h.encoder_name, decoder=h.decoder_name or h.tokenizer_name, tokenizer=h.tokenizer_name)
+    h = replace(h, **{f'{part}_name': _pinned(name, revisions.get(part)) for part,name in names.items()})
     return CapnbConfig(asdict(h), metadata.get('frozen'), metadata.get('epoch', 1))
 
 _HUB = ('revision', 'token', 'cache_dir', 'local_files_only', 'force_download', 'subfolder')
@@ -208,10 +205,10 @@ def push_to_hub(self:CapnbForImageCaptioning,
     token:str=None, # None for the one of `hf auth login`
     **kwargs, # For `HfApi.upload_folder`, such as `commit_message`
 ):
-    "Upload what `save_pretrained` writes, in one commit."
+    "Upload what `save_pretrained` writes, in one commit; raises `OSError` that says what to do if the hub refuses."
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
+    with hub_errors('model', repo_id), tempfile.TemporaryDirectory() as folder:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         self.save_pretrained(folder, name=repo_id)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
@@ -227,7 +224,7 @@ def share(
 ) -> CapnbForImageCaptioning: # To be saved with `save_pretrained` or uploaded with `push_to_hub`
     "Bring a checkpoint into the form of `transformers`."
     model, metadata, _ = load_model_from_checkpoint(checkpoint, device)
-    return CapnbForImageCaptioning(config_of(model, metadata), model, metadata).eval()
+    return CapnbForImageCaptioning(config_of(metadata), model, metadata).eval()
 
 def as_checkpoint(
     name, # Folder or hub id of a shared captioner

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from .captioner import (Captioner, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
-from .core import Hyperparameters, as_hyperparameters, atomic_write, memory_in_use
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_mixed_precision, memory_in_use, revision_of
 from .data import caption_for_epoch
 from .decoder import tokenize_captions
 from .encoder import EncodedData
@@ -211,13 +211,19 @@ def save_curve(
     return path
 
 # %% ../nbs/07_training.ipynb #997bf294
+def _groups(run):
+    "The optimizer's groups: how many parameters each has, how many of them learn in this epoch, and its learning rate."
+    return [dict(name=g['name'], parameters=sum(p.numel() for p in g['params']), learns=sum(p.numel() for p in g['params'] if p.requires_grad), learning_rate=g['lr']) for g in run.optimizer.param_groups]
+
+def _revisions(h): return {part: revision_of(name) for part,name in (('encoder', h.encoder_name), ('decoder', h.decoder_name or h.tokenizer_name), ('tokenizer', h.tokenizer_name))} # None for what came from no hub
+
 def _new_metadata(run, training_loss, seconds):
     "What is known after an epoch, before validation and scores."
     scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
                 data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}), device=str(run.model.device), seconds=round(seconds,1),
-                frozen=frozen_fingerprint(run.model), versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
+                frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
     "Print what an epoch brought, in five lines."
@@ -466,7 +472,7 @@ def _check_run(data, h):
 def _new_run(model, data, h, stamp, callbacks):
     "A run with what learns and steers it."
     AcceleratorState._reset_state() # it would hold on to the mixed precision of an earlier run in this process
-    accelerator = Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision)
+    accelerator = Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device))
     if accelerator.num_processes > 1: raise ValueError('training in several processes is not supported yet; start one')
     run = Run(model, data, h, stamp, micro_batch_size=h.micro_batch_size, callbacks=[*callbacks, KeepCheckpoints(), EarlyStopping(), SaveState()])
     optimizer, run.scheduler = make_optimizer(model, h)
@@ -488,10 +494,9 @@ def _begin(run, state):
 # %% ../nbs/07_training.ipynb #6c6f0732
 def close_epoch(run:Run, training_loss:float):
     "Save what an epoch brought, look at pictures it did not learn from, call the callbacks and report."
-    rate = run.scheduler.get_last_lr()[0]
-    run.scheduler.step()
     run.epoch += 1
-    run.metadata, run.seconds = dict(_new_metadata(run, training_loss, run.seconds), learning_rate=rate), 0.
+    run.metadata, run.seconds = dict(_new_metadata(run, training_loss, run.seconds), learning_rate=run.scheduler.get_last_lr()[0]), 0.
+    run.scheduler.step()
     run.checkpoint = save_checkpoint(run.model, run.h.output_dir, run.stamp, run.epoch, run.metadata) # before anything that may fail
     run.model.eval()
     if run.h.evaluation_enabled: run.metadata['validation_loss'], run.metadata['image_gain'] = validate(run.model, run.data['validation'])

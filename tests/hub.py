@@ -1,10 +1,12 @@
 "A hub on the loopback address: enough of the API of huggingface.co for the real clients of `datasets`, `huggingface_hub` and `transformers`."
-import hashlib, json, re, threading, time
+import base64, hashlib, json, re, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ASK = re.compile(r'(?:/api/(?P<api>datasets|models)/(?P<name>[^/]+/[^/]+?)(?:/(?P<what>revision|tree|paths-info|auth-check)(?:/(?P<revision>[^/]+))?(?:/(?P<path>.+))?)?'
                  r'|/(?P<data>datasets/)?(?P<owner>[^/]+/[^/]+)/resolve/(?P<at>[^/]+)/(?P<file>.+))')
+
+WRITE = re.compile(r'/api/(?:(?P<what>repos/create|validate-yaml)|models/(?P<name>[^/]+/[^/]+)/(?P<more>preupload|commit)/[^/]+)')
 
 class Repo:
     "Files of a data set or a model at its revisions; `gated` asks everybody to accept terms first."
@@ -55,6 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(f'{self.command} {self.path}')
         if self.hub.status: return self.answer(self.hub.status)
         url = urlsplit(self.path)
+        if self.command == 'POST' and (write := WRITE.fullmatch(url.path)): return self.write(write['name'], write['what'] or write['more'], body)
         ask = ASK.fullmatch(url.path)
         if not ask: return self.error(404, 'EntryNotFound')
         kind = ask['api'] or ('datasets' if ask['data'] else 'models')
@@ -68,6 +71,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.json(dict(_id=repo.sha[:24], id=ask['name'], sha=repo.sha, private=False, gated='manual' if repo.gated else False, disabled=False, downloads=0, likes=0, tags=[],
                        siblings=[dict(rfilename=name) for name in repo.files]))
     do_GET = do_HEAD = do_POST = handle_any
+
+    def write(self, name, what, body):
+        "Take in a model: every file comes in the commit itself, as the hub has it for small text files. Who is not logged in may not."
+        if not self.headers.get('Authorization'): return self.answer(401)
+        if what == 'repos/create':
+            name = '/'.join(filter(None, (json.loads(body).get('organization'), json.loads(body)['name'])))
+            self.hub.repos.setdefault(('models', name), Repo({}))
+            return self.json(dict(url=f'{self.hub.url}/{name}', name=name, id=name))
+        if what == 'validate-yaml': return self.json(dict(errors=[], warnings=[]))
+        if what == 'preupload': return self.json(dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]))
+        lines = [json.loads(line) for line in body.splitlines()]
+        self.hub.add(name, {line['value']['path']: base64.b64decode(line['value']['content']) for line in lines if line['key'] == 'file'}, 'models')
+        self.json(dict(success=True, commitOid=self.hub.repos['models', name].sha, commitUrl=f'{self.hub.url}/{name}/commit/{self.hub.repos["models", name].sha}', hookOutput=''))
 
     def paths(self, body): return json.loads(body)['paths'] if body[:1] == b'{' else parse_qs(body.decode())['paths']
     def entry(self, repo, path):

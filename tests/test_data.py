@@ -32,7 +32,7 @@ def files():
     "What the hub keeps: parquet with real JPEGs in the layout of each known repository."
     whole = {f'TEST/test/{n:04}.parquet': parquet(flickr30k(n*ROWS//2, (n+1)*ROWS//2), FLICKR30K) for n in range(2)}
     bare = {k: v for k,v in FLICKR30K.items() if k!='split'}
-    lmms = {'data/test-00000-of-00001.parquet': parquet([{k: v for k,v in row.items() if k!='split'} for row in flickr30k(0, 80)], bare)}
+    lmms = {'data/test-00000-of-00001.parquet': parquet([{k: v for k,v in row.items() if k!='split'} for row in flickr30k(0, 240)], bare)}
     eight = dict(image=ImageColumn(), **{f'caption_{k}': Value('string') for k in range(5)})
     rows = [dict(image=dict(bytes=jpeg(i), path=None), **{f'caption_{k}': BOOK.captions(i)[k] for k in range(5)}) for i in range(80)]
     flickr8k = {f'data/{split}-00000-of-00001.parquet': parquet(rows[a:b], eight) for split,a,b in [('train',0,40),('validation',40,60),('test',60,80)]}
@@ -120,10 +120,14 @@ def test_flickr8k_and_columns_with_numbers(load):
     assert found['validation'][0][1] == [' '.join(c.split()) for c in BOOK.captions(40)[:5]]
     assert part == {split: rows[:15 if split=='train' else 10] for split,rows in found.items()}
 
-def test_a_hub_split_alone_is_cut_by_number(load):
-    (found, _), (part, _) = load(dict(data='lmms-lab/flickr30k'), dict(data='lmms-lab/flickr30k', limit=20))
-    assert set(found) == {'train','validation','test'} and sorted(sum(ids(found).values(), [])) == [f'{1000+i}.jpg' for i in range(80)] and min(map(len, found.values())) > 2
-    assert part == {split: rows[:20 if split=='train' else 10] for split,rows in found.items()}
+def test_a_hub_split_alone_is_cut_by_number(load, files):
+    (found, _), (part, sent) = load(dict(data='lmms-lab/flickr30k'), dict(data='lmms-lab/flickr30k', limit=20))
+    where = {int(row[0][:-4])-1000: split for split,rows in found.items() for row in rows}
+    assert set(found) == {'train','validation','test'} and sorted(where) == list(range(240)) and min(map(len, found.values())) >= 15
+    assert part == first(found, 20, 10)
+    groups = next(g for g in range(1, 13) if all(sum(where[i]==split for i in range(g*GROUP)) >= (20 if split=='train' else 10) for split in found))
+    group = size(files, 'lmms-lab/flickr30k')*GROUP/240
+    assert groups < 11 and groups*group < sent < (groups+.5)*group + 65_536
 
 def test_columns_that_cannot_be_told(hub, load):
     features = dict(photo=ImageColumn(), mask=ImageColumn(), says=Value('string'), licence=Value('string'))

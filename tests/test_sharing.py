@@ -1,0 +1,94 @@
+"A captioner given away: over a hub to people with capnb, and as a LLaVA to programs without it."
+import json, os, subprocess, sys
+import pytest
+from capnb.captioner import newest_checkpoint, read_metadata
+from capnb.commands import train
+from capnb.core import model_path
+from capnb.storybook import Storybook
+from hub import Hub
+
+SHORT = dict(training_size_limit=64, num_epochs=1, evaluation_enabled=False, adapter_width=32, prefix_length=2)
+
+@pytest.fixture(scope='module')
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+@pytest.fixture(scope='module')
+def trained(run, hub, tmp_path_factory):
+    "A captioner whose frozen parts came from the hub, by name: the folder it was trained in, and the environment."
+    here = tmp_path_factory.mktemp('sharing')
+    for name in ('storybook-clip', 'storybook-qwen3'): hub.add(f'makers/{name}', files(here.__class__(model_path(name))), 'models')
+    env = hub.environment(here/'home')
+    settings = dict(SHORT, encoder_name='makers/storybook-clip', tokenizer_name='makers/storybook-qwen3')
+    done = run('capnb_train', *(w for k,v in settings.items() for w in (f'--{k}', v)), cwd=here, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    Storybook('test')[0]['image'].save(here/'page.png')
+    return here, env
+
+def captioned(where, env, folder, code='model.captioner.caption(Image.open("page.png"))'):
+    "What a fresh process says that loads a shared captioner from `where`."
+    script = f'from PIL import Image\nfrom capnb.sharing import CapnbForImageCaptioning\nmodel = CapnbForImageCaptioning.from_pretrained({where!r})\nprint({code})'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=folder, env={**os.environ, **env})
+    return done.stdout.strip(), done.stderr
+
+def test_models_by_name_from_a_hub(trained, hub):
+    metadata = read_metadata(newest_checkpoint(trained[0]/'saved_models'))
+    assert metadata['revisions'] == {part: hub.repos['models', f'makers/storybook-{name}'].sha for part,name in (('encoder', 'clip'), ('decoder', 'qwen3'), ('tokenizer', 'qwen3'))}
+
+def test_push_and_load_again(run, trained, hub):
+    "What is uploaded is small, names the frozen parts with their revisions, and captions as the checkpoint does, even when `main` has moved on."
+    here, env = trained
+    done = run('capnb_share', '--push', 'someone/captioner', cwd=here, env={**env, 'HF_TOKEN': 'hf_made_up'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    pushed = hub.repos['models', 'someone/captioner'].files
+    assert set(pushed) == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'training_metadata.json'}
+    config, sha = json.loads(pushed['config.json']), hub.repos['models', 'makers/storybook-clip'].sha
+    assert config['hyperparameters']['encoder_name'] == f'makers/storybook-clip@{sha}'
+    assert b"from_pretrained('someone/captioner')" in pushed['README.md']
+    wanted = run('capnb_caption', 'page.png', cwd=here, env=env).stdout.split(': ', 1)[1].strip()
+    hub.repos['models', 'makers/storybook-clip'].revisions = {sha} # `main` is another commit now
+    env = {**env, 'HF_HOME': str(here/'other_home')}
+    said, errors = captioned('someone/captioner', env, here)
+    hub.repos['models', 'makers/storybook-clip'].revisions = {sha, 'main'}
+    assert said == wanted, errors[-3000:]
+
+def test_pushing_without_the_right_is_one_line(run, trained, hub):
+    here, env = trained
+    done = run('capnb_share', '--push', 'someone/else', cwd=here, env=env)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'hf auth login' in done.stderr, done.stderr[-3000:]
+    assert ('models', 'someone/else') not in hub.repos
+
+WRONG = {'encoder': ('--encoder_name', 'makers/nothing'), 'decoder': ('--tokenizer_name', 'makers/nothing'), 'gated': ('--tokenizer_name', 'makers/gated')}
+
+@pytest.mark.parametrize('part', WRONG)
+def test_model_that_is_not_there_is_one_line(run, trained, hub, part):
+    "And nothing large was fetched before it was told."
+    here, env = trained
+    hub.add('makers/gated', {'config.json': b'{}'}, 'models', gated=True)
+    hub.asked.clear()
+    done = run('capnb_train', *WRONG[part], cwd=here, env=env)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and WRONG[part][1] in done.stderr, done.stderr[-3000:]
+    assert 'hf auth login' in done.stderr and not any('safetensors' in asked for asked in hub.asked)
+
+@pytest.mark.skipif(not os.environ.get('CAPNB_VLLM_PYTHON'), reason='set CAPNB_VLLM_PYTHON to a Python that has vLLM')
+def test_vllm_says_the_same(run, tmp_path):
+    result = train(training_size_limit=640, num_epochs=1, evaluation_enabled=False, features='patch', output_dir=str(tmp_path/'saved_models'), device='cpu')
+    done = run('capnb_share', 'llava', '--llava', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = [Storybook('test')[i]['image'] for i in range(4)]
+    for i,page in enumerate(pages): page.save(tmp_path/f'{i}.png')
+    (tmp_path/'serve.py').write_text("""
+from PIL import Image
+from vllm import LLM, SamplingParams
+if __name__ == '__main__':
+    llm = LLM(model='llava', dtype='float32', max_model_len=256, enforce_eager=True)
+    asked = [dict(prompt='<image>', multi_modal_data=dict(image=Image.open(f'{i}.png'))) for i in range(4)]
+    for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=48)): print('CAPTION', answer.outputs[0].text)
+""")
+    done = subprocess.run([os.environ['CAPNB_VLLM_PYTHON'], 'serve.py'], capture_output=True, text=True, cwd=tmp_path, timeout=600,
+                          env={**{k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}, 'VLLM_CPU_KVCACHE_SPACE': '1', 'HF_HUB_OFFLINE': '1'})
+    assert [line.removeprefix('CAPTION ') for line in done.stdout.splitlines() if line.startswith('CAPTION')] == result.model.caption(pages), done.stderr[-3000:]
