@@ -161,7 +161,7 @@ def position(cwd):
     try: return len(read_state(find_state(cwd/'saved_models'))['position']['losses'])
     except FileNotFoundError: return -1
 
-@pytest.mark.parametrize('number', [pytest.param(signal.SIGINT, marks=slow), signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal(args, through, tmp_path, number):
     endless = [*args, '--num_epochs', '1000']
     process = begin(tmp_path, *endless)
@@ -175,6 +175,7 @@ def test_signal(args, through, tmp_path, number):
     ended(begin(tmp_path, *shlex.split(told[2])[1:], '--num_epochs', 3))
     same(outcome(tmp_path/'saved_models'), through[0])
 
+@slow
 def test_ctrl_c_in_a_shell(start, args, through, tmp_path):
     "The console command itself, in a process that imports for itself."
     with start('capnb_train', *args, '--num_epochs', 1000, cwd=tmp_path) as process:
