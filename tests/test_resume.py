@@ -9,7 +9,7 @@ from capnb.training import find_state, read_state
 
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
 # Three epochs of six steps each, with scores, a training state after every second step, and checkpoints that are removed.
-SMALL = dict(batch_size=4, num_epochs=3, checkpoint_steps=2, keep_checkpoints=1, adapter_width=32, prefix_length=2, max_caption_length=8)
+SMALL = dict(batch_size=4, num_epochs=3, checkpoint_steps=2, keep_checkpoints=2, adapter_width=32, prefix_length=2, max_caption_length=8)
 
 # --- Processes that import only once: a server that has imported all, and is copied for each run
 
@@ -34,8 +34,9 @@ def die(number, when):
         def changed(*args, **kwargs):
             done[0] += 1
             if done[0]==number and when=='before': os.kill(os.getpid(), signal.SIGKILL)
-            change(*args, **kwargs)
-            if done[0]==number: os.kill(os.getpid(), signal.SIGKILL)
+            try: change(*args, **kwargs)
+            finally:
+                if done[0]==number: os.kill(os.getpid(), signal.SIGKILL)
         return changed
     os.replace, os.unlink = deadly(os.replace), deadly(os.unlink)
 
@@ -134,7 +135,7 @@ def killed_at_write(cwd, args, through, number, when):
     same(outcome(cwd/'saved_models'), through[0])
     return True
 
-@pytest.mark.parametrize('number,when', [(6, 'before'), (18, 'after')])
+@pytest.mark.parametrize('number,when', [(6, 'before'), (11, 'after')])
 def test_kill_between_two_writes(args, through, tmp_path, number, when): assert killed_at_write(tmp_path, args, through, number, when)
 
 @slow
@@ -142,7 +143,7 @@ def test_kill_between_two_writes(args, through, tmp_path, number, when): assert 
 def test_kill_between_any_two_writes(args, through, tmp_path, when):
     number = 1
     while killed_at_write(tmp_path/str(number), args, through, number, when): number += 1
-    assert number > 30 # a run of three epochs writes and removes so often
+    assert number > 28 # a run of three epochs writes and removes so often
 
 @slow
 @pytest.mark.parametrize('more', [dict(unfreeze_layers=1), dict(lora_rank=2), dict(features='patch'), dict(micro_batch_size=3), dict(mixed_precision='bf16', evaluation_enabled=False)], ids=str)
@@ -160,7 +161,7 @@ def position(cwd):
     try: return len(read_state(find_state(cwd/'saved_models'))['position']['losses'])
     except FileNotFoundError: return -1
 
-@pytest.mark.parametrize('number', [pytest.param(signal.SIGINT, marks=slow), signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal(args, through, tmp_path, number):
     endless = [*args, '--num_epochs', '1000']
     process = begin(tmp_path, *endless)
@@ -174,6 +175,7 @@ def test_signal(args, through, tmp_path, number):
     ended(begin(tmp_path, *shlex.split(told[2])[1:], '--num_epochs', 3))
     same(outcome(tmp_path/'saved_models'), through[0])
 
+@slow
 def test_ctrl_c_in_a_shell(start, args, through, tmp_path):
     "The console command itself, in a process that imports for itself."
     with start('capnb_train', *args, '--num_epochs', 1000, cwd=tmp_path) as process:
@@ -194,7 +196,10 @@ def test_longer(args, through, tmp_path):
     "A run that has ended goes on to what a longer one would have been."
     ended(begin(tmp_path, *args, '--num_epochs', 2))
     ended(begin(tmp_path, '--resume', '--num_epochs', 3))
-    same(outcome(tmp_path/'saved_models'), through[0])
+    found, expected = outcome(tmp_path/'saved_models'), through[0]
+    for notes in (found[1], expected[1]): assert notes['training_metadata_TIME-3.json']['epoch']==3
+    last = lambda run: (run[0], {k: v for k,v in run[1].items() if '-3' in k}, run[2]) # epoch 2 was an end once, and says so
+    same(last(found), last(expected))
 
 def test_what_cannot_change_is_named(album, tmp_path):
     folder = str(tmp_path/'saved')
