@@ -209,7 +209,7 @@ class Plan:
         self.epochs = -(-self.steps//per_epoch)
         held = sum(p.nbytes for p in model.parameters())
         busy = {name: c['bytes'] for name,c in self.counts.items() if h.evaluation_enabled or name in ('encode','step')}
-        self.memory = {'process': PROCESS_GB, 'weights': held/1e9, 'gradients and AdamW': 12*self.trained/1e9, **{k: v/1e9 for k,v in busy.items()}}
+        self.memory = {'process': PROCESS_GB, 'weights': held/1e9, 'AdamW': 8*self.trained/1e9, **{k: v/1e9 for k,v in busy.items()}}
 
     @property
     def memory_needed(self): # GB; the phases come one after the other
