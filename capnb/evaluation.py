@@ -16,7 +16,7 @@ from .captioner import Captioner, save_metadata
 from .core import atomic_write
 from .encoder import EncodedData
 from .storybook import read_facts
-from .training import Callback, validate
+from .training import Callback, in_slices, validate
 
 # %% ../nbs/08_evaluation.ipynb #231199c9
 _scorer = RougeScorer(['rougeL'])
@@ -80,9 +80,9 @@ def write_captions_for(
     **kwargs, # For `transformers`' `generate`
 ) -> list: # One caption per picture
     "Caption every encoded picture."
-    out = []
-    for at in tqdm(range(0, len(data), batch_size), desc=progress, disable=not progress, unit='batch'):
-        out += model.caption_features(data.features[at:at+batch_size], **kwargs)
+    out, write = [], lambda here: model.caption_features(data.features[here], **kwargs)
+    with tqdm(total=len(data), desc=progress, disable=not progress, unit='picture') as bar:
+        for captions in in_slices(write, len(data), batch_size): out += captions; bar.update(len(captions))
     return out
 
 def score(
