@@ -18,16 +18,17 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint
+from .data import open_image
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, check_encoder, load_encoder
 
 # %% ../nbs/06_captioner.ipynb #f387e0aa
 class Captioner(nn.Module):
-    "A frozen encoder, an adapter that learns and a frozen decoder."
+    "A frozen encoder, an adapter that learns and a decoder, which is frozen unless `thaw` or LoRA let parts of it learn."
     def __init__(self,
         encoder, # `ImageEncoder`
-        adapter, # `Adapter`
+        adapter, # `Adapter` or `PatchAdapter`
         decoder, # Causal language model
         tokenizer, # Of the decoder
         max_caption_length:int=128, # Most tokens per caption, read or written
@@ -40,7 +41,7 @@ class Captioner(nn.Module):
     def device(self): return next(self.adapter.parameters()).device
 
     def train(self, mode:bool=True):
-        "Set the mode of what learns; what is frozen stays in evaluation mode."
+        "Set the mode of the adapter; encoder and decoder stay in evaluation mode, even where parts of the decoder learn."
         super().train(mode)
         self.encoder.eval(); self.decoder.eval()
         return self
@@ -127,12 +128,12 @@ def caption_features(self:Captioner,
 
 @patch
 def caption(self:Captioner,
-    images, # A PIL picture or a list of them, of any size
+    images, # A PIL picture or a list of them, of any size and mode; or paths of pictures
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3`
 ): # A caption, or a list of them
     "Write a caption for each picture; greedy unless `kwargs` say otherwise."
-    if isinstance(images, Image.Image): return self.caption([images], **kwargs)[0]
-    return self.caption_features(self.encoder.encode(images), **kwargs)
+    if isinstance(images, (Image.Image, str, Path)): return self.caption([images], **kwargs)[0]
+    return self.caption_features(self.encoder.encode([open_image(image) for image in images]), **kwargs) if len(images) else []
 
 # %% ../nbs/06_captioner.ipynb #0da7b051
 def _last_layers(decoder, n):
@@ -168,17 +169,18 @@ def add_lora(
     except ImportError: raise ValueError("lora_rank needs the package peft; install it with: pip install 'capnb[lora]'") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(h.seed)
-        return inject_adapter_in_model(LoraConfig(r=h.lora_rank, lora_alpha=2*h.lora_rank, target_modules='all-linear'), decoder)
+        decoder = inject_adapter_in_model(LoraConfig(r=h.lora_rank, lora_alpha=2*h.lora_rank, target_modules='all-linear'), decoder)
+    for name,p in decoder.named_parameters():
+        if '.lora_' in name: p.data = p.data.float() # small corrections are lost in half precision
+    return decoder
 
 # %% ../nbs/06_captioner.ipynb #346128b6
 def frozen_fingerprint(
     model:Captioner,
 ) -> str: # 8 hexadecimal digits
-    "Identify a model's frozen weights by the names and shapes of all and the first 64 numbers of each, whatever number type they are held in."
-    crc = 0
-    for name,p in sorted(model.named_parameters()):
-        if not p.requires_grad: crc = crc32(f'{name} {tuple(p.shape)} {p.flatten()[:64].bfloat16().tolist()}'.encode(), crc)
-    return f'{crc:08x}'
+    "Identify the encoder's and the decoder's weights as they were in their files, whatever number type they are held in."
+    parts = [getattr(m, 'stored', None) or weights_fingerprint(m) for m in (model.encoder.model, model.decoder)]
+    return f"{crc32(' '.join(parts).encode()):08x}"
 
 # %% ../nbs/06_captioner.ipynb #a00b2b76
 def trained_state(
@@ -319,11 +321,12 @@ def load_model_from_checkpoint(
 def start_from(
     model:Captioner,
     path, # Weights of an earlier run, `model_state_dict_....pth`
+    h:Hyperparameters, # Of the new run
 ):
     "Lay the trained weights of an earlier run over a new model; raises `ValueError` that names the first one that does not fit."
-    here = dict(model.named_parameters())
+    here = {n: p for group in parameter_groups(model, h).values() for n,p in group.items()}
     learned = _read_weights(path)
-    missing = [n for n in here if n.startswith('adapter.') and n not in learned] + [n for n in learned if n not in here]
-    if missing: raise ValueError(f"{path}: {missing[0]} is {'missing' if missing[0] in here else 'not part of this model'}")
+    if missing := [n for n in here if n.startswith('adapter.') and n not in learned]: raise ValueError(f"{path}: {missing[0]} is missing")
+    if more := [n for n in learned if n not in here]: raise ValueError(f"{path}: {more[0]} learned there, but does not learn here; set features, unfreeze_layers and lora_rank as that run did")
     _check_shapes(here, learned, path)
     model.load_state_dict(learned, strict=False)

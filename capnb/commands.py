@@ -57,7 +57,7 @@ def train(
     splits = load_for(h, data)
     if not h.evaluation_enabled: splits = {'train': splits['train']}
     model = build_captioner(h, device)
-    if h.init_from: start_from(model, h.init_from)
+    if h.init_from: start_from(model, h.init_from, h)
     encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}') for split,pictures in splits.items()}
     scores = [Scores(splits)] if h.evaluation_enabled else []
     run = fit(model, encoded, h, [*scores, *callbacks], state)

@@ -6,13 +6,14 @@
 __all__ = ['PRESETS', 'Hyperparameters', 'chosen_settings', 'as_hyperparameters', 'model_path', 'model_source', 'revision_of',
            'no_loading_bar', 'hub_errors', 'Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention',
            'default_device', 'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention',
-           'memory_in_use', 'model_config', 'load_whole', 'atomic_write']
+           'memory_in_use', 'model_config', 'weights_fingerprint', 'load_whole', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #74982778
 import errno, json, os, re, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from zlib import crc32
 
 # %% ../nbs/00_core.ipynb #1ed9efce
 def _setting(default, help, lo=None, hi=None, optional=False, choices=None):
@@ -29,7 +30,7 @@ class Hyperparameters:
     learning_rate_decay_step: int = _setting(2, 'Epochs between two decays', lo=1)
     learning_rate_scheduler_enabled: bool = _setting(True, 'Decay the learning rate; if false it stays constant')
     image_size: int = _setting(224, 'Width and height in pixels that the encoder sees', lo=1)
-    tokenizer_name: str = _setting('Qwen/Qwen3-0.6B-Base', 'Tokenizer, a hub id or a folder; also the decoder, unless decoder_name says otherwise')
+    tokenizer_name: str = _setting('Qwen/Qwen3-0.6B-Base', 'Tokenizer, a hub id or a folder; also the decoder, unless decoder_name says otherwise; name both or neither')
     max_caption_length: int = _setting(128, 'Tokens kept of a caption, end-of-text included', lo=2)
     training_size_limit: int = _setting(None, 'Use only the first N training pictures; all if not set', lo=1, optional=True)
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
@@ -101,10 +102,10 @@ def _read_settings(path):
     "Read a dictionary from a JSON or YAML file."
     import yaml
     read = json.loads if str(path).endswith('.json') else yaml.safe_load
-    try: settings = read(Path(path).read_text(encoding='utf-8'))
+    try: settings = read(Path(path).read_text(encoding='utf-8-sig'))
     except (yaml.YAMLError, ValueError) as e: raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict): raise ValueError(f"{path} holds no settings by name, but {settings!r:.60}")
-    return {k: float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?\d+e[-+]?\d+', v) else v for k,v in settings.items()} # YAML takes 1e-4 for a text
+    return {k: float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', v) else v for k,v in settings.items()} # YAML takes 1e-4 for a text
 
 def chosen_settings(
     settings=None, # Dictionary, path of a JSON or YAML file, `Hyperparameters`, or None
@@ -132,7 +133,7 @@ def model_path(
 ) -> str: # A path, if it is a shipped one
     "Find a model that ships with the package by its name; leave other names as they are."
     shipped = Path(__file__).parent/'models'/name
-    return str(shipped) if shipped.is_dir() else name
+    return str(shipped) if re.fullmatch(r'[\w-]+', name) and shipped.is_dir() else name
 
 def model_source(
     name:str, # A shipped model, a hub id with or without '@REVISION', a folder, or a GGUF file as 'FOLDER/FILE.gguf'
@@ -305,24 +306,36 @@ def model_config(
     except ValueError as e: raise ValueError(f"{role} {name!r} cannot be read: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/00_core.ipynb #0da7b005
+def weights_fingerprint(
+    model, # Any module
+) -> str: # 8 hexadecimal digits
+    "Identify weights by the names and shapes of all and the first 64 numbers of each."
+    crc = 0
+    for name,p in sorted(model.named_parameters()): crc = crc32(f'{name} {tuple(p.shape)} {p.detach().flatten()[:64].float().tolist()}'.encode(), crc)
+    return f'{crc:08x}'
+
 def load_whole(
     cls, # Model class of `transformers`
     name:str, # As for `model_source`
     role:str, # For the message: 'encoder' or 'decoder'
     device, # Where to put it
     dtype=None, # Number type of its weights; None for what suits the device
-): # The model, frozen and in evaluation mode
+): # The model, frozen and in evaluation mode; `stored` is the fingerprint of its weights as they are in the file
     "Load a model whose weights must all be there; what else the file holds is left unread. Raises `ValueError` that names what is missing."
     import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging
     (path, options), level, dtype = model_source(name), logging.get_verbosity(), dtype or default_dtype(device)
     flash = cls._supports_flash_attn and dtype!=torch.float32 and default_attention(device)=='flash_attention_2'
     logging.set_verbosity_error() # we read the report ourselves
     try:
         with no_loading_bar(), hub_errors('model', path):
-            model, report = cls.from_pretrained(path, output_loading_info=True, dtype=dtype, attn_implementation='flash_attention_2' if flash else None, **options)
+            model, report = cls.from_pretrained(path, output_loading_info=True, dtype='auto', attn_implementation='flash_attention_2' if flash else None, **options)
+    except (SafetensorError, RuntimeError) as e: raise ValueError(f"{role} {name!r}: its weights cannot be read: {str(e).splitlines()[0]}") from None
     finally: logging.set_verbosity(level)
     if missing := sorted(report['missing_keys']): raise ValueError(f"{role} {name!r} has no weights for {missing[0]}" + (f' and {len(missing)-1} more' if len(missing)>1 else ''))
+    model.stored = weights_fingerprint(model)
+    for p in model.parameters(): p.data = p.data.to(dtype) # buffers, such as those of positions, keep theirs
     return model.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/00_core.ipynb #aa5720e0

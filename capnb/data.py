@@ -25,7 +25,7 @@ _NO_PICTURE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.
 
 def _eight_bits(pixels):
     "A picture of whole numbers: up to 65,535, or, if none is that high, up to 255."
-    return Image.fromarray((pixels.clip(0, 65535)//257 if pixels.dtype.itemsize==2 or pixels.max() > 255 else pixels).astype(np.uint8)).convert('RGB')
+    return Image.fromarray((pixels.clip(0, 65535)//257 if pixels.dtype.itemsize==2 or pixels.max() > 255 else pixels.clip(0)).astype(np.uint8)).convert('RGB')
 
 def _as_rgb(image):
     "A PIL picture as people see it: upright, 8 bits, on white where it is transparent."
@@ -59,9 +59,9 @@ def _picture(image, where):
 
 def _captions(row, where):
     "The captions of a row as a list, from `captions` or `caption`, one or several."
-    found = row.get('captions', row.get('caption'))
+    found = next((row[k] for k in ('captions','caption') if row.get(k) is not None), None)
     if found is None: raise ValueError(f"{where} has neither 'captions' nor 'caption', only {', '.join(map(str, row))}")
-    found = [found] if isinstance(found, str) else list(found)
+    found = list(found) if hasattr(found, '__iter__') and not isinstance(found, str) else [found]
     if not found or not all(isinstance(c, str) and c.strip() for c in found): raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}")
     return [' '.join(c.split()) for c in found]
 
@@ -147,7 +147,9 @@ _PICTURE_NAME = r'.*\.(jpe?g|png|gif|webp|tiff?|bmp|jp2|avif|ppm)'
 
 def _decoded(file):
     "The text of a file in UTF-8 (with or without a byte-order mark), in UTF-16, or else in Windows' western encoding."
-    raw = file.read_bytes()
+    return _text(file.read_bytes()).replace('\r\n', '\n').replace('\r', '\n')
+
+def _text(raw):
     if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16')
     if b'\0' in raw[:2]: return raw.decode('utf-16-be' if raw[0]==0 else 'utf-16-le')
     try: return raw.decode('utf-8-sig')
@@ -161,7 +163,7 @@ def _columns(names):
 def _layout(first):
     "Separator of a table, positions of picture, caption and split, and whether the first line names them."
     for separator in ',\t;|':
-        names = next(csv.reader([first], delimiter=separator), [])
+        names = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
         where = _columns(names)
         if None not in where[:2]: return separator, where, True
         if len(names)>1 and re.fullmatch(_PICTURE_NAME, names[0].strip(), re.I): return separator, [0, len(names)-1, None], False
@@ -170,7 +172,7 @@ def _layout(first):
 # %% ../nbs/02_data.ipynb #0da7a018
 def _csv_rows(text, separator, quoted):
     "Line and fields of each row; raises `ValueError` that names the line where the quotes are not even."
-    rows, line = csv.reader(io.StringIO(text, newline=''), delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted), 1
+    rows, line = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted), 1
     try:
         for row in rows:
             yield line, row
@@ -189,7 +191,9 @@ def _table_rows(text):
     except ValueError:
         if separator!='\t': raise
         rows = list(_csv_rows(text, separator, False))
+    columns = len(rows[0][1])
     for line,row in rows[header:]:
+        if len(row) > columns: yield f'line {line}', ValueError(f'has {len(row)} fields, the first line {columns}: put a caption with {separator!r} in it into quotes'), '', None; continue
         if row: yield f'line {line}', *('' if at is None or at >= len(row) else row[at].strip() for at in where)
 
 # %% ../nbs/02_data.ipynb #0da7a010
@@ -250,7 +254,7 @@ class PictureFolder:
         self.table = Path(table) if table else _only_table(self.folder)
         self.captions, self.paths, self.where, self.splits, self._below = {}, {}, {}, {}, None
         try: bad = [problem for row in self._read() if (problem := self._add(*row))]
-        except ValueError as e: raise ValueError(f"{self.table}: {e}") from None
+        except (ValueError, TypeError, RecursionError) as e: raise ValueError(f"{self.table}: {e}") from None
         if bad and (bad_rows=='stop' or not self.captions):
             raise ValueError(f"{self.table}: {'; '.join(bad[:5])}" + (f"; and {len(bad)-5} more: `capnb_data check` lists them, bad_rows 'skip' leaves them out" if len(bad)>5 else ''))
         if not self.captions: raise ValueError(f"{self.table}: it has no rows")
@@ -481,11 +485,11 @@ def _hub_rows(repo, revision, limit, columns):
 def _sources(data, image_size, limit, bad_rows, revision, columns):
     "Rows by name of split for whatever names or holds a data set, and what was left out of it."
     name = str(data) if isinstance(data, (str, Path)) else None
-    if not name: return {split: named_rows(rows, *columns) for split,rows in data.items()} if isinstance(data, Mapping) else split_rows(named_rows(data, *columns)), []
+    if not name: return {_split_name(split): named_rows(rows, *columns) for split,rows in data.items()} if isinstance(data, Mapping) else split_rows(named_rows(data, *columns)), []
     if name=='storybook': return {split: Storybook(split, size=image_size) for split in SPLITS}, []
     if name in HUB_DATA: return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns), []
     if Path(name).is_dir(): return read_folder(name, bad_rows)
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', name): raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or a folder with pictures and a captions.csv")
+    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name): raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or a folder with pictures and a captions.csv")
     try: return _hub_rows(name, revision, limit, columns), []
     except OSError as e: raise type(e)(f"{e}; and there is no folder {name}") from None
 

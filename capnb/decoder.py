@@ -11,7 +11,7 @@ import inspect, torch
 from importlib.util import find_spec
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from .core import default_device, hub_errors, load_whole, model_config, model_source
 
@@ -48,7 +48,9 @@ def check_decoder(
     kind = config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES: raise ValueError(f"decoder {name!r} is a {kind!r} model, which cannot write text")
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if 'inputs_embeds' not in inspect.signature(cls.forward).parameters: raise ValueError(f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a prefix made of a picture")
+    reads, writes = (inspect.signature(getattr(cls, method)).parameters for method in ('forward', 'prepare_inputs_for_generation'))
+    if 'inputs_embeds' in reads and not ('inputs_embeds' in writes and 'logits_to_keep' in reads): raise ValueError(f"decoder {name!r} ({cls.__name__}) cannot write from vectors; take a model for text only")
+    if 'inputs_embeds' not in reads: raise ValueError(f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a prefix made of a picture")
 
 def load_tokenizer(
     name:str, # As for `load_decoder`
@@ -57,8 +59,16 @@ def load_tokenizer(
     "Load the tokenizer of a decoder."
     path, options = model_source(name)
     with hub_errors('model', path): tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    if not tokenizer('a', add_special_tokens=False)['input_ids']: raise ValueError(f"there is no tokenizer in {name!r}, or one that knows no words; name one with tokenizer_name")
     _settle_end(tokenizer, config)
     return tokenizer
+
+def _check_vocabulary(tokenizer, name, tokenizer_name, config):
+    "Raise a `ValueError` if the decoder has a tokenizer of its own in which a token has another number."
+    try: own = load_tokenizer(name, config).get_vocab()
+    except (OSError, ValueError): return # it has none
+    for token,i in tokenizer.get_vocab().items():
+        if own.get(token, i)!=i: raise ValueError(f"tokenizer {tokenizer_name!r} is not that of decoder {name!r}: token {token!r} is number {i} there and {own[token]} here; set tokenizer_name and decoder_name together")
 
 def load_decoder(
     name:str, # A shipped model, a hub id, a folder with a causal language model, or a file in GGUF format, `FOLDER/FILE.gguf`
@@ -66,12 +76,14 @@ def load_decoder(
     device=None, # Where to put it; None for the best device
     dtype=None, # Number type of its weights; None for what suits the device
 ): # The frozen model, its tokenizer
-    "Load a causal language model (one that predicts the next token from those before it) to be read from and written with, but not trained."
+    "Load a causal language model (one that predicts the next token from those before it) to be read from and written with; frozen."
     config, device = decoder_config(name), device or default_device()
     tokenizer = load_tokenizer(tokenizer_name or name, config)
     model = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], name, 'decoder', device, dtype)
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
+    if tokenizer_name not in (None, name): _check_vocabulary(tokenizer, name, tokenizer_name, config)
+    if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name or name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
+    model.generation_config = GenerationConfig() # its makers' habits, such as a penalty for repeating, are not ours
     return model, tokenizer
 
 # %% ../nbs/05_decoder.ipynb #bf20139e
@@ -134,4 +146,5 @@ def embedding_size(
 ) -> float: # Root mean square
     "Say how large the numbers of the decoder's token embeddings are, as it reads them."
     embed = decoder.get_input_embeddings()
-    return embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).float().pow(2).mean().sqrt().item()
+    parts = torch.arange(embed.num_embeddings, device=embed.weight.device).split(8192) # a whole table in float32 may be gigabytes
+    return (sum(embed(part).float().pow(2).mean().item()*len(part) for part in parts)/embed.num_embeddings)**.5

@@ -76,6 +76,7 @@ def forward(self:ImageEncoder,
     with torch.no_grad(): out = self.model(**inputs, output_hidden_states=self.features=='patch')
     if self.features=='pooled': return (out.image_embeds if 'image_embeds' in out else out.pooler_output).float()
     states = out.hidden_states[-2] if self.model.config.model_type.startswith('clip') else out.last_hidden_state
+    if states.shape[1] < self.patches: raise ValueError(f"{self.patches} patches were expected and {states.shape[1]} came: image_size is {self.image_size}, the pictures were made for another")
     return states[:,-self.patches:].float() # what comes before the patches stands for the whole picture
 
 @patch
@@ -94,6 +95,7 @@ def check_encoder(
 ) -> int: # Width and height of the pictures that it is to see
     "Raise a `ValueError` if this is no image encoder, or one that has not such features or cannot see that size."
     if config.model_type not in _TOWERS: raise ValueError(f"encoder {name!r} is a {config.model_type!r} model; an image encoder is needed: {', '.join(k for k in _TOWERS if 'vision' not in k)}")
+    if features not in ('pooled','patch'): raise ValueError(f"features is {features!r}; allowed: pooled or patch")
     vision = getattr(config, 'vision_config', config)
     if features=='pooled' and not getattr(vision, 'vision_use_head', True): raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
     if not vision.model_type.startswith(('dinov2','siglip2')): # the others know one grid of patches
@@ -119,7 +121,7 @@ def load_image_processor(
 def load_encoder(
     name:str, # A shipped model, a hub id or a folder with a CLIP, SigLIP, SigLIP2 or DINOv2
     device=None, # Where to put it; None for the best device
-    image_size:int=None, # Raise `ValueError` unless the encoder takes this size; None for the one that it was made for
+    image_size:int=None, # Width and height of the pictures, pixels; None for what it was made for, or 224 where it takes any
     features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
     "Load an encoder's image half and its processor (PIL backend)."
@@ -129,9 +131,9 @@ def load_encoder(
 
 # %% ../nbs/03_encoder.ipynb #0788551f
 class EncodedData:
-    "Encoded pictures: row `i` is what the data set said about picture `i`, with `features` (a vector) in place of `image`."
+    "Encoded pictures: row `i` is what the data set said about picture `i`, with `features` in place of `image`."
     def __init__(self,
-        features:torch.Tensor, # (pictures, width)
+        features:torch.Tensor, # (pictures, width) or (pictures, patches, width)
         rows:list, # One dictionary per picture
         left_out:int=0, # Rows of the data set that could not be read
     ): self.features, self.rows, self.left_out = features, rows, left_out
