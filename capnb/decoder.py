@@ -136,7 +136,7 @@ def _layout(
     read = mask[:,1:].reshape(batch, -1).bool()                                # (batch, k*(n-1))
     order = read.int().sort(dim=1, descending=True, stable=True).indices
     places = prefix + order.argsort(dim=1).view(len(mask), n-1)                    # of each token that is read
-    order = order[:,:int(read.sum(1).max())]                                   # (batch, longest)
+    if len(mask)>batch: order = order[:,:int(read.sum(1).max())]               # (batch, longest); of one caption each, that is all
     return order, read.gather(1, order), order//max(1, n-1), prefix + order%max(1, n-1), torch.cat([places.new_full((len(mask),1), prefix-1), places], 1)
 
 def _attention(real, caption, prefix, dtype):

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 import torch
 from fastcore.script import Param
+from torch.fx.experimental import _config as fx_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,7 @@ def blank_captioner(
         if h.lora_rank: add_lora(decoder, h)
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
+    if device=='meta': decoder._head_is_plain = True # what has no content cannot be asked
     model = Captioner(encoder, adapter, decoder, None, h.max_caption_length).train()
     thaw(model, h, h.unfreeze_epoch)
     return model
@@ -95,10 +97,20 @@ class MemoryCounter(TorchDispatchMode):
         return out
 
 # %% ../nbs/13_planning.ipynb #13a00012
+def _loss_in_rows(hidden, weight, labels, reduction):
+    "What `linear_cross_entropy` holds and computes: some rows of logits at a time, and for a sum the gradient at once."
+    grads = []
+    with torch.no_grad():
+        for rows in hidden.split(256):
+            logits = F.linear(rows, weight).float().log_softmax(-1)
+            if reduction=='sum': grads.append(logits.to(weight.dtype) @ weight)
+    return (hidden*torch.cat(grads)).sum() if grads else hidden.sum(1)
+
 class FusedAttention(TorchFunctionMode):
-    "Inside the `with`, attention on the meta device is the fused operation that devices have."
+    "Inside the `with`, attention and the loss on the meta device are the fused operations that devices have."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is F.linear_cross_entropy: return _loss_in_rows(*args, kwargs['reduction'])
         if func is not F.scaled_dot_product_attention: return func(*args, **kwargs)
         q, k, v = args # (batch, heads, positions, width)
         if k.shape[1]!=q.shape[1]: k, v = (t.repeat_interleave(q.shape[1]//t.shape[1], 1) for t in (k, v))
@@ -135,10 +147,10 @@ def count_phases(
     dtype=torch.float32, # Of the frozen models
 ) -> dict: # Name of the phase: bytes beyond weights, and floating point operations
     "Count on the meta device what each phase of a run holds and computes."
-    model, counts = blank_captioner(h, 'meta', dtype), {}
+    model, counts, all_real = blank_captioner(h, 'meta', dtype), {}, fx_config.patch(meta_nonzero_assume_all_nonzero=True) # no padding
     for name,do in phases(model, h).items():
         model.zero_grad()
-        with FusedAttention(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
+        with all_real, FusedAttention(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
         counts[name] = dict(bytes=memory.now if name=='write' else memory.peak, flops=flops.get_total_flops()) # written token by token: only the cache is ever whole
         del kept
     return counts
@@ -247,7 +259,7 @@ def plan_text(plan:Plan) -> str:
 # %% ../nbs/13_planning.ipynb #13a0002a
 class _Wordless:
     "Stands in for a tokenizer where nobody reads what is written."
-    eos_token_id = 0
+    eos_token_id = -1 # no token: a caption ends when it is long enough
     def batch_decode(self, ids, **kwargs): return ['']*len(ids)
 
 def _seconds(do, device):
@@ -274,7 +286,7 @@ def time_phases(
     processor, photograph = CLIPImageProcessorPil(size=dict(shortest_edge=h.image_size), crop_size=dict(height=h.image_size, width=h.image_size)), Image.new('RGB', (500,375) if h.data!='storybook' else (64,64))
     prefix = torch.zeros(WRITTEN, model.encoder.patches if h.features=='patch' else h.prefix_length, model.decoder.get_input_embeddings().embedding_dim, device=device)
     def step(): do['step'](); optimizer.step(); optimizer.zero_grad()
-    def write(n): return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n, min_new_tokens=n), device)
+    def write(n): return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n), device)
     return dict(prepare=_seconds(lambda: processor([photograph]*encoded, return_tensors='pt'), device)/encoded, encode=_seconds(do['encode'], device)/encoded,
                 step=_seconds(step, device), token=write(4)/4)
 
