@@ -50,7 +50,7 @@ def train(
     if resume: state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
     from capnb.captioner import build_captioner, check_models, start_from
     from capnb.data import load_for
-    from capnb.encoder import encode_data
+    from capnb.encoder import encode_data, features_folder
     from capnb.evaluation import Scores
     from capnb.training import fit
     check_models(h) # before pictures are fetched for a model that does not exist
@@ -58,7 +58,7 @@ def train(
     if not h.evaluation_enabled: splits = {'train': splits['train']}
     model = build_captioner(h, device)
     if h.init_from: start_from(model, h.init_from, h)
-    encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}') for split,pictures in splits.items()}
+    encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}', folder=features_folder(h)) for split,pictures in splits.items()}
     scores = [Scores(splits)] if h.evaluation_enabled else []
     run = fit(model, encoded, h, [*scores, *callbacks], state)
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)
@@ -122,7 +122,7 @@ def eval_command(
     from json import dump
     from capnb.core import atomic_write
     from capnb.data import load_for
-    from capnb.encoder import encode_data
+    from capnb.encoder import encode_data, features_folder
     from capnb.evaluation import evaluate, score_table
     path = _checkpoint(checkpoint, folder)
     model, metadata, h = load_model_from_checkpoint(path)
@@ -130,7 +130,7 @@ def eval_command(
     print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits = load_for(h)
     if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
-    results = {s: evaluate(model, encode_data(model.encoder, d, progress=f'Encoding {s}'), s) for s,d in splits.items() if s==split or not split and s not in ('train','validation')}
+    results = {s: evaluate(model, encode_data(model.encoder, d, progress=f'Encoding {s}', folder=features_folder(h)), s) for s,d in splits.items() if s==split or not split and s not in ('train','validation')}
     print(score_table({s: scores for s,(scores,_) in results.items()}))
     if json_file:
         with atomic_write(json_file) as f: dump({s: dict(scores, captions=captions) for s,(scores,captions) in results.items()}, f, indent=2)

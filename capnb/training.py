@@ -36,9 +36,9 @@ class _Epoch:
     "Features with the caption of one epoch."
     def __init__(self, data, epoch, seed): self.data, self.epoch, self.seed = data, epoch, seed
     def __len__(self): return len(self.data)
-    def __getitem__(self, i):
-        row = self.data[i]
-        return row['features'], caption_for_epoch(row['captions'], i, self.epoch, self.seed)
+    def __getitem__(self, i): return self.__getitems__([i])[0]
+    def __getitems__(self, rows): # what `DataLoader` asks for: all rows of a batch at once
+        return list(zip(self.data.features[rows], (caption_for_epoch(self.data.rows[i]['captions'], i, self.epoch, self.seed) for i in rows)))
 
 def _collate(pairs):
     features, captions = zip(*pairs)
@@ -103,7 +103,7 @@ def validate(
     captions = [r['captions'][0] for r in data.rows]
     def read(here): # sums over some pictures: nats with the right one, with another one, tokens
         nats, mask = model.nats(data.features[here], captions[here])
-        other, _ = model.nats(data.features.roll(1, 0)[here], captions[here])
+        other, _ = model.nats(data.features[[i-1 for i in range(here.start, here.stop)]], captions[here])
         return nats.sum().item(), other.sum().item(), mask.sum().item()
     total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size)))
     model.train(was_training)
