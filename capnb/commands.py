@@ -52,13 +52,13 @@ def train(
     from capnb.data import load_for
     from capnb.encoder import encode_data
     from capnb.evaluation import Scores
-    from capnb.training import fit
+    from capnb.training import first_goes_first, fit, join_processes
     check_models(h) # before pictures are fetched for a model that does not exist
     splits = load_for(h, data)
     if not h.evaluation_enabled: splits = {'train': splits['train']}
-    model = build_captioner(h, device)
+    model = build_captioner(h, join_processes(device))
     if h.init_from: start_from(model, h.init_from, h)
-    encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}') for split,pictures in splits.items()}
+    with first_goes_first(): encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}') for split,pictures in splits.items()}
     scores = [Scores(splits)] if h.evaluation_enabled else []
     run = fit(model, encoded, h, [*scores, *callbacks], state)
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)
