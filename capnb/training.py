@@ -8,7 +8,7 @@ __all__ = ['ADVICE', 'MAY_CHANGE', 'token_counts', 'padding_share', 'batches_by_
            'train_epoch', 'save_curve', 'report_epoch', 'state_path', 'training_state', 'save_state', 'find_state',
            'read_state', 'load_state', 'resumed_hyperparameters', 'Interrupted', 'SaveState', 'best_epoch',
            'KeepCheckpoints', 'EarlyStopping', 'claim', 'in_processes', 'join_processes', 'of_first', 'first_speaks',
-           'first_goes_first', 'close_epoch', 'fit']
+           'first_goes_first', 'sharding_asked', 'share_held', 'shard_decoder', 'close_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
 import json, math, os, random, re, shlex, signal, threading, time
@@ -27,9 +27,9 @@ from accelerate.utils import broadcast_object_list, patch_environment, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from .captioner import (Captioner, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
+from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, default_mixed_precision, memory_in_use, revision_of
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, memory_in_use, revision_of
 from .data import caption_for_epoch
 from .decoder import tokenize_captions
 from .encoder import EncodedData
@@ -205,6 +205,7 @@ def _parts(run, captions):
 def _halve(run, n):
     "Go on with half as many of `n` captions at a time."
     size = min(run.micro_batch_size or n, n)
+    if sharding_asked(): raise ValueError(f'out of memory with {n} captions, and with FSDP a process cannot halve its batch alone; what helps: {ADVICE}')
     if size==1: raise ValueError(f'out of memory with a single caption; what helps: shorter captions (max_caption_length), a smaller model, and {ADVICE}')
     run.micro_batch_size = size//2
     print(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and the result the same. What also helps: {ADVICE}')
@@ -597,6 +598,32 @@ def first_goes_first():
     "Let the first of several processes do something, and then the others, who find it done."
     with PartialState().main_process_first() if in_processes() else nullcontext(), first_speaks(): yield
 
+# %% ../nbs/07_training.ipynb #07b10055
+def sharding_asked() -> bool: return in_processes() and os.environ.get('ACCELERATE_USE_FSDP', 'false').lower()=='true'
+
+def share_held(model) -> float: # 1 for all
+    "Say which part of the weights of the decoder's layers this process holds."
+    layers = [p for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers) for p in layer.parameters()]
+    return sum(getattr(p, 'to_local', lambda: p)().numel() for p in layers)/sum(p.numel() for p in layers)
+
+def shard_decoder(
+    model:Captioner, # On a CPU, where the whole of it has room
+    h:Hyperparameters,
+    device, # Of this process
+) -> Captioner: # The same, on its device
+    "Spread the frozen layers of the decoder over all processes (PyTorch's `fully_shard`); raises `ValueError` for what cannot be done so."
+    if h.unfreeze_layers or h.lora_rank or h.micro_batch_size: raise ValueError('FSDP is for a frozen decoder and whole batches; leave out unfreeze_layers, lora_rank and micro_batch_size, or FSDP')
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    processes, device = PartialState().num_processes, torch.device(device)
+    mesh = init_device_mesh(device.type, (processes,))
+    for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers): fully_shard(layer.to(default_dtype(device)), mesh=mesh, reshard_after_forward=True)
+    return model.to(device)
+
+def _check_sharded(model):
+    "Raise a `ValueError` if FSDP was asked for and this process holds more than its share."
+    if sharding_asked() and share_held(model) > 1.5/PartialState().num_processes: raise ValueError(f'FSDP was asked for, but this process holds {share_held(model):.0%} of the decoder\'s layers; call shard_decoder before fit')
+
 # %% ../nbs/07_training.ipynb #6c6f0731
 def _check_run(data, h):
     if h.evaluation_enabled and 'validation' not in data: raise ValueError(f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set evaluation_enabled to False")
@@ -605,7 +632,8 @@ def _check_run(data, h):
 def _accelerator(model, h):
     join_processes(model.device)
     AcceleratorState._reset_state() # it would hold on to the mixed precision of an earlier run in this process
-    return Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device))
+    _check_sharded(model)
+    with patch_environment(ACCELERATE_USE_FSDP='false'): return Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device))
 
 def _new_run(model, data, h, stamp, callbacks, accelerator):
     "A run with what learns and steers it."
