@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'MAY_CHANGE', 'token_counts', 'padding_share', 'batches_by_length', 'EpochBatches', 'epoch_batches',
-           'make_optimizer', 'memory_ran_out', 'in_slices', 'validate', 'Run', 'Callback', 'backward', 'read_ahead',
-           'train_epoch', 'save_curve', 'report_epoch', 'state_path', 'training_state', 'save_state', 'find_state',
-           'read_state', 'load_state', 'resumed_hyperparameters', 'Interrupted', 'SaveState', 'best_epoch',
-           'KeepCheckpoints', 'EarlyStopping', 'claim', 'in_processes', 'join_processes', 'of_first', 'first_speaks',
-           'first_goes_first', 'sharding_asked', 'share_held', 'shard_decoder', 'close_epoch', 'fit']
+           'make_optimizer', 'memory_ran_out', 'in_slices', 'validate', 'Run', 'Callback', 'in_processes',
+           'sharding_asked', 'backward', 'read_ahead', 'train_epoch', 'save_curve', 'report_epoch', 'state_path',
+           'training_state', 'save_state', 'find_state', 'read_state', 'load_state', 'resumed_hyperparameters',
+           'Interrupted', 'SaveState', 'best_epoch', 'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes',
+           'of_first', 'first_speaks', 'first_goes_first', 'share_held', 'shard_decoder', 'close_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
 import json, math, os, random, re, shlex, signal, threading, time
@@ -200,6 +200,15 @@ def _parts(run, captions):
     if size >= n: return [(slice(n), 1.)]
     tokens = tokenize_captions(run.model.tokenizer, captions, run.model.max_caption_length)[1].sum(1) # (batch,)
     return [(slice(i, i+size), tokens[i:i+size].sum().item()/tokens.sum().item()) for i in range(0, n, size)]
+
+# %% ../nbs/07_training.ipynb #07b10057
+def in_processes() -> bool:
+    "Whether a launcher has started this process as one of several."
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+def sharding_asked() -> bool:
+    "Whether they are to share the decoder's weights."
+    return in_processes() and os.environ.get('ACCELERATE_USE_FSDP', 'false').lower()=='true'
 
 # %% ../nbs/07_training.ipynb #6c6f0706
 def _halve(run, n):
@@ -569,8 +578,6 @@ def claim(
     finally: Path(lock.lock_file).unlink(missing_ok=True); lock.release()
 
 # %% ../nbs/07_training.ipynb #07b10012
-def in_processes() -> bool: return int(os.environ.get('WORLD_SIZE', 1)) > 1 # as launchers say it
-
 def join_processes(
     device=None, # Asked for; None for the best
 ): # Device of this process
@@ -599,8 +606,6 @@ def first_goes_first():
     with PartialState().main_process_first() if in_processes() else nullcontext(), first_speaks(): yield
 
 # %% ../nbs/07_training.ipynb #07b10055
-def sharding_asked() -> bool: return in_processes() and os.environ.get('ACCELERATE_USE_FSDP', 'false').lower()=='true'
-
 def share_held(model) -> float: # 1 for all
     "Say which part of the weights of the decoder's layers this process holds."
     layers = [p for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers) for p in layer.parameters()]
