@@ -489,9 +489,9 @@ def _how_to_go_on(run): return f'go on with: capnb_train --resume {shlex.quote(s
 
 @contextmanager
 def _stoppable(run):
-    "Turn SIGINT and SIGTERM into `Interrupted`: within a step at its end, of several processes at the same one, else at once. What the disk refuses is told together with the way to go on."
+    "Turn SIGINT and SIGTERM into `Interrupted`: within a step at its end, else at once; of several processes after a step that all make. What the disk refuses is told together with the way to go on."
     def handle(number, _):
-        if run.busy and run.accelerator.num_processes > 1: run.asked = number; return
+        if run.accelerator.num_processes > 1: run.asked = number; return # the next step tells the others
         wait = run.busy and not run.signal
         run.signal = number
         if not wait: raise Interrupted(run)
