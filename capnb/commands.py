@@ -52,13 +52,14 @@ def train(
     from capnb.data import load_for
     from capnb.encoder import encode_data, features_folder
     from capnb.evaluation import Scores
-    from capnb.training import fit
+    from capnb.training import first_goes_first, fit, join_processes, shard_decoder, sharding_asked
     check_models(h) # before pictures are fetched for a model that does not exist
     splits = load_for(h, data)
     if not h.evaluation_enabled: splits = {'train': splits['train']}
-    model = build_captioner(h, device)
+    device = join_processes(device)
+    model = shard_decoder(build_captioner(h, 'cpu'), h, device) if sharding_asked() else build_captioner(h, device)
     if h.init_from: start_from(model, h.init_from, h)
-    encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}', folder=features_folder(h)) for split,pictures in splits.items()}
+    with first_goes_first(): encoded = {split: encode_data(model.encoder, pictures, progress=f'Encoding {split}', folder=features_folder(h)) for split,pictures in splits.items()}
     scores = [Scores(splits)] if h.evaluation_enabled else []
     run = fit(model, encoded, h, [*scores, *callbacks], state)
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)

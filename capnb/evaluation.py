@@ -155,6 +155,7 @@ class Scores(Callback):
         results = {split: evaluate(run.model, run.data[split], split) for split in self._held_back(run)}
         if not results: return
         run.metadata.update({split: scores for split,(scores,_) in results.items()}, untrained=self.untrained)
+        if not run.main: return # another process writes
         save_metadata(run.checkpoint, run.metadata)
         columns = {split: scores for split,(scores,_) in results.items()}
         print('\n' + score_table(columns | {f'untrained {s[:4]}': v for s,v in self.untrained.items()}) + '\n')
