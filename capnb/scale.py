@@ -165,7 +165,7 @@ def cluster(
     try:
         if not ray.is_initialized():
             started, quiet = True, dict(log_to_driver=False, logging_level='ERROR')
-            try: ray.init(address, **quiet) if address else ray.init(num_cpus=workers*threads+2, include_dashboard=False, object_store_memory=STORE, **quiet)
+            try: ray.init(address, **quiet) if address else ray.init('local', num_cpus=workers*threads+2, include_dashboard=False, object_store_memory=STORE, **quiet)
             except ConnectionError as e: raise ValueError(f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}") from None
         check(ray.cluster_resources())
         yield ray
