@@ -159,13 +159,13 @@ def cluster(
     "Join a cluster or start one, and leave it at the end; raises `ValueError` if it has no room for the workers."
     ray, started = _ray(), False
     def check(there):
-        for what,needed in (('GPU', workers*gpus), ('CPU', workers*threads+2)):
-            if needed > there.get(what, 0): raise ValueError(f"{workers} workers need {needed:g} {what}s{' (two are for reading and writing)' if what=='CPU' else ''}, and there are {there.get(what, 0):g}; ask for fewer workers{', or for none on a GPU' if what=='GPU' else ''}")
+        for what,needed in (('GPU', workers*gpus), ('CPU', workers*threads+4)):
+            if needed > there.get(what, 0): raise ValueError(f"{workers} workers need {needed:g} {what}s{' (four are for reading and writing)' if what=='CPU' else ''}, and there are {there.get(what, 0):g}; ask for fewer workers{', or for none on a GPU' if what=='GPU' else ''}")
     if not (address or ray.is_initialized()): check(dict(GPU=torch.cuda.device_count(), CPU=float('inf')))
     try:
         if not ray.is_initialized():
             started, quiet = True, dict(log_to_driver=False, logging_level='ERROR')
-            try: ray.init(address, **quiet) if address else ray.init('local', num_cpus=workers*threads+2, include_dashboard=False, object_store_memory=STORE, **quiet)
+            try: ray.init(address, **quiet) if address else ray.init('local', num_cpus=workers*threads+4, include_dashboard=False, object_store_memory=STORE, **quiet)
             except ConnectionError as e: raise ValueError(f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}") from None
         check(ray.cluster_resources())
         yield ray
