@@ -1,10 +1,12 @@
 "What tests of the console commands share."
-import os, subprocess, sys
+import atexit, os, shutil, subprocess, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='capnb-tests-') # features are kept there, not in the home of who runs the tests
+atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 
 def outside(**more):
     "The environment of a process that imports this checkout and asks no network."

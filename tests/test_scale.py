@@ -1,0 +1,147 @@
+"Captions at scale: a worker is killed, a whole job is killed, and still every picture is captioned exactly once."
+import os, signal, subprocess, sys, time
+from collections import Counter
+import psutil, pytest
+import pyarrow.parquet as pq
+from capnb.captioner import load_model_from_checkpoint
+from capnb.commands import train
+from capnb.inference import caption_files, find_images
+from capnb.scale import scale_command
+from capnb.storybook import Storybook
+
+N, SHARD = 300, 10
+JOB = ('--workers', 2, '--batch_size', SHARD, '--shard_size', SHARD)
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A folder with pages, one of them broken, and a checkpoint; the captions that one process writes."
+    here = tmp_path_factory.mktemp('scale')
+    checkpoint = train(training_size_limit=64, num_epochs=1, evaluation_enabled=False, adapter_width=32, prefix_length=2, output_dir=str(here/'saved_models'), device='cpu').checkpoint
+    pages = here/'pages'
+    pages.mkdir()
+    data = Storybook('test')
+    for i in range(N): data[i]['image'].save(pages/f'{i:03}.png')
+    (pages/'100.png').write_bytes((pages/'100.png').read_bytes()[:200])
+    # In batches as large as those of the workers: the sums of another size may differ in the last bit.
+    wanted = {os.path.basename(r['file']): r.get('caption') for r in caption_files(load_model_from_checkpoint(checkpoint, 'cpu')[0], find_images([pages]), batch_size=SHARD)}
+    assert [name for name,caption in wanted.items() if caption is None] == ['100.png']
+    return here, wanted
+
+def rows(out): return [row for file in sorted(out.glob('*.parquet')) for row in pq.read_table(file).to_pylist()]
+
+def check_whole(out, wanted):
+    "Every picture has one row, with the caption that one process writes."
+    found = rows(out)
+    assert set(Counter(r['id'] for r in found).values()) == {1}
+    assert {r['id']: r['caption'] for r in found} == wanted
+    assert [(r['id'], 'not a readable picture' in r['error']) for r in found if r['error']] == [('100.png', True)]
+    assert all(-20 < r['score'] < 0 for r in found if r['caption'] is not None)
+
+def workers(process):
+    "The processes of a job that hold a model."
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if 'CaptionWorker' in ' '.join(child.cmdline()): found.append(child)
+        except psutil.Error: pass
+    return found
+
+def wait_for(process, ready, seconds=120):
+    "Wait until `ready()` holds, while the job is at work."
+    end = time.time() + seconds
+    while not (found := ready()):
+        assert process.poll() is None and time.time() < end, 'the job ended too early: ' + process.stderr.read()[-3000:]
+        time.sleep(.02)
+    return found
+
+def test_killed_worker_is_replaced(start, made, tmp_path):
+    here, wanted = made
+    out = tmp_path/'captions'
+    with start('capnb_scale', 'pages', out, *JOB, cwd=here) as process:
+        try:
+            wait_for(process, lambda: list(out.glob('*.parquet')))
+            first = workers(process)
+            assert len(first) == 2
+            first[0].send_signal(signal.SIGKILL)
+            written = len(rows(out))
+            assert written < N - 5*SHARD, 'the kill came too late to mean anything'
+            wait_for(process, lambda: {w.pid for w in workers(process)} - {w.pid for w in first}) # a new one in its place
+            said, errors = process.communicate(timeout=200)
+        finally: process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    assert f'{N} pictures, of which 1 could not be read' in said
+    check_whole(out, wanted)
+
+def stopped(start, here, out):
+    "Begin a job and kill it in the middle."
+    with start('capnb_scale', 'pages', out, *JOB, cwd=here) as process:
+        try:
+            wait_for(process, lambda: len(list(out.glob('*.parquet'))) >= 3)
+            at_work, family = workers(process), psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+        finally: process.kill()
+    _, alive = psutil.wait_procs(at_work, timeout=30)
+    assert len(at_work) == 2 and not alive, 'the workers outlive the job'
+    for p in family: # Ray's own helpers take longer to notice
+        if p.is_running(): p.kill()
+
+def test_stopped_job_goes_on(start, run, made, tmp_path):
+    "What was finished is neither written again nor changed; a half-written file of before is gone."
+    here, wanted = made
+    out = tmp_path/'captions'
+    stopped(start, here, out)
+    notes = out.with_name('captions.progress')
+    finished = {r['id'] for note in notes.glob('*.parquet') if '.pending' not in note.name for r in pq.read_table(note).to_pylist()}
+    assert 3*SHARD <= len(finished) + SHARD and len(finished) < N - 5*SHARD
+    before = {f: f.stat().st_mtime_ns for f in out.glob('*.parquet')}
+    # What a death between the two halves of a write leaves: a file whose note is not valid yet.
+    file = max(before)
+    note = notes/file.name.replace('-0.parquet', '.parquet')
+    if note.exists(): note.rename(note.with_name(note.stem + '.pending.parquet'))
+    undone = {r['id'] for r in pq.read_table(file).to_pylist()}
+    done = run('capnb_scale', 'pages', out, *JOB, cwd=here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_whole(out, wanted)
+    assert not file.exists()
+    kept = {f: t for f,t in before.items() if f.exists()}
+    assert all(f.stat().st_mtime_ns == t for f,t in kept.items())
+    anew = {r['id'] for f in out.glob('*.parquet') if f not in before for r in pq.read_table(f).to_pylist()}
+    assert anew == set(wanted) - (finished - undone)
+
+WRONG = {'no pictures': (['nothing'], 'there are no pictures'), 'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'), 'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
+         'no workers': (['pages', '--workers', '0'], 'workers must be 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
+
+def one_line(capsys, *args):
+    with pytest.raises(SystemExit) as stopped: scale_command(list(args))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and len(said.splitlines()) == 1, said
+    return said
+
+@pytest.mark.parametrize('case', WRONG)
+def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys, case):
+    args, words = WRONG[case]
+    monkeypatch.chdir(made[0])
+    assert words in one_line(capsys, args[0], str(tmp_path/'out'), *args[1:])
+    assert not (tmp_path/'out').exists()
+
+def test_without_ray_is_one_line(made, monkeypatch, capsys):
+    monkeypatch.chdir(made[0])
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    assert "pip install 'capnb[scale]'" in one_line(capsys, 'pages', 'out')
+
+@pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
+def test_picture_that_kills_each_worker_ends_the_job(start, made, tmp_path, monkeypatch):
+    "It is tried again a few times, not for ever; what the others have done stays."
+    here, _ = made
+    code = f"""
+import os, sys
+from capnb.scale import *
+class Deadly(CaptionWorker):
+    def __call__(self, rows): return os._exit(1) if '100.png' in rows['id'].to_pylist() else super().__call__(rows)
+try: run_job(Source('pages'), {str(tmp_path/'out')!r}, Deadly, ({str(next((here/'saved_models').glob('*.pth')))!r}, {{}}), dict(work='deadly'), batch_size={SHARD}, shard_size={SHARD})
+except ValueError as e: print('ENDED', e)
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=here, capture_output=True, text=True, timeout=500, env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    assert 'ENDED a worker failed' in done.stdout, done.stderr[-3000:]
+    assert rows(tmp_path/'out') and '100.png' not in [r['id'] for r in rows(tmp_path/'out')]
