@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from .commands import command
 from .core import as_hyperparameters, atomic_write
-from .decoder import _greedy, caption_loss, use_onednn
+from .decoder import greedy_ids, caption_loss, use_onednn
 from .planning import blank_captioner
 from .training import batches_by_length
 
@@ -93,9 +93,8 @@ def writing_side(
         options = dict(do_sample=False, max_new_tokens=max(lengths), min_new_tokens=max(lengths), pad_token_id=0, eos_token_id=0)
         written = decoder.generate(inputs_embeds=part, attention_mask=torch.ones(part.shape[:2], dtype=torch.long), **options).tolist()
         return [ids[:n] for ids,n in zip(written, lengths)]
-    @torch.no_grad()
     def round():
-        if name=='rows': return _greedy(decoder, prefix, lengths, None, rows)
+        if name=='rows': return greedy_ids(decoder, prefix, lengths, None, rows)
         return sum((transformers(prefix[i:i+rows], lengths[i:i+rows]) for i in range(0, captions, rows)), [])
     return round
 
