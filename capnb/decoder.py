@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
-           'tokenize_captions', 'head_is_plain', 'caption_nats', 'caption_loss', 'generate_ids', 'captions_of',
-           'generate_captions', 'embedding_size']
+           'tokenize_captions', 'head_is_plain', 'caption_nats', 'caption_loss', 'greedy_ids', 'generate_ids',
+           'captions_of', 'generate_captions', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
 import inspect, torch
@@ -225,8 +225,15 @@ def _in_rows(decoder, length):
     full = set(getattr(config, 'layer_types', None) or ()) <= {'full_attention','sliding_attention'}
     return full and length <= (getattr(config, 'sliding_window', None) or length) and not decoder._is_stateful and 'position_ids' in inspect.signature(decoder.forward).parameters
 
-def _greedy(decoder, prefix, most, end, rows):
-    "The tokens that follow each prefix, at most `most[i]` of them; `end` (or nothing, if None) ends a row, and then the next prefix takes its place."
+@torch.no_grad()
+def greedy_ids(
+    decoder, # Causal language model that `_in_rows` accepts
+    prefix, # (pictures, prefix, width), in the decoder's number type
+    most, # List: most tokens of each caption
+    end, # The token that ends a caption; None if none does
+    rows:int=32, # Captions written at a time
+) -> list: # Of the tokens of each caption, a list
+    "Write the most probable tokens after each prefix; a row that has finished takes the next prefix."
     embed, (n,k,width), length = decoder.get_input_embeddings(), prefix.shape, decoder.config.get_text_config().num_hidden_layers
     written, waiting, at = [[] for _ in range(n)], deque(range(n)), [None]*min(rows, n)
     inputs, position, cache = prefix.new_zeros(len(at), 1, width), torch.zeros(len(at), dtype=torch.long, device=prefix.device), _Rows(length, len(at))
@@ -266,7 +273,7 @@ def generate_ids(
     "Write what follows each prefix, as tokens; greedy unless `kwargs` say otherwise."
     prefix, end = prefix.to(decoder.get_input_embeddings().weight.dtype), tokenizer.eos_token_id
     if all({'do_sample': False, 'num_beams': 1}.get(k)==v for k,v in kwargs.items()) and _in_rows(decoder, prefix.shape[1]+max_caption_length):
-        rows = [torch.tensor(row, device=prefix.device) for row in _greedy(decoder, prefix, [max_caption_length]*len(prefix), end, batch_size)]
+        rows = [torch.tensor(row, device=prefix.device) for row in greedy_ids(decoder, prefix, [max_caption_length]*len(prefix), end, batch_size)]
     else:
         options = dict(do_sample=False, num_beams=1, max_new_tokens=max_caption_length, eos_token_id=end, pad_token_id=end)
         rows = [row for part in prefix.split(batch_size) for row in decoder.generate(inputs_embeds=part, attention_mask=part.new_ones(part.shape[:2], dtype=torch.long), **{**options, **kwargs})]
