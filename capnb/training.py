@@ -88,11 +88,12 @@ def epoch_batches(
     seed:int=0, # Fixes order and choice of captions
     tokenizer=None, # Of the decoder, to put captions of like length together; None for random batches
     max_caption_length:int=128, # Tokens kept of a caption
+    pool:int=100, # Batches that are sorted together
 ) -> EpochBatches: # Gives pairs: features (batch, width), list of captions
     "Batches for one epoch, every picture once, in an order that follows from `seed` and `epoch`."
     captions = [caption_for_epoch(r['captions'], i, epoch, seed) for i,r in enumerate(data.rows)]
     counts = token_counts(tokenizer, captions, max_caption_length) if tokenizer else [1]*len(captions)
-    return EpochBatches(data, captions, counts, batches_by_length(counts, batch_size, epoch, seed))
+    return EpochBatches(data, captions, counts, batches_by_length(counts, batch_size, epoch, seed, pool))
 
 # %% ../nbs/07_training.ipynb #4b7f7adc
 def make_optimizer(
@@ -283,7 +284,7 @@ def train_epoch(
     max_steps:int=None, # Stop after so many steps of this epoch
 ) -> float: # Mean loss of the epoch, nats per token
     "Show every picture once, or those that are still to come, and correct what learns after each batch."
-    batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.model.tokenizer, run.model.max_caption_length)
+    batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.model.tokenizer, run.model.max_caption_length, run.h.length_pool)
     run.steps, began = min(len(batches), max_steps or len(batches)), time.perf_counter()-run.seconds
     if run.random: _set_random_state(run.random, run.model.device); run.random = None
     rows = batches.rows[run.step:run.steps]
