@@ -156,7 +156,7 @@ def head_is_plain(
     if not hasattr(decoder, '_head_is_plain'):
         one = dict(input_ids=torch.zeros(1, 1, dtype=torch.long, device=decoder.device), use_cache=False)
         hidden, head = decoder.base_model(**one).last_hidden_state, decoder.get_output_embeddings()
-        decoder._head_is_plain = torch.allclose(decoder(**one).logits.float(), F.linear(hidden, head.weight, head.bias).float(), rtol=1e-3, atol=1e-4)
+        decoder._head_is_plain = isinstance(head, nn.Linear) and torch.allclose(decoder(**one).logits.float(), head(hidden).float(), rtol=1e-3, atol=1e-4)
     return decoder._head_is_plain
 
 _ROWS = LinearCrossEntropyOptions(batch_chunk_size=256) # hidden states whose logits exist at a time

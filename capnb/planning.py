@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA', 'PROCESS_GB', 'FIELDS', 'planned_config',
-           'count', 'blank_captioner', 'MemoryCounter', 'FusedAttention', 'phases', 'count_phases', 'picture_counts',
+           'count', 'blank_captioner', 'MemoryCounter', 'FusedOperations', 'phases', 'count_phases', 'picture_counts',
            'data_gb', 'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds', 'dry_run',
            'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
 
@@ -106,7 +106,7 @@ def _loss_in_rows(hidden, weight, labels, reduction):
             if reduction=='sum': grads.append(logits.to(weight.dtype) @ weight)
     return (hidden*torch.cat(grads)).sum() if grads else hidden.sum(1)
 
-class FusedAttention(TorchFunctionMode):
+class FusedOperations(TorchFunctionMode):
     "Inside the `with`, attention and the loss on the meta device are the fused operations that devices have."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -150,7 +150,7 @@ def count_phases(
     model, counts, all_real = blank_captioner(h, 'meta', dtype), {}, fx_config.patch(meta_nonzero_assume_all_nonzero=True) # no padding
     for name,do in phases(model, h).items():
         model.zero_grad()
-        with all_real, FusedAttention(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
+        with all_real, FusedOperations(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
         counts[name] = dict(bytes=memory.now if name=='write' else memory.peak, flops=flops.get_total_flops()) # written token by token: only the cache is ever whole
         del kept
     return counts
