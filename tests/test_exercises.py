@@ -78,9 +78,8 @@ def script(path):
 def test_answers_pass(path, environment, tmp_path):
     file = tmp_path/f'{path.stem}.py'
     file.write_text(script(path), encoding='utf-8')
-    # Not as `__main__`, where a command would take the arguments of the process for its own.
-    code = f"import runpy; runpy.run_path({str(file)!r}, run_name='chapter')"
-    done = subprocess.run([sys.executable, '-c', code], cwd=path.parent, env=environment(MPLBACKEND='Agg'), capture_output=True, text=True,
+    done = subprocess.run([sys.executable, file], # as `__main__`, as in Jupyter: then what it defines can be sent to other processes
+                          cwd=path.parent, env=environment(MPLBACKEND='Agg'), capture_output=True, text=True,
                           encoding='utf-8', timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     passed = re.findall(r'^exercise (\d) passed$', done.stdout, re.M)
