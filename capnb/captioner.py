@@ -104,10 +104,14 @@ def prefix(self:Captioner,
 @patch
 def nats(self:Captioner,
     features, # (batch, encoder width) or (batch, patches, encoder width)
-    captions, # List of texts, one per row
-): # Nats of each token (batch, n) and the mask of real tokens (batch, n)
+    captions, # One per row, a text; or several, a list of texts
+): # Nats of each token (captions, n) and the mask of real tokens (captions, n); where rows have more captions than others, the others have empty ones
     "Say how surprising each token of each caption is, given its picture."
-    ids, mask = (t.to(self.device) for t in tokenize_captions(self.tokenizer, captions, self.max_caption_length))
+    captions = [[c] if isinstance(c, str) else list(c) for c in captions]
+    k = max(map(len, captions), default=0)
+    ids, mask = tokenize_captions(self.tokenizer, [c for cs in captions for c in cs+['']*(k-len(cs))], self.max_caption_length)
+    mask *= torch.tensor([j < len(cs) for cs in captions for j in range(k)])[:,None]
+    ids, mask = ids.to(self.device), mask.to(self.device)
     return caption_nats(self.decoder, self.prefix(features), ids, mask), mask
 
 @patch

@@ -56,7 +56,7 @@ class Hyperparameters:
     caption_column: str = _setting(None, 'Column of a hub data set that holds the captions, or several with commas between; if not set, told by its name', optional=True)
     data_revision: str = _setting(None, 'Branch, tag or commit of a hub data set; if not set, the main one', optional=True)
     bad_rows: str = _setting('stop', 'What to do about a row or a picture that cannot be read: stop with its name, or skip it and count', choices=('stop','skip'))
-    length_pool: int = _setting(1, 'Batches whose captions are sorted by length together: 1 for batches at random, 100 for hardly any padding; less padding is faster, and the steps are less alike', lo=1)
+    captions_per_picture: int = _setting(1, 'Captions of each picture that an epoch shows, all behind one prefix; a step then reads the picture once for all of them', lo=1)
     features_dir: str = _setting(None, 'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and none for the storybook', optional=True)
     output_dir: str = _setting('saved_models', 'Folder for checkpoints')
 

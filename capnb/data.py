@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB_DATA', 'open_image', 'CaptionData', 'tell_columns', 'named_rows', 'PictureFolder', 'split_rows', 'read_folder',
-           'held_back', 'load_hub', 'load_data', 'load_for', 'check_data', 'report_data', 'caption_for_epoch']
+           'held_back', 'load_hub', 'load_data', 'load_for', 'check_data', 'report_data', 'captions_for_epoch']
 
 # %% ../nbs/02_data.ipynb #61dcb856
 import csv, io, json, re, struct
@@ -556,14 +556,18 @@ def report_data(
     for problem in report['bad']: print(f"bad: {problem}")
 
 # %% ../nbs/02_data.ipynb #b697c41b
-def caption_for_epoch(
+def captions_for_epoch(
     captions:list, # All captions of one picture
     i:int, # The picture's number
     epoch:int, # Counted from 0
     seed:int=0, # Fixes the order for each picture
-) -> str: # One of `captions`
-    "Choose the caption that a picture is shown with in an epoch; all are used once before any is used twice."
-    turn, place = divmod(epoch, len(captions))
-    order = list(captions)
-    Random(f'{seed}/{i}/{turn}').shuffle(order)
-    return order[place]
+    k:int=1, # How many; all if there are fewer
+) -> list: # Of some of `captions`
+    "Choose the captions that a picture is shown with in an epoch; all are used once before any is used twice."
+    k, chosen = min(k, len(captions)), []
+    for turn,place in (divmod(n, len(captions)) for n in range(epoch*k, (epoch+1)*k)):
+        order = list(captions)
+        Random(f'{seed}/{i}/{turn}').shuffle(order)
+        chosen.append(order[place])
+    return chosen
+

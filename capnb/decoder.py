@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
-           'tokenize_captions', 'head_is_plain', 'caption_nats', 'caption_loss', 'greedy_ids', 'generate_ids',
-           'captions_of', 'generate_captions', 'embedding_size']
+           'tokenize_captions', 'head_is_plain', 'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids',
+           'generate_ids', 'captions_of', 'generate_captions', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
 import inspect, torch
 from collections import deque
 from importlib.util import find_spec
 from torch import nn
-from torch.nn import LinearCrossEntropyOptions, functional as F
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
@@ -37,6 +37,8 @@ def begin_ids(
 # %% ../nbs/05_decoder.ipynb #5a00000d
 _product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
+def _fits(x, weight): return weight.device.type=='cpu' and x.dtype==weight.dtype==torch.float32 and not torch.is_autocast_enabled('cpu')
+
 class _Product(torch.autograd.Function):
     "A frozen matrix product by oneDNN: only the input has a gradient."
     @staticmethod
@@ -47,8 +49,11 @@ class _Product(torch.autograd.Function):
 class FrozenLinear(nn.Linear):
     "A linear layer whose product is oneDNN's while it is frozen, in float32 and on a CPU."
     def forward(self, x):
-        if self.weight.requires_grad or self.weight.device.type!='cpu' or not x.dtype==self.weight.dtype==torch.float32 or torch.is_autocast_enabled('cpu'): return super().forward(x)
+        if self.weight.requires_grad or not _fits(x, self.weight): return super().forward(x)
         return _Product.apply(x, self.weight, self.bias)
+
+    def back(self, grad): # of the output; gives that of the input
+        return _product(grad, self.weight.t(), None, 'none', [], '') if _fits(grad, self.weight) else grad @ self.weight
 
 def use_onednn(
     model, # Any model; it is changed
@@ -126,26 +131,47 @@ def tokenize_captions(
     return pad_sequence(ids, True, tokenizer.eos_token_id), pad_sequence([torch.ones_like(i) for i in ids], True, 0)
 
 # %% ../nbs/05_decoder.ipynb #5a000001
-def _layout(
-    mask, # (batch*k, n): real tokens of `k` captions of each picture in turn
-    batch:int, # Pictures
-    prefix:int, # Positions before a caption
-): # Order in which a picture's tokens are read, (batch, longest), the mask of real ones, their caption and their position; where each token is predicted, (batch*k, n)
-    "Lay the captions of each picture one behind the other; the last token of a caption predicts nothing and is not read."
-    n = mask.shape[1]
-    read = mask[:,1:].reshape(batch, -1).bool()                                # (batch, k*(n-1))
-    order = read.int().sort(dim=1, descending=True, stable=True).indices
-    places = prefix + order.argsort(dim=1).view(len(mask), n-1)                    # of each token that is read
-    if len(mask)>batch: order = order[:,:int(read.sum(1).max())]               # (batch, longest); of one caption each, that is all
-    return order, read.gather(1, order), order//max(1, n-1), prefix + order%max(1, n-1), torch.cat([places.new_full((len(mask),1), prefix-1), places], 1)
+def _shared_out(sizes, rows):
+    "(row, first column) of each picture when each, the largest first, goes into the row that is emptiest; and the longest row."
+    taken, places = [0]*rows, [None]*len(sizes)
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        row = taken.index(min(taken))
+        places[i] = row, taken[row]
+        taken[row] += sizes[i]
+    return places, max(taken)
 
-def _attention(real, caption, prefix, dtype):
-    "The mask of a batch: each position sees the picture and what came before it in its own caption. (batch, 1, positions, positions), 0 or minus infinity."
-    caption = F.pad(caption, (prefix,0), value=-1)                             # (batch, positions); -1 is the picture
-    real, n = F.pad(real, (prefix,0), value=True), caption.shape[1]
-    sees = ((caption[:,None]==caption[:,:,None]) | (caption[:,None]==-1)) & real[:,None] & real.new_ones(n, n).tril()
-    sees |= torch.eye(n, dtype=torch.bool, device=sees.device)                 # what is padding sees itself: a row that sees nothing would be NaN
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[:,None]
+def _rows_for(
+    sizes, # List: positions that each picture needs, with its captions
+): # (row, first column) of each picture; positions of a row
+    "Share pictures out to rows of about 128 to 256 positions, as many rows as leave the least padding."
+    fewest, most = (min(len(sizes), -(-sum(sizes)//room)) for room in (256, 128))
+    return min((_shared_out(sizes, rows) for rows in range(fewest, most+1)), key=lambda found: len({row for row,_ in found[0]})*found[1])
+
+def _layout(
+    lengths, # (pictures, k): tokens of the captions of each picture
+    prefix:int, # Vectors of a picture
+    apart:bool=False, # Whether each picture has a row of its own
+): # Of each vector that is read: row, column, picture, piece (0 for the picture, then its captions), place in it; of each token that is predicted: row and column where, its caption, place in it
+    "Lay out a batch; the last token of a caption predicts nothing and is not read."
+    pieces = F.pad((lengths-1).clamp(min=0), (1,0), value=prefix)              # (pictures, 1+k): vectors of each piece
+    sizes = pieces.sum(1).tolist()
+    places = [(i,0) for i in range(len(sizes))] if apart else _rows_for(sizes)[0]
+    row, column = torch.tensor(places).T                                       # (pictures,)
+    start, n = column[:,None] + pieces.cumsum(1) - pieces, torch.arange(max(prefix, int(lengths.max())))
+    i, piece, t = (n < pieces[:,:,None]).nonzero(as_tuple=True)
+    read = row[i], start[i,piece]+t, i, piece, t
+    i, k, t = (n < lengths[:,:,None]).nonzero(as_tuple=True)
+    return read, (row[i], torch.where(t>0, start[i,k+1]+t-1, column[i]+prefix-1), i*lengths.shape[1]+k, t)
+
+def _attention(
+    picture, # (rows, n); -1 is padding
+    piece, # (rows, n)
+): # (rows, n, n)
+    "Say which positions each position sees: its picture, and what came before it in its own caption."
+    n = picture.shape[1]
+    sees = (picture[:,None]==picture[:,:,None]) & ((piece[:,None]==piece[:,:,None]) | (piece[:,None]==0)) & torch.ones(n, n, dtype=torch.bool, device=picture.device).tril()
+    return sees | torch.eye(n, dtype=torch.bool, device=picture.device)        # a row that sees nothing would be NaN
+
 
 # %% ../nbs/05_decoder.ipynb #5a000004
 @torch.no_grad()
@@ -157,38 +183,74 @@ def head_is_plain(
         one = dict(input_ids=torch.zeros(1, 1, dtype=torch.long, device=decoder.device), use_cache=False)
         hidden, head = decoder.base_model(**one).last_hidden_state, decoder.get_output_embeddings()
         decoder._head_is_plain = isinstance(head, nn.Linear) and torch.allclose(decoder(**one).logits.float(), head(hidden).float(), rtol=1e-3, atol=1e-4)
-    return decoder._head_is_plain
+    return decoder._head_is_plain and not decoder.get_output_embeddings().weight.requires_grad
 
-_ROWS = LinearCrossEntropyOptions(batch_chunk_size=256) # hidden states whose logits exist at a time
+def takes_positions(
+    decoder, # Causal language model
+    length:int, # Positions of a caption, its prefix included
+) -> bool:
+    "Whether each position of a row can be told where it stands and what it sees: the decoder is told positions, and every layer sees all that was read."
+    config = decoder.config.get_text_config()
+    full = set(getattr(config, 'layer_types', None) or ()) <= {'full_attention','sliding_attention'}
+    return full and length <= (getattr(config, 'sliding_window', None) or length) and not decoder._is_stateful and config._attn_implementation in ('eager','sdpa') and 'position_ids' in inspect.signature(decoder.forward).parameters
 
-def _surprise(decoder, prefix, input_ids, attention_mask, reduction):
-    "The nats of the real tokens: one by one, or their sum."
-    mask, (batch, k), embed = attention_mask.bool(), prefix.shape[:2], decoder.get_input_embeddings()
-    order, real, caption, position, places = _layout(mask, batch, k)
-    tokens = embed(input_ids[:,:-1].reshape(batch, -1).gather(1, order))       # (batch, longest, width)
-    sees = F.pad(real.long(), (k,0), value=1) if len(mask)==batch else _attention(real, caption, k, tokens.dtype)
-    positions = torch.cat([torch.arange(k, device=mask.device).expand(batch, -1), position], 1)
-    inputs = dict(inputs_embeds=torch.cat([prefix.to(tokens.dtype), tokens], 1), attention_mask=sees, use_cache=False)
-    if len(mask)>batch: inputs |= dict(position_ids=positions)
-    picture = torch.arange(batch, device=mask.device).repeat_interleave(len(mask)//batch)[:,None].expand_as(mask)
-    at, labels = (picture[mask], places[mask]), input_ids[mask]                # where each real token is predicted
-    if not head_is_plain(decoder): return F.cross_entropy(decoder(**inputs).logits[at].float(), labels, reduction=reduction)
-    head = decoder.get_output_embeddings()
-    return F.linear_cross_entropy(decoder.base_model(**inputs).last_hidden_state[at], head.weight, labels, linear_bias=head.bias, reduction=reduction, options=_ROWS)
+
+# %% ../nbs/05_decoder.ipynb #5a000014
+class _HeadNats(torch.autograd.Function):
+    "The nats of tokens behind a frozen head, 256 at a time; the gradient is worked out while the logits are there."
+    @staticmethod
+    def forward(ctx, hidden, head, labels): # (tokens, width), layer, (tokens,)
+        nats, grads = [], []
+        for h,l in zip(hidden.detach().split(256), labels.split(256)):
+            p = head(h).float().log_softmax(-1)                                # (256, vocabulary)
+            nats.append(-p.gather(1, l[:,None])[:,0])
+            if not ctx.needs_input_grad[0]: continue
+            p.exp_()[torch.arange(len(l), device=l.device), l] -= 1
+            p = p.to(head.weight.dtype)
+            grads.append((head.back(p) if isinstance(head, FrozenLinear) else p @ head.weight).to(h.dtype))
+        if grads: ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(nats)
+
+    @staticmethod
+    def backward(ctx, grad): return (ctx.saved_tensors[0]*grad[:,None]).to(ctx.saved_tensors[0].dtype), None, None
+
+
+# %% ../nbs/05_decoder.ipynb #5a000015
+def _inputs(decoder, prefix, input_ids, lengths):
+    "What the decoder is given to read; and of each token where it is predicted (row, column) and where it stands in `input_ids`."
+    many = takes_positions(decoder, prefix.shape[1]+input_ids.shape[1])
+    if not many: prefix = prefix.repeat_interleave(len(input_ids)//len(prefix), 0)
+    (batch, k, width), captions, device = prefix.shape, len(input_ids)//len(prefix), prefix.device
+    vectors, tokens = _layout(lengths.view(batch, captions), k, apart=not many)
+    row, column, picture, piece, t = vectors
+    shape = int(row.max())+1, int(column.max())+1                              # rows, positions
+    pictures, words = ([v[which].to(device) for v in vectors] for which in (piece==0, piece>0))
+    embedded = decoder.get_input_embeddings()(input_ids[words[2]*captions+words[3]-1, words[4]])
+    joined = embedded.new_zeros(*shape, width).index_put(pictures[:2], prefix.flatten(0,1).to(embedded.dtype)).index_put(words[:2], embedded)
+    spread = lambda v, fill: torch.full(shape, fill).index_put((row,column), v).to(device)
+    inputs = dict(inputs_embeds=joined, attention_mask=(spread(picture, -1)>=0).long(), use_cache=False)
+    if many:
+        hidden = ~_attention(spread(picture, -1), spread(piece, 0))[:,None]    # (rows, 1, positions, positions)
+        inputs |= dict(attention_mask=joined.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(joined.dtype).min), position_ids=spread(t+k*(piece>0), 0))
+    return inputs, [v.to(device) for v in tokens]
 
 def caption_nats(
     decoder, # Causal language model
     prefix, # (batch, prefix, width): what stands before a caption
     input_ids, # (batch*k, n), from `tokenize_captions`: `k` captions of each picture in turn
-    attention_mask, # (batch*k, n)
+    attention_mask, # (batch*k, n); a row without a token is no caption
 ) -> torch.Tensor: # (batch*k, n), nats: minus the log-probability of each token, 0 at padding
     "Say how surprised the decoder is by each token of each caption, given the prefix."
-    nats = _surprise(decoder, prefix, input_ids, attention_mask, 'none').float()
-    return nats.new_zeros(input_ids.shape).masked_scatter(attention_mask.bool(), nats)
+    inputs, (row, column, caption, t) = _inputs(decoder, prefix, input_ids, attention_mask.sum(1).cpu())
+    labels = input_ids[caption, t]
+    if head_is_plain(decoder): nats = _HeadNats.apply(decoder.base_model(**inputs).last_hidden_state[row,column], decoder.get_output_embeddings(), labels)
+    else: nats = F.cross_entropy(decoder(**inputs).logits[row,column].float(), labels, reduction='none')
+    return nats.new_zeros(input_ids.shape).index_put((caption,t), nats)
 
 def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
     "Mean nats per caption token, end-of-text included; the arguments are those of `caption_nats`."
-    return _surprise(decoder, prefix, input_ids, attention_mask, 'sum').float()/attention_mask.sum()
+    return caption_nats(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
+
 
 # %% ../nbs/05_decoder.ipynb #5a000006
 class _RowsLayer(DynamicLayer):
@@ -219,15 +281,9 @@ class _Rows(Cache):
         for layer in self.layers: layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 # %% ../nbs/05_decoder.ipynb #5a000008
-def _in_rows(decoder, length):
-    "Whether this decoder can have rows at different positions: it is told positions, and every layer sees all that was read."
-    config = decoder.config.get_text_config()
-    full = set(getattr(config, 'layer_types', None) or ()) <= {'full_attention','sliding_attention'}
-    return full and length <= (getattr(config, 'sliding_window', None) or length) and not decoder._is_stateful and 'position_ids' in inspect.signature(decoder.forward).parameters
-
 @torch.no_grad()
 def greedy_ids(
-    decoder, # Causal language model that `_in_rows` accepts
+    decoder, # Causal language model that `takes_positions` accepts
     prefix, # (pictures, prefix, width), in the decoder's number type
     most, # List: most tokens of each caption
     end, # The token that ends a caption; None if none does
@@ -272,7 +328,7 @@ def generate_ids(
 ) -> torch.Tensor: # (pictures, longest), the tokens of each caption and its end
     "Write what follows each prefix, as tokens; greedy unless `kwargs` say otherwise."
     prefix, end = prefix.to(decoder.get_input_embeddings().weight.dtype), tokenizer.eos_token_id
-    if all({'do_sample': False, 'num_beams': 1}.get(k)==v for k,v in kwargs.items()) and _in_rows(decoder, prefix.shape[1]+max_caption_length):
+    if all({'do_sample': False, 'num_beams': 1}.get(k)==v for k,v in kwargs.items()) and takes_positions(decoder, prefix.shape[1]+max_caption_length):
         rows = [torch.tensor(row, device=prefix.device) for row in greedy_ids(decoder, prefix, [max_caption_length]*len(prefix), end, batch_size)]
     else:
         options = dict(do_sample=False, num_beams=1, max_new_tokens=max_caption_length, eos_token_id=end, pad_token_id=end)

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 import torch
 from fastcore.script import Param
-from torch.fx.experimental import _config as fx_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,20 +96,10 @@ class MemoryCounter(TorchDispatchMode):
         return out
 
 # %% ../nbs/13_planning.ipynb #13a00012
-def _loss_in_rows(hidden, weight, labels, reduction):
-    "What `linear_cross_entropy` holds and computes: some rows of logits at a time, and for a sum the gradient at once."
-    grads = []
-    with torch.no_grad():
-        for rows in hidden.split(256):
-            logits = F.linear(rows, weight).float().log_softmax(-1)
-            if reduction=='sum': grads.append(logits.to(weight.dtype) @ weight)
-    return (hidden*torch.cat(grads)).sum() if grads else hidden.sum(1)
-
 class FusedOperations(TorchFunctionMode):
-    "Inside the `with`, attention and the loss on the meta device are the fused operations that devices have."
+    "Inside the `with`, attention on the meta device is the fused operation that devices have."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear_cross_entropy: return _loss_in_rows(*args, kwargs['reduction'])
         if func is not F.scaled_dot_product_attention: return func(*args, **kwargs)
         q, k, v = args # (batch, heads, positions, width)
         if k.shape[1]!=q.shape[1]: k, v = (t.repeat_interleave(q.shape[1]//t.shape[1], 1) for t in (k, v))
@@ -129,11 +118,13 @@ def phases(
     n, device, dtype, e, per_picture = min(TOKENS, h.max_caption_length), model.device, model.decoder.dtype, model.encoder, model.encoder.patches if h.features=='patch' else h.prefix_length
     seen = (e.patches, e.width) if h.features=='patch' else (e.width,)
     pixels = (e.patches, 3*e.model.config.patch_size**2) if e.model.config.model_type.startswith('siglip2') else (3, h.image_size, h.image_size)
-    def captions(batch): return torch.ones(2, batch, n, dtype=torch.long, device=device) # tokens and mask
+    def captions(n_captions): # tokens and mask; the mask is real also where nothing else is, as the layout of a batch depends on it
+        mask = torch.ones(n_captions, n, dtype=torch.long)
+        return mask.to(device), mask
     def prefix(batch): return model.adapter(torch.ones(batch, *seen, device=device))
     @torch.no_grad()
     def encode(): return model.encoder(torch.zeros(encoded, *pixels, device=device))
-    def step(): caption_loss(model.decoder, prefix(h.batch_size), *captions(h.batch_size)).backward()
+    def step(): caption_loss(model.decoder, prefix(h.batch_size), *captions(h.batch_size*h.captions_per_picture)).backward()
     @torch.no_grad()
     def validate(): return caption_nats(model.decoder, prefix(READ), *captions(READ))
     @torch.no_grad()
@@ -147,10 +138,10 @@ def count_phases(
     dtype=torch.float32, # Of the frozen models
 ) -> dict: # Name of the phase: bytes beyond weights, and floating point operations
     "Count on the meta device what each phase of a run holds and computes."
-    model, counts, all_real = blank_captioner(h, 'meta', dtype), {}, fx_config.patch(meta_nonzero_assume_all_nonzero=True) # no padding
+    model, counts = blank_captioner(h, 'meta', dtype), {}
     for name,do in phases(model, h).items():
         model.zero_grad()
-        with all_real, FusedOperations(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
+        with FusedOperations(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
         counts[name] = dict(bytes=memory.now if name=='write' else memory.peak, flops=flops.get_total_flops()) # written token by token: only the cache is ever whole
         del kept
     return counts
