@@ -117,16 +117,19 @@ def eval_command(
     folder:Param('Where to look for the newest checkpoint', str)='saved_models',
     split:Param('Split to score; without it every split that training did not see', str)=None,
     json_file:Param('Write scores and captions to this JSON file', str)=None,
+    int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
 ):
     "Score a checkpoint on the data it was trained for: ROUGE-L between floor and ceiling, facts, and the image gain."
     from capnb.captioner import load_model_from_checkpoint
     from json import dump
     from capnb.core import atomic_write
     from capnb.data import load_for
+    from capnb.decoder import use_int8
     from capnb.encoder import encode_data, features_folder
     from capnb.evaluation import evaluate, score_table
     path = _checkpoint(checkpoint, folder)
-    model, metadata, h = load_model_from_checkpoint(path)
+    model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
+    if int8: use_int8(model.decoder)
     if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
     print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits = load_for(h)
@@ -166,13 +169,16 @@ def caption_command(
     folder:Param('Where to look for the newest checkpoint', str)='saved_models',
     json:Param('Print a JSON list of objects with file and caption', store_true)=False,
     num_beams:Param('Width of the beam; 1 is greedy', int)=1,
+    int8:Param('Write with 8-bit integers, on the CPU: faster, and some captions come out differently', store_true)=False,
 ):
     "Caption pictures with a trained model."
     from json import dumps
     from capnb.captioner import load_model_from_checkpoint
+    from capnb.decoder import use_int8
     from capnb.inference import caption_files, find_images
     files, good, bad = find_images(images), [], []
-    model,_,_ = load_model_from_checkpoint(_checkpoint(checkpoint, folder))
+    model,_,_ = load_model_from_checkpoint(_checkpoint(checkpoint, folder), 'cpu' if int8 else None)
+    if int8: use_int8(model.decoder)
     for r in caption_files(model, files, progress=len(files)>32, num_beams=num_beams):
         if 'error' in r: bad.append(r['error']); continue
         good.append(r)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
            'tokenize_captions', 'head_is_plain', 'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids',
-           'generate_ids', 'captions_of', 'generate_captions', 'embedding_size']
+           'generate_ids', 'captions_of', 'generate_captions', 'use_int8', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
-import inspect, torch
+import inspect, torch, warnings
 from collections import deque
 from importlib.util import find_spec
 from torch import nn
@@ -37,7 +37,7 @@ def begin_ids(
 # %% ../nbs/05_decoder.ipynb #5a00000d
 _product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
-def _fits(x, weight): return weight.device.type=='cpu' and x.dtype==weight.dtype==torch.float32 and not torch.is_autocast_enabled('cpu')
+def _fits(x, weight): return weight.device.type=='cpu' and x.dtype==weight.dtype==torch.float32 and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()
 
 class _Product(torch.autograd.Function):
     "A frozen matrix product by oneDNN: only the input has a gradient."
@@ -342,6 +342,23 @@ def captions_of(tokenizer, ids) -> list: # One text per row
 def generate_captions(decoder, tokenizer, prefix, max_caption_length=64, **kwargs) -> list: # One text per row
     "Write a caption for each prefix; the arguments are those of `generate_ids`."
     return captions_of(tokenizer, generate_ids(decoder, tokenizer, prefix, max_caption_length, **kwargs))
+
+# %% ../nbs/05_decoder.ipynb #5a000031
+def use_int8(
+    decoder, # Causal language model on a CPU, to write with; it is changed
+):
+    "Let all linear layers compute with 8-bit integers, by PyTorch's dynamic quantization; raises `ValueError` where that cannot be."
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+    if decoder.device.type!='cpu': raise ValueError(f"8-bit integers are for a CPU, and the decoder is on {decoder.device}; set the device to 'cpu', or leave int8 out")
+    if any('.lora_' in name for name,_ in decoder.named_parameters()): raise ValueError('a decoder with LoRA cannot be put into 8-bit integers; leave int8 out')
+    for layer in decoder.modules():
+        if type(layer) is FrozenLinear: layer.__class__ = nn.Linear
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', category=DeprecationWarning, module='torch')
+        warnings.filterwarnings('ignore', message='.*deprecat.*', module='torch')
+        quantize_dynamic(decoder, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+    decoder._head_is_plain = False # its matrix is no longer one of numbers
+
 
 # %% ../nbs/05_decoder.ipynb #0da7b035
 @torch.no_grad()
