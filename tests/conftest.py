@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))))) # or the workers of pytest and what they start wait for one another
 os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='capnb-tests-') # features are kept there, not in the home of who runs the tests
 atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
+
+def pytest_collection_modifyitems(items):
+    "The tests of a file go to one worker, as they share what it trains; the exercises of the chapters need nothing of each other."
+    for item in items:
+        if item.path.name != 'test_exercises.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 def outside(**more):
     "The environment of a process that imports this checkout and asks no network."

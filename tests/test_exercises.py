@@ -1,5 +1,5 @@
 "The exercises of each chapter: their answers pass their checks, and no answer at all does not."
-import json, re, subprocess, sys
+import ast, builtins, json, os, re, subprocess, symtable, sys
 from pathlib import Path
 import pytest
 
@@ -62,17 +62,60 @@ print("exercise {n} passed")'''
 
 def indented(code): return '\n'.join('    ' + line for line in code.splitlines())
 
+# --- The notebook's own test runs all cells already. Here only those statements are run that the exercises need.
+
+QUIET = r'print|test_\w+|(plt|fig|ax|axs|left|middle|right)\..*' # calls after which nothing is different
+FILES = { # statements, by their beginning, that write the files which a check reads: no name leads from one to the other
+    '11_commands': ('result = train(quick)', "print(shell('caption', 'page0.png'"),
+    '18_scale': ("print(caption_pictures(str(pages), str(here / 'captions'), trained.checkpoint, **small))", "(here / 'packed').mkdir()", 'for shard in range(2):', 'pq.write_table(pa.table(dict(image='),
+}
+
+def looked_up(table):
+    "The names that a piece of code, or a function in it, looks up in the notebook."
+    here = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table.get_type() == 'module')}
+    return here.union(*map(looked_up, table.get_children()))
+
+def changed_by(part):
+    "The parts of a statement whose objects `part` may change: it sets something in them, or calls for the sake of what that does."
+    if isinstance(part, (ast.Attribute, ast.Subscript)): return [part] if isinstance(part.ctx, ast.Store) else []
+    if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call): return [] if re.fullmatch(QUIET, ast.unparse(part.value.func)) else [part]
+    if isinstance(part, ast.Call) and ast.unparse(part.func) == 'fit': return part.args[:1] # trains this model, whatever becomes of the result
+    return [part] if isinstance(part, ast.AugAssign) else []
+
+def traffic(statement):
+    "The names that a statement takes from those before it, those that it binds, and those whose objects it may change."
+    table, parts = symtable.symtable(ast.unparse(statement), 'cell', 'exec'), list(ast.walk(statement))
+    added_to = {n.target.id for n in parts if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    takes = (looked_up(table) | added_to & binds) - set(dir(builtins))
+    if isinstance(statement, (ast.For, ast.With, ast.If, ast.Try)): takes -= binds - added_to # here a name is bound before it is used
+    changes = set() if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else {n.id for p in parts for c in changed_by(p) for n in ast.walk(c) if isinstance(n, ast.Name)}
+    return takes, binds, takes & changes
+
+def needed(steps):
+    "Of the steps of a script (statement, whether it must stay), those that the ones that must stay need."
+    inside = {s.name: traffic(s)[0] for s,_ in steps if isinstance(s, ast.FunctionDef)} # what a function takes when it is called
+    tools = {name for s,_ in steps if isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for name in traffic(s)[1]} # calling them changes other things than them
+    wanted, kept = set(), []
+    for statement,stays in reversed(steps):
+        takes, binds, changes = traffic(statement)
+        if not stays and not wanted & (binds | changes - tools): continue
+        kept.append(statement)
+        wanted = wanted - (binds - changes) | takes
+        while more := set().union(*(inside[f] for f in wanted & inside.keys())) - wanted: wanted |= more
+    return kept[::-1]
+
 def script(path):
-    "The cells that the notebook's own test runs, and the exercises with their answers, as one script."
-    answer, lines, n = iter(answers(path)), [], None
-    for i,(kind, source) in enumerate(cells(path)):
+    "The exercises with their answers, as one script, after what they need."
+    answer, steps, n = iter(answers(path)), [], None
+    for kind,source in cells(path):
         if kind != 'code' or 'nbdev_export(' in source: continue
-        n = asked(kind, source) or n
-        if is_check(kind, source): code = attempt(n, next(answer), body(source))
-        elif SKIPPED & set(directives(source)): continue
-        else: code = body(source)
-        lines += [f'# cell {i}', code]
-    return '\n'.join(lines)
+        n, code, check = asked(kind, source) or n, body(source), is_check(kind, source)
+        if not check and SKIPPED & set(directives(source)): continue
+        always = check or 'export' in directives(source) or bool(os.environ.get('CAPNB_SLOW')) # with CAPNB_SLOW all of them
+        for s in ast.parse(attempt(n, next(answer), code) if check else code).body:
+            steps.append((s, always or isinstance(s, (ast.Import, ast.ImportFrom)) or ast.unparse(s).startswith(FILES.get(path.stem, ('\0',)))))
+    return '\n'.join(ast.unparse(s) for s in needed(steps))
 
 @each_chapter
 def test_answers_pass(path, environment, tmp_path):

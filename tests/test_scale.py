@@ -9,7 +9,7 @@ from capnb.inference import caption_files, find_images
 from capnb.scale import scale_command
 from capnb.storybook import Storybook
 
-N, SHARD = 300, 10
+N, SHARD = 200, 10
 JOB = ('--workers', 2, '--batch_size', SHARD, '--shard_size', SHARD)
 
 @pytest.fixture(scope='module')
