@@ -107,7 +107,7 @@ class FusedOperations(TorchFunctionMode):
 
 # %% ../nbs/13_planning.ipynb #13a00016
 TOKENS = 32 # assumed length of the longest caption in a batch
-ENCODED, READ, WRITTEN = 128, 64, 100 # pictures at a time in `encode_data`, `validate` and `write_captions_for`
+ENCODED, READ, WRITTEN = 128, 64, 32 # pictures at a time in `encode_data`, `validate` and `generate_ids`
 
 def phases(
     model:Captioner, # From `blank_captioner`

@@ -9,6 +9,7 @@ os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(o
 os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='capnb-tests-') # features are kept there, not in the home of who runs the tests
 atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 
+@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "The tests of a file go to one worker, as they share what it trains; the exercises of the chapters need nothing of each other."
     for item in items:
