@@ -96,10 +96,10 @@ def test_a_larger_batch_needs_more():
 def test_time_is_multiplied_out():
     plan = Plan(as_hyperparameters(preset='experiment')) # 100 pictures, 25 steps, no evaluation
     assert run_seconds(plan, dict(prepare=.25, encode=.5, step=2, token=9)) == dict(encoding=75, training=50)
-    scored = Plan(as_hyperparameters(training_size_limit=64, num_epochs=3)) # 200 validation, 300 test and 200 compositional pictures, written 100 at a time
+    scored = Plan(as_hyperparameters(training_size_limit=64, num_epochs=3)) # 200 validation, 300 test and 200 compositional pictures, written 32 at a time
     slower = [run_seconds(scored, dict(prepare=0, encode=0, step=0, token=t)) for t in (1, 2)]
-    assert slower[0]['training'] == 0 and slower[0]['validation'] == 3*2*32
-    assert slower[1]['test'] == 2*slower[0]['test'] == 2*(3+2)*(32+48)
+    assert slower[0]['training'] == 0 and slower[0]['validation'] == 3*7*32
+    assert slower[1]['test'] == 2*slower[0]['test'] == 2*(10+7)*(32+48)
 
 # --- Downloads
 
