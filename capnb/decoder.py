@@ -191,7 +191,7 @@ def takes_positions(
 ) -> bool:
     "Whether each position of a row can be told where it stands and what it sees: the decoder is told positions, and every layer sees all that was read."
     config = decoder.config.get_text_config()
-    full = set(getattr(config, 'layer_types', None) or ()) <= {'full_attention','sliding_attention'}
+    full = set(getattr(config, 'layer_types', None) or ()) <= {'full_attention','sliding_attention'} and not getattr(config, 'alibi', False) # alibi counts positions itself
     return full and length <= (getattr(config, 'sliding_window', None) or length) and not decoder._is_stateful and config._attn_implementation in ('eager','sdpa') and 'position_ids' in inspect.signature(decoder.forward).parameters
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'CapnbConfig', 'config_of', 'CapnbForImageCaptioning', 'CapnbProcessor', 'model_card', 'share',
-           'as_checkpoint', 'as_llava', 'save_llava', 'share_command']
+           'as_checkpoint', 'llava_config', 'as_llava', 'save_llava', 'share_command']
 
 # %% ../nbs/15_sharing.ipynb #0da7c003
 import copy, json, tempfile
@@ -249,6 +249,14 @@ def _with_image_token(tokenizer):
 
 def _facts(config): return {k: v for k,v in config.to_dict().items() if k!='_name_or_path'} # where it was read from is nobody's business
 
+def llava_config(
+    model:Captioner, # With a CLIP and patch features
+    image_token:int, # Number of the token that stands for a patch
+) -> LlavaConfig:
+    "Describe a captioner's parts as those of a LLaVA."
+    return LlavaConfig(vision_config=_facts(model.encoder.model.config), text_config=_facts(model.decoder.config), image_token_id=image_token, vision_feature_layer=-2, vision_feature_select_strategy='default',
+                       projector_hidden_act='gelu', image_seq_length=model.encoder.patches, tie_word_embeddings=model.decoder.config.tie_word_embeddings)
+
 def as_llava(
     model:Captioner, # With a CLIP, patch features, and nothing learned in the decoder but whole layers
 ): # A `LlavaForConditionalGeneration`, its `LlavaProcessor`
@@ -258,9 +266,7 @@ def as_llava(
     if any('.lora_' in n for n,_ in decoder.named_parameters()): raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
     tokenizer = _with_image_token(model.tokenizer)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = LlavaConfig(vision_config=_facts(vision.config), text_config=_facts(decoder.config), image_token_id=token, vision_feature_layer=-2, vision_feature_select_strategy='default', projector_hidden_act='gelu',
-                         image_seq_length=model.encoder.patches, tie_word_embeddings=decoder.config.tie_word_embeddings)
-    llava = LlavaForConditionalGeneration(config).to(decoder.dtype).eval()
+    llava = LlavaForConditionalGeneration(llava_config(model, token)).to(decoder.dtype).eval()
     for ours,theirs in ((vision, llava.model.vision_tower), (model.adapter, llava.model.multi_modal_projector), (decoder.get_decoder(), llava.model.language_model), (decoder.get_output_embeddings(), llava.lm_head)):
         theirs.load_state_dict(ours.state_dict())
     if token >= decoder.config.vocab_size: llava.resize_token_embeddings(token+1, mean_resizing=False)

@@ -15,11 +15,12 @@ import psutil, torch
 from fastcore.script import Param, store_true
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from .commands import command
 from .core import as_hyperparameters, atomic_write
 from .decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
 from .planning import blank_captioner
+from .sharing import llava_config
 
 
 # %% ../nbs/17_speed.ipynb #17a00006
@@ -92,8 +93,7 @@ PICTURES, EACH = 2, 5 # pictures in a step, captions of each
 def _as_llava(model, image_token=5):
     "The parts of a captioner in a LLaVA of which only the projector learns."
     vision, decoder = model.encoder.model, model.decoder
-    config = LlavaConfig(vision_config=vision.config, text_config=decoder.config, image_token_id=image_token, image_seq_length=model.encoder.patches, vision_feature_layer=-2, vision_feature_select_strategy='default', projector_hidden_act='gelu')
-    with torch.device('meta'): llava = LlavaForConditionalGeneration(config).requires_grad_(False)
+    with torch.device('meta'): llava = LlavaForConditionalGeneration(llava_config(model, image_token)).requires_grad_(False)
     projector = llava.model.multi_modal_projector.to_empty(device='cpu').requires_grad_(True)
     projector.load_state_dict(model.adapter.state_dict())
     llava.model.vision_tower, llava.model.language_model, llava.lm_head = vision, decoder.get_decoder(), decoder.get_output_embeddings()

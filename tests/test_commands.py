@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 import pytest, torch
 from PIL import Image
+from capnb.decoder import use_int8
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from capnb.commands import train
 from capnb.core import Hyperparameters
@@ -117,6 +118,13 @@ def album(trained):
     for i,name in enumerate(names[:3]): book[i]['image'].save(trained[0]/name)
     (trained[0]/names[3]).write_text('no picture')
     return trained[0]
+
+def test_eight_bits(run, album, newest):
+    done = run('capnb_caption', 'one.png', '--int8', cwd=album)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
+    model = load_model_from_checkpoint(newest, 'cpu')[0]
+    use_int8(model.decoder)
+    assert done.stdout == f"one.png: {model.caption(album/'one.png')}\n"
 
 def test_caption_file_folder_and_pattern(run, album, newest):
     done = run('capnb_caption', 'one.png', 'album', 'album/**/*.PNG', '--json', cwd=album)
