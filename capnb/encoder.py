@@ -12,11 +12,12 @@ import numpy as np, torch, transformers
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import copy
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from zlib import crc32
 from fastcore.basics import patch
 from PIL import Image
@@ -267,16 +268,17 @@ class Features:
         return torch.from_numpy(out).float()
 
 # %% ../nbs/03_encoder.ipynb #fea70013
-def _ahead(do, n, threads, ahead):
-    "What `do` gives for 0 to n-1, in order, computed by threads that are up to `ahead` further than what was taken."
-    with ThreadPoolExecutor(threads) as pool:
+def _ahead(do, n, threads):
+    "What `do` gives for 0 to n-1, in order, from threads that share PyTorch's cores and are up to `threads` further than what was taken."
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores//threads),)) as pool:
         waiting = deque()
         try:
             for i in range(n):
                 waiting.append(pool.submit(do, i))
-                if len(waiting) > ahead: yield waiting.popleft().result()
+                if len(waiting) > threads: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
-        finally: pool.shutdown(cancel_futures=True)
+        finally: pool.shutdown(cancel_futures=True); torch.set_num_threads(cores)
 
 def _looked_at(encoder, data, i, cache):
     "Row `i` without its picture, the picture's digest, and, where the cache has it not, what the encoder is to see."
@@ -292,17 +294,22 @@ def _looked_at(encoder, data, i, cache):
     digest = digest or _digest_pixels(image)
     return row, digest, None if seen or known(digest) else encoder.prepare([image])[0]
 
+
 # %% ../nbs/03_encoder.ipynb #fea70015
-def _encoded(encoder, batch):
-    "Digest and features, in half precision, of each picture of a batch; raises `ValueError` if that cannot hold them."
-    features = encoder(torch.stack([pixels for _,_,pixels in batch])).half().cpu().numpy()
-    for (row,digest,_),f in zip(batch, features):
+def _encoded(encoder, data, which, cache, taken, alone):
+    "Some rows without their pictures, the digests of the pictures, and features, in half precision, by digest for those that neither the cache has nor another batch has `taken`; raises `ValueError` if that cannot hold them."
+    rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache) for i in which])
+    new = {digest: (row, p) for row,digest,p in zip(rows, digests, pixels) if p is not None and taken.setdefault(digest, which)==which}
+    if not new: return rows, digests, {}
+    with alone: features = encoder(torch.stack([p for _,p in new.values()])).half().cpu().numpy()
+    for (row,_),f in zip(new.values(), features):
         if not np.isfinite(f).all(): raise ValueError(f"the features of {row['image_id']} are not numbers up to 65,504, which is what half precision holds")
-        yield digest, f
+    return rows, digests, dict(zip(new, features))
 
 def _say_size(name, n, cache, where):
     each = 2*int(np.prod(cache.shape))
     print(f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all, {where}", flush=True)
+
 
 # %% ../nbs/03_encoder.ipynb #0788551f
 class EncodedData:
@@ -326,24 +333,24 @@ def features_folder(
 def encode_data(
     encoder:ImageEncoder,
     data, # `CaptionData`; its rows are read by several threads at once
-    batch_size:int=128, # Pictures per call of the encoder
+    batch_size:int=32, # Pictures per call of the encoder
     progress:str='', # Text before the progress bar; empty for no bar
     folder=None, # Where features are kept, for this run and others; None for a temporary folder from which all are read into memory
-    threads:int=None, # That read pictures; None for one per core, 1 for rows that only one may read at a time
+    threads:int=None, # Each takes whole batches; None for one per core, 1 for rows that only one may read at a time
 ) -> EncodedData:
     "Encode every picture of a data set that is not encoded yet; rows keep everything but the picture. Raises `OSError` where the folder cannot be written."
     key, about = features_key(encoder)
-    rows, digests, batch, fresh = [], [], [], set()
+    rows, digests, taken, alone = [], [], {}, nullcontext() if encoder.model.device.type=='cpu' else Lock()
     with TemporaryDirectory() if folder is None else nullcontext(folder) as root:
         cache = FeatureCache(Path(root)/key, (encoder.width,) if encoder.features=='pooled' else (encoder.patches, encoder.width), about)
         if progress: _say_size(progress, len(data), cache, 'in memory' if folder is None else f'in {cache.folder}')
-        pictures = _ahead(lambda i: _looked_at(encoder, data, i, cache), len(data), threads or os.cpu_count(), batch_size)
-        for row,digest,pixels in tqdm(pictures, desc=progress, disable=not progress, unit='picture', total=len(data)):
-            rows.append(row); digests.append(digest)
-            if pixels is not None and digest not in fresh: fresh.add(digest); batch.append((row, digest, pixels))
-            if batch and (len(batch)==batch_size or len(rows)==len(data)):
-                for new in _encoded(encoder, batch): cache.add(*new)
-                batch = []
+        batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
+        with tqdm(desc=progress, disable=not progress, unit='picture', total=len(data)) as bar, closing(_ahead(lambda i: _encoded(encoder, data, batches[i], cache, taken, alone), len(batches), threads or os.cpu_count())) as done:
+            for some,theirs,new in done:
+                rows += some; digests += theirs
+                for digest,features in new.items(): cache.add(digest, features)
+                bar.update(len(some))
         cache.flush(); cache.index()
         features = Features(cache.shards, cache.find(digests))
         return EncodedData(features[:] if folder is None else features, rows, data.left_out)
+
