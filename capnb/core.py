@@ -88,7 +88,7 @@ def _allowed(f):
 # %% ../nbs/00_core.ipynb #582c08e7
 PRESETS = {
     'storybook': dict(data='storybook', encoder_name='storybook-clip', tokenizer_name='storybook-qwen3', image_size=64, prefix_length=8, max_caption_length=48,
-                      batch_size=32, num_epochs=6, learning_rate=3e-3, learning_rate_decay=.6, learning_rate_decay_step=1),
+                      batch_size=32, num_epochs=6, learning_rate=3e-3, learning_rate_decay=.75, learning_rate_decay_step=1),
     'flickr30k': dict(num_epochs=1, training_size_limit=500),
     'flickr30k-full': dict(num_epochs=5),
     'best': dict(num_epochs=10, learning_rate=5e-5),

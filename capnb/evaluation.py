@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm.auto import tqdm
-from .captioner import Captioner, save_metadata
+from .captioner import Captioner, load_trained, save_metadata
 from .core import atomic_write
 from .encoder import EncodedData
 from .storybook import read_facts
-from .training import Callback, in_slices, validate
+from .training import Callback, _learning, in_slices, validate
 
 # %% ../nbs/08_evaluation.ipynb #231199c9
 _scorer = RougeScorer(['rougeL'])
@@ -135,7 +135,7 @@ def draw_samples(
 
 # %% ../nbs/08_evaluation.ipynb #242b549c
 class Scores(Callback):
-    "Score validation after each epoch; before and after training score the splits that learning never looks at."
+    "Score validation after each epoch, and at the end the splits that learning never looks at, with what was learned and without."
     keeps = ('untrained',) # a run that goes on is no longer untrained
     def __init__(self,
         pictures:dict, # Name of split: data with pictures, for the samples
@@ -143,23 +143,31 @@ class Scores(Callback):
     ): self.pictures, self.samples = pictures, samples
 
     def _held_back(self, run): return [s for s in run.data if s not in ('train','validation')]
-
-    def on_train_begin(self, run):
-        self.untrained = {split: evaluate(run.model, run.data[split], f'untrained, {split}')[0] for split in self._held_back(run)}
+    def _weights(self, run): return {n: p.detach().cpu().clone() for n,p in _learning(run).items()}
+    def _score_all(self, run, name=''): return {split: evaluate(run.model, run.data[split], name+split) for split in self._held_back(run)}
+    def on_train_begin(self, run): self.untrained = self._weights(run) if self._held_back(run) else {}
 
     def on_epoch_end(self, run):
         validation = run.data['validation']
         run.metadata.update(score(write_captions_for(run.model, validation, progress='validation'), validation))
 
     def on_train_end(self, run):
-        results = {split: evaluate(run.model, run.data[split], split) for split in self._held_back(run)}
+        results = self._score_all(run)
         if not results: return
-        run.metadata.update({split: scores for split,(scores,_) in results.items()}, untrained=self.untrained)
+        untrained = self._score_untrained(run)
+        run.metadata.update({split: scores for split,(scores,_) in results.items()}, untrained=untrained)
         if not run.main: return # another process writes
         save_metadata(run.checkpoint, run.metadata)
         columns = {split: scores for split,(scores,_) in results.items()}
-        print('\n' + score_table(columns | {f'untrained {s[:4]}': v for s,v in self.untrained.items()}) + '\n')
+        print('\n' + score_table(columns | {f'untrained {s[:4]}': v for s,v in untrained.items()}) + '\n')
         self._show(run, next(iter(results)), next(iter(results.values()))[1])
+
+    def _score_untrained(self, run):
+        "Score the model as it was before the first step."
+        trained = self._weights(run)
+        load_trained(run.model, self.untrained, 'the state before training', _learning(run))
+        try: return {split: scores for split,(scores,_) in self._score_all(run, 'untrained, ').items()}
+        finally: load_trained(run.model, trained, wanted=_learning(run))
 
     def _show(self, run, split, captions):
         "Print and draw the first captions of a split."
