@@ -111,33 +111,55 @@ def _checkpoint(checkpoint, folder):
     from capnb.captioner import newest_checkpoint
     return Path(checkpoint) if checkpoint else newest_checkpoint(folder)
 
+def _judged(path, split, int8=False, coco=False):
+    "Hyperparameters of a checkpoint; of each split that was asked for the scores, the captions and what they are made of."
+    from capnb.captioner import load_model_from_checkpoint
+    from capnb.data import load_for
+    from capnb.decoder import use_int8
+    from capnb.encoder import encode_data, features_folder
+    from capnb.evaluation import coco_scores, coco_tools, evaluate
+    if coco: coco_tools() # what is missing should be known before captions are written
+    model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
+    if int8: use_int8(model.decoder)
+    if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
+    print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
+    splits, results = load_for(h), {}
+    if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
+    for s,d in splits.items():
+        if s!=split and (split or s in ('train','validation')): continue
+        encoded = encode_data(model.encoder, d, progress=f'Encoding {s}', folder=features_folder(h))
+        scores, captions = evaluate(model, encoded, s)
+        results[s] = (scores | (dict(coco=coco_scores(captions, encoded)) if coco else {}), captions, encoded)
+    return h, results
+
+def _compared(results, path, split, h):
+    "Of each split the scores of two checkpoints side by side."
+    from capnb.evaluation import compare, score_parts
+    other, others = _judged(path, split)
+    if other.data!=h.data: raise ValueError(f"{path} was trained on {other.data}, not on {h.data}; two checkpoints are compared on the same pictures")
+    return {s: compare(score_parts(captions, data), score_parts(others[s][1], others[s][2])) for s,(_,captions,data) in results.items()}
+
 @command
 def eval_command(
     checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,
     folder:Param('Where to look for the newest checkpoint', str)='saved_models',
     split:Param('Split to score; without it every split that training did not see', str)=None,
+    coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
+    against:Param('Another checkpoint: say of each score whether the two really differ', str)=None,
     json_file:Param('Write scores and captions to this JSON file', str)=None,
     int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
 ):
-    "Score a checkpoint on the data it was trained for: ROUGE-L between floor and ceiling, facts, and the image gain."
-    from capnb.captioner import load_model_from_checkpoint
+    "Score a checkpoint on the data it was trained for: ROUGE-L between floor and ceiling, facts, and the image gain, with 95% intervals."
     from json import dump
     from capnb.core import atomic_write
-    from capnb.data import load_for
-    from capnb.decoder import use_int8
-    from capnb.encoder import encode_data, features_folder
-    from capnb.evaluation import evaluate, score_table
-    path = _checkpoint(checkpoint, folder)
-    model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
-    if int8: use_int8(model.decoder)
-    if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
-    print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
-    splits = load_for(h)
-    if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
-    results = {s: evaluate(model, encode_data(model.encoder, d, progress=f'Encoding {s}', folder=features_folder(h)), s) for s,d in splits.items() if s==split or not split and s not in ('train','validation')}
-    print(score_table({s: scores for s,(scores,_) in results.items()}))
+    from capnb.evaluation import compare_table, score_table
+    h, results = _judged(_checkpoint(checkpoint, folder), split, int8, coco)
+    compared = _compared(results, Path(against), split, h) if against else {}
+    print(score_table({s: scores for s,(scores,_,_) in results.items()}))
+    for s,c in compared.items(): print(f'\n{s}, against {against}:\n{compare_table(c)}')
     if json_file:
-        with atomic_write(json_file) as f: dump({s: dict(scores, captions=captions) for s,(scores,captions) in results.items()}, f, indent=2)
+        with atomic_write(json_file) as f: dump({s: dict(scores, captions=captions, **(dict(against=compared[s]) if compared else {})) for s,(scores,captions,_) in results.items()}, f, indent=2)
+
 
 # %% ../nbs/11_commands.ipynb #0da7b702
 @command

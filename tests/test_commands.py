@@ -108,6 +108,30 @@ def test_eval_agrees_with_training(run, trained, newest):
         assert flat(scores[split]) == pytest.approx(flat(metadata[split]), abs=1e-6)
         assert f"{metadata[split]['rouge_l']:.3f}" in done.stdout
 
+def test_eval_against_another_checkpoint(run, trained, saved, newest):
+    first = next(saved.glob('model_state_dict_*-1.pth'))
+    done = run('capnb_eval', '--split', 'test', '--against', first, '--json_file', 'against.json', cwd=trained[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads((trained[0]/'against.json').read_text(encoding='utf-8'))['test']
+    row = said['against']['rouge_l']
+    assert row['value'] == said['rouge_l'] and row['difference'] == pytest.approx(row['value']-row['other']) and row['other'] != row['value']
+    assert row['interval'][0] <= row['difference'] <= row['interval'][1] and f"{row['difference']:+.3f}" in done.stdout
+    itself = run('capnb_eval', '--split', 'test', '--against', newest, cwd=trained[0]).stdout
+    assert 'may be chance' in itself and ' real' not in itself
+
+@pytest.mark.skipif(not shutil.which('java'), reason='METEOR and the tokenizer of the COCO challenge need Java')
+def test_eval_as_the_coco_challenge(run, trained):
+    done = run('capnb_eval', '--split', 'test', '--coco', '--json_file', 'coco.json', cwd=trained[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    coco = json.loads((trained[0]/'coco.json').read_text(encoding='utf-8'))['test']['coco']
+    assert set(coco) == {'bleu_1','bleu_2','bleu_3','bleu_4','meteor','cider'}
+    assert all(low <= value <= high for value,low,high in coco.values()) and coco['bleu_1'][0] > coco['bleu_4'][0]
+    assert f"{coco['meteor'][0]:.3f}" in done.stdout
+
+def test_eval_without_java(run, trained, tmp_path):
+    done = run('capnb_eval', '--split', 'test', '--coco', cwd=trained[0], env=dict(PATH=str(tmp_path)))
+    assert done.returncode == 1 and "there is no program 'java'" in done.stderr and 'captioned' not in done.stdout and len(done.stderr.splitlines()) == 1
+
 # --- Captions for files
 
 @pytest.fixture(scope='module')
