@@ -170,10 +170,11 @@ def interval(
 def compare(
     parts:dict, # Name: `Parts` of one captioner
     other:dict, # The same of another, on the same pictures
-) -> dict: # Name: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies outside of that
+) -> dict: # Name, floor and ceiling left out: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies outside of that
     "Compare scores on selections that are the same for both (paired bootstrap)."
     out = {}
     for name in parts:
+        if name.endswith(('_floor','_ceiling')): continue # nobody wins by these
         if len(parts[name].each)!=len(other[name].each): raise ValueError(f"{len(parts[name].each)} and {len(other[name].each)} pictures cannot be compared; score both on the same data")
         low, high = np.percentile(resampled(parts[name])-resampled(other[name]), (2.5, 97.5)).tolist()
         a, b = parts[name].value, other[name].value
