@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PAGE', 'gather', 'Words', 'answer_batch', 'Worker', 'Limits', 'refuse', 'read_body', 'picture_of',
-           'check_picture', 'answers', 'as_events', 'make_app', 'serve', 'serve_command']
+           'check_picture', 'answers', 'as_events', 'make_app', 'serve', 'serve_command', 'send_load', 'load_report',
+           'memory']
 
 # %% ../nbs/12_serving.ipynb #0da12003
 import asyncio, base64, binascii, hmac, http.client, io, json, math, multiprocessing, os, signal, socket, sys, threading, time
@@ -420,3 +421,43 @@ def serve_command(
     for name,value in dict(max_upload=max_upload, max_pixels=max_pixels, max_waiting=max_waiting, timeout=timeout, batch_size=batch_size).items():
         if not value > 0: raise ValueError(f"{name} must be more than 0, not {value:g}")
     serve(checkpoint or newest_checkpoint(folder), host, port, api_key or os.environ.get('CAPNB_API_KEY'), Limits(max_upload, max_pixels, max_waiting, timeout), batch_size)
+
+# %% ../nbs/12_serving.ipynb #0da1203b
+def send_load(
+    address:str, # http://HOST:PORT
+    pictures:list, # Of bytes
+    clients:int=32,
+    seconds:float=60,
+    key:str=None, # If the server wants one
+) -> dict: # 'answers': (number of the picture, status, answer, seconds) of each request; 'seconds' in all
+    "Let many clients ask a server for captions, each again as soon as it has its answer, and note what they get."
+    bodies = [json.dumps(dict(image=base64.b64encode(p).decode())) for p in pictures]
+    headers, answers = {'Content-Type': 'application/json', **({'Authorization': f'Bearer {key}'} if key else {})}, []
+    start = time.perf_counter()
+    def client(i):
+        connection = http.client.HTTPConnection(address.removeprefix('http://'), timeout=120)
+        while (asked := time.perf_counter()) < start+seconds:
+            connection.request('POST', '/caption', bodies[i%len(bodies)], headers)
+            answer = connection.getresponse()
+            answers.append((i%len(bodies), answer.status, json.load(answer), time.perf_counter()-asked))
+            i += clients
+        connection.close()
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return dict(answers=answers, seconds=time.perf_counter()-start)
+
+def load_report(
+    load:dict, # From `send_load`
+) -> dict: # 'requests', 'refused', 'rate' (captions per second), 'p50' and 'p99' (seconds)
+    "Sum a load up."
+    times = sorted(took for _,_,_,took in load['answers'])
+    good = sum(status==200 for _,status,_,_ in load['answers'])
+    return dict(requests=len(times), refused=len(times)-good, rate=good/load['seconds'], p50=times[len(times)//2], p99=times[len(times)*99//100])
+
+def memory(
+    pid:int, # Of the server
+) -> float: # Megabytes
+    "Say how much memory a server and its processes have to themselves."
+    main = psutil.Process(pid)
+    return sum(p.memory_full_info().uss for p in [main, *main.children(recursive=True)])/1e6
