@@ -8,7 +8,7 @@ __all__ = ['FORMATS', 'PAGE', 'gather', 'Words', 'answer_batch', 'Worker', 'Limi
            'memory']
 
 # %% ../nbs/12_serving.ipynb #0da12003
-import asyncio, base64, binascii, hmac, http.client, io, json, math, multiprocessing, os, signal, socket, sys, threading, time
+import asyncio, base64, binascii, hmac, http.client, io, json, logging, math, multiprocessing, os, signal, socket, sys, threading, time
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -122,15 +122,16 @@ async def read_body(
 ) -> bytes:
     "Read the body of a request; refuses with 413 what is too large."
     from starlette.requests import ClientDisconnect
-    most, parts, size, told = int(megabytes*1e6), [], 0, f'the request has more than {megabytes:g} MB; send a smaller picture'
-    if 'expect' in request.headers and int(request.headers.get('content-length', 0)) > most: refuse(413, told) # it waits for our word before it sends
+    most, parts, size = int(megabytes*1e6), [], 0
+    def too_large(**headers): refuse(413, f'the request has more than {megabytes:g} MB; send a smaller picture', **headers)
+    if 'expect' in request.headers and int(request.headers.get('content-length', 0)) > most: too_large(Connection='close') # it waits for our word before it sends
     try:
         async for part in request.stream():
             size += len(part)
             if size <= most: parts.append(part)
-            elif size > 8*most: break # up to there we listen on, as many programs hear an answer only after they have said everything
+            elif size > 8*most: too_large(Connection='close') # up to there we listen on, as many programs hear an answer only after they have said everything
     except ClientDisconnect: refuse(400, 'the request was not sent to its end')
-    if size > most: refuse(413, told)
+    if size > most: too_large()
     return b''.join(parts)
 
 # %% ../nbs/12_serving.ipynb #0da12018
@@ -279,11 +280,12 @@ _STYLE = """
 :root { color-scheme: light dark; font: 1.1rem/1.5 system-ui, sans-serif; }
 body { max-width: 34rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; margin: .5rem 0; }
-#drop { display: flex; min-height: 11rem; align-items: center; justify-content: center; padding: .5rem; cursor: pointer; border: 3px dashed #777; border-radius: .75rem; text-align: center; }
+#drop { display: flex; flex-direction: column-reverse; gap: .5rem; min-height: 11rem; align-items: center; justify-content: center; padding: .5rem; cursor: pointer; border: 3px dashed #777; border-radius: .75rem; text-align: center; }
 #drop.over, #file:focus-visible + #drop { border-color: #06c; outline: 3px solid #06c; }
 #file { position: absolute; opacity: 0; width: 1px; height: 1px; }
 #picture { max-width: 100%; max-height: 45vh; min-width: 8rem; image-rendering: auto; }
-#key { font: inherit; padding: .6rem; width: 100%; box-sizing: border-box; }
+#ask { margin: 1rem 0; }
+#key, button { font: inherit; padding: .6rem; max-width: 100%; box-sizing: border-box; }
 output { display: block; min-height: 3.2rem; margin: 1rem 0; font-size: 1.3rem; overflow-wrap: anywhere; }
 output.wrong { color: #c22; }
 [hidden] { display: none !important; }
@@ -293,7 +295,7 @@ _BODY_OF_PAGE = """
 <h1>What is in this picture?</h1>
 <input type="file" id="file" accept="image/*" aria-describedby="hint">
 <label for="file" id="drop"><span id="hint">Drop a picture here, or choose one</span><img id="picture" alt="" hidden></label>
-<p id="ask" hidden><label for="key">Key of this server</label><input type="password" id="key" autocomplete="off"></p>
+<form id="ask" hidden><label for="key">Key of this server</label> <input type="password" id="key" autocomplete="off" required> <button>Send</button></form>
 <output id="caption" for="file" aria-live="polite" aria-atomic="true"></output>
 </main>
 """
@@ -335,7 +337,7 @@ async function caption(picture) {
   if (mine == asked) out.removeAttribute('aria-busy')
 }
 file.onchange = () => caption(file.files[0])
-key.onchange = () => caption(last)
+get('ask').onsubmit = e => { e.preventDefault(); caption(last) }
 document.ondragover = e => { e.preventDefault(); drop.classList.add('over') }
 document.ondragleave = () => drop.classList.remove('over')
 document.ondrop = e => { e.preventDefault(); drop.classList.remove('over'); caption(e.dataTransfer.files[0]) }
@@ -355,6 +357,7 @@ def _litserve():
     "The package litserve, quiet."
     try: import litserve, python_multipart
     except ImportError: raise ValueError("serving needs the package litserve; install it with: pip install 'capnb[serve]'") from None
+    logging.getLogger('python_multipart').setLevel(logging.ERROR) # what is wrong with a form, its sender is told
     return litserve
 
 def _check_port(host, port):
