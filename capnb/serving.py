@@ -118,6 +118,7 @@ def refuse(
     from fastapi import HTTPException
     raise HTTPException(status, detail, {k.replace('_','-'): v for k,v in headers.items()} or None)
 
+# %% ../nbs/12_serving.ipynb #0da12116
 async def read_body(
     request, # Starlette's `Request`
     megabytes:float, # Most of them
@@ -150,6 +151,7 @@ def _json_picture(body):
     try: return base64.b64decode(''.join(data.split()), validate=True)
     except (binascii.Error, ValueError): refuse(422, '"image" is not valid base64')
 
+# %% ../nbs/12_serving.ipynb #0da12118
 async def _form_picture(headers, body):
     from python_multipart.exceptions import FormParserError
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -161,6 +163,7 @@ async def _form_picture(headers, body):
     if not isinstance(file, UploadFile): refuse(422, 'the form has no file "file"; with curl: -F file=@picture.png')
     return await file.read()
 
+# %% ../nbs/12_serving.ipynb #0da12218
 async def picture_of(
     headers, # Of the request
     body:bytes,
@@ -457,6 +460,7 @@ def send_load(
     for t in threads: t.join()
     return dict(answers=answers, seconds=time.perf_counter()-start)
 
+# %% ../nbs/12_serving.ipynb #0da1213b
 def load_report(
     load:dict, # From `send_load`
 ) -> dict: # 'requests', 'refused', 'rate' (captions per second), 'p50' and 'p99' (seconds)

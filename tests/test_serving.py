@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 def pages(made): return [p.read_bytes() for p in sorted((made/'pages').iterdir())]
 
 @pytest.fixture(scope='module')
-def wanted(run, made):
+def wanted(run, made, starting):
     "What the command line writes for the pages."
     done = run('capnb_caption', 'pages', '--json', cwd=made)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -118,16 +118,17 @@ class Server:
         return found
 
 @pytest.fixture(scope='module')
-def servers(start, made):
-    "All servers of these tests, started together."
-    found = dict(wide=Server(start, made), narrow=Server(start, made, '--max_waiting', 2, '--timeout', 2, '--max_upload', .1, CAPNB_API_KEY=KEY), doomed=Server(start, made))
-    try:
-        for server in found.values(): server.wait()
-        yield found
+def starting(start, made):
+    "The two servers of these tests, which load their models while other things are made ready."
+    found = dict(wide=Server(start, made), narrow=Server(start, made, '--max_waiting', 2, '--timeout', 2, '--max_upload', .1, CAPNB_API_KEY=KEY))
+    try: yield found
     finally:
         for server in found.values():
             family = psutil.Process(server.process.pid).children(recursive=True) if server.process.poll() is None else []
             for p in (server.process, *family): p.kill()
+
+@pytest.fixture(scope='module')
+def servers(starting, wanted): return {name: server.wait() for name,server in starting.items()}
 
 @pytest.fixture(scope='module')
 def server(servers): return servers['wide']
@@ -509,21 +510,6 @@ def test_the_page_asks_for_the_key(browser, narrow, pages, same):
 
 # --- Begin and end
 
-def test_stop_finishes_what_is_at_work(servers, pages, same):
-    server = servers['doomed']
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    with server.half_sent(pages[5]) as request:
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(.3)
-        status, answer = server.caption(pages[0])
-        assert status == 503 and 'stopping' in answer['detail']
-        assert server.ask('GET', '/health')[0] == 503
-        status, answer = request()
-        assert status == 200 and same(5, answer['caption'])
-    out, err = server.process.communicate(timeout=30)
-    assert (server.process.returncode, out, err) == (0, '', '')
-    assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
-
 def test_a_dead_worker_is_replaced(server, pages, same):
     worker = server.workers()[0]
     worker.kill()
@@ -534,13 +520,7 @@ def test_a_dead_worker_is_replaced(server, pages, same):
     status, answer = server.caption(pages[6])
     assert status == 200 and same(6, answer['caption'])
 
-def test_ctrl_c(narrow):
-    family = psutil.Process(narrow.process.pid).children(recursive=True)
-    narrow.process.send_signal(signal.SIGINT)
-    out, err = narrow.process.communicate(timeout=30)
-    assert (narrow.process.returncode, out, err) == (130, '', 'stopped\n')
-    assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
-
+@pytest.mark.slow
 def test_stop_before_it_is_ready(start, made):
     server = Server(start, made)
     end = time.monotonic() + 60
@@ -551,6 +531,7 @@ def test_stop_before_it_is_ready(start, made):
     assert server.process.returncode == 0 and not out, err
     assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
 
+@pytest.mark.slow
 def test_broken_weights_are_one_line(run, made, tmp_path):
     weights = next((made/'saved_models').glob('*.pth'))
     broken = tmp_path/weights.name
@@ -587,3 +568,26 @@ def test_without_litserve_is_one_line(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
     monkeypatch.setitem(sys.modules, 'litserve', None)
     assert "pip install 'capnb[serve]'" in one_line(capsys)
+
+def test_stop_finishes_what_is_at_work(server, pages, same):
+    "The last test of this server."
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    with server.half_sent(pages[5]) as request:
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(.3)
+        status, answer = server.caption(pages[0])
+        assert status == 503 and 'stopping' in answer['detail']
+        assert server.ask('GET', '/health')[0] == 503
+        status, answer = request()
+        assert status == 200 and same(5, answer['caption'])
+    out, err = server.process.communicate(timeout=30)
+    assert (server.process.returncode, out, err) == (0, '', '')
+    assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
+
+def test_ctrl_c(narrow):
+    "The last test of that one."
+    family = psutil.Process(narrow.process.pid).children(recursive=True)
+    narrow.process.send_signal(signal.SIGINT)
+    out, err = narrow.process.communicate(timeout=30)
+    assert (narrow.process.returncode, out, err) == (130, '', 'stopped\n')
+    assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
