@@ -28,7 +28,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     include_package_data=False, package_data={cfg['lib_path']: ['models/**/*']}, # the small models that come with the package
-    install_requires=words('requirements'), extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'lora', 'gguf', 'scale')},
+    install_requires=words('requirements'), extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'lora', 'gguf', 'scale', 'sweep', 'mlflow', 'wandb')},
     entry_points=dict(console_scripts=words('console_scripts'),
                       nbdev=[f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]),
     zip_safe=False)
