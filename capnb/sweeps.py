@@ -12,12 +12,11 @@ import json, shlex, time, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from itertools import product
-from math import prod
 from pathlib import Path
 from fastcore.script import Param
 from filelock import FileLock, Timeout
 from .captioner import Captioner, build_captioner, check_models, new_adapter, start_from
-from .commands import command, prepare
+from .commands import OWN_DATA, command, prepare
 from .core import PRESETS, Hyperparameters, _check, _one_of, as_hyperparameters, atomic_write, chosen_settings
 from .decoder import embedding_size
 from .evaluation import Tracker
@@ -79,7 +78,9 @@ _SHARED = ('data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size
 
 class Lab:
     "What the trials of a process share: frozen models and encoded pictures."
-    def __init__(self): self.key = self.frozen = None
+    def __init__(self,
+        data=None, # As for `capnb.commands.train`
+    ): self.own, self.key, self.frozen = data, None, None
 
     def __call__(self,
         h:Hyperparameters, # Of the trial
@@ -94,7 +95,7 @@ class Lab:
             model = build_captioner(h)
             if h.init_from: start_from(model, h.init_from, h)
         else:
-            self.frozen, (model, self.pictures, self.data) = None, prepare(h, only=('train', 'validation'))
+            self.frozen, (model, self.pictures, self.data) = None, prepare(h, self.own, only=('train', 'validation'))
             self.key = key
         if not learns: self.frozen = model
         return model
@@ -208,7 +209,7 @@ def run_trial(
         except ValueError as e: trial.set_user_attr('error', str(e)); study.tell(trial, state=state.FAIL); return
     loss = run.metadata['validation_loss']
     for k,v in dict(epochs=run.epoch, seconds=round(time.perf_counter()-began, 1), image_gain=run.metadata['image_gain'], checkpoint=str(run.checkpoint)).items(): trial.set_user_attr(k, v)
-    study.tell(trial, loss, state=state.PRUNED if prune.pruned else state.COMPLETE)
+    study.tell(trial, None if prune.pruned else loss, state=state.PRUNED if prune.pruned else state.COMPLETE)
 
 # %% ../nbs/19_sweeps.ipynb #19a0001e
 def _done(study): return sorted((t for t in study.get_trials(deepcopy=False) if t.state.name in ('COMPLETE','PRUNED')), key=lambda t: (t.state.name!='COMPLETE', t.value))
@@ -259,7 +260,7 @@ def draw_study(
     paths = [Path(folder)/f'{name}.png' for name in PLOTS]
     for path,plot in zip(paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)):
         with warnings.catch_warnings(), plt.rc_context({'figure.figsize': (7,4)}):
-            warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+            for category in (optuna.exceptions.ExperimentalWarning, UserWarning): warnings.simplefilter('ignore', category) # UserWarning: an axis on which all trials have the same value
             fig = plot(study).figure
         with atomic_write(path, 'wb') as f: fig.savefig(f, format='png', dpi=90, bbox_inches='tight')
         plt.close(fig)
@@ -294,11 +295,14 @@ def sweep(
     vary=(), # As for `read_vary`; if empty, `classic_grid`
     sampler:str='grid', # One of `SAMPLERS`
     trials:int=None, # For tpe and random, 20 if not set; finished ones count
+    data=None, # As for `capnb.commands.train`
     **changes, # Single hyperparameters, over everything else
 ): # `optuna.Study`
     "Search for the settings with the least validation loss; called again, or elsewhere at the same time, it goes on with the study in `output_dir`."
+    if isinstance(data, str): data, changes = None, dict(changes, data=data)
+    if data is not None: changes = dict(changes, data=OWN_DATA)
     h, space, trials = _settings(settings, preset, vary, sampler, trials, changes)
-    study, lab = open_study(h.output_dir, h, space, sampler), Lab()
+    study, lab = open_study(h.output_dir, h, space, sampler), Lab(data)
     while taken := take_trial(study, h.output_dir, space, sampler, trials, h.seed):
         trial, lock = taken
         try: run_trial(trial, study, lab, h)
@@ -318,7 +322,7 @@ def report_sweep(
     if running := sum(t.state.name=='RUNNING' for t in study.trials): print(f'⏳ {running} still running in other processes')
     for path in draw_study(study, folder): print(f'📈 {path}')
     with atomic_write(folder/'best.json') as f: json.dump(asdict(best), f, indent=2)
-    print(f'🏆 {command_line(best, preset)}')
+    print(f"🏆 {command_line(best, preset) if best.data!=OWN_DATA else folder/'best.json'}")
 
 # %% ../nbs/19_sweeps.ipynb #19a0002a
 @command

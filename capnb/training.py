@@ -628,7 +628,7 @@ def _accelerator(model, h):
     AcceleratorState._reset_state() # it would hold on to the mixed precision of an earlier run in this process
     _check_sharded(model)
     with patch_environment(ACCELERATE_USE_FSDP='false'): return Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device),
-                                                                             log_with=tracker_names(h), project_dir=h.output_dir)
+                                                                             log_with=tracker_names(h) or None, project_dir=h.output_dir)
 
 def _new_run(model, data, h, stamp, callbacks, accelerator):
     "A run with what learns and steers it."
