@@ -180,7 +180,7 @@ def _telling(tracker):
     "Turn what a tracker refuses into an `OSError` that names it."
     module, _, error = _ERRORS.get(tracker, 'builtins.OSError').rpartition('.')
     try: yield
-    except getattr(import_module(module), error) as e: raise OSError(f"tracker {tracker}: {' '.join(str(e).split())}") from e
+    except (getattr(import_module(module), error), OSError) as e: raise OSError(f"tracker {tracker}: {' '.join(str(e).split())}") from e
 
 def _told(tracker, key):
     "The last step at which a tracker was told `key`; 0 where it cannot be asked."

@@ -29,6 +29,7 @@ def place(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(f'sqlite:///{tmp_path}/runs.db')
     yield tmp_path
     mlflow.end_run()
+    wandb.teardown() # it would go on in this folder
 
 def only_run(): # of MLflow
     client = mlflow.MlflowClient()
