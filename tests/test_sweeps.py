@@ -1,5 +1,5 @@
 "Sweeps: what may vary, trials that share models, a study that survives, and a winner whose command line is true."
-import json, re, shlex, signal, time
+import contextlib, io, json, re, shlex, signal, sys, time
 import pytest
 from PIL import Image
 from capnb import sweeps
@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line(wrong, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) # and nothing was begun
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'optuna', None)
+    monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ValueError, match=re.escape("pip install 'capnb[sweep]'")): read_vary(['batch_size=4'])
 
 # --- A grid
@@ -72,7 +72,6 @@ def whole(album, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sweeps, 'prepare', lambda *a, **k: loads.append(1) or load(*a, **k))
-        import contextlib, io
         with contextlib.redirect_stdout(io.StringIO()) as out: sweep_command([*flags(dict(SMALL, data=album)), *(w for v in GRID for w in ('--vary', v))])
     return folder, out.getvalue(), len(loads)
 
@@ -165,6 +164,7 @@ def test_a_trial_that_runs_is_left_alone(settings, tmp_path):
 
 # --- Processes
 
+@pytest.mark.slow
 def test_killed_and_taken_up_by_two(album, start, tmp_path):
     args = [*flags(dict(SMALL, data=album, num_epochs=2)), '--vary', 'learning_rate=1e-3,2e-3,5e-3,1e-2', '--vary', 'seed=0,1']
     victim = start('capnb_sweep', *args, cwd=tmp_path)
