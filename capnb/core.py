@@ -58,6 +58,7 @@ class Hyperparameters:
     bad_rows: str = _setting('stop', 'What to do about a row or a picture that cannot be read: stop with its name, or skip it and count', choices=('stop','skip'))
     captions_per_picture: int = _setting(1, 'Captions of each picture that an epoch shows, all behind one prefix; a step then reads the picture once for all of them', lo=1)
     features_dir: str = _setting(None, 'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and none for the storybook', optional=True)
+    report_to: str = _setting(None, 'Trackers that are told how the run goes, by the names that accelerate has for them: mlflow, wandb, tensorboard, ...; several with commas between', optional=True)
     output_dir: str = _setting('saved_models', 'Folder for checkpoints')
 
     def __post_init__(self):

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['rouge_l', 'rouge_each', 'rouge_scores', 'fact_counts', 'facts_scores', 'Parts', 'mean_parts', 'coco_tools',
            'coco_parts', 'resampled', 'interval', 'compare', 'write_captions_for', 'score_parts', 'coco_scores',
-           'text_statistics', 'score', 'evaluate', 'score_table', 'compare_table', 'draw_samples', 'Scores']
+           'text_statistics', 'score', 'evaluate', 'score_table', 'compare_table', 'draw_samples', 'Scores', 'Tracker']
 
 # %% ../nbs/08_evaluation.ipynb #687b1382
-import shutil, textwrap
-from dataclasses import dataclass
+import json, shutil, tempfile, textwrap
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm.auto import tqdm
-from .captioner import Captioner, load_trained, save_metadata
+from .captioner import Captioner, _metadata_path, load_trained, save_metadata
 from .core import atomic_write
 from .encoder import EncodedData
 from .storybook import read_facts
 from .training import Callback, _learning, in_slices, validate
+
 
 # %% ../nbs/08_evaluation.ipynb #231199c9
 _scorer = RougeScorer(['rougeL'])
@@ -322,3 +325,108 @@ class Scores(Callback):
         draw_samples([self.pictures[split][i]['image'] for i in range(n)], captions[:n], path)
         for i in range(n): print(f"  {run.data[split].rows[i]['image_id']}: {captions[i]}")
         print(f'🖼️  {path}')
+
+# %% ../nbs/08_evaluation.ipynb #08c0a002
+_ERRORS = dict(mlflow='mlflow.exceptions.MlflowException', wandb='wandb.errors.Error') # what these two raise
+
+@contextmanager
+def _telling(tracker):
+    "Turn what a tracker refuses into an `OSError` that names it."
+    module, _, error = _ERRORS.get(tracker, 'builtins.OSError').rpartition('.')
+    try: yield
+    except (getattr(import_module(module), error), OSError) as e: raise OSError(f"tracker {tracker}: {' '.join(str(e).split())}") from e
+
+def _told(tracker, key):
+    "The last step at which a tracker was told `key`; 0 where it cannot be asked."
+    if tracker.name!='mlflow': return 0
+    from mlflow import MlflowClient
+    return max((m.step for m in MlflowClient().get_metric_history(tracker.tracker.info.run_id, key)), default=0)
+
+def _id(tracker): return dict(mlflow=lambda: tracker.tracker.info.run_id, wandb=lambda: tracker.tracker.id).get(tracker.name, lambda: None)()
+
+def _close(tracker, well):
+    "End a tracker's run, as one that ended well or failed."
+    if tracker.name=='mlflow': import mlflow; mlflow.end_run('FINISHED' if well else 'FAILED')
+    elif tracker.name!='wandb': tracker.finish()
+    else:
+        import wandb
+        if wandb.run: wandb.run.finish(exit_code=0 if well else 1)
+
+def _opening(tracker, id, name): # what `accelerate` opens a run with: a new one of this name, or that of this id
+    if tracker=='mlflow': return dict(run_id=id) if id else dict(run_name=name)
+    if tracker=='wandb': return dict(id=id, resume='allow') if id else dict(name=name)
+    return {}
+
+# %% ../nbs/08_evaluation.ipynb #08c0a003
+def _files(tracker, name, *paths):
+    "Give files to a tracker that keeps some: MLflow in a folder `name`, Weights & Biases as an artifact."
+    if tracker.name=='mlflow':
+        for path in paths: tracker.log_artifact(str(path), name)
+    elif tracker.name=='wandb':
+        import wandb
+        artifact = wandb.Artifact(f'{name}-{tracker.tracker.id}', type=name)
+        for path in paths: artifact.add_file(str(path))
+        tracker.tracker.log_artifact(artifact)
+
+def _captioned(tracker, rows, images, captions, step):
+    "Show captions beside their pictures: MLflow as a drawing and a list, Weights & Biases as a table."
+    table = [dict(image_id=r['image_id'], caption=c, references=r['captions']) for r,c in zip(rows, captions)]
+    if tracker.name=='mlflow':
+        with tempfile.TemporaryDirectory() as folder:
+            draw_samples(images, captions, f'{folder}/step-{step:06}.png')
+            with atomic_write(f'{folder}/step-{step:06}.json') as f: json.dump(table, f, indent=2, ensure_ascii=False)
+            _files(tracker, 'samples', *sorted(Path(folder).iterdir()))
+    elif tracker.name=='wandb':
+        import wandb
+        tracker.log_table('samples', ['image_id', 'picture', 'caption', 'references'], [[r['image_id'], wandb.Image(image), r['caption'], ' / '.join(r['references'])] for r,image in zip(table, images)], step=step)
+
+# %% ../nbs/08_evaluation.ipynb #08c0a004
+def _numbers(values): return {k: v for k,v in values.items() if isinstance(v, (int,float)) and not isinstance(v, bool)}
+
+class Tracker(Callback):
+    "Tell the trackers that `report_to` names how the run goes; comes after `Scores`. Raises `OSError` for what a tracker refuses."
+    keeps = ('ids',) # a run that goes on is the same run for a tracker, too
+    def __init__(self,
+        pictures:dict, # Name of split: data with pictures, for the samples
+        samples:int=6, # Pictures shown with their captions after each epoch
+    ): self.pictures, self.samples, self.ids, self.known = pictures, samples, {}, {}
+
+    def _each(self, run, tell):
+        for tracker in run.accelerator.trackers:
+            with _telling(tracker.name): tell(tracker)
+
+    def _log(self, run, values):
+        step, first = len(run.losses), next(iter(values))
+        def tell(tracker): # what it knows already, from before the run was stopped, it is not told again
+            if step > self.known.setdefault((tracker.name, first), _told(tracker, first)): tracker.log(values, step=step)
+        self._each(run, tell)
+
+    def _open(self, run, settings=None):
+        names = [str(n) for n in run.accelerator.log_with]
+        with ExitStack() as stack:
+            for name in names: stack.enter_context(_telling(name))
+            run.accelerator.init_trackers('capnb', settings, {name: _opening(name, self.ids.get(name), run.stamp) for name in names})
+        self.ids = {t.name: _id(t) for t in run.accelerator.trackers}
+
+    def on_train_begin(self, run): self._open(run, {k: v for k,v in asdict(run.h).items() if v is not None})
+    def on_resume(self, run): self._open(run)
+    def on_step_end(self, run): self._log(run, dict(loss=run.losses[-1]))
+
+    def on_epoch_end(self, run):
+        self._log(run, {k: v for k,v in _numbers(run.metadata).items() if k!='steps'})
+        split = 'validation' if 'validation' in run.data else 'train'
+        data = run.data[split]
+        captions = run.model.caption_features(data.features[:self.samples])
+        if not run.main: return # another process tells
+        save_metadata(run.checkpoint, run.metadata)
+        images = [self.pictures[split][i]['image'] for i in range(len(captions))]
+        self._each(run, lambda t: _captioned(t, data.rows, images, captions, len(run.losses)))
+        self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, _metadata_path(run.checkpoint)))
+
+    def on_train_end(self, run):
+        scores = {f'{split}/{k}': v for split in run.data if split in run.metadata for k,v in _numbers(run.metadata[split]).items()}
+        if scores: self._log(run, scores)
+
+    def on_close(self, run):
+        self._each(run, lambda t: _close(t, run.done))
+

@@ -322,7 +322,7 @@ def settings_name(
     h:Hyperparameters,
 ) -> str: # Such as 'flickr30k' or 'flickr30k (batch_size 4)'
     "Name settings by the nearest preset and the differences from it."
-    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'output_dir', 'seed') # have a column of their own, or make no difference
+    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'output_dir', 'report_to', 'seed') # have a column of their own, or make no difference
     def differences(preset): return {k: v for k,v in asdict(h).items() if k not in apart and v!=as_hyperparameters(preset=preset)[k]}
     preset = min(PRESETS, key=lambda p: len(differences(p)))
     changed = ', '.join(f'{k} {v}' for k,v in differences(preset).items())

@@ -8,7 +8,7 @@ __all__ = ['ADVICE', 'MAY_CHANGE', 'EpochBatches', 'epoch_batches', 'make_optimi
            'save_curve', 'report_epoch', 'state_path', 'training_state', 'save_state', 'find_state', 'read_state',
            'load_state', 'resumed_hyperparameters', 'Interrupted', 'SaveState', 'best_epoch', 'KeepCheckpoints',
            'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks', 'first_goes_first', 'share_held',
-           'shard_decoder', 'close_epoch', 'fit']
+           'shard_decoder', 'tracker_names', 'close_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
 import json, math, os, random, re, shlex, signal, threading, time
@@ -23,7 +23,8 @@ from zlib import crc32
 import accelerate, capnb, numpy, torch, transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list, patch_environment, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, broadcast_object_list, patch_environment, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -156,6 +157,7 @@ class Callback:
     def on_step_end(self, run:Run): "Called after each step."
     def on_epoch_end(self, run:Run): "Called after the checkpoint is written and validation is done; what it adds to `run.metadata` is saved."
     def on_train_end(self, run:Run): "Called after the last epoch."
+    def on_close(self, run:Run): "Called last of all, also where an error or a signal ends the run; `run.done` tells the one from the other."
 
 # %% ../nbs/07_training.ipynb #6c6f0703
 def token_counts(
@@ -610,11 +612,23 @@ def _check_run(data, h):
     if h.evaluation_enabled and 'validation' not in data: raise ValueError(f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set evaluation_enabled to False")
     if h.patience and not h.evaluation_enabled: raise ValueError('patience needs a validation loss to look at; set evaluation_enabled to True, or leave patience out')
 
+def tracker_names(
+    h:Hyperparameters,
+) -> list: # As accelerate has them
+    "Name the trackers that `report_to` asks for; raises `ValueError` for one that nobody knows, or that is not installed."
+    names, known = [n.strip() for n in h.report_to.split(',')] if h.report_to else [], [n for n in LoggerType.list() if n!='all']
+    for n in names:
+        if n not in known: raise ValueError(f"report_to: tracker {n!r} is not known; there is {', '.join(known)}")
+        package = f"'capnb[{n}]'" if n in ('mlflow','wandb') else n
+        if n not in map(str, get_available_trackers()): raise ValueError(f"report_to: tracker {n!r} is not installed; pip install {package}")
+    return names
+
 def _accelerator(model, h):
     join_processes(model.device)
     AcceleratorState._reset_state() # it would hold on to the mixed precision of an earlier run in this process
     _check_sharded(model)
-    with patch_environment(ACCELERATE_USE_FSDP='false'): return Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device))
+    with patch_environment(ACCELERATE_USE_FSDP='false'): return Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device),
+                                                                             log_with=tracker_names(h) or None, project_dir=h.output_dir)
 
 def _new_run(model, data, h, stamp, callbacks, accelerator):
     "A run with what learns and steers it."
@@ -634,6 +648,13 @@ def _begin(run, state):
     else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
     for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)
     if not state: save_state(run)
+
+@contextmanager
+def _closing(run):
+    "Let the callbacks close what they opened, however the run ends."
+    try: yield
+    finally:
+        for c in run.callbacks: c.on_close(run)
 
 # %% ../nbs/07_training.ipynb #6c6f0732
 def close_epoch(run:Run, training_loss:float):
@@ -665,7 +686,7 @@ def fit(
     accelerator = _accelerator(model, h)
     with first_speaks(), claim(h.output_dir, state and state['position']['stamp']) if accelerator.is_main_process else nullcontext() as stamp: # a folder that cannot be written should be known now
         run = _new_run(model, data, h, of_first(stamp), callbacks, accelerator)
-        with _stoppable(run):
+        with _stoppable(run), _closing(run):
             _begin(run, state)
             while run.step or run.epoch < h.num_epochs and not run.stop and (h.max_steps is None or len(run.losses) < h.max_steps):
                 thaw(model, h, run.epoch+1)
