@@ -125,7 +125,7 @@ class CapnbProcessor(ProcessorMixin):
 def _score_lines(metadata):
     "A table row for each split that was scored, else the validation scores."
     show = lambda s, k: '-' if s.get(k) is None else f'{s[k]:.3f}'
-    splits = {k: v for k,v in metadata.items() if isinstance(v, dict) and 'rouge_l' in v} or {'validation': metadata}
+    splits = {k: v for k,v in metadata.items() if isinstance(v, dict) and {'rouge_l','pictures'} <= v.keys()} or {'validation': metadata}
     return '\n'.join(f"| {name} | {show(s,'rouge_l')} | {show(s,'rouge_l_floor')} | {show(s,'rouge_l_ceiling')} | {show(s,'image_gain')} |" for name,s in splits.items())
 
 def model_card(
