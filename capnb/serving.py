@@ -14,10 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from queue import Empty
 from uuid import uuid4
-import psutil, torch
+import capnb, psutil, torch
 from fastcore.script import Param
 from PIL import Image
-from . import __version__
 from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from .commands import command
 from .data import _NO_PICTURE, open_image
@@ -257,7 +256,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app):
         async with server.lifespan(app): ready(); yield
-    app = FastAPI(title='capnb', version=__version__, description='Captions for pictures.', lifespan=lifespan)
+    app = FastAPI(title='capnb', version=capnb.__version__, description='Captions for pictures.', lifespan=lifespan)
     bearer = Depends(HTTPBearer(auto_error=False, description='The key that the server was started with, if it was'))
 
     @app.exception_handler(RequestValidationError)

@@ -97,3 +97,7 @@ def test_pin_lies_in_the_range(requirement):
     wanted = Requirement(requirement)
     assert canonicalize_name(wanted.name) in pins, 'there is no pin'
     assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)], prereleases=True)
+
+def test_a_file_goes_to_one_worker(request):
+    "pytest 9.2 with xdist 3.8 loses the groups without a word; each worker then trains what the tests of a file share."
+    if 'PYTEST_XDIST_WORKER' in os.environ: assert request.node.nodeid.endswith('@test_project.py')
