@@ -1,5 +1,5 @@
 "What the cells of a notebook cannot see: the package from outside, and rules that hold for all notebooks together."
-import ast, json, re, subprocess, sys
+import ast, json, os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
