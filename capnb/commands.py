@@ -148,6 +148,8 @@ def _compared(results, path, split, h):
     if other.data!=h.data: raise ValueError(f"{path} was trained on {other.data}, not on {h.data}; two checkpoints are compared on the same pictures")
     return {s: compare(score_parts(captions, data), score_parts(others[s][1], others[s][2])) for s,(_,captions,data) in results.items()}
 
+
+# %% ../nbs/11_commands.ipynb #ca110001
 @command
 def eval_command(
     checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,

@@ -199,6 +199,8 @@ def write_captions_for(
         for captions in in_slices(write, len(data), batch_size): out += captions; bar.update(len(captions))
     return out
 
+
+# %% ../nbs/08_evaluation.ipynb #ca000014
 def score_parts(
     captions, # One per picture
     data:EncodedData, # With the references, and facts where there are some
@@ -222,6 +224,8 @@ def text_statistics(
     words = [c.lower().translate(str.maketrans('', '', '.,!?;:"')).split() for c in captions]
     return dict(words=sum(map(len, words))/len(words), vocabulary=len({w for ws in words for w in ws}), distinct=len(set(captions))/len(captions))
 
+
+# %% ../nbs/08_evaluation.ipynb #ca000015
 def score(
     captions, # One per picture
     data:EncodedData, # With the references, and facts where there are some
@@ -261,6 +265,8 @@ def score_table(
     lines = [f'{"":30}' + ''.join(f'{name:>16}' for name in columns)]
     return '\n'.join(lines + [f'{name:30}' + ''.join(cell(get(s)) for s in columns.values()) for name,get in rows.items()])
 
+
+# %% ../nbs/08_evaluation.ipynb #ca000016
 def compare_table(
     compared:dict, # From `compare`
 ) -> str:
