@@ -1,7 +1,8 @@
 "What tests of the console commands share."
-import atexit, os, shutil, subprocess, sys, tempfile
+import atexit, contextlib, importlib, io, os, shutil, subprocess, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
+from unittest.mock import patch
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,3 +53,15 @@ def run(start):
             finally: process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return run
+
+@pytest.fixture(scope='session')
+def call(scripts):
+    "Call the function of a console command in this process, which has imported already what a new one imports for many seconds; gives what `run` gives."
+    def call(name, *args, cwd):
+        module, function = scripts[name]
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch.dict(os.environ, COLUMNS='200'):
+            try: getattr(importlib.import_module(module), function)([str(a) for a in args])
+            except SystemExit as e: code = e.code or 0
+        return subprocess.CompletedProcess([name, *args], code, out.getvalue(), err.getvalue())
+    return call

@@ -273,8 +273,8 @@ def album(tmp_path_factory):
     (folder/'captions.csv').write_text('file_name,caption\n' + '\n'.join(rows) + '\n', encoding='utf-8')
     return folder
 
-def test_check_names_every_bad_row(run, album):
-    done = run('capnb_data', 'check', album, '--json_file', 'found.json', cwd=album.parent)
+def test_check_names_every_bad_row(call, album):
+    done = call('capnb_data', 'check', album, '--json_file', 'found.json', cwd=album.parent)
     told = [line for line in done.stdout.splitlines() if line.startswith('bad: ')]
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'data: 4 bad rows in {album}; train with --bad_rows skip to leave them out'
     table = album/'captions.csv'
@@ -289,11 +289,11 @@ def test_check_of_good_data_and_of_the_hub(run, hub, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'train: 30 pictures, 150 captions (30 pictures with 5); from 64×64 to 64×64 pixels' in done.stdout and '1000.jpg: ' in done.stdout
 
-def test_bad_rows_stop_or_are_left_out(run, album, tmp_path):
+def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     small = ['--data', album, '--max_steps', 1, '--num_epochs', 1]
-    done = run('capnb_train', *small, cwd=tmp_path)
+    done = call('capnb_train', *small, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.strip() == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg'; line 43: no caption for '3.jpg'"
-    done = run('capnb_train', *small, '--bad_rows', 'skip', cwd=tmp_path)
+    done = call('capnb_train', *small, '--bad_rows', 'skip', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg'"
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))

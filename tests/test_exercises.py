@@ -1,5 +1,5 @@
 "The exercises of each chapter: their answers pass their checks, and no answer at all does not."
-import ast, builtins, json, os, re, subprocess, symtable, sys
+import ast, builtins, json, multiprocessing, os, re, runpy, symtable, sys
 from pathlib import Path
 import pytest
 
@@ -71,7 +71,7 @@ FILES = { # statements, by their beginning, that write the files which a check r
 }
 SHORTER = { # the length of a training that the answers do not depend on, and what it is here
     '08_evaluation': ('limit=4000', 'limit=1500'),
-    '09_inference': ('as_hyperparameters(evaluation_enabled=False', 'as_hyperparameters(max_steps=150, evaluation_enabled=False'),
+    '09_inference': ('as_hyperparameters(evaluation_enabled=False', 'as_hyperparameters(max_steps=150, training_size_limit=1500, evaluation_enabled=False'),
 }
 
 def looked_up(table):
@@ -123,13 +123,33 @@ def script(path):
     assert long in code, f'{path.stem} has no {long!r} to make shorter'
     return code if os.environ.get('CAPNB_SLOW') or not long else code.replace(long, short)
 
-@each_chapter
-def test_answers_pass(path, environment, tmp_path):
-    file = tmp_path/f'{path.stem}.py'
+def act(file, said, folder):
+    "In a child process: run a script as `__main__`, as in Jupyter, so that what it defines can be sent to other processes; what it says goes to a file."
+    with open(said, 'w', encoding='utf-8') as out: os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+    sys.stdout, sys.stderr = (open(fd, 'w', encoding='utf-8', buffering=1, closefd=False) for fd in (1, 2))
+    os.chdir(folder)
+    runpy.run_path(file, run_name='__main__')
+
+@pytest.fixture(scope='module')
+def processes(environment):
+    "Makes a process for each script out of one that has imported already what all of them import, for many seconds."
+    with pytest.MonkeyPatch.context() as patched:
+        for k,v in environment(MPLBACKEND='Agg').items(): patched.setenv(k, v)
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['fastcore.test', 'matplotlib.pyplot', 'datasets', 'nbdev', 'capnb.evaluation', 'capnb.commands'])
+        yield context
+        multiprocessing.forkserver._forkserver._stop()
+
+SLOW = ('18_scale', '19_sweeps') # start other processes, which import everything again
+
+@pytest.mark.parametrize('path', [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in CHAPTERS])
+def test_answers_pass(path, processes, tmp_path):
+    file, said = tmp_path/f'{path.stem}.py', tmp_path/'said'
     file.write_text(script(path), encoding='utf-8')
-    done = subprocess.run([sys.executable, file], # as `__main__`, as in Jupyter: then what it defines can be sent to other processes
-                          cwd=path.parent, env=environment(MPLBACKEND='Agg'), capture_output=True, text=True,
-                          encoding='utf-8', timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    passed = re.findall(r'^exercise (\d) passed$', done.stdout, re.M)
+    child = processes.Process(target=act, args=(str(file), said, path.parent))
+    child.start()
+    child.join(900)
+    text = said.read_text(encoding='utf-8')
+    assert child.exitcode == 0, text[-3000:]
+    passed = re.findall(r'^exercise (\d) passed$', text, re.M)
     assert len(passed) == len(answers(path)) and passed

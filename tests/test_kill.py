@@ -59,7 +59,7 @@ def with_metadata(folder):
     return [p for p in folder.glob('model_state_dict_*.pth') if (folder/p.name.replace('model_state_dict', 'training_metadata')).with_suffix('.json').exists()]
 
 @pytest.mark.parametrize('moment', MOMENTS)
-def test_kill(start, run, folder, earlier, moment, tmp_path_factory):
+def test_kill(start, call, folder, earlier, moment, tmp_path_factory):
     killed(start, folder, moment)
     check_files(folder)
     complete = with_metadata(folder)
@@ -69,11 +69,11 @@ def test_kill(start, run, folder, earlier, moment, tmp_path_factory):
     # `-2.pth` is only begun when the first epoch is saved, `-3.json` when the second is.
     least = {'second weights': 1, 'third metadata': 2}.get(moment, 0)
     assert read_metadata(newest)['epoch'] >= max(1, least) and len(complete) >= 1 + least
-    if moment in ('first weights', 'third metadata'): caption_with(run, folder, tmp_path_factory.mktemp('picture'), newest)
+    if moment in ('first weights', 'third metadata'): caption_with(call, folder, tmp_path_factory.mktemp('picture'), newest)
 
-def caption_with(run, checkpoints, here, newest):
+def caption_with(call, checkpoints, here, newest):
     "The console command goes on with what is there."
     image = Storybook('test')[0]['image']
     image.save(here/'page.png')
-    done = run('capnb_caption', 'page.png', '--folder', checkpoints, cwd=here)
+    done = call('capnb_caption', 'page.png', '--folder', checkpoints, cwd=here)
     assert (done.returncode, done.stdout) == (0, f'page.png: {load_model_from_checkpoint(newest)[0].caption(image)}\n'), done.stderr[-3000:]

@@ -120,8 +120,8 @@ def test_without_the_hub_it_is_an_estimate(monkeypatch):
 
 # --- The commands
 
-def test_dry_run_begins_nothing(run, tmp_path):
-    done = run('capnb_train', '--dry_run', '--num_epochs', 2, '--training_size_limit', 320, cwd=tmp_path)
+def test_dry_run_begins_nothing(call, tmp_path):
+    done = call('capnb_train', '--dry_run', '--num_epochs', 2, '--training_size_limit', 320, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert '320 train' in done.stdout and '20 steps of 32 captions in 2 epochs' in done.stdout and re.search(r'[\d.]+ s per step', done.stdout)
     assert not list(tmp_path.iterdir())
@@ -156,10 +156,10 @@ def checkpoint(tmp_path_factory):
     data = dict(train=book[:16], validation=book[16:20], test=book[20:])
     return train(data=data, num_epochs=2, max_caption_length=24, output_dir=str(folder)).checkpoint
 
-def test_one_command_fills_the_table(run, tmp_path, checkpoint):
+def test_one_command_fills_the_table(call, tmp_path, checkpoint):
     file = str(tmp_path/'results.json')
     for hardware in ('T4', 'T4'): results_command([str(checkpoint), '--hardware', hardware, '--file', file])
-    done = run('capnb_results', checkpoint, '--hardware', 'A100', cwd=tmp_path)
+    done = call('capnb_results', checkpoint, '--hardware', 'A100', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows, metadata = json.loads((tmp_path/'results.json').read_text(encoding='utf-8')), read_metadata(checkpoint)
     assert [r['device'] for r in rows] == ['T4', 'A100'] # the second time replaced the first

@@ -54,18 +54,23 @@ def wait_for(process, ready, seconds=120):
         time.sleep(.02)
     return found
 
+def kill_worker(process, out):
+    "Kill one of the two workers in the middle of a job, and wait for a new one in its place."
+    wait_for(process, lambda: list(out.glob('*.parquet')))
+    first = workers(process)
+    assert len(first) == 2
+    first[0].send_signal(signal.SIGKILL)
+    written = SHARD*len(list(out.glob('*.parquet'))) # at most: one of them may be half written
+    assert written < N - 5*SHARD, 'the kill came too late to mean anything'
+    wait_for(process, lambda: {w.pid for w in workers(process)} - {w.pid for w in first})
+
+@pytest.mark.slow # as most of what is here, it waits for Ray to start
 def test_killed_worker_is_replaced(start, made, tmp_path):
     here, wanted = made
     out = tmp_path/'captions'
     with start('capnb_scale', 'pages', out, *JOB, cwd=here) as process:
         try:
-            wait_for(process, lambda: list(out.glob('*.parquet')))
-            first = workers(process)
-            assert len(first) == 2
-            first[0].send_signal(signal.SIGKILL)
-            written = SHARD*len(list(out.glob('*.parquet'))) # at most: one of them may be half written
-            assert written < N - 5*SHARD, 'the kill came too late to mean anything'
-            wait_for(process, lambda: {w.pid for w in workers(process)} - {w.pid for w in first}) # a new one in its place
+            kill_worker(process, out)
             said, errors = process.communicate(timeout=200)
         finally: process.kill()
     assert process.returncode == 0, errors[-3000:]
