@@ -81,15 +81,23 @@ class CaptionData:
 
     def __len__(self): return len(self.order)
 
-    def __getitem__(self, i:int) -> dict:
-        "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
+    def _parts(self, i): # the picture as the data has it, the rest in the one schema, and a name for errors
         if not 0 <= i < len(self): raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
         row = self.rows[at]
         if not isinstance(row, Mapping): raise ValueError(f"row {at} is a {type(row).__name__}; a dictionary with 'image' and 'captions' is needed")
         where = f"row {at} ({row['image_id']})" if 'image_id' in row else f"row {at}"
         rest = {k:v for k,v in row.items() if k not in ('caption','captions','image')}
-        return dict(rest, image=_picture(row.get('image'), where), captions=_captions(row, where), image_id=str(row.get('image_id', at)))
+        return row.get('image'), dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
+
+    def __getitem__(self, i:int) -> dict:
+        "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
+        image, rest, where = self._parts(i)
+        return dict(rest, image=_picture(image, where))
+
+    def texts(self) -> list:
+        "All rows without their pictures, which are not decoded; raises `ValueError` as above."
+        return [self._parts(i)[1] for i in range(len(self))]
 
 # %% ../nbs/02_data.ipynb #0da7b202
 _CAPTION_COLUMNS = ('caption', 'captions', 'sentence', 'sentences', 'comment', 'text', 'description')

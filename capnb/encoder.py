@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from copy import copy
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from .core import Hyperparameters, atomic_write, default_device, hub_errors, load_whole, model_config, model_source
+from .data import _picture
 
 # %% ../nbs/03_encoder.ipynb #5597efde
 _TOWERS = dict(clip=('CLIPVisionModelWithProjection','CLIPVisionModel'), siglip=('SiglipVisionModel',)*2, siglip2=('Siglip2VisionModel',)*2, # for pooled and for patch features
@@ -282,18 +282,13 @@ def _ahead(do, n, threads):
 
 def _looked_at(encoder, data, i, cache):
     "Row `i` without its picture, the picture's digest, and, where the cache has it not, what the encoder is to see."
-    at = data.order[i]
-    raw, one = data.rows[at], copy(data)
-    known = lambda digest: cache.find([digest])[0] >= 0
-    content = _file_bytes(raw.get('image')) if isinstance(raw, Mapping) else None
+    image, row, where = data._parts(i)
+    content, known = _file_bytes(image), lambda digest: cache.find([digest])[0] >= 0
     digest = content and _digest(content)
-    seen = bool(digest) and known(digest)
-    one.rows = {at: dict(raw, image=Image.new('RGB', (1,1))) if seen else raw} # what is known needs no decoding
-    row = one[i]
-    image = row.pop('image')
+    if digest and known(digest): return row, digest, None # needs no decoding
+    image = _picture(image, where)
     digest = digest or _digest_pixels(image)
-    return row, digest, None if seen or known(digest) else encoder.prepare([image])[0]
-
+    return row, digest, None if known(digest) else encoder.prepare([image])[0]
 
 # %% ../nbs/03_encoder.ipynb #fea70015
 def _encoded(encoder, data, which, cache, taken, alone):
