@@ -131,7 +131,7 @@ def read_predictions(
         if where[i] in captions: raise ValueError(f"{path}: image_id {i!r} has two captions")
         captions[where[i]] = caption
     missing = [i for n,i in enumerate(image_ids) if n not in captions]
-    if missing: raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is {missing[0]!r}")
+    if missing: raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is {missing[0]!r}; captions of one split are judged with --split")
     return [captions[n] for n in range(len(image_ids))]
 
 # %% ../nbs/21_judging.ipynb #jd210025
@@ -144,8 +144,8 @@ def _lengths(captions):
     return [f'up to {low} words' if n <= low else f'{low+1} to {high} words' if n <= high else f'{high+1} words or more' for n in counts]
 
 def _used_words(references, least):
-    "Of each picture the words in its references, without those that are in half of the pictures or more, or in fewer than `least`."
-    used = [{w for r in refs for w in _words(r)} for refs in references]
+    "Of each picture the words of three letters or more in its references, without those that are in more than half of the pictures, or in fewer than `least`."
+    used = [{w for r in refs for w in _words(r) if len(w) > 2} for refs in references]
     counts = Counter(w for words in used for w in words)
     return [{w for w in words if least <= counts[w] <= len(references)/2} for words in used]
 
@@ -331,63 +331,57 @@ def training_charts(
     wanted = [('Training loss, nats per token', smooth, 'step', False)] + [(label, seen(name), 'epoch', True) for name,label in (('validation_loss', 'Validation loss'), ('rouge_l', 'ROUGE-L of validation'), ('image_gain', 'Image gain, nats per caption'))]
     return [_chart(title, points, x, dots) for title,points,x,dots in wanted if len(points) > 1]
 
-# %% ../nbs/21_judging.ipynb #jd210048
-_STYLE = r"""
-:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #22252b; --soft: #646a75; --line: #e3e0d8; --main: #1f6f5c; --band: #1f6f5c33; --floor: #b06a2c; --ceiling: #3a63b8; --bad: #b3382c; font: 16px/1.5 system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --card: #1f2228; --ink: #e8e6e1; --soft: #a3a8b2; --line: #343841; --main: #5cc4a7; --band: #5cc4a740; --floor: #e0a063; --ceiling: #8fb0ff; --bad: #ff8a7a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
-main, header, footer { max-width: 72rem; margin: 0 auto; padding: 0 1rem; }
-header { padding-top: 2rem; } h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; } h2 { font-size: 1.4rem; margin: 3rem 0 .25rem; border-top: 3px solid var(--main); padding-top: .75rem; } h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-p { margin: .25rem 0 .75rem; max-width: 46rem; } .soft, small, figcaption small { color: var(--soft); } a { color: var(--main); }
-dl.about { display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; margin: 0; } dl.about div { min-width: 7rem; } dt { color: var(--soft); font-size: .8rem; } dd { margin: 0; font-weight: 600; }
-nav { margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .5rem; } nav a { border: 1px solid var(--line); border-radius: 2rem; padding: .3rem .9rem; text-decoration: none; background: var(--card); }
-.bars { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .5rem 2.5rem; }
-.bar { display: grid; grid-template-columns: 9.5rem 1fr 4rem; gap: 0 .75rem; align-items: center; padding: .35rem 0; } .bar .num { text-align: right; font-weight: 600; font-variant-numeric: tabular-nums; }
-.bar small { grid-column: 2 / -1; line-height: 1.35; } .track { position: relative; height: .6rem; border-radius: .3rem; background: var(--line); }
-.track i { position: absolute; top: 0; bottom: 0; } .fill { left: 0; background: var(--band); border-radius: .3rem 0 0 .3rem; } .band { background: var(--main); opacity: .45; min-width: 2px; } .dot { width: .9rem; height: .9rem; margin: -.15rem 0 0 -.45rem; border-radius: 50%; background: var(--main); border: 2px solid var(--card); }
-.tick { width: 3px; margin: -.25rem 0 -.25rem -1.5px; border-radius: 2px; } .floor { background: var(--floor); } .ceiling { background: var(--ceiling); } b.floor, b.ceiling { background: none; font-weight: 600; } b.floor { color: var(--floor); } b.ceiling { color: var(--ceiling); }
-.warn { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--card); } .bad { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 13rem), 1fr)); gap: .9rem; } .cards.few { grid-template-columns: repeat(auto-fill, minmax(min(46%, 10rem), 1fr)); }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; display: flex; flex-direction: column; } figure img { display: block; width: 100%; aspect-ratio: 4/3; object-fit: contain; background: var(--line); } .few figure img { max-height: 9rem; }
-figcaption { padding: .6rem .7rem; font-size: .93rem; } figcaption strong { display: block; font-weight: 600; line-height: 1.35; } figcaption small { display: block; margin-top: .3rem; font-size: .78rem; } ul { margin: .3rem 0 0; padding-left: 1rem; font-size: .82rem; color: var(--soft); }
-summary { cursor: pointer; } figcaption summary { color: var(--soft); font-size: .78rem; margin-top: .3rem; } .slice { border-bottom: 1px solid var(--line); } .slice > summary { list-style: none; } .slice > summary::-webkit-details-marker { display: none; } .slice > summary .bar { grid-template-columns: 9.5rem 1fr 4rem 4.5rem; padding: .45rem 0; }
-.slice > summary .bar span:first-child::before { content: "\25B8\00A0"; color: var(--soft); } .slice[open] > summary .bar span:first-child::before { content: "\25BE\00A0"; } .slice[open] { padding-bottom: 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); } .scroll { overflow-x: auto; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem; } .charts figure { padding: .7rem; } .charts svg { width: 100%; height: auto; } .charts path { fill: none; stroke: var(--main); stroke-width: 2; } .charts circle { fill: var(--main); } .charts line { stroke: var(--line); } .charts div { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft); }
-footer { color: var(--soft); font-size: .88rem; padding: 2.5rem 1rem 3rem; }
-@media (max-width: 34rem) { .bar { grid-template-columns: 1fr 4rem; } .bar .track { grid-column: 1 / -1; grid-row: 2; } .bar small { grid-column: 1 / -1; margin-top: .3rem; } .slice > summary .bar { grid-template-columns: 1fr 4rem 4.5rem; } }
-"""
-
 # %% ../nbs/21_judging.ipynb #jd210049
 _MACROS = """
 {% macro n3(x) %}{{ '%.3f' % x }}{% endmacro %}
 {% macro marks(bar) %}{% for m in bar.marks %}<b class="{{ m.kind }}">{{ m.label }} {{ n3(m.value) }}</b>{% if m.between %} ({{ n3(m.between[0]) }}–{{ n3(m.between[1]) }}){% endif %}{{ ' · ' if not loop.last }}{% endfor %}{% endmacro %}
-{% macro track(bar) %}<div class="track" aria-hidden="true"><i class="fill" style="width:{{ bar.at }}%"></i><i class="band" style="left:{{ bar.start }}%;width:{{ bar.width }}%"></i>{% for m in bar.marks %}<i class="tick {{ m.kind }}" style="left:{{ m.at }}%"></i>{% endfor %}<i class="dot" style="left:{{ bar.at }}%"></i></div>{% endmacro %}
-{% macro score(bar) %}<div class="bar"><span>{{ bar.label }}</span>{{ track(bar) }}<span class="num">{{ n3(bar.value) }}</span><small>{{ n3(bar.low) }}–{{ n3(bar.high) }}{% if bar.marks %} · {{ marks(bar) }}{% endif %}</small></div>{% endmacro %}
-{% macro card(c) %}<figure><img src="{{ c.uri }}" alt="Picture {{ c.id }}" loading="lazy"><figcaption><strong>{{ c.caption or '(no words)' }}</strong><small>{% for label,v in c.scores %}{{ label }} {{ '%.2f' % v }} · {% endfor %}{{ c.id }}</small><details><summary>{{ c.references|length }} reference{{ 's' if c.references|length > 1 }}</summary><ul>{% for r in c.references %}<li>{{ r }}</li>{% endfor %}</ul></details></figcaption></figure>{% endmacro %}
-{% macro chart(c) %}<figure><figcaption><strong>{{ c.title }}</strong></figcaption><svg viewBox="0 0 320 140" role="img" aria-label="{{ c.title }}: from {{ n3(c.low) }} to {{ n3(c.high) }}, at the end {{ n3(c.end) }}"><line x1="10" x2="310" y1="130" y2="130"/><line x1="10" x2="310" y1="10" y2="10"/><path d="{{ c.path }}"/>{% for x,y in c.dots %}<circle cx="{{ x }}" cy="{{ y }}" r="4"/>{% endfor %}</svg><div><span>{{ n3(c.low) }} to {{ n3(c.high) }}; last {{ n3(c.end) }}</span><span>{{ c.x }} {{ c.first }} to {{ c.last }}</span></div></figure>{% endmacro %}
+{% macro track(bar) %}
+  <div class="track" aria-hidden="true"><i class="fill" style="width:{{ bar.at }}%"></i><i class="band" style="left:{{ bar.start }}%;width:{{ bar.width }}%"></i>{% for m in bar.marks %}<i class="tick {{ m.kind }}" style="left:{{ m.at }}%"></i>{% endfor %}<i class="dot" style="left:{{ bar.at }}%"></i></div>{% endmacro %}
+{% macro score(bar) %}<div class="bar"><span>{{ bar.label }}</span>{{ track(bar) }}<span class="num">{{ n3(bar.value) }}</span>
+  <small>{{ n3(bar.low) }}–{{ n3(bar.high) }}{% if bar.marks %} · {{ marks(bar) }}{% endif %}</small></div>{% endmacro %}
+{% macro card(c) %}<figure><img src="{{ c.uri }}" alt="Picture {{ c.id }}" loading="lazy"><figcaption><strong>{{ c.caption or '(no words)' }}</strong>
+  <small>{% for label,v in c.scores %}{{ label }} {{ '%.2f' % v }} · {% endfor %}{{ c.id }}</small><details>
+  <summary>{{ c.references|length }} reference{{ 's' if c.references|length > 1 }}</summary>
+  <ul>{% for r in c.references %}<li>{{ r }}</li>{% endfor %}</ul></details></figcaption></figure>{% endmacro %}
+{% macro chart(c) %}<figure><figcaption><strong>{{ c.title }}</strong></figcaption>
+  <svg viewBox="0 0 320 140" role="img" aria-label="{{ c.title }}: from {{ n3(c.low) }} to {{ n3(c.high) }}, at the end {{ n3(c.end) }}"><line x1="10" x2="310" y1="130" y2="130"/><line x1="10" x2="310" y1="10" y2="10"/>
+  <path d="{{ c.path }}"/>{% for x,y in c.dots %}<circle cx="{{ x }}" cy="{{ y }}" r="4"/>{% endfor %}</svg>
+  <div><span>{{ n3(c.low) }} to {{ n3(c.high) }}; last {{ n3(c.end) }}</span><span>{{ c.x }} {{ c.first }} to {{ c.last }}</span></div></figure>{% endmacro %}
 """
 
 # %% ../nbs/21_judging.ipynb #jd210050
 _SPLIT = """
 {% macro split_page(name, p) %}<section id="{{ name }}"><h2>{{ name }}</h2>
-<p class="soft">{{ p.scores.pictures }} pictures. Captions have {{ '%.1f' % p.scores.text.words }} words on average, use {{ p.scores.text.vocabulary }} different words, and {{ '%.0f' % (100*p.scores.text.distinct) }} of 100 are not said before.{% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}</p>
+<p class="soft">{{ p.scores.pictures }} pictures. Captions have {{ '%.1f' % p.scores.text.words }} words on average, use {{ p.scores.text.vocabulary }} different words, and {{ '%.0f' % (100*p.scores.text.distinct) }} of 100 differ from all others before them.{% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}</p>
 <h3>Words</h3><div class="bars">{% for b in p.bars.words %}{{ score(b) }}{% endfor %}</div>
-{% if p.scores.floors and p.scores.floors.common %}<p class="soft">The most common caption of the training data: “{{ p.scores.floors.common.caption }}”</p>{% endif %}
+{% if p.scores.floors and p.scores.floors.common %}
+  <p class="soft">The most common caption of the training data: “{{ p.scores.floors.common.caption }}”</p>{% endif %}
 {% if p.bars.facts %}<h3>Facts (F1)</h3><div class="bars">{% for b in p.bars.facts %}{{ score(b) }}{% endfor %}</div>{% endif %}
-{% if p.bars.clip %}<h3>In the eyes of {{ p.scores.clip.model }}</h3>{% if p.scores.clip.own %}<p class="warn">This is the captioner's own encoder, so these two scores flatter it. Ask another CLIP.</p>{% endif %}<div class="bars">{% for b in p.bars.clip %}{{ score(b) }}{% endfor %}</div>{% endif %}
-{% if p.compared %}<h3>Against {{ p.against }}</h3><div class="scroll"><table><tr><th>score</th><th>this</th><th>other</th><th>difference</th><th>interval</th><th></th></tr>{% for k,c in p.compared.items() %}<tr><td>{{ k }}</td><td>{{ n3(c.value) }}</td><td>{{ n3(c.other) }}</td><td>{{ '%+.3f' % c.difference }}</td><td>{{ '%+.3f' % c.interval[0] }} to {{ '%+.3f' % c.interval[1] }}</td><td>{{ 'real' if c.real else 'may be chance' }}</td></tr>{% endfor %}</table></div>{% endif %}
+{% if p.bars.clip %}<h3>In the eyes of {{ p.scores.clip.model }}</h3>{% if p.scores.clip.own %}
+  <p class="warn">This is the captioner's own encoder, so these two scores flatter it. Ask another CLIP.</p>{% endif %}
+  <div class="bars">{% for b in p.bars.clip %}{{ score(b) }}{% endfor %}</div>{% endif %}
+{% if p.compared %}<h3>Against {{ p.against }}</h3><div class="scroll"><table>
+  <tr><th>score</th><th>this</th><th>other</th><th>difference</th><th>interval</th><th></th></tr>{% for k,c in p.compared.items() %}
+  <tr><td>{{ k }}</td><td>{{ n3(c.value) }}</td><td>{{ n3(c.other) }}</td><td>{{ '%+.3f' % c.difference }}</td><td>{{ '%+.3f' % c.interval[0] }} to {{ '%+.3f' % c.interval[1] }}</td><td>{{ 'real' if c.real else 'may be chance' }}</td></tr>{% endfor %}</table></div>{% endif %}
 <h3>The worst captions</h3><div class="cards">{% for c in p.worst %}{{ card(c) }}{% endfor %}</div>
 <h3>The best captions</h3><div class="cards">{% for c in p.best %}{{ card(c) }}{% endfor %}</div>
-<h3>Slices: {{ p.main }}</h3><p class="soft">All pictures that share something; open one for its worst pictures. All pictures together have {{ n3(p.whole.value) }}; <span class="bad">↓</span> marks what is surely below that.</p>
-{% for kind,rows in p.slices.items() %}<h3>By {{ kind }}</h3>{% for s in rows %}<details class="slice"><summary><div class="bar"><span>{{ s.value }}</span>{{ track(s.bar) }}<span class="num">{{ n3(s.bar.value) }}{% if s.below %}<span class="bad"> ↓</span>{% endif %}</span><small style="grid-column:auto">{{ s.pictures }} pictures</small></div></summary><p class="soft">{{ n3(s.bar.low) }}–{{ n3(s.bar.high) }}. ROUGE-L {{ n3(s.rouge_l[0]) }}.{% if s.clipscore %} CLIPScore {{ n3(s.clipscore[0]) }}.{% endif %} Its worst:</p><div class="cards few">{% for c in s.cards %}{{ card(c) }}{% endfor %}</div></details>{% endfor %}{% endfor %}
+{% if p.slices %}<h3>Slices: {{ p.main }}</h3>
+  <p class="soft">All pictures that share something; open one for its worst pictures. All pictures together have {{ n3(p.whole.value) }}; <span class="bad">↓</span> marks what is surely below that.</p>{% endif %}
+{% for kind,rows in p.slices.items() %}<h3>By {{ kind }}</h3>{% for s in rows %}<details class="slice"><summary>
+  <div class="bar"><span>{{ s.value }}</span>{{ track(s.bar) }}<span class="num">{{ n3(s.bar.value) }}{% if s.below %}<span class="bad"> ↓</span>{% endif %}</span>
+  <small style="grid-column:auto">{{ s.pictures }} pictures</small></div></summary>
+  <p class="soft">{{ n3(s.bar.low) }}–{{ n3(s.bar.high) }}. ROUGE-L {{ n3(s.rouge_l[0]) }}.{% if s.clipscore %} CLIPScore {{ n3(s.clipscore[0]) }}.{% endif %} Its worst:</p>
+  <div class="cards">{% for c in s.cards %}{{ card(c) }}{% endfor %}</div></details>{% endfor %}{% endfor %}
 </section>{% endmacro %}
 """
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>{{ title }}</title><style>{{ style }}</style></head><body>
-<header><h1>{{ title }}</h1><dl class="about">{% for k,v in about.items() %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl><nav aria-label="Parts of this page">{% for name in splits %}<a href="#{{ name }}">{{ name }}</a>{% endfor %}{% if charts %}<a href="#training">training</a>{% endif %}</nav></header>
-<main>{% for name,p in splits.items() %}{{ split_page(name, p) }}{% endfor %}{% if charts %}<section id="training"><h2>training</h2><div class="charts">{% for c in charts %}{{ chart(c) }}{% endfor %}</div></section>{% endif %}</main>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+  <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+  <title>{{ title }}</title><style>{{ style }}</style></head><body>
+<header><h1>{{ title }}</h1><dl class="about">{% for k,v in about.items() %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
+  <nav aria-label="Parts of this page">{% for name in splits %}<a href="#{{ name }}">{{ name }}</a>{% endfor %}{% if charts %}<a href="#training">training</a>{% endif %}</nav></header>
+<main>{% for name,p in splits.items() %}{{ split_page(name, p) }}{% endfor %}{% if charts %}<section id="training"><h2>training</h2>
+  <div class="charts">{% for c in charts %}{{ chart(c) }}{% endfor %}</div></section>{% endif %}</main>
 <footer>A dot is a score, the dark band its 95% interval over selections of the pictures. <b class="floor">Floors</b> are what needs no captioner, the <b class="ceiling">ceiling</b> is a person against the others. Written by capnb_eval.</footer>
 </body></html>
 """
@@ -409,13 +403,13 @@ def report_page(
     pages = {split: dict(_split_page(j, compared.get(split), cards, words), against=against) for split,j in judged.items()}
     return Environment(autoescape=True).from_string(_MACROS+_SPLIT+_PAGE).render(title=title, about=about, splits=pages, charts=charts, style=Markup(_STYLE)).strip()
 
-# %% ../nbs/21_judging.ipynb #jd210058
+# %% ../nbs/21_judging.ipynb #jd210056
 def _asked(splits, split): # names of the splits to judge
     if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     return [split] if split else [s for s in splits if s not in ('train','validation')]
 
-def _captioned(path, split, int8=False):
-    "What a checkpoint writes: its hyperparameters, metadata and captioner, and of each split the pictures, the same encoded, the captions, and the scores with floors."
+def _captioned(path, split, int8=False, with_floors=True):
+    "What a checkpoint writes: its hyperparameters, metadata and captioner, and of each split the pictures, the same encoded, the captions, and the scores."
     model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
     if int8: use_int8(model.decoder)
     if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
@@ -424,11 +418,11 @@ def _captioned(path, split, int8=False):
     encoded = cache(lambda s: encode_data(model.encoder, splits[s], progress=f'Encoding {s}', folder=features_folder(h)))
     for s in _asked(splits, split):
         scores, captions = evaluate(model, encoded(s), s)
-        scores['floors'] = metadata.get(s, {}).get('floors') or floors(encoded('train'), encoded(s))
+        if with_floors: scores['floors'] = metadata.get(s, {}).get('floors') or floors(encoded('train'), encoded(s))
         out[s] = splits[s], encoded(s), captions, scores
     return h, metadata, model, out
 
-# %% ../nbs/21_judging.ipynb #jd210059
+# %% ../nbs/21_judging.ipynb #jd210057
 def _rows(data): return EncodedData(None, [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))])
 
 def _predicted(path, h, split):
@@ -443,10 +437,10 @@ def _predicted(path, h, split):
     print(f"{path}, captions for {h.data}")
     return out
 
-# %% ../nbs/21_judging.ipynb #jd210061
+# %% ../nbs/21_judging.ipynb #jd210059
 def _compared(judged, h, path, split, **how):
     "Of each split the scores of another checkpoint beside these (paired bootstrap)."
-    other,_,_,others = _captioned(path, split)
+    other,_,_,others = _captioned(path, split, with_floors=False)
     if other.data!=h.data: raise ValueError(f"{path} was trained on {other.data}, not on {h.data}; two checkpoints are compared on the same pictures")
     return {s: compare(j.parts, judge(*others[s], **how).parts) for s,j in judged.items()}
 
@@ -462,7 +456,7 @@ def _told_apart(judged): # ids of all pictures, which must tell them apart in on
 
 def _flatters(scorer, model, h): return scorer.name==h.encoder_name or scorer.encoder.model.stored==model.encoder.model.stored
 
-# %% ../nbs/21_judging.ipynb #jd210062
+# %% ../nbs/21_judging.ipynb #jd210060
 @command
 def eval_command(
     checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,
@@ -497,7 +491,7 @@ def eval_command(
     if coco_results: write_predictions(coco_results, _told_apart(judged), [c for j in judged.values() for c in j.captions])
     if report: _write(report, report_page(Path(path).stem, _about(h, metadata), judged, compared, against, [] if predictions else training_charts(path)))
 
-# %% ../nbs/21_judging.ipynb #jd210063
+# %% ../nbs/21_judging.ipynb #jd210061
 def _settings(predictions, checkpoint, data, preset):
     "The hyperparameters that name the data of predictions; None where a checkpoint knows its own."
     if predictions and checkpoint: raise ValueError("judge either a checkpoint or predictions; give one of them")
