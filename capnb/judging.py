@@ -331,6 +331,54 @@ def training_charts(
     wanted = [('Training loss, nats per token', smooth, 'step', False)] + [(label, seen(name), 'epoch', True) for name,label in (('validation_loss', 'Validation loss'), ('rouge_l', 'ROUGE-L of validation'), ('image_gain', 'Image gain, nats per caption'))]
     return [_chart(title, points, x, dots) for title,points,x,dots in wanted if len(points) > 1]
 
+# %% ../nbs/21_judging.ipynb #jd210048
+_STYLE = r"""
+:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #22252b; --soft: #646a75; --line: #e3e0d8; --main: #1f6f5c; --band: #1f6f5c33;
+  --floor: #b06a2c; --ceiling: #3a63b8; --bad: #b3382c; font: 16px/1.5 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --card: #1f2228; --ink: #e8e6e1; --soft: #a3a8b2; --line: #343841; --main: #5cc4a7;
+  --band: #5cc4a740; --floor: #e0a063; --ceiling: #8fb0ff; --bad: #ff8a7a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+main, header, footer { max-width: 72rem; margin: 0 auto; padding: 0 1rem; }
+header { padding-top: 2rem; } h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; } h2 { font-size: 1.4rem; margin: 3rem 0 .25rem;
+  border-top: 3px solid var(--main); padding-top: .75rem; } h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p { margin: .25rem 0 .75rem; max-width: 46rem; } .soft, small, figcaption small { color: var(--soft); } a { color: var(--main); }
+dl.about { display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; margin: 0; } dl.about div { min-width: 7rem; } dt { color: var(--soft); font-size: .8rem;
+  } dd { margin: 0; font-weight: 600; }
+nav { margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .5rem; } nav a { border: 1px solid var(--line); border-radius: 2rem; padding: .3rem .9rem;
+  text-decoration: none; background: var(--card); }
+.bars { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .5rem 2.5rem; }
+.bar { display: grid; grid-template-columns: 9.5rem 1fr 4rem; gap: 0 .75rem; align-items: center; align-content: start; padding: .35rem 0; }
+  .bar .num { text-align: right; font-weight: 600; font-variant-numeric: tabular-nums; }
+.bar small { grid-column: 2 / -1; line-height: 1.35; } .track { position: relative; height: .6rem; border-radius: .3rem; background: var(--line); }
+.track i { position: absolute; top: 0; bottom: 0; } .fill { left: 0; background: var(--band); border-radius: .3rem 0 0 .3rem; }
+  .band { background: var(--main); opacity: .45; min-width: 2px; } .dot { width: .9rem; height: .9rem; margin: -.15rem 0 0 -.45rem; border-radius: 50%;
+  background: var(--main); border: 2px solid var(--card); }
+.tick { width: 3px; margin: -.25rem 0 -.25rem -1.5px; border-radius: 2px; } .floor { background: var(--floor); } .ceiling { background: var(--ceiling);
+  } b.floor, b.ceiling { background: none; font-weight: 600; } b.floor { color: var(--floor); } b.ceiling { color: var(--ceiling); }
+.warn { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--card); } .bad { color: var(--bad); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 10.5rem), 1fr)); gap: .9rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; display: flex;
+  flex-direction: column; } figure img { display: block; width: 100%; height: auto; }
+figcaption { padding: .6rem .7rem; font-size: .93rem; } figcaption strong { display: block; font-weight: 600; line-height: 1.35; }
+  figcaption small { display: block; margin-top: .3rem; font-size: .78rem; } ul { margin: .3rem 0 0; padding-left: 1rem; font-size: .82rem;
+  color: var(--soft); }
+summary { cursor: pointer; } figcaption summary { color: var(--soft); font-size: .78rem; margin-top: .3rem; }
+  .slice { border-bottom: 1px solid var(--line); } .slice > summary { list-style: none; } .slice > summary::-webkit-details-marker { display: none; }
+  .slice > summary .bar { grid-template-columns: 11rem 1fr 5rem 6rem; padding: .45rem 0; } .slice .num, .slice small { white-space: nowrap; }
+.slice > summary .bar > span:first-child::before { content: "\25B8\00A0"; color: var(--soft); }
+  .slice[open] > summary .bar > span:first-child::before { content: "\25BE\00A0"; } .slice[open] { padding-bottom: 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
+  border-bottom: 1px solid var(--line); } .scroll { overflow-x: auto; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; } .charts figure { padding: .7rem; }
+  .charts svg { width: 100%; height: auto; } .charts path { fill: none; stroke: var(--main); stroke-width: 2; } .charts circle { fill: var(--main); }
+  .charts line { stroke: var(--line); } .charts div { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft); }
+footer { color: var(--soft); font-size: .88rem; padding: 2.5rem 1rem 3rem; }
+@media (max-width: 34rem) { .bar { grid-template-columns: 1fr 4rem; } .bar .track { grid-column: 1 / -1; grid-row: 2; }
+  .bar small { grid-column: 1 / -1; margin-top: .3rem; } .slice > summary .bar { grid-template-columns: 1fr 5rem 6rem; }
+  .slice > summary small { margin: 0; } }
+"""
+
 # %% ../nbs/21_judging.ipynb #jd210049
 _MACROS = """
 {% macro n3(x) %}{{ '%.3f' % x }}{% endmacro %}
