@@ -383,8 +383,9 @@ footer { color: var(--soft); font-size: .88rem; padding: 2.5rem 1rem 3rem; }
 _MACROS = """
 {% macro n3(x) %}{{ '%.3f' % x }}{% endmacro %}
 {% macro marks(bar) %}{% for m in bar.marks %}<b class="{{ m.kind }}">{{ m.label }} {{ n3(m.value) }}</b>{% if m.between %} ({{ n3(m.between[0]) }}–{{ n3(m.between[1]) }}){% endif %}{{ ' · ' if not loop.last }}{% endfor %}{% endmacro %}
-{% macro track(bar) %}
-  <div class="track" aria-hidden="true"><i class="fill" style="width:{{ bar.at }}%"></i><i class="band" style="left:{{ bar.start }}%;width:{{ bar.width }}%"></i>{% for m in bar.marks %}<i class="tick {{ m.kind }}" style="left:{{ m.at }}%"></i>{% endfor %}<i class="dot" style="left:{{ bar.at }}%"></i></div>{% endmacro %}
+{% macro track(bar) %}<div class="track" aria-hidden="true"><i class="fill" style="width:{{ bar.at }}%"></i>
+  <i class="band" style="left:{{ bar.start }}%;width:{{ bar.width }}%"></i>{% for m in bar.marks %}
+  <i class="tick {{ m.kind }}" style="left:{{ m.at }}%"></i>{% endfor %}<i class="dot" style="left:{{ bar.at }}%"></i></div>{% endmacro %}
 {% macro score(bar) %}<div class="bar"><span>{{ bar.label }}</span>{{ track(bar) }}<span class="num">{{ n3(bar.value) }}</span>
   <small>{{ n3(bar.low) }}–{{ n3(bar.high) }}{% if bar.marks %} · {{ marks(bar) }}{% endif %}</small></div>{% endmacro %}
 {% macro card(c) %}<figure><img src="{{ c.uri }}" alt="Picture {{ c.id }}" loading="lazy"><figcaption><strong>{{ c.caption or '(no words)' }}</strong>
@@ -392,7 +393,8 @@ _MACROS = """
   <summary>{{ c.references|length }} reference{{ 's' if c.references|length > 1 }}</summary>
   <ul>{% for r in c.references %}<li>{{ r }}</li>{% endfor %}</ul></details></figcaption></figure>{% endmacro %}
 {% macro chart(c) %}<figure><figcaption><strong>{{ c.title }}</strong></figcaption>
-  <svg viewBox="0 0 320 140" role="img" aria-label="{{ c.title }}: from {{ n3(c.low) }} to {{ n3(c.high) }}, at the end {{ n3(c.end) }}"><line x1="10" x2="310" y1="130" y2="130"/><line x1="10" x2="310" y1="10" y2="10"/>
+  <svg viewBox="0 0 320 140" role="img" aria-label="{{ c.title }}: from {{ n3(c.low) }} to {{ n3(c.high) }}, at the end {{ n3(c.end) }}">
+  <line x1="10" x2="310" y1="130" y2="130"/><line x1="10" x2="310" y1="10" y2="10"/>
   <path d="{{ c.path }}"/>{% for x,y in c.dots %}<circle cx="{{ x }}" cy="{{ y }}" r="4"/>{% endfor %}</svg>
   <div><span>{{ n3(c.low) }} to {{ n3(c.high) }}; last {{ n3(c.end) }}</span><span>{{ c.x }} {{ c.first }} to {{ c.last }}</span></div></figure>{% endmacro %}
 """
@@ -409,8 +411,10 @@ _SPLIT = """
   <p class="warn">This is the captioner's own encoder, so these two scores flatter it. Ask another CLIP.</p>{% endif %}
   <div class="bars">{% for b in p.bars.clip %}{{ score(b) }}{% endfor %}</div>{% endif %}
 {% if p.compared %}<h3>Against {{ p.against }}</h3><div class="scroll"><table>
-  <tr><th>score</th><th>this</th><th>other</th><th>difference</th><th>interval</th><th></th></tr>{% for k,c in p.compared.items() %}
-  <tr><td>{{ k }}</td><td>{{ n3(c.value) }}</td><td>{{ n3(c.other) }}</td><td>{{ '%+.3f' % c.difference }}</td><td>{{ '%+.3f' % c.interval[0] }} to {{ '%+.3f' % c.interval[1] }}</td><td>{{ 'real' if c.real else 'may be chance' }}</td></tr>{% endfor %}</table></div>{% endif %}
+  <tr><th>score</th><th>this</th><th>other</th><th>difference</th><th>interval</th><th></th></tr>{% for k,c in p.compared.items() %}<tr><td>{{ k }}</td>
+  <td>{{ n3(c.value) }}</td><td>{{ n3(c.other) }}</td><td>{{ '%+.3f' % c.difference }}</td>
+  <td>{{ '%+.3f' % c.interval[0] }} to {{ '%+.3f' % c.interval[1] }}</td>
+  <td>{{ 'real' if c.real else 'may be chance' }}</td></tr>{% endfor %}</table></div>{% endif %}
 <h3>The worst captions</h3><div class="cards">{% for c in p.worst %}{{ card(c) }}{% endfor %}</div>
 <h3>The best captions</h3><div class="cards">{% for c in p.best %}{{ card(c) }}{% endfor %}</div>
 {% if p.slices %}<h3>Slices: {{ p.main }}</h3>
@@ -471,13 +475,18 @@ def _captioned(path, split, int8=False, with_floors=True):
     return h, metadata, model, out
 
 # %% ../nbs/21_judging.ipynb #jd210057
+def _told_apart(ids): # ids of all pictures, which must tell them apart in one file
+    twice = [i for i,n in Counter(ids).items() if n > 1]
+    if twice: raise ValueError(f"{len(twice)} ids stand for several pictures, such as {twice[0]!r}; take one split, with --split, or give the data an image_id for each picture")
+    return ids
+
 def _rows(data): return EncodedData(None, [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))])
 
 def _predicted(path, h, split):
     "The same for the captions in a file: of each split the pictures, their rows, the captions, and the scores with the floor that needs no encoder."
     splits = load_for(h)
     rows = {s: _rows(splits[s]) for s in _asked(splits, split)}
-    ids = [r['image_id'] for d in rows.values() for r in d.rows]
+    ids = _told_apart([r['image_id'] for d in rows.values() for r in d.rows])
     captions, train, out = iter(read_predictions(path, ids)), _rows(splits['train']), {}
     for s,d in rows.items():
         said = [next(captions) for _ in d.rows]
@@ -495,12 +504,6 @@ def _compared(judged, h, path, split, **how):
 def _plain(judged, compared):
     "What the JSON file says of each split."
     return {s: dict(j.scores, captions=j.captions, slices=slices(j.captions, j.data.rows, j.parts), **(dict(against=compared[s]) if compared else {})) for s,j in judged.items()}
-
-def _told_apart(judged): # ids of all pictures, which must tell them apart in one file
-    ids = [i for j in judged.values() for i in j.ids]
-    twice = [i for i,n in Counter(ids).items() if n > 1]
-    if twice: raise ValueError(f"{len(twice)} ids stand for several pictures, such as {twice[0]!r}; write one split at a time, with --split")
-    return ids
 
 def _flatters(scorer, model, h): return scorer.name==h.encoder_name or scorer.encoder.model.stored==model.encoder.model.stored
 
@@ -536,7 +539,7 @@ def eval_command(
     for s,c in compared.items(): print(f'\n{s}, against {against}:\n{compare_table(c)}')
     if json_file: _write(json_file, json.dumps(_plain(judged, compared), indent=2))
     if csv: write_csv(csv, judged)
-    if coco_results: write_predictions(coco_results, _told_apart(judged), [c for j in judged.values() for c in j.captions])
+    if coco_results: write_predictions(coco_results, _told_apart([i for j in judged.values() for i in j.ids]), [c for j in judged.values() for c in j.captions])
     if report: _write(report, report_page(Path(path).stem, _about(h, metadata), judged, compared, against, [] if predictions else training_charts(path)))
 
 # %% ../nbs/21_judging.ipynb #jd210061
