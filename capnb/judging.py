@@ -223,7 +223,7 @@ def judge(
     if coco: more['coco'] = coco_parts(captions, references)
     if scorer: more['clip'] = clip_parts(scorer, scorer.embed_pictures(pictures, folder), captions, references)
     for name,found in more.items(): parts |= found; scores[name] = with_intervals(found)
-    if scorer: scores['clip']['model'] = scorer.name
+    if scorer: scores['clip']['model'] = Path(scorer.name).name if Path(scorer.name).is_dir() else scorer.name
     return Judged(pictures, data, captions, parts, scores)
 
 def each_score(
@@ -365,7 +365,8 @@ figcaption { padding: .6rem .7rem; font-size: .93rem; } figcaption strong { disp
   color: var(--soft); }
 summary { cursor: pointer; } figcaption summary { color: var(--soft); font-size: .78rem; margin-top: .3rem; }
   .slice { border-bottom: 1px solid var(--line); } .slice > summary { list-style: none; } .slice > summary::-webkit-details-marker { display: none; }
-  .slice > summary .bar { grid-template-columns: 11rem 1fr 5rem 6rem; padding: .45rem 0; } .slice .num, .slice small { white-space: nowrap; }
+  .slice > summary .bar { grid-template-columns: 11rem 1fr 5rem 6rem; padding: .45rem 0; }
+  .slice > summary .num, .slice > summary small, .whole { white-space: nowrap; }
 .slice > summary .bar > span:first-child::before { content: "\25B8\00A0"; color: var(--soft); }
   .slice[open] > summary .bar > span:first-child::before { content: "\25BE\00A0"; } .slice[open] { padding-bottom: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
@@ -382,34 +383,36 @@ footer { color: var(--soft); font-size: .88rem; padding: 2.5rem 1rem 3rem; }
 # %% ../nbs/21_judging.ipynb #jd210049
 _MACROS = """
 {% macro n3(x) %}{{ '%.3f' % x }}{% endmacro %}
-{% macro marks(bar) %}{% for m in bar.marks %}<b class="{{ m.kind }}">{{ m.label }} {{ n3(m.value) }}</b>{% if m.between %} ({{ n3(m.between[0]) }}–{{ n3(m.between[1]) }}){% endif %}{{ ' · ' if not loop.last }}{% endfor %}{% endmacro %}
+{% macro marks(bar) %}{% for m in bar.marks %}<b class="{{ m.kind }}">{{ m.label }} {{ n3(m.value) }}</b>
+  {% if m.between %} <span class="whole">({{ n3(m.between[0]) }}–{{ n3(m.between[1]) }})</span>{% endif %}{{ ' · ' if not loop.last }}{% endfor %}{% endmacro %}
 {% macro track(bar) %}<div class="track" aria-hidden="true"><i class="fill" style="width:{{ bar.at }}%"></i>
   <i class="band" style="left:{{ bar.start }}%;width:{{ bar.width }}%"></i>{% for m in bar.marks %}
   <i class="tick {{ m.kind }}" style="left:{{ m.at }}%"></i>{% endfor %}<i class="dot" style="left:{{ bar.at }}%"></i></div>{% endmacro %}
 {% macro score(bar) %}<div class="bar"><span>{{ bar.label }}</span>{{ track(bar) }}<span class="num">{{ n3(bar.value) }}</span>
   <small>{{ n3(bar.low) }}–{{ n3(bar.high) }}{% if bar.marks %} · {{ marks(bar) }}{% endif %}</small></div>{% endmacro %}
 {% macro card(c) %}<figure><img src="{{ c.uri }}" alt="Picture {{ c.id }}" loading="lazy"><figcaption><strong>{{ c.caption or '(no words)' }}</strong>
-  <small>{% for label,v in c.scores %}{{ label }} {{ '%.2f' % v }} · {% endfor %}{{ c.id }}</small><details>
-  <summary>{{ c.references|length }} reference{{ 's' if c.references|length > 1 }}</summary>
-  <ul>{% for r in c.references %}<li>{{ r }}</li>{% endfor %}</ul></details></figcaption></figure>{% endmacro %}
+  <small>{% for label,v in c.scores %}<span class="whole">{{ label }} {{ '%.2f' % v }}</span> · {% endfor %}{{ c.id }}</small><details>
+  <summary>{{ c.references|length }} reference{{ 's' if c.references|length > 1 }}</summary><ul>
+  {% for r in c.references %}<li>{{ r }}</li>{% endfor %}</ul></details></figcaption></figure>{% endmacro %}
 {% macro chart(c) %}<figure><figcaption><strong>{{ c.title }}</strong></figcaption>
   <svg viewBox="0 0 320 140" role="img" aria-label="{{ c.title }}: from {{ n3(c.low) }} to {{ n3(c.high) }}, at the end {{ n3(c.end) }}">
-  <line x1="10" x2="310" y1="130" y2="130"/><line x1="10" x2="310" y1="10" y2="10"/>
-  <path d="{{ c.path }}"/>{% for x,y in c.dots %}<circle cx="{{ x }}" cy="{{ y }}" r="4"/>{% endfor %}</svg>
+  <line x1="10" x2="310" y1="130" y2="130"/><line x1="10" x2="310" y1="10" y2="10"/><path d="{{ c.path }}"/>
+  {% for x,y in c.dots %}<circle cx="{{ x }}" cy="{{ y }}" r="4"/>{% endfor %}</svg>
   <div><span>{{ n3(c.low) }} to {{ n3(c.high) }}; last {{ n3(c.end) }}</span><span>{{ c.x }} {{ c.first }} to {{ c.last }}</span></div></figure>{% endmacro %}
 """
 
 # %% ../nbs/21_judging.ipynb #jd210050
 _SPLIT = """
 {% macro split_page(name, p) %}<section id="{{ name }}"><h2>{{ name }}</h2>
-<p class="soft">{{ p.scores.pictures }} pictures. Captions have {{ '%.1f' % p.scores.text.words }} words on average, use {{ p.scores.text.vocabulary }} different words, and {{ '%.0f' % (100*p.scores.text.distinct) }} of 100 differ from all others before them.{% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}</p>
+<p class="soft">{{ p.scores.pictures }} pictures. Captions have {{ '%.1f' % p.scores.text.words }} words on average, use {{ p.scores.text.vocabulary }} different words, and {{ '%.0f' % (100*p.scores.text.distinct) }} of 100 differ from all others before them.
+  {% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}</p>
 <h3>Words</h3><div class="bars">{% for b in p.bars.words %}{{ score(b) }}{% endfor %}</div>
 {% if p.scores.floors and p.scores.floors.common %}
   <p class="soft">The most common caption of the training data: “{{ p.scores.floors.common.caption }}”</p>{% endif %}
 {% if p.bars.facts %}<h3>Facts (F1)</h3><div class="bars">{% for b in p.bars.facts %}{{ score(b) }}{% endfor %}</div>{% endif %}
 {% if p.bars.clip %}<h3>In the eyes of {{ p.scores.clip.model }}</h3>{% if p.scores.clip.own %}
-  <p class="warn">This is the captioner's own encoder, so these two scores flatter it. Ask another CLIP.</p>{% endif %}
-  <div class="bars">{% for b in p.bars.clip %}{{ score(b) }}{% endfor %}</div>{% endif %}
+  <p class="warn">This is the captioner's own encoder, so these two scores flatter it. Ask another CLIP.</p>{% endif %}<div class="bars">
+  {% for b in p.bars.clip %}{{ score(b) }}{% endfor %}</div>{% endif %}
 {% if p.compared %}<h3>Against {{ p.against }}</h3><div class="scroll"><table>
   <tr><th>score</th><th>this</th><th>other</th><th>difference</th><th>interval</th><th></th></tr>{% for k,c in p.compared.items() %}<tr><td>{{ k }}</td>
   <td>{{ n3(c.value) }}</td><td>{{ n3(c.other) }}</td><td>{{ '%+.3f' % c.difference }}</td>
@@ -420,10 +423,11 @@ _SPLIT = """
 {% if p.slices %}<h3>Slices: {{ p.main }}</h3>
   <p class="soft">All pictures that share something; open one for its worst pictures. All pictures together have {{ n3(p.whole.value) }}; <span class="bad">↓</span> marks what is surely below that.</p>{% endif %}
 {% for kind,rows in p.slices.items() %}<h3>By {{ kind }}</h3>{% for s in rows %}<details class="slice"><summary>
-  <div class="bar"><span>{{ s.value }}</span>{{ track(s.bar) }}<span class="num">{{ n3(s.bar.value) }}{% if s.below %}<span class="bad"> ↓</span>{% endif %}</span>
-  <small style="grid-column:auto">{{ s.pictures }} pictures</small></div></summary>
-  <p class="soft">{{ n3(s.bar.low) }}–{{ n3(s.bar.high) }}. ROUGE-L {{ n3(s.rouge_l[0]) }}.{% if s.clipscore %} CLIPScore {{ n3(s.clipscore[0]) }}.{% endif %} Its worst:</p>
-  <div class="cards">{% for c in s.cards %}{{ card(c) }}{% endfor %}</div></details>{% endfor %}{% endfor %}
+  <div class="bar"><span>{{ s.value }}</span>{{ track(s.bar) }}<span class="num">{{ n3(s.bar.value) }}
+  {% if s.below %}<span class="bad"> ↓</span>{% endif %}</span><small style="grid-column:auto">{{ s.pictures }} pictures</small></div></summary>
+  <p class="soft">{{ n3(s.bar.low) }}–{{ n3(s.bar.high) }}. ROUGE-L {{ n3(s.rouge_l[0]) }}.
+  {% if s.clipscore %} CLIPScore {{ n3(s.clipscore[0]) }}.{% endif %} Its worst:</p><div class="cards">
+  {% for c in s.cards %}{{ card(c) }}{% endfor %}</div></details>{% endfor %}{% endfor %}
 </section>{% endmacro %}
 """
 _PAGE = """<!DOCTYPE html>
@@ -431,9 +435,10 @@ _PAGE = """<!DOCTYPE html>
   <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
   <title>{{ title }}</title><style>{{ style }}</style></head><body>
 <header><h1>{{ title }}</h1><dl class="about">{% for k,v in about.items() %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
-  <nav aria-label="Parts of this page">{% for name in splits %}<a href="#{{ name }}">{{ name }}</a>{% endfor %}{% if charts %}<a href="#training">training</a>{% endif %}</nav></header>
-<main>{% for name,p in splits.items() %}{{ split_page(name, p) }}{% endfor %}{% if charts %}<section id="training"><h2>training</h2>
-  <div class="charts">{% for c in charts %}{{ chart(c) }}{% endfor %}</div></section>{% endif %}</main>
+  <nav aria-label="Parts of this page">{% for name in splits %}<a href="#{{ name }}">{{ name }}</a>{% endfor %}
+  {% if charts %}<a href="#training">training</a>{% endif %}</nav></header>
+<main>{% for name,p in splits.items() %}{{ split_page(name, p) }}{% endfor %}{% if charts %}<section id="training"><h2>training</h2><div class="charts">
+  {% for c in charts %}{{ chart(c) }}{% endfor %}</div></section>{% endif %}</main>
 <footer>A dot is a score, the dark band its 95% interval over selections of the pictures. <b class="floor">Floors</b> are what needs no captioner, the <b class="ceiling">ceiling</b> is a person against the others. Written by capnb_eval.</footer>
 </body></html>
 """
@@ -556,7 +561,7 @@ def _warn(judged, name):
     print(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
 
 def _about(h, metadata): # what stands on top of the page
-    learned = dict(encoder=metadata['encoder'], decoder=metadata['decoder'], epoch=metadata.get('epoch'), pictures=metadata['data']['train']) if metadata else {}
+    learned = dict(encoder=metadata['encoder'], decoder=metadata['decoder'], epoch=metadata.get('epoch'), **{'training pictures': metadata['data']['train']}) if metadata else {}
     return dict(data=h.data, **learned)
 
 def _write(path, text):
