@@ -485,14 +485,12 @@ def _told_apart(ids): # ids of all pictures, which must tell them apart in one f
     if twice: raise ValueError(f"{len(twice)} ids stand for several pictures, such as {twice[0]!r}; take one split, with --split, or give the data an image_id for each picture")
     return ids
 
-def _rows(data): return EncodedData(None, [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))])
-
 def _predicted(path, h, split):
     "The same for the captions in a file: of each split the pictures, their rows, the captions, and the scores with the floor that needs no encoder."
     splits = load_for(h)
-    rows = {s: _rows(splits[s]) for s in _asked(splits, split)}
+    rows = {s: EncodedData(None, splits[s].texts()) for s in _asked(splits, split)}
     ids = _told_apart([r['image_id'] for d in rows.values() for r in d.rows])
-    captions, train, out = iter(read_predictions(path, ids)), _rows(splits['train']), {}
+    captions, train, out = iter(read_predictions(path, ids)), EncodedData(None, splits['train'].texts()), {}
     for s,d in rows.items():
         said = [next(captions) for _ in d.rows]
         out[s] = splits[s], d, said, dict(score(said, d), pictures=len(d), floors=floors(train, d))
