@@ -705,5 +705,4 @@ d = { 'settings': { 'branch': 'main',
                                'capnb.widgets.mistakes': ('widgets.html#mistakes', 'capnb/widgets.py'),
                                'capnb.widgets.picture_buttons': ('widgets.html#picture_buttons', 'capnb/widgets.py'),
                                'capnb.widgets.picture_html': ('widgets.html#picture_html', 'capnb/widgets.py'),
-                               'capnb.widgets.seen': ('widgets.html#seen', 'capnb/widgets.py'),
                                'capnb.widgets.stream': ('widgets.html#stream', 'capnb/widgets.py')}}}

@@ -3,6 +3,7 @@ import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
+from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,7 +13,6 @@ SETTINGS = { # of JupyterLab: all cells in the page, also those out of sight, an
     'notebook-extension/tracker': dict(windowingMode='none'),
     'apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False),
     'apputils-extension/themes': dict(theme='JupyterLab Light')}
-ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
 
 def flags(cell): return {m[1] for m in re.finditer(r'^#\s*\|\s*(\w+)', ''.join(cell['source']), re.M)}
 
@@ -25,7 +25,7 @@ def copied(path, to):
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory, environment):
-    "A JupyterLab over a copy of the notebooks; gives a function from a path in it to its address."
+    "A JupyterLab over a copy of the notebooks: its `folder` and its `address`."
     here = tmp_path_factory.mktemp('lab')
     shutil.copytree(ROOT/'nbs', here/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '*.ipynb'))
     for path in CHAPTERS: copied(path, here/'nbs')
@@ -41,7 +41,7 @@ def lab(tmp_path_factory, environment):
         process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], cwd=here, env=environment(**folders), stdout=log, stderr=log)
     try:
         wait_for(lambda: answers(f'http://127.0.0.1:{port}/api?token=sesame'), 60, lambda: (here/'log').read_text())
-        yield lambda name: f'http://127.0.0.1:{port}/lab/tree/{name}?token=sesame&reset'
+        yield SimpleNamespace(folder=here/'nbs', address=f'http://127.0.0.1:{port}/lab')
     finally:
         process.terminate() # it ends its kernels
         try: process.wait(30)
@@ -73,8 +73,8 @@ def opened(browser, lab, name):
     with browser.new_context(viewport=dict(width=1250, height=950), device_scale_factor=1.5 if os.environ.get('CAPNB_SCREENSHOTS') else 1) as context:
         tab, said = context.new_page(), []
         tab.on('console', lambda m: said.append(m.text) if m.type=='error' else None); tab.on('pageerror', lambda e: said.append(str(e)))
-        tab.goto(lab(name))
-        tab.locator('.jp-Notebook .jp-Cell').first.wait_for(timeout=60_000)
+        tab.goto(f'{lab.address}/tree/{name}?token=sesame&reset')
+        tab.locator('#jp-main-statusbar').get_by_text('| Idle').wait_for(timeout=60_000) # the kernel listens: before that, running is passed over
         yield tab
         assert said == []
 
@@ -82,7 +82,7 @@ def run_all(tab, seconds):
     "Run the whole notebook from the menu; none of its cells may end in an error."
     tab.get_by_role('menuitem', name='Run', exact=True).click()
     tab.get_by_text('Run All Cells', exact=True).click()
-    prompts, errors = tab.locator('.jp-CodeCell .jp-InputPrompt'), tab.locator(ERROR)
+    prompts, errors = tab.locator('.jp-CodeCell .jp-InputPrompt'), tab.locator('.jp-OutputArea-output[data-mime-type$=".stderr"]').filter(has_text='Traceback (most recent call last)')
     def done():
         texts = prompts.all_text_contents()
         return errors.count() or texts and all(re.fullmatch(r'\[\d+\]:', t) for t in texts if t != '[ ]:') and re.search(r'\d', texts[-1])
@@ -95,22 +95,105 @@ def picture(part, name):
 
 # --- The widgets, used
 
-def captioned(widget): return ' '.join(t.split('\n')[0] for t in widget.locator('button.word').all_text_contents())
+def caption_of(widget): return ' '.join(text.split('\n')[0] for text in widget.locator('button.word').all_text_contents())
 
-def change_of(widget, do):
-    "Do something and wait until the caption is another one, and whole."
-    before = captioned(widget)
+def next_caption(widget, do):
+    "Do something, wait until the caption is another one, and give it."
+    before = caption_of(widget)
     do()
-    wait_for(lambda: captioned(widget) not in (before, '') and 'settled', 20, lambda: f'it stayed {before!r}')
+    wait_for(lambda: caption_of(widget) != before and caption_of(widget).endswith('.'), 30, lambda: f'it stayed {before!r}')
+    return caption_of(widget)
 
-def use_captions(widget):
-    words = widget.locator('button.word')
-    words.first.wait_for()
-    change_of(widget, lambda: widget.locator('button.page').nth(1).click())
-    words.nth(1).click()
+def use_captions(tab, widget):
+    widget.locator('button.word').last.wait_for()
+    widget.get_by_role('button', name='greedy').click() # whatever the cells have set
+    said = {next_caption(widget, widget.locator('button.page').nth(i).click) for i in (1, 4)}
+    assert len(said) == 2
+    widget.locator('button.word').nth(1).click()
     widget.get_by_text('it might have been').wait_for()
     assert 'glowing' in widget.locator('img').nth(1).get_attribute('alt')
     picture(widget, 'caption')
-    change_of(widget, lambda: drag_to_three(widget))
+    greedy = caption_of(widget)
     widget.get_by_role('button', name='sampling').click()
-    widget.get_by_text('temperature').wait_for()
+    temperature = widget.locator('.widget-slider', has_text='temperature').locator('.noUi-handle')
+    for key in ('End', 'Home', 'End'): temperature.press(key)
+    draw = widget.locator('.widget-slider', has_text='draw').locator('.noUi-handle')
+    assert next_caption(widget, lambda: draw.press('PageUp')) != greedy
+    picture(widget, 'caption_sampling')
+    return greedy
+
+def use_upload(tab, widget, folder):
+    "A picture of one's own, and a file that is none."
+    from capnb.storybook import Storybook
+    Storybook('test')[33]['image'].save(folder/'mine.png')
+    (folder/'none.png').write_bytes(b'no picture')
+    def choose(file):
+        with tab.expect_file_chooser() as chooser: widget.get_by_role('button', name='your picture').click()
+        chooser.value.set_files(file)
+    choose(folder/'none.png')
+    widget.get_by_text('none.png is not a readable picture').wait_for()
+    next_caption(widget, lambda: choose(folder/'mine.png'))
+    assert not widget.locator('.wrong').count()
+
+def use_errors(tab, widget):
+    picture(widget, 'errors')
+    first = widget.locator('figcaption').first.text_content()
+    widget.get_by_role('button', name='next').click()
+    wait_for(lambda: widget.locator('figcaption').first.text_content() != first, 10, lambda: 'no next page')
+    widget.get_by_placeholder('in caption or reference').fill('boat')
+    widget.get_by_placeholder('in caption or reference').press('Enter')
+    wait_for(lambda: all('boat' in text for text in widget.locator('figcaption').all_text_contents()), 10, lambda: 'the word does not matter')
+    widget.locator('select').last.select_option('place left out')
+    wait_for(lambda: all('place left out' in text for text in widget.locator('figcaption').all_text_contents()), 10, lambda: 'the kind does not matter')
+
+def use_training(tab, widget):
+    "Start it, see that other cells run meanwhile, stop it, go on."
+    start, stop = widget.get_by_role('button', name=re.compile('start|go on')), widget.get_by_role('button', name='stop')
+    start.click()
+    widget.get_by_text('step 2 of').wait_for(timeout=30_000)
+    stop.click()
+    widget.get_by_text('go on with').wait_for(timeout=30_000)
+    widget.get_by_role('button', name='go on').click()
+    widget.get_by_text('done: ').wait_for(timeout=120_000)
+    picture(widget, 'training')
+
+def widget_of(tab, made):
+    "The widget under the cell that makes it."
+    cell = tab.locator('.jp-CodeCell').filter(has=tab.locator('.jp-InputArea').filter(has_text=f' = {made}(')).filter(has=tab.locator('.capnb'))
+    return cell.first.locator('.capnb').first
+
+# --- The tests
+
+SMALL = {'training_size_limit=960': 'training_size_limit=128', 'n=320': 'n=160', "'test', n=60": "'test', n=36"} # what the widgets show matters less than that they work
+MADE = ('here = ', 'asking = ', 'browser = ', 'data = dict(')
+
+def small(path, to):
+    "The cells of the chapter on widgets that make the widgets and what they need, with less to learn from."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    sources = {i: ''.join(c['source']) for i,c in enumerate(nb['cells']) if c['cell_type']=='code'}
+    nb['cells'] = [nb['cells'][i] | dict(outputs=[], execution_count=None) for i,s in sources.items() if flags(nb['cells'][i]) & {'export'} or s.startswith(('#| hide\nimport tempfile', *MADE))]
+    text = json.dumps(nb)
+    for long,short in SMALL.items():
+        assert long in text, f'{path.stem} has no {long!r} to make smaller'
+        text = text.replace(long, short)
+    to.write_text(text, encoding='utf-8')
+
+def test_widgets(browser, lab, tmp_path):
+    small(ROOT/'nbs'/'23_widgets.ipynb', lab.folder/'small.ipynb')
+    with opened(browser, lab, 'small.ipynb') as tab:
+        run_all(tab, 120)
+        use_captions(tab, widget_of(tab, 'caption_widget'))
+        use_upload(tab, widget_of(tab, 'caption_widget'), tmp_path)
+        use_errors(tab, widget_of(tab, 'error_browser'))
+        use_training(tab, widget_of(tab, 'live_training'))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
+def test_chapter(browser, lab, path):
+    with opened(browser, lab, path.name) as tab:
+        run_all(tab, 1800)
+        picture(tab, path.stem)
+        if path.stem != '23_widgets': return
+        use_captions(tab, widget_of(tab, 'caption_widget'))
+        use_errors(tab, widget_of(tab, 'error_browser'))
+        picture(widget_of(tab, 'live_training'), 'training')
