@@ -30,7 +30,7 @@ STYLE = """<style>
 .capnb .widget-html-content, .capnb .jupyter-widget-html-content { line-height: 1.45; color: var(--jp-ui-font-color1, #222); }
 .capnb img { border-radius: .3rem; vertical-align: top; max-width: 100%; }
 .capnb .widget-box, .capnb .widget-vbox, .capnb .widget-hbox { overflow: visible; } .capnb figure { margin: 0; } .capnb figcaption { margin-top: .35rem; } .capnb small, .capnb .quiet { color: var(--jp-ui-font-color2, #666); }
-.capnb ul { margin: .15rem 0; padding-left: 1.1rem; } .capnb .said { font-size: 1.05em; font-weight: 600; }
+.capnb .mistakes { margin: .25rem 0; padding-left: .5rem; border-left: 3px solid #e76f51; font-size: .92em; } .capnb ul { margin: .15rem 0; padding-left: 1.1rem; } .capnb .said { font-size: 1.05em; font-weight: 600; }
 .capnb pre { font-size: .8em; overflow: auto; max-height: 16rem; padding: .5rem; background: var(--jp-layout-color2, #eee); color: inherit; }
 .capnb .wrong { border-left: 4px solid #c33; padding-left: .6rem; }
 .capnb .cards { display: flex; flex-wrap: wrap; gap: 1.25rem; } .capnb .cards figure { flex: 1 1 11rem; max-width: 19rem; }
@@ -162,7 +162,7 @@ class caption_widget(VBox):
         pictures=(), # To choose from: PIL pictures, or paths
     ):
         self.model, self.pictures, self.image, self.caption, self.words = model, [open_image(p) for p in pictures], None, '', []
-        self.upload, self.decoding = FileUpload(accept='image/*', multiple=False, description='your picture'), Decoding(model.max_caption_length)
+        self.upload, self.decoding = FileUpload(accept='image/*', multiple=False, description='your picture'), Decoding(model.max_caption_length-1) # and its end
         self.shown, self.hint, self.said, self.more, self.errors = HTML(), HTML(), HBox(layout=Layout(flex_flow='row wrap')), HTML(), HTML()
         self.pages = picture_buttons(self.pictures, self.pick)
         self.upload.observe(self._uploaded, 'value'); self.decoding.on_change(self.write)
@@ -212,6 +212,7 @@ def write(self:caption_widget):
     if self.image is None: return
     with errors_in(self.errors), torch.random.fork_rng(devices=[]):
         torch.manual_seed(self.decoding.seed.value)
+        self.caption, self.words = '', []
         self._clear(); self._draw()
         beams, options = self.decoding.how.value=='beams', self.decoding.options()
         self.hint.value = '<small>Beams weigh whole sentences, so the words come all at once. Click on one to ask about it.</small>' if beams else '<small>How probable was each word? Click on one to ask about it.</small>'
@@ -323,13 +324,12 @@ def show(self:error_browser,
 @patch
 def _card(self:error_browser, i):
     scores = ' · '.join(f'{name} {each[i]:.2f}' for name,each in self.scores.items())
-    return card(self.data[i]['image'], self.captions[i], [f'<small>{scores}</small>', f'<div>{escape(", ".join(sorted(self.kinds[i])))}</div>', f'<small>{listed(self.references[i])}</small>'])
+    return card(self.data[i]['image'], self.captions[i], [f'<small>{scores}</small>', f'<div class="mistakes">{escape(", ".join(sorted(self.kinds[i])))}</div>', f'<small>{listed(self.references[i])}</small>'])
 
 # %% ../nbs/23_widgets.ipynb #0da2302c
 def draw_run(
     losses, # Of every step
     gains, # {epoch: image gain}
-    steps:int, # Of an epoch
 ) -> Image.Image: # Transparent, readable on light and dark
     "Draw the loss of every step, and after each epoch how much the captions depend on the picture."
     from matplotlib.figure import Figure
@@ -339,10 +339,12 @@ def draw_run(
     left.plot(range(1, len(losses)+1), losses, color='#2a9d8f', lw=.7, alpha=.5)
     left.plot(range(n, len(losses)+1), np.convolve(losses, np.ones(n)/n, 'valid'), color='#2a9d8f', lw=2)
     left.set(xlabel='step', title='loss, nats per token')
+    left.xaxis.get_major_locator().set_params(integer=True)
     right.plot(gains.keys(), gains.values(), 'o-', color='#e76f51', lw=2)
     right.set(xlabel='epoch', title='image gain, nats per caption', ylim=(min(0, *gains.values(), 0), None), xticks=list(gains))
     for ax in (left, right):
         ax.set_facecolor('none'); ax.title.set_fontsize(9); ax.tick_params(colors='#888', labelsize=8)
+        ax.xaxis.label.set_fontsize(8)
         for part in (ax.title, ax.xaxis.label, *ax.spines.values()): part.set_color('#888')
     f = io.BytesIO(); fig.savefig(f, dpi=160, facecolor='none')
     return Image.open(f)
@@ -402,6 +404,7 @@ def _train(self:live_training):
         except Interrupted as e: self._say(str(e))
     done = self.run and self.run.done
     if self.run and not done and state_path(self.run).exists(): self.state, self.start.description = read_state(state_path(self.run)), 'go on'
+    if done: self.start.description, self.start.icon = 'done', 'check'
     self.stop.disabled, self.start.disabled = True, bool(done)
 
 # %% ../nbs/23_widgets.ipynb #0da23030
@@ -416,7 +419,7 @@ def _begun(self:live_training, run):
 @patch
 def _draw(self:live_training, run):
     self.drawn = time.monotonic()
-    if run.losses: self.curve.value = picture_html(draw_run(run.losses, self.gains, run.steps), f'Curve of the loss over {len(run.losses)} steps, now {run.losses[-1]:.2f}; beside it the image gain of {len(self.gains)} epochs', 760)
+    if run.losses: self.curve.value = picture_html(draw_run(run.losses, self.gains), f'Curve of the loss over {len(run.losses)} steps, now {run.losses[-1]:.2f}; beside it the image gain of {len(self.gains)} epochs', 760)
 
 @patch
 def _stepped(self:live_training, run):
