@@ -112,7 +112,7 @@ def use_captions(tab, widget):
     widget.get_by_role('button', name='greedy').click() # whatever the cells have set
     said = {next_caption(widget, widget.locator('button.page').nth(i).click) for i in (1, 4)}
     assert len(said) == 2
-    widget.locator('button.word').nth(1).click()
+    widget.locator('button.word').nth(2).click()
     widget.get_by_text('it might have been').wait_for()
     assert 'glowing' in widget.locator('img').nth(1).get_attribute('alt')
     picture(widget, 'caption')
