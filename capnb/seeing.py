@@ -22,26 +22,29 @@ def veil(
 # %% ../nbs/22_seeing.ipynb #22ee0011
 def draw_strip(
     ax, # Axes of matplotlib
-    words, # `Word`s of `capnb.inference`
-    width:int=60, # Letters of a line
+    caption:str,
+    words, # Its `Word`s
+    width:int=68, # Letters of a line
 ):
     "Write a caption whose words are underlined as far as the model was sure of them."
-    ax.axis('off')
-    at, line = 0, 0
+    at, begin, line = 0, 0, 0
     for word in words:
-        mark = not word.text[:1].isalnum()
-        if at and at+1+len(word.text) > width and not mark: at, line = 0, line+1
-        if at and not mark: at += 1
-        x, y, wide = at/width, -line, len(word.text)/width
-        ax.text(x+wide/2, y, word.text, ha='center', va='bottom', family='monospace', fontsize=12, parse_math=False)
-        if not mark:
-            ax.plot((x, x+wide), (y-.08,)*2, color='#ccc', lw=3, solid_capstyle='butt')
-            ax.plot((x, x+wide*word.probability), (y-.08,)*2, color='#06c', lw=3, solid_capstyle='butt')
+        at = caption.find(word.text, at)
+        if at+len(word.text)-begin > width and caption[at-1:at].isspace(): begin, line = at, line+1
+        x, wide = (at-begin)/width, len(word.text)/width
+        ax.text(x+wide/2, -line, word.text, ha='center', va='bottom', family='monospace', fontsize=14, parse_math=False)
+        for share,colour in ((1, '#ccc'), (word.probability, '#06c')) if word.text[:1].isalnum() else ():
+            ax.plot((x, x+wide*share), (-line-.08,)*2, color=colour, lw=3, solid_capstyle='butt')
         at += len(word.text)
-    ax.set(xlim=(0,1), ylim=(-line-.4, .9))
+    ax.axis('off'); ax.set(xlim=(0,1), ylim=(-line-.3, .8))
 
 # %% ../nbs/22_seeing.ipynb #22ee0012
-def _say_others(word): return ', '.join(f'{text} {p:.0%}' for text,p in word.alternatives[:3] if p >= .005) or 'nothing else'
+def _draw_word(ax, word, box):
+    "Lift the veil from what a word rests on, and say what else there might have been."
+    others = ', '.join(f'{text} {p:.0%}' for text,p in word.alternatives[:3] if p >= .005)
+    ax.imshow(veil(word.patches), extent=box, interpolation='bilinear')
+    ax.set_title(f'{word.text}  {word.probability:.0%}', fontsize=11, weight='bold', parse_math=False)
+    ax.text(.5, -.04, textwrap.fill('or ' + (others or 'nothing else'), 32), transform=ax.transAxes, ha='center', va='top', fontsize=8, color='#444', parse_math=False)
 
 def draw_explanation(
     caption:str,
@@ -52,20 +55,17 @@ def draw_explanation(
 ): # Figure of matplotlib
     "Draw on which parts of a picture the words of its caption rest, how sure the model was of each, and what else it might have said."
     from matplotlib.figure import Figure
-    shown = [w for w in words if w.patches.max() >= least]
-    rows = -(-(1+len(shown))//columns)
-    fig = Figure(figsize=(2.3*columns, .9+2.75*rows), layout='constrained')
-    top, below = fig.subfigures(2, 1, height_ratios=(.9, 2.75*rows))
-    draw_strip(top.subplots(), words, 25*columns)
-    axs = below.subplots(rows, columns, squeeze=False).flat
+    shown = [None] + [w for w in words if w.text[:1].isalnum() and w.patches.max() >= least]
+    rows, width = -(-len(shown)//columns), 17*columns
+    strip, each = .5+.3*(len(caption)//width), .7+2.1*image.height/image.width # inches
+    fig = Figure(figsize=(2.2*columns, strip+each*rows), layout='constrained')
+    top, below = fig.subfigures(2, 1, height_ratios=(strip, each*rows))
+    draw_strip(top.subplots(), caption, words, width)
+    axs, box = below.subplots(rows, columns, squeeze=False).ravel(), (0, image.width, image.height, 0)
     for ax in axs: ax.axis('off')
-    box = (0, image.width, image.height, 0)
-    for ax,word in zip(axs, [None, *shown]):
+    for ax,word in zip(axs, shown):
         ax.imshow(image, extent=box)
-        if word is None: ax.set_title('the picture', fontsize=10); continue
-        ax.imshow(veil(word.patches), extent=box, interpolation='bilinear')
-        ax.set_title(f'{word.text}  {word.probability:.0%}', fontsize=11, weight='bold', parse_math=False)
-        ax.text(.5, -.03, '\n'.join(textwrap.wrap('or: '+_say_others(word), 34)), transform=ax.transAxes, ha='center', va='top', fontsize=8, color='#444', parse_math=False)
+        if word: _draw_word(ax, word, box)
     return fig
 
 # %% ../nbs/22_seeing.ipynb #22ee0015

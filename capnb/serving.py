@@ -353,12 +353,12 @@ function light(word) {
   const heat = get('heat'), top = word && Math.max(...word.patches.flat())
   heat.hidden = !word
   for (const button of get('words').children) button.setAttribute('aria-pressed', button.word == word)
-  get('why').textContent = !word ? 'Choose a word to see what in the picture it rests on.' : `\u201c${word.text}\u201d: ${percent(word.probability)} sure; next best: ` +
-    word.alternatives.slice(0, 3).map(([text, p]) => `${text} (${percent(p)})`).join(', ') + '. ' +
-    (top < .1 ? 'No single part of the picture decides it.' : `With the bright part of the picture covered, ${percent(word.probability*Math.exp(-top))}.`)
+  get('why').textContent = !word ? 'Choose a word to see what in the picture it rests on.' : `\u201c${word.text}\u201d: ${percent(word.probability)} sure` +
+    word.alternatives.filter(([, p]) => p >= .001).slice(0, 3).map(([text, p]) => `, or ${text} (${percent(p)})`).join('') + '. ' +
+    (top < .1 ? 'No single part of the picture decides it.' : `With the clear part of the picture covered: ${percent(word.probability*Math.exp(-top))}.`)
   if (!word) return
   const rows = word.patches.length, columns = word.patches[0].length, shade = new ImageData(columns, rows)
-  word.patches.flat().forEach((v, i) => { shade.data[4*i+3] = 200*(1 - Math.max(0, v)/Math.max(1, top)) })
+  word.patches.flat().forEach((v, i) => { shade.data.set([115, 115, 115, 217*(1 - Math.max(0, v)/Math.max(1, top))], 4*i) })
   heat.width = columns; heat.height = rows
   heat.getContext('2d').putImageData(shade, 0, 0)
 }
