@@ -27,6 +27,7 @@ class Word:
 
 def _words(tokenizer, caption, most):
     "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
+    if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
     spans, words = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping'][:most], []
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
@@ -79,13 +80,14 @@ def explain(
     patches:bool=True, # Say which parts of the picture each word rests on; it takes 65 passes of encoder and decoder
     **kwargs, # For `transformers`' `generate`, where the model writes
 ) -> tuple: # The caption, and a list of `Word`
-    "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014)."
+    "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no picture and for a tokenizer that does not tell where its tokens stand."
     image = open_image(image)
     caption = model.caption(image, **kwargs) if caption is None else caption.strip()
+    words = _words(model.tokenizer, caption, model.max_caption_length-1)
     (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption) if patches else None
     sure = scores.gather(1, ids[:,None])[:,0]
     return caption, [Word(text, sure[tokens].sum().exp().item(), _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives), relevance[tokens].sum(0) if patches else None)
-                     for text,tokens in _words(model.tokenizer, caption, len(ids)-1)]
+                     for text,tokens in words]
 
 # %% ../nbs/09_inference.ipynb #76049b6d
 def find_images(

@@ -80,10 +80,12 @@ def why(
     model, # `Captioner`
     image, # PIL picture
     caption:str,
-) -> dict: # `caption`, and `words`: what `explain` says, as plain data
+) -> dict: # `caption`, and `words`: what `explain` says, as plain data; or 'status' and 'detail' where the model cannot be asked
     "Explain a caption, for JSON."
+    try: _, words = explain(model, image, caption)
+    except ValueError as e: return dict(status=422, detail=str(e))
     plain = lambda word: dict(text=word.text, probability=round(word.probability, 4), alternatives=[[text, round(p, 4)] for text,p in word.alternatives], patches=word.patches.round(3).tolist())
-    return dict(caption=caption, words=[plain(word) for word in explain(model, image, caption)[1]])
+    return dict(caption=caption, words=[plain(word) for word in words])
 
 # %% ../nbs/12_serving.ipynb #0da12014
 class Worker:
