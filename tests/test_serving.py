@@ -554,7 +554,11 @@ def photograph(tab, name):
     if folder := os.environ.get('CAPNB_SCREENSHOTS'): tab.screenshot(path=f'{folder}/{name}.png')
 
 def veil(tab): # the opacity of each part of it; None where there is none
-    return tab.evaluate("() => { const c = document.getElementById('heat'); return c.hidden ? null : Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).filter((_, i) => i % 4 == 3) }")
+    return tab.evaluate("""() => {
+      const heat = document.getElementById('heat'), copy = new OffscreenCanvas(heat.width, heat.height).getContext('2d', {willReadFrequently: true})
+      copy.drawImage(heat, 0, 0)
+      return heat.hidden ? null : Array.from(copy.getImageData(0, 0, heat.width, heat.height).data).filter((_, i) => i % 4 == 3)
+    }""")
 
 def test_each_word_shows_its_patches(browser, server, pages, model):
     with opened(browser, server, viewport=dict(width=800, height=640)) as tab:
