@@ -55,7 +55,7 @@ def wait_for(done, seconds, why):
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, why()
-        time.sleep(.1)
+        time.sleep(.2)
 
 @pytest.fixture(scope='module')
 def browser():
