@@ -42,15 +42,18 @@ STYLE = """<style>
 .capnb .jupyter-button.page.chosen { outline: 3px solid var(--jp-brand-color1, #1976d2); }
 </style>"""
 
+def _data_url(image):
+    f = io.BytesIO()
+    image.save(f, 'png')
+    return f'data:image/png;base64,{b64encode(f.getvalue()).decode()}'
+
 def picture_html(
     image, # PIL picture
     alt:str, # What to say to those who cannot see it
     width:int=220, # In the page, pixels
 ) -> str:
     "Write a picture as HTML that needs no file beside it."
-    f = io.BytesIO()
-    image.save(f, 'png')
-    return f'<img alt="{escape(alt)}" width="{width}" src="data:image/png;base64,{b64encode(f.getvalue()).decode()}">'
+    return f'<img alt="{escape(alt)}" width="{width}" src="{_data_url(image)}">'
 
 # %% ../nbs/23_widgets.ipynb #0da2300b
 @contextmanager
@@ -71,8 +74,8 @@ def picture_buttons(
     buttons, rules = [], []
     for i,image in enumerate(images):
         button = Button(tooltip=f'picture {i+1}')
-        f = io.BytesIO(); ImageOps.fit(image, (96,96)).save(f, 'png')
-        rules.append(f'.{(name := f"capnb-{button.model_id}")} {{ background-image: url(data:image/png;base64,{b64encode(f.getvalue()).decode()}) !important; }}')
+        name = f'capnb-{button.model_id}'
+        rules.append(f'.{name} {{ background-image: url({_data_url(ImageOps.fit(image, (96,96)))}) !important; }}')
         button.add_class('page'); button.add_class(name)
         button.on_click(lambda _, i=i: chosen(i))
         buttons.append(button)
