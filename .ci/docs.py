@@ -4,10 +4,11 @@ For its tables of functions nbdev runs the exported cells of a notebook and thos
 takes that code along, without the cells before it. Here such cells are left alone."""
 import argparse, ast, warnings
 from nbdev import processors, quarto, serve
+from nbdev.config import get_config
 
 DEFINES, runs = {'export', 'exports', 'exporti', 'exec_doc'}, processors._do_eval
-OPTIONS = dict(n_workers=0, # in this process, as others would not know of the change
-               force=True, recursive=True, file_glob='*.ipynb') # the last is for the sidebar; the pictures come along
+OPTIONS = dict(force=True, file_glob='*.ipynb') # of the sidebar
+HERE = dict(n_workers=0) # in this process, as others would not know of the change
 
 def of_one_piece(cell):
     "Whether nbdev is to run a cell: if it would, and the cell is exported or is nothing but imports."
@@ -17,12 +18,13 @@ def process():
     "Write the sidebar, nbdev's settings for Quarto, and the notebooks without what is not to be shown."
     quarto.refresh_quarto_yml()
     quarto.nbdev_sidebar.__wrapped__(**OPTIONS)
-    serve.proc_nbs(**OPTIONS)
+    serve.proc_nbs(**OPTIONS, **HERE)
 
 if __name__ == '__main__':
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument('--process', action='store_true', help='stop before Quarto')
     processors._do_eval = of_one_piece
+    get_config()['recursive'] = 'True' # the folder with the pictures, too
     warnings.filterwarnings('ignore', message='Found cells containing imports')
     if args.parse_args().process: process()
-    else: quarto.nbdev_docs.__wrapped__(**OPTIONS)
+    else: quarto.nbdev_docs.__wrapped__(**OPTIONS, **HERE)
