@@ -6,9 +6,9 @@
 __all__ = ['ADVICE', 'MAY_CHANGE', 'EpochBatches', 'epoch_batches', 'make_optimizer', 'memory_ran_out', 'in_slices', 'validate',
            'Run', 'Callback', 'token_counts', 'in_processes', 'sharding_asked', 'backward', 'read_ahead', 'train_epoch',
            'save_curve', 'report_epoch', 'state_path', 'training_state', 'save_state', 'find_state', 'read_state',
-           'load_state', 'resumed_hyperparameters', 'Interrupted', 'SaveState', 'best_epoch', 'KeepCheckpoints',
-           'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks', 'first_goes_first', 'share_held',
-           'shard_decoder', 'tracker_names', 'close_epoch', 'fit']
+           'load_state', 'resumed_hyperparameters', 'Interrupted', 'ask_to_stop', 'SaveState', 'best_epoch',
+           'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks',
+           'first_goes_first', 'share_held', 'shard_decoder', 'tracker_names', 'close_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
 import json, math, os, random, re, shlex, signal, threading, time
@@ -465,13 +465,20 @@ class Interrupted(KeyboardInterrupt):
 
 def _how_to_go_on(run): return f'go on with: capnb_train --resume {shlex.quote(str(state_path(run)))}'
 
+def ask_to_stop(
+    run:Run, # One that is going on, in this thread or in another
+    number:int=signal.SIGINT, # Signal that it should take this for
+):
+    "Ask a run to save and to stop with `Interrupted`: at the end of its step, or of the epoch's validation if that is where it is."
+    if run.accelerator.num_processes > 1: run.asked = number # the next step tells the others
+    else: run.signal = number
+
 @contextmanager
 def _stoppable(run):
     "Turn SIGINT and SIGTERM into `Interrupted`: within a step at its end, else at once; of several processes after a step that all make. What the disk refuses is told together with the way to go on."
     def handle(number, _):
-        if run.accelerator.num_processes > 1: run.asked = number; return # the next step tells the others
-        wait = run.busy and not run.signal
-        run.signal = number
+        wait = run.accelerator.num_processes > 1 or run.busy and not run.signal
+        ask_to_stop(run, number)
         if not wait: raise Interrupted(run)
     mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else () # Python allows it there only
     old = {number: signal.signal(number, handle) for number in mine}
@@ -494,9 +501,9 @@ def _whole_steps(run):
 class SaveState(Callback):
     "Save the training state after every `checkpoint_steps` steps, after the last one of an epoch, and when a signal asks to stop."
     def on_step_end(self, run):
-        n = run.h.checkpoint_steps
-        if run.signal or run.step==run.steps or n and len(run.losses)%n==0: save_state(run)
-        if run.signal: run.accelerator.wait_for_everyone(); raise Interrupted(run)
+        n, stop = run.h.checkpoint_steps, run.signal # read once: it may be set at any moment
+        if stop or run.step==run.steps or n and len(run.losses)%n==0: save_state(run)
+        if stop: run.accelerator.wait_for_everyone(); raise Interrupted(run)
 
 # %% ../nbs/07_training.ipynb #6c6f0721
 def best_epoch(
@@ -693,6 +700,7 @@ def fit(
                 model.train()
                 with _whole_steps(run): training_loss = train_epoch(run, run.accelerator, run.optimizer, h.max_steps and h.max_steps-len(run.losses)+run.step)
                 close_epoch(run, training_loss)
+                if run.signal: raise Interrupted(run) # asked by another thread
             for c in run.callbacks: c.on_train_end(run)
             run.done = True
             save_state(run)

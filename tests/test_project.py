@@ -101,3 +101,11 @@ def test_pin_lies_in_the_range(requirement):
 def test_a_file_goes_to_one_worker(request):
     "pytest 9.2 with xdist 3.8 loses the groups without a word; each worker then trains what the tests of a file share."
     if 'PYTEST_XDIST_WORKER' in os.environ: assert request.node.nodeid.endswith('@test_project.py')
+
+@pytest.mark.slow
+def test_every_chapter_is_ready_for_the_site():
+    "All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the pictures that they show."
+    done = subprocess.run([sys.executable, ROOT/'.ci'/'docs.py', '--process'], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = [*NOTEBOOKS, *(ROOT/'nbs'/'images').iterdir(), ROOT/'nbs'/'styles.css']
+    assert [p for p in wanted if not (ROOT/'_proc'/p.relative_to(ROOT/'nbs')).exists()] == []

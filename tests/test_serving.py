@@ -2,6 +2,7 @@
 import base64, http.client, io, json, os, random, re, signal, socket, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from queue import Queue
 from shutil import which
 import psutil, pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
 from capnb.commands import train
 from capnb.data import open_image
-from capnb.serving import PAGE, answer_batch, gather, load_report, memory, send_load, serve_command
+from capnb.serving import PAGE, answer_batch, gather, load_report, memory, send_load, serve_command, why
 from capnb.storybook import Storybook
 
 PAGES = 48
@@ -160,10 +161,10 @@ def test_other_formats(server, pages, model, kind):
     open_image(pages[0]).save(f, kind)
     assert server.caption(f.getvalue()) == (200, dict(caption=model.caption(open_image(f.getvalue()))))
 
-def events(server, picture):
+def events(server, picture, path='/caption?stream=true'):
     "The events of a streamed answer, each with the time when it came."
     connection = server.connect()
-    connection.request('POST', '/caption?stream=true', form(picture), {'Content-Type': 'multipart/form-data; boundary=xyz'})
+    connection.request('POST', path, form(picture), {'Content-Type': 'multipart/form-data; boundary=xyz'})
     answer = connection.getresponse()
     assert answer.status == 200 and answer.headers['content-type'].startswith('text/event-stream')
     found = []
@@ -206,6 +207,61 @@ def test_a_broken_picture_is_nobody_elses_trouble(model, pages):
     assert said['cut']['status'] == 415 and 'caption' in said['a'] and 'caption' in said['b']
     answer_batch(model, [('alone', b'', False)], said.__setitem__)
     assert said['alone']['status'] == 415
+
+# --- Why a word was said
+
+EXPLAIN = '/caption?explain=true'
+
+def as_offline(model, picture, answer):
+    "Whether an explanation is that of `explain`, up to rounding."
+    wanted = why(model, open_image(picture), answer['caption'])['words']
+    assert [w['text'] for w in answer['words']] == [w['text'] for w in wanted] and len(wanted) > 4
+    for got,own in zip(answer['words'], wanted):
+        assert got['probability'] == pytest.approx(own['probability'], abs=.002)
+        assert got['patches'] == [pytest.approx(row, abs=.02) for row in own['patches']] and len(got['patches']) == 8
+        assert got['alternatives'][0][1] == pytest.approx(own['alternatives'][0][1], abs=.002)
+    assert max(max(map(max, w['patches'])) for w in wanted) > 1, 'no word rests on anything'
+
+def test_an_explanation_is_that_of_offline(server, pages, same, model):
+    with ThreadPoolExecutor(3) as pool: answers = list(pool.map(lambda i: server.caption(pages[i], EXPLAIN), range(3)))
+    for i,(status, answer) in enumerate(answers):
+        assert status == 200 and same(i, answer['caption'])
+        as_offline(model, pages[i], answer)
+
+def test_a_stream_tells_the_caption_before_the_reasons(server, pages, same, model):
+    found = events(server, pages[4], EXPLAIN + '&stream=true')
+    check_stream(found[:-1], 4, same)
+    assert found[-1][1]['caption'] == found[-2][1]['caption'] and found[-1][0] > found[-2][0] + .01
+    as_offline(model, pages[4], found[-1][1])
+
+def test_reasons_are_in_nobodys_way(server, pages):
+    "Who wants a caption waits for one explanation at most, however many are asked for."
+    ended = {}
+    def ask(name, *args): assert server.caption(*args)[0] == 200; ended[name] = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        jobs = [pool.submit(ask, f'why {i}', pages[i], EXPLAIN) for i in range(8)]
+        while len(ended) < 1: time.sleep(.01)
+        jobs += [pool.submit(ask, f'caption {i}', pages[i]) for i in range(4)]
+        for job in jobs: job.result()
+    captions, reasons = ([t for name,t in ended.items() if name.startswith(what)] for what in ('caption', 'why'))
+    assert max(captions) < sorted(reasons)[-3]
+
+def test_reasons_have_the_same_limits(narrow, server, pages):
+    key = dict(Authorization=f'Bearer {KEY}')
+    assert narrow.caption(pages[0], EXPLAIN)[0] == 401
+    assert narrow.caption(b'x'*100_000, EXPLAIN, **key)[0] == 413
+    assert narrow.caption(pages[0][:100], EXPLAIN, **key)[0] == 415
+    assert server.caption(pages[0], '/caption?explain=perhaps')[0] == 422
+    with narrow.half_sent(pages[0], **key) as first, narrow.half_sent(pages[0], **key) as second:
+        assert narrow.caption(pages[0], EXPLAIN, **key)[0] == 429
+        assert first()[0] == second()[0] == 200
+
+def test_a_tokenizer_that_cannot_tell(model, pages):
+    class Slow: is_fast, name_or_path = False, 'slow/one'
+    spoiled = copy(model)
+    spoiled.tokenizer = Slow
+    answer = why(spoiled, open_image(pages[0]), 'A cat.')
+    assert answer['status'] == 422 and 'slow/one' in answer['detail']
 
 # --- What is refused
 
@@ -347,7 +403,7 @@ BODIES = st.one_of(
     spoiled())
 TYPES = st.sampled_from(['application/json', 'multipart/form-data; boundary=xyz', 'multipart/form-data', 'multipart/form-data; boundary="', 'multipart/form-data; boundary=xyz; charset=utf-16', 'multipart/form-data; boundary=xyz; charset=\xff',
                          'application/json; charset=utf-16', 'image/png', '', ';;;']) | st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=30)
-PATHS = st.sampled_from(['/caption', '/caption?stream=true', '/caption?stream=', '/caption?stream=1&stream=0', '/caption?%ff=%00', '/caption/', '/health', '/%2e%2e/'])
+PATHS = st.sampled_from(['/caption', '/caption?explain=1', '/caption?stream=true', '/caption?stream=', '/caption?stream=1&stream=0', '/caption?%ff=%00', '/caption/', '/health', '/%2e%2e/'])
 METHODS = st.sampled_from(['POST']*6 + ['PUT', 'GET', 'DELETE', 'HEAD', 'OPTIONS'])
 FINE = {200, 307, 400, 404, 405, 413, 415, 422}
 
@@ -416,6 +472,8 @@ def test_openapi(server):
     post = found['paths']['/caption']['post']
     assert set(post['requestBody']['content']) == {'multipart/form-data', 'application/json'}
     assert set(post['responses']) == {'200', '400', '401', '413', '415', '422', '429', '503', '504'}
+    assert [p['name'] for p in post['parameters']] == ['stream', 'explain']
+    assert set(post['responses']['200']['content']['application/json']['schema']['properties']['words']['items']['properties']) == {'text', 'probability', 'alternatives', 'patches'}
     assert 'data: {"caption"' in post['responses']['200']['content']['text/event-stream']['schema']['description']
     assert found['components']['securitySchemes']['HTTPBearer']['scheme'] == 'bearer' and post['security']
     assert server.ask('GET', '/docs')[0] == 200
@@ -490,7 +548,58 @@ def test_on_a_phone(browser, server, made, same):
         box = tab.locator('#caption').bounding_box()
         assert box['y'] + box['height'] <= 640, 'the caption is below the screen'
         assert tab.locator('#drop').bounding_box()['height'] >= 44
-        if folder := os.environ.get('CAPNB_SCREENSHOTS'): tab.screenshot(path=f'{folder}/phone.png')
+        photograph(tab, 'phone')
+
+def photograph(tab, name):
+    if folder := os.environ.get('CAPNB_SCREENSHOTS'): tab.screenshot(path=f'{folder}/{name}.png')
+
+def veil(tab): # the opacity of each part of it; None where there is none
+    return tab.evaluate("""() => {
+      const heat = document.getElementById('heat'), copy = new OffscreenCanvas(heat.width, heat.height).getContext('2d', {willReadFrequently: true})
+      copy.drawImage(heat, 0, 0)
+      return heat.hidden ? null : Array.from(copy.getImageData(0, 0, heat.width, heat.height).data).filter((_, i) => i % 4 == 3)
+    }""")
+
+def test_each_word_shows_its_patches(browser, server, pages, model):
+    with opened(browser, server, viewport=dict(width=800, height=640)) as tab:
+        tab.evaluate(DROP, base64.b64encode(pages[7]).decode())
+        caption = finished(tab)
+        words = tab.locator('#words button')
+        words.first.wait_for()
+        said = why(model, open_image(pages[7]), caption)['words']
+        named = [w for w in said if w['text'].isalnum()]
+        assert words.all_text_contents() == [w['text'] for w in named] and tab.locator('#words').text_content() == caption
+        assert [tab.evaluate('b => +b.style.getPropertyValue("--sure")', b) for b in words.element_handles()] == pytest.approx([w['probability'] for w in named], abs=.002)
+        assert veil(tab) is None
+        best = max(range(len(named)), key=lambda i: max(map(max, named[i]['patches'])))
+        words.nth(best).hover()
+        flat = [v for row in named[best]['patches'] for v in row]
+        lifted = veil(tab)
+        assert len(lifted) == 64 and lifted.index(min(lifted)) == flat.index(max(flat)) and min(lifted) < 5 and max(lifted) > 200
+        heat, picture = (tab.locator(i).bounding_box() for i in ('#heat', '#picture'))
+        assert heat == picture, 'the veil does not lie on the picture'
+        assert named[best]['text'] in tab.locator('#why').text_content() and words.nth(best).get_attribute('aria-pressed') == 'true'
+        photograph(tab, 'why')
+        tab.mouse.move(2, 2)
+        assert veil(tab) is None
+        tab.locator('#file').focus()
+        for i in range(2): # by keyboard
+            tab.keyboard.press('Tab')
+            assert tab.evaluate('() => document.activeElement.textContent') == named[i]['text'] and veil(tab) is not None
+        assert tab.evaluate('() => getComputedStyle(document.activeElement).outlineStyle') == 'solid', 'the focus cannot be seen'
+        tab.evaluate(DROP, base64.b64encode(pages[8]).decode())
+        tab.wait_for_timeout(20)
+        assert not tab.locator('#words').is_visible() and veil(tab) is None, 'the words of the picture before are still there'
+        words.first.wait_for()
+
+def test_words_on_a_phone(browser, server, made):
+    with opened(browser, server, viewport=dict(width=360, height=640), is_mobile=True, has_touch=True) as tab:
+        tab.locator('#file').set_input_files(made/'pages'/'007.png')
+        word = tab.locator('#words button').nth(2)
+        word.tap()
+        assert veil(tab) is not None and min(word.bounding_box()['height'], tab.locator('#drop').bounding_box()['height']) >= 44
+        assert tab.evaluate('() => document.documentElement.scrollWidth <= innerWidth')
+        photograph(tab, 'why-phone')
 
 def test_what_the_page_says_when_it_fails(browser, server, pages):
     with opened(browser, server) as tab:
