@@ -64,11 +64,15 @@ def _covered(image, cells, window):
             yield copy
 
 @torch.no_grad()
-def _relevance(model, image, caption, cells=8, window=3, batch_size=32):
+def _relevance(model, image, caption, cells=8, window=3, batch_size=8, between=None):
     "How many nats each token of a caption loses when a part of the picture is covered: (tokens, cells, cells)."
-    image = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size))) # the encoder sees no more than this
+    image, nats = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size))), [] # the encoder sees no more than this
     pictures = [image, *_covered(image, cells, window)]
-    nats = torch.cat([model.nats(model.encoder.encode(part), [caption]*len(part))[0].cpu() for part in (pictures[at:at+batch_size] for at in range(0, len(pictures), batch_size))])
+    for at in range(0, len(pictures), batch_size):
+        if between: between()
+        part = pictures[at:at+batch_size]
+        nats.append(model.nats(model.encoder.encode(part), [caption]*len(part))[0].cpu())
+    nats = torch.cat(nats)
     return (nats[1:]-nats[0]).T.reshape(-1, cells, cells).numpy()
 
 # %% ../nbs/09_inference.ipynb #09ee0004
@@ -78,13 +82,14 @@ def explain(
     caption:str=None, # What to explain; None for what the model writes
     alternatives:int=4, # Other tokens to name for each word
     patches:bool=True, # Say which parts of the picture each word rests on; it takes 65 passes of encoder and decoder
+    between=None, # Called again and again in the course of the work, for whoever has something more urgent to do
     **kwargs, # For `transformers`' `generate`, where the model writes
 ) -> tuple: # The caption, and a list of `Word`
     "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no picture and for a tokenizer that does not tell where its tokens stand."
     image = open_image(image)
     caption = model.caption(image, **kwargs) if caption is None else caption.strip()
     words = _words(model.tokenizer, caption, model.max_caption_length-1)
-    (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption) if patches else None
+    (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption, between=between) if patches else None
     sure = scores.gather(1, ids[:,None])[:,0]
     return caption, [Word(text, sure[tokens].sum().exp().item(), _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives), relevance[tokens].sum(0) if patches else None)
                      for text,tokens in words]

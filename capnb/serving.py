@@ -80,9 +80,10 @@ def why(
     model, # `Captioner`
     image, # PIL picture
     caption:str,
+    between=None, # As for `explain`
 ) -> dict: # `caption`, and `words`: what `explain` says, as plain data; or 'status' and 'detail' where the model cannot be asked
     "Explain a caption, for JSON."
-    try: _, words = explain(model, image, caption)
+    try: _, words = explain(model, image, caption, between=between)
     except ValueError as e: return dict(status=422, detail=str(e))
     plain = lambda word: dict(text=word.text, probability=round(word.probability, 4), alternatives=[[text, round(p, 4)] for text,p in word.alternatives], patches=word.patches.round(3).tolist())
     return dict(caption=caption, words=[plain(word) for word in words])
@@ -111,13 +112,19 @@ class Worker:
         def send(uid, answer): transport.send((uid, (answer, LitAPIStatus.OK, LoopResponseType.STREAMING, worker_id)), consumer_id=0)
         def in_time(at): return time.monotonic()-at < api.request_timeout
         waiting = deque() # those that are to be explained
-        while True:
-            asked = {uid: (asked_at, *rest) for _,uid,asked_at,rest in gather(requests, api.max_batch_size, self.wait, 0 if waiting else 1)}
+        def write(seconds):
+            asked = {uid: (at, *rest) for _,uid,at,rest in gather(requests, api.max_batch_size, self.wait, seconds)}
             done = answer_batch(self.model, [(uid, data, stream) for uid,(at,data,stream,_) in asked.items() if in_time(at)], send)
             waiting.extend((asked[uid][0], uid, *pair) for uid,pair in done.items() if asked[uid][3])
-            if waiting:
-                at, uid, *pair = waiting.popleft()
-                if in_time(at): send(uid, why(self.model, *pair))
+        while True:
+            write(0 if waiting else 1)
+            if not waiting: continue
+            at, uid, *pair = waiting.popleft()
+            def between():
+                write(0)
+                if not in_time(at): raise TimeoutError
+            try: send(uid, why(self.model, *pair, between))
+            except TimeoutError: pass # nobody waits for it any more
 
 # %% ../nbs/12_serving.ipynb #0da12016
 @dataclass
@@ -299,7 +306,7 @@ def make_app(
 
     @app.post('/caption', summary='Caption a picture', openapi_extra=_BODY, responses=_RESPONSES)
     async def caption(request:Request, stream:bool=Query(False, description='Send the words as they are written'),
-                      explain:bool=Query(False, description='Say why each word was said: dozens of times the work of the caption, done when all captions that were asked for are written'), sent=bearer):
+                      explain:bool=Query(False, description='Say why each word was said: dozens of times the work of the caption, done between the captions of others'), sent=bearer):
         if key and not (sent and hmac.compare_digest(sent.credentials.encode(), key.encode())): refuse(401, 'send the key of this server: Authorization: Bearer KEY', WWW_Authenticate='Bearer')
         if state.value==STOPPING: refuse(503, 'the server is stopping; try again later', Retry_After='5')
         coming = answers(server, request, stream, explain, limits, running)
