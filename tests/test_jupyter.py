@@ -114,7 +114,7 @@ def use_captions(tab, widget):
     assert len(said) == 2
     widget.locator('button.word').nth(2).click()
     widget.get_by_text('it might have been').wait_for()
-    assert 'glowing' in widget.locator('img').nth(1).get_attribute('alt')
+    assert 'is lifted' in widget.locator('img').nth(1).get_attribute('alt')
     picture(widget, 'caption')
     greedy = caption_of(widget)
     widget.get_by_role('button', name='sampling').click()
