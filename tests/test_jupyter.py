@@ -188,10 +188,10 @@ def test_widgets(browser, lab, tmp_path):
     small(ROOT/'nbs'/'23_widgets.ipynb', lab.folder/'small.ipynb')
     with opened(browser, lab, 'small.ipynb') as tab:
         run_all(tab, 120)
-        use_captions(tab, widget_of(tab, 'caption_widget'))
-        use_upload(tab, widget_of(tab, 'caption_widget'), tmp_path)
-        use_errors(tab, widget_of(tab, 'error_browser'))
-        use_training(tab, widget_of(tab, 'live_training'), widget_of(tab, 'caption_widget'))
+        use_captions(tab, widget_of(tab, 'CaptionWidget'))
+        use_upload(tab, widget_of(tab, 'CaptionWidget'), tmp_path)
+        use_errors(tab, widget_of(tab, 'ErrorBrowser'))
+        use_training(tab, widget_of(tab, 'LiveTraining'), widget_of(tab, 'CaptionWidget'))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
@@ -200,6 +200,6 @@ def test_chapter(browser, lab, path):
         run_all(tab, 1800)
         picture(tab, path.stem)
         if path.stem != '23_widgets': return
-        use_captions(tab, widget_of(tab, 'caption_widget'))
-        use_errors(tab, widget_of(tab, 'error_browser'))
-        picture(widget_of(tab, 'live_training'), 'training')
+        use_captions(tab, widget_of(tab, 'CaptionWidget'))
+        use_errors(tab, widget_of(tab, 'ErrorBrowser'))
+        picture(widget_of(tab, 'LiveTraining'), 'training')

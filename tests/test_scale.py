@@ -64,7 +64,6 @@ def kill_worker(process, out):
     assert written < N - 5*SHARD, 'the kill came too late to mean anything'
     wait_for(process, lambda: {w.pid for w in workers(process)} - {w.pid for w in first})
 
-@pytest.mark.slow # as most of what is here, it waits for Ray to start
 def test_killed_worker_is_replaced(start, made, tmp_path):
     here, wanted = made
     out = tmp_path/'captions'
@@ -91,6 +90,7 @@ def stopped(start, here, out):
     for p in family: # Ray's own helpers take longer to notice
         if p.is_running(): p.kill()
 
+@pytest.mark.slow # it waits for Ray to start, twice
 def test_stopped_job_goes_on(start, run, made, tmp_path):
     "What was finished is neither written again nor changed; a half-written file of before is gone."
     here, wanted = made
