@@ -65,3 +65,14 @@ def call(scripts):
             except SystemExit as e: code = e.code or 0
         return subprocess.CompletedProcess([name, *args], code, out.getvalue(), err.getvalue())
     return call
+
+@pytest.fixture(scope='module')
+def browser():
+    "A Chromium of this machine; without one, what needs it is skipped."
+    path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not path: pytest.skip('there is no Chromium on this machine')
+    playwright = pytest.importorskip('playwright.sync_api')
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield browser
+        browser.close()

@@ -1,7 +1,6 @@
 "Judging from outside: a CLIP's opinion against the formulas, files of captions that go out and come in, and the report in a browser."
 import csv, io, json, re, shutil
 from contextlib import redirect_stdout
-from shutil import which
 import numpy as np, pytest, torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
@@ -180,16 +179,6 @@ def test_slices_hold_what_they_say():
     assert {len(p) for p in picture_slices(captions, [dict(captions=r['captions']) for r in data.rows], least=99)} == {1} # without facts and common words, only the length
 
 # --- The report
-
-@pytest.fixture(scope='module')
-def browser():
-    path = which('chromium') or which('chromium-browser') or which('google-chrome')
-    if not path: pytest.skip('there is no Chromium on this machine')
-    playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 def test_report_is_one_file(written):
     page = (written[0]/'report.html').read_text(encoding='utf-8')

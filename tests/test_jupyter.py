@@ -2,7 +2,6 @@
 import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import which
 from types import SimpleNamespace
 import pytest
 
@@ -56,16 +55,6 @@ def wait_for(done, seconds, why):
     while not done():
         assert time.monotonic() < end, why()
         time.sleep(.2)
-
-@pytest.fixture(scope='module')
-def browser():
-    path = which('chromium') or which('chromium-browser') or which('google-chrome')
-    if not path: pytest.skip('there is no Chromium on this machine')
-    playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 @contextmanager
 def opened(browser, lab, name):

@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from queue import Queue
-from shutil import which
 import psutil, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
@@ -482,16 +481,6 @@ def test_page_is_whole(server):
     status, page, headers = server.ask('GET', '/')
     assert status == 200 and page.decode() == PAGE and "default-src 'none'" in headers['content-security-policy']
     assert not re.search(r'https?:|//[a-z]|<link|@import|\ssrc="[^"]', PAGE)
-
-@pytest.fixture(scope='module')
-def browser():
-    path = which('chromium') or which('chromium-browser') or which('google-chrome')
-    if not path: pytest.skip('there is no Chromium on this machine')
-    playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 WATCH = "() => { window.seen = []; new MutationObserver(() => seen.push(document.getElementById('caption').textContent)).observe(document.getElementById('caption'), {childList: true}) }"
 DROP = """data => {
