@@ -56,6 +56,11 @@ def wait_for(done, seconds, why):
         assert time.monotonic() < end, why()
         time.sleep(.2)
 
+def end_kernels(lab):
+    api = lab.address.removesuffix('/lab') + '/api/kernels'
+    def ask(method, path=''): return urllib.request.urlopen(urllib.request.Request(api+path, method=method, headers={'Authorization': 'token sesame'}), timeout=60).read()
+    for kernel in json.loads(ask('GET')): ask('DELETE', f"/{kernel['id']}")
+
 @contextmanager
 def opened(browser, lab, name):
     "A notebook in a tab of its own; JavaScript may report no error."
@@ -65,6 +70,7 @@ def opened(browser, lab, name):
         tab.goto(f'{lab.address}/tree/{name}?token=sesame&reset')
         tab.locator('#jp-main-statusbar').get_by_text('| Idle').wait_for(timeout=60_000) # the kernel listens: before that, running is passed over
         yield tab
+        end_kernels(lab) # or those of all chapters fill the memory
         assert said == []
 
 def run_all(tab, seconds):

@@ -4,13 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from queue import Queue
+from types import SimpleNamespace
 import psutil, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
 from capnb.commands import train
 from capnb.data import open_image
-from capnb.serving import PAGE, answer_batch, gather, load_report, memory, send_load, serve_command, why
+from capnb.serving import PAGE, Worker, answer_batch, gather, load_report, memory, send_load, serve_command, why
 from capnb.storybook import Storybook
 
 PAGES = 48
@@ -254,6 +255,24 @@ def test_reasons_have_the_same_limits(narrow, server, pages):
     with narrow.half_sent(pages[0], **key) as first, narrow.half_sent(pages[0], **key) as second:
         assert narrow.caption(pages[0], EXPLAIN, **key)[0] == 429
         assert first()[0] == second()[0] == 200
+
+class Done(Exception): pass
+
+class Once:
+    "A queue that gives what it holds, then ends the loop that asks for more."
+    def __init__(self, *requests): self.left = list(requests)
+    def get(self, timeout=None):
+        if not self.left: raise Done
+        return self.left.pop(0)
+
+def test_what_nobody_waits_for_is_left_undone(model, pages):
+    "A request whose time is over is neither captioned nor explained; the answer of one in time comes."
+    said, worker = [], Worker(None, None, wait=0)
+    worker.model = model
+    api, transport = SimpleNamespace(max_batch_size=1, request_timeout=60), SimpleNamespace(send=lambda message, consumer_id: said.append((message[0], *message[1][0])))
+    now, picture = time.monotonic(), pages[0]
+    with pytest.raises(Done): worker(api, 'cpu', 0, Once((0, 'late', now-61, (picture, False, True)), (0, 'in time', now, (picture, False, False))), transport, None, [])
+    assert said == [('in time', 'caption')]
 
 def test_a_tokenizer_that_cannot_tell(model, pages):
     class Slow: is_fast, name_or_path = False, 'slow/one'
