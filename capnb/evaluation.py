@@ -277,8 +277,9 @@ def most_common_caption(
 ) -> str:
     "Find the caption that is there most often; of several the one that is most like others, by its mean ROUGE-L."
     counts = Counter(captions)
+    most = max(counts.values())
     spread = lambda texts: texts[::-(-len(texts)//sample)]
-    tied, others = spread([c for c,n in counts.items() if n==max(counts.values())]), spread(list(captions))
+    tied, others = spread([c for c,n in counts.items() if n==most]), spread(list(captions))
     return max(tied, key=lambda c: sum(rouge_l([o], c) for o in others))
 
 
