@@ -147,7 +147,8 @@ def guess_encodings(
     if b'\0' in raw: return ['utf-32'] if _marked_encoding(raw)=='utf-32' else _unmarked_encodings(raw)
     odd = b'\n'.join([line for line in raw[:2**24].splitlines() if not line.isascii()][:500])[:100_000]
     found = {}
-    for match in list(from_bytes(odd, cp_isolation=_USUAL)) or from_bytes(odd):
+    usual = lambda m: (round(m.chaos, 2), -round(m.coherence, 1), _USUAL.index(m.encoding))
+    for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=usual) or from_bytes(odd):
         try: text = raw.decode(match.encoding)
         except UnicodeDecodeError: continue
         if match.encoding not in ('ascii','utf_8'): found.setdefault(text, match.encoding)
@@ -169,7 +170,7 @@ def _encoding_error(file, raw, codec, at, why, guesses, setting):
     lines = [raw.decode(g, 'replace').splitlines() for g in guesses]
     shown = [next((line for line in found if not line.isascii()), '').strip() for found in lines]
     may = ' or '.join(f'{g}, which reads {text!r:.80}' for g,text in zip(guesses, shown))
-    use = f"use --{setting} {guesses[0]} if that is right, else" if setting else 'please'
+    use = f"name the right one, as in --{setting} {guesses[0]}, or" if setting else 'please'
     return ValueError(f"{said}; it may be {may}; {use} save the file as UTF-8")
 
 # %% ../nbs/00_core.ipynb #7e870004
