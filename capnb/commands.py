@@ -157,7 +157,8 @@ def caption_command(
     from json import dumps
     from capnb.captioner import load_model_from_checkpoint
     from capnb.decoder import use_int8
-    from capnb.inference import caption_files, find_images
+    from capnb.images import find_images
+    from capnb.inference import caption_files
     files, good, bad = find_images(images), [], []
     model,_,_ = load_model_from_checkpoint(_checkpoint(checkpoint, folder), 'cpu' if int8 else None)
     if int8: use_int8(model.decoder)
