@@ -6,39 +6,132 @@
 __all__ = ['open_image', 'find_images']
 
 # %% ../nbs/01b_images.ipynb #1b000003
-import glob, io, struct
+import glob, io, stat, struct
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/01b_images.ipynb #0da7a002
-_NO_PICTURE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError) # what PIL raises on broken files
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+def _orientation(exif):
+    "The number in EXIF data that says how to turn an image, whatever lies beside it; None if there is none."
+    data = exif.removeprefix(b'Exif\0\0')
+    order = '<' if data[:2]==b'II' else '>'
+    try:
+        at, = struct.unpack_from(f'{order}I', data, 4)
+        count, = struct.unpack_from(f'{order}H', data, at)
+        entries = [struct.unpack_from(f'{order}HHIH', data, at+2+12*i) for i in range(count)]
+    except struct.error: return None
+    return next((value for tag,kind,count,value in entries if (tag,kind,count)==(0x0112,3,1)), None)
+
+def _turn(image):
+    "How an image is to be turned; None for as it is, also where its metadata cannot be read."
+    try: return _TURNS.get(_orientation(image.info.get('exif') or b'') or image.getexif().get(0x0112))
+    except Exception: return None # Pillow's reader of metadata raises anything at all, and the pixels are whole without it
 
 def _eight_bits(pixels):
-    "A picture of whole numbers: up to 65,535, or, if none is that high, up to 255."
-    return Image.fromarray((pixels.clip(0, 65535)//257 if pixels.dtype.itemsize==2 or pixels.max() > 255 else pixels.clip(0)).astype(np.uint8)).convert('RGB')
+    "An image of whole numbers: up to 65,535, or, if none is that high, up to 255."
+    wide = pixels.dtype.itemsize==2 or pixels.max() > 255
+    return Image.fromarray((pixels.clip(0, 65535)//257 if wide else pixels.clip(0)).astype(np.uint8))
 
 def _as_rgb(image):
-    "A PIL picture as people see it: upright, 8 bits, on white where it is transparent."
+    "A PIL image as people see it: upright, 8 bits, on white where it is transparent, without metadata."
     width, height = image.size
     if max(width, height) > 100*min(width, height): raise ValueError(f"it is a stripe, {width} pixels wide and {height} high")
     if image.mode=='F': raise ValueError("its brightness is in floating point; save it with 8 bits")
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0]=='I': return _eight_bits(np.asarray(image))
-    if not image.has_transparency_data: return image.convert('RGB')
-    image = image.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    image.load()
+    turn, transparent = _turn(image), image.has_transparency_data
+    if image.mode[0]=='I': image, transparent = _eight_bits(np.asarray(image)), False
+    image = image.convert('RGBA' if transparent else 'RGB')
+    if transparent: image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    image.info.clear() # or who opens it again turns it again
+    return image if turn is None else image.transpose(turn)
+
+# %% ../nbs/01b_images.ipynb #1b000011
+def _jpeg_pixels(data, exif):
+    "A JPEG file without its metadata, except for EXIF data if asked."
+    kept, at = [data[:2]], 2
+    while data[at:at+1]==b'\xff' and (marker := data[at+1]) not in (0xd9, 0xda):
+        end = at+2+int.from_bytes(data[at+2:at+4], 'big')
+        is_note = marker==0xfe or 0xe1 <= marker <= 0xef and marker!=0xee # 0xe0 and 0xee say how colours are stored
+        if not is_note or exif and data[at+4:at+10]==b'Exif\0\0': kept.append(data[at:end])
+        at = end
+    return b''.join(kept) + data[at:]
+
+def _png_pixels(data, exif):
+    "A PNG file without its metadata, except for EXIF data if asked."
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        name, end = data[at+4:at+8], at+12+int.from_bytes(data[at:at+4], 'big')
+        if name[:1].isupper() or name==b'tRNS' or exif and name==b'eXIf': kept.append(data[at:end])
+        at = end
+    return b''.join(kept)
+
+def _webp_pixels(data, exif):
+    "A WebP file without its metadata, except for EXIF data if asked."
+    kept, at = [], 12
+    while at < len(data):
+        name, end = data[at:at+4], at+8+(int.from_bytes(data[at+4:at+8], 'little')+1)//2*2
+        if name==b'VP8X': kept += [data[at:at+8], bytes([data[at+8] & (0b011010 if exif else 0b010010)]), data[at+9:end]]
+        elif name not in (b'ICCP', b'XMP ') and (exif or name!=b'EXIF'): kept.append(data[at:end])
+        at = end
+    body = b''.join(kept)
+    return b'RIFF' + struct.pack('<I', len(body)+4) + b'WEBP' + body
+
+_TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347, 512, 513, 514, 529, 530, 532}
+
+def _tiff_pixels(data, exif):
+    "A TIFF file without the tags that say nothing of its pixels, except for the orientation if asked."
+    order = '<' if data[:2]==b'II' else '>'
+    at, = struct.unpack_from(f'{order}I', data, 4)
+    count, = struct.unpack_from(f'{order}H', data, at)
+    entries = [data[at+2+12*i:at+14+12*i] for i in range(count)]
+    wanted = _TIFF_PIXELS | {274} if exif else _TIFF_PIXELS
+    kept = [e for e in entries if struct.unpack(f'{order}H', e[:2])[0] in wanted]
+    table = struct.pack(f'{order}H', len(kept)) + b''.join(kept) + bytes(4)
+    return data[:at] + table + data[at+len(table):]
+
+_PIXELS = {b'\xff\xd8\xff': _jpeg_pixels, b'\x89PNG': _png_pixels, b'RIFF': _webp_pixels, b'II*\0': _tiff_pixels, b'MM\0*': _tiff_pixels}
+
+def _without_metadata(data):
+    "Yield an image file without metadata: with EXIF data, and without; nothing for formats that we do not take apart."
+    strip = next((strip for magic,strip in _PIXELS.items() if data.startswith(magic)), None)
+    for exif in (True, False) if strip else ():
+        try: yield strip(data, exif)
+        except (struct.error, IndexError): return # its parts are not those of such a file
+
+# %% ../nbs/01b_images.ipynb #1b000013
+def _decoded(file):
+    with Image.open(file) as image: return _as_rgb(image)
+
+def _from_file(source):
+    "The image in a file or in bytes; once more without metadata where that fails."
+    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode): raise ValueError("it is no file")
+    file = lambda: io.BytesIO(source) if isinstance(source, bytes) else source
+    try: return _decoded(file())
+    except (MemoryError, Image.DecompressionBombError): raise
+    except Exception as e: first = e # see above
+    for data in _without_metadata(source if isinstance(source, bytes) else Path(source).read_bytes()):
+        try: return _decoded(io.BytesIO(data))
+        except Exception: pass # what was wrong first is told
+    raise first
+
+def _why(error, source):
+    "Say in a few words what is wrong with an image."
+    empty = source==b'' or isinstance(source, (str, Path)) and Path(source).is_file() and not Path(source).stat().st_size
+    if isinstance(error, UnidentifiedImageError): return 'it is empty' if empty else 'its content is of no known format'
+    if isinstance(error, MemoryError): return 'it needs more memory than there is'
+    return ((str(error).splitlines() or [''])[0] or type(error).__name__)[:300]
 
 def open_image(
-    source, # Path of a file, its bytes, or a PIL picture
+    source, # Path of a file, its bytes, or a PIL image
     name=None, # What to call it in an error; None for the path, or "the image"
 ) -> Image.Image: # RGB
-    "Open a picture as people see it: upright, of 8 bits, on white where transparent, the first frame if there are several; raises `ValueError` that names what is not a readable picture."
-    try:
-        if isinstance(source, Image.Image): return _as_rgb(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image: return _as_rgb(image)
-    except UnidentifiedImageError: why = 'it is empty' if source==b'' or isinstance(source, (str, Path)) and not Path(source).stat().st_size else 'its content is of no known format'
-    except _NO_PICTURE as e: why = (str(e) or type(e).__name__).splitlines()[0]
+    "Open an image as people see it: upright, of 8 bits, on white where transparent, the first frame if there are several; raises `ValueError` that names what is not a readable image."
+    try: return _as_rgb(source) if isinstance(source, Image.Image) else _from_file(source)
+    except Exception as e: why = _why(e, source) # see above
     raise ValueError(f"{name or (source if isinstance(source, (str, Path)) else 'the image')} is not a readable picture: {why}")
 
 # %% ../nbs/01b_images.ipynb #76049b6d
