@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
-from .core import atomic_write, hub_errors
+from .core import atomic_write, hub_errors, read_text
 from .images import open_image
 from .storybook import SPLITS, Storybook
 
@@ -124,16 +124,6 @@ def named_rows(
 _PICTURE_COLUMNS = ('file_name', 'image_name', 'image', 'filename', 'file', 'name')
 _PICTURE_NAME = r'.*\.(jpe?g|png|gif|webp|tiff?|bmp|jp2|avif|ppm)'
 
-def _decoded(file):
-    "The text of a file in UTF-8 (with or without a byte-order mark), in UTF-16, or else in Windows' western encoding."
-    return _text(file.read_bytes()).replace('\r\n', '\n').replace('\r', '\n')
-
-def _text(raw):
-    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16')
-    if b'\0' in raw[:2]: return raw.decode('utf-16-be' if raw[0]==0 else 'utf-16-le')
-    try: return raw.decode('utf-8-sig')
-    except UnicodeDecodeError: return raw.decode('cp1252')
-
 def _columns(names):
     "Positions of the columns of picture, caption and split, None for one that is missing."
     names = [str(n).strip().lower() for n in names]
@@ -228,19 +218,23 @@ class PictureFolder:
         folder, # With pictures, in it or in folders below
         table=None, # The file with the captions; None for the only one in the folder
         bad_rows:str='stop', # 'skip' to leave out rows that do not fit; they are told in `bad`
+        image_column:str=None, # Column of the file names, by name, or by number from 1 where there is no header
+        caption_column:str=None, # Column of the captions, or several with commas between
+        encoding:str=None, # Of the table; None for UTF-8 or marked UTF-16, see `capnb.core.read_text`
+        outside:bool=False, # Whether rows may name images outside of the folder
     ): # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not fit
-        self.folder = Path(folder)
+        self.folder, self.encoding = Path(folder), encoding
         self.table = Path(table) if table else _only_table(self.folder)
         self.captions, self.paths, self.where, self.splits, self._below = {}, {}, {}, {}, None
         try: bad = [problem for row in self._read() if (problem := self._add(*row))]
-        except (ValueError, TypeError, RecursionError) as e: raise ValueError(f"{self.table}: {e}") from None
+        except (ValueError, TypeError, RecursionError) as e: raise ValueError(f"{self.table}: {str(e).removeprefix(f'{self.table}: ')}") from None
         if bad and (bad_rows=='stop' or not self.captions):
             raise ValueError(f"{self.table}: {'; '.join(bad[:5])}" + (f"; and {len(bad)-5} more: `capnb_data check` lists them, bad_rows 'skip' leaves them out" if len(bad)>5 else ''))
         if not self.captions: raise ValueError(f"{self.table}: it has no rows")
         self.bad, self.names = [f'{self.table}: {b}' for b in bad], list(self.captions)
 
     def _read(self):
-        text = _decoded(self.table)
+        text = read_text(self.table, self.encoding, 'encoding')
         return _json_rows(_json_lines(text), 'line') if self.table.suffix=='.jsonl' else _json_document(text) if self.table.suffix=='.json' else _table_rows(text)
 
     def __len__(self): return len(self.names)
@@ -319,14 +313,18 @@ def _with_validation(parts):
 def read_folder(
     folder, # As `PictureFolder` takes it, or with several tables of captions, one for each split
     bad_rows:str='stop', # 'skip' to leave out rows that do not fit
+    image_column:str=None, # As for `PictureFolder`, as are the others
+    caption_column:str=None,
+    encoding:str=None,
+    outside:bool=False,
 ): # Rows by name of split; list that tells of each row that was left out
     "Read a folder of pictures with the splits that it brings, else cut by `split_rows`; raises as `PictureFolder`."
-    folder = Path(folder)
+    folder, options = Path(folder), (bad_rows, image_column, caption_column, encoding, outside)
     below = [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name.lower() in _SPLIT_NAMES and _tables(f)]
     coco = [t for t in _tables(folder)+_tables(folder/'annotations') if re.fullmatch('captions_.*json', t.name)]
-    if below: sources = [(_SPLIT_NAMES[f.name.lower()], PictureFolder(f, bad_rows=bad_rows)) for f in below]
-    elif coco: sources = [(_coco_split(t) if len(coco)>1 else None, PictureFolder(folder, t, bad_rows)) for t in coco]
-    else: sources = [(None, PictureFolder(folder, bad_rows=bad_rows))]
+    if below: sources = [(_SPLIT_NAMES[f.name.lower()], PictureFolder(f, None, *options)) for f in below]
+    elif coco: sources = [(_coco_split(t) if len(coco)>1 else None, PictureFolder(folder, t, *options)) for t in coco]
+    else: sources = [(None, PictureFolder(folder, None, *options))]
     parts = {}
     for split,rows in sources:
         for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
