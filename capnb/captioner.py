@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint, write_json
 from .images import open_image
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, check_encoder, load_encoder
@@ -208,7 +208,7 @@ def save_metadata(
     metadata:dict, # Plain data
 ):
     "Write, or write anew, the metadata file beside a file of weights."
-    with atomic_write(_metadata_path(Path(weights))) as f: json.dump(metadata, f, indent=2)
+    write_json(_metadata_path(Path(weights)), metadata)
 
 def save_tensors(
     path, # File to write or to replace

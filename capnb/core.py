@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Hyperparameters', 'chosen_settings', 'as_hyperparameters', 'model_path', 'model_source', 'revision_of',
            'no_loading_bar', 'hub_errors', 'Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention',
            'default_device', 'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention',
-           'memory_in_use', 'model_config', 'weights_fingerprint', 'load_whole', 'atomic_write']
+           'memory_in_use', 'model_config', 'weights_fingerprint', 'load_whole', 'atomic_write', 'write_json']
 
 # %% ../nbs/00_core.ipynb #74982778
 import errno, json, os, re, tempfile
@@ -362,3 +362,13 @@ def atomic_write(
         os.unlink(temporary)
         if isinstance(e, OSError) and e.errno and e.filename in (None, temporary): raise OSError(e.errno, e.strerror, str(path)) from None # "no space left" comes without a name
         raise
+
+# %% ../nbs/00_core.ipynb #aa5720e2
+def write_json(
+    path, # File to write or to replace
+    value, # Plain data
+):
+    "Write plain data as JSON, atomically. Raises `ValueError` that names the file for a number such as NaN, which JSON has not."
+    try: text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as e: raise ValueError(f"{path} is not written: {e}") from None
+    with atomic_write(path) as f: f.write(text + '\n')

@@ -102,7 +102,7 @@ def validate(
     data:EncodedData, # Each picture is taken with its first caption
     batch_size:int=64, # Pictures at a time
 ): # Mean nats per token; image gain in nats per caption (None for a single picture)
-    "The loss on unseen pictures, and how much it grows when every picture is swapped for another."
+    "The loss on unseen pictures, and how much it grows when every picture is swapped for another; raises `ValueError` where it is no number."
     was_training = model.training
     model.eval()
     captions = [r['captions'][0] for r in data.rows]
@@ -112,6 +112,7 @@ def validate(
         return nats.sum().item(), other.sum().item(), mask.sum().item()
     total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size)))
     model.train(was_training)
+    if not math.isfinite(total+swapped): raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at the features')
     return total/tokens, (swapped-total)/len(data) if len(data)>1 else None
 
 # %% ../nbs/07_training.ipynb #9ed3c45f
@@ -365,7 +366,7 @@ def training_state(
 ) -> dict: # Tensors and plain data
     "All that a run must remember to go on exactly."
     return dict(position={k: getattr(run, k) for k in _POSITION}, micro_batch_size=run.micro_batch_size, hyperparameters=asdict(run.h), identity=run.identity,
-                metadata=json.dumps(run.metadata), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
+                metadata=json.dumps(run.metadata, allow_nan=False), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
                 scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks))
 
 def save_state(run:Run):
