@@ -128,7 +128,8 @@ class Run:
     checkpoint: Path = None # Weights of the last epoch
     curve: Path = None # Picture of the loss curve
     step: int = 0 # Steps done in the epoch that has begun
-    steps: int = 0 # Steps that it has
+    steps: int = 0 # Steps that it has, or will have made where `max_steps` ends it
+    whole: int = 0 # Steps that it has
     total: float = 0. # Sum of the nats of its tokens
     tokens: int = 0 # Those tokens
     seconds: float = 0. # Time that they took
@@ -148,6 +149,7 @@ class Run:
     identity: dict = None # Fingerprints of the data and the frozen models
     busy: bool = False # Within steps, which such a signal lets end
     saved: int = 0 # Steps that the last saved state knows of
+    cut: dict = None # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before
 
 class Callback:
     "Something that a run does besides learning."
@@ -262,7 +264,8 @@ def train_epoch(
     "Show every picture once, or those that are still to come, and correct what learns after each batch."
     batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.h.captions_per_picture)
     counts = token_counts(run.model.tokenizer, batches.captions, run.model.max_caption_length)
-    run.steps, began = min(len(batches), max_steps or len(batches)), time.perf_counter()-run.seconds
+    run.whole, began = len(batches), time.perf_counter()-run.seconds
+    run.steps = min(run.whole, max_steps or run.whole)
     if run.random: _set_random_state(run.random, run.model.device); run.random = None
     rows = batches.rows[run.step:run.steps]
     own = [_own_rows(r, counts, accelerator) for r in rows]
@@ -366,7 +369,20 @@ def training_state(
     "All that a run must remember to go on exactly."
     return dict(position={k: getattr(run, k) for k in _POSITION}, micro_batch_size=run.micro_batch_size, hyperparameters=asdict(run.h), identity=run.identity,
                 metadata=json.dumps(run.metadata), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
-                scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks))
+                scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks), cut=run.cut)
+
+_CLOSING = ('position', 'metadata', 'scheduler', 'random', 'callbacks') # what closing an epoch changes, beside the learning rates
+
+def _before_closing(run):
+    state = training_state(run)
+    return deepcopy({k: state[k] for k in _CLOSING} | dict(rates=[g['lr'] for g in state['optimizer']['param_groups']]))
+
+def _reopened(state, h):
+    "A state as it was before `max_steps` ended its epoch, if the run may now go further; else the state."
+    more = h.max_steps is None or h.max_steps > len(state['position']['losses'])
+    if not (state.get('cut') and more): return state
+    groups = [{**g, 'lr': rate} for g,rate in zip(state['optimizer']['param_groups'], state['cut']['rates'], strict=True)]
+    return {**state, **{k: state['cut'][k] for k in _CLOSING}, 'optimizer': {**state['optimizer'], 'param_groups': groups}, 'cut': None}
 
 def save_state(run:Run):
     "Write the training state, in place of the last one."
@@ -386,14 +402,20 @@ def find_state(
     if not path or not path.exists(): raise FileNotFoundError(f"there is no run to go on with in {str(where)!r}: no training state; start one with capnb_train")
     return path
 
+def _kinds(state):
+    "The parts of a state: name, value, and the kind that the value must be of."
+    kinds = [(k, state.get(k), kind) for k,kind in _STATE.items()]
+    if isinstance(state.get('position'), dict): kinds += [(k, state['position'].get(k), kind) for k,kind in _POSITION.items()]
+    return kinds
+
 def read_state(
     path, # From `find_state`
 ) -> dict: # As from `training_state`; `path` is added
     "Read the training state of a run; no code in the file runs. Raises `ValueError` or `FileNotFoundError` that names the file."
     path, state = Path(path), read_tensors(path)
-    kinds = [(k, state.get(k), kind) for k,kind in _STATE.items()]
-    if isinstance(state.get('position'), dict): kinds += [(k, state['position'].get(k), kind) for k,kind in _POSITION.items()]
-    for name,value,kind in kinds:
+    kinds, cut = _kinds(state), state.get('cut')
+    if isinstance(cut, dict): kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | cut)] + [('cut: rates', cut.get('rates'), list)]
+    for name,value,kind in kinds + [('cut', cut, (dict, type(None)))]:
         if not isinstance(value, kind): raise ValueError(f"{path} is not the state of a training run: {name} is missing or of another kind")
     if path.name!=f"training_state_{state['position']['stamp']}.pt": raise ValueError(f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name")
     return dict(state, path=path)
@@ -432,26 +454,37 @@ def load_state(
         run.metadata = json.loads(state['metadata'])
     except _DOES_NOT_FIT as e: raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION: setattr(run, k, position[k])
-    run.random, run.done, run.saved = state['random'], False, len(run.losses)
+    run.random, run.done, run.saved, run.cut = state['random'], False, len(run.losses), state.get('cut')
     if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'): run.micro_batch_size = state['micro_batch_size']
     if run.epoch: run.checkpoint = weights_path(path.parent, run.stamp, run.epoch)
 
 # %% ../nbs/07_training.ipynb #6c6f071d
-MAY_CHANGE = ('num_epochs', 'patience', 'keep_checkpoints', 'checkpoint_steps', 'micro_batch_size', 'features_dir', 'output_dir')
+MAY_CHANGE = ('num_epochs', 'max_steps', 'patience', 'keep_checkpoints', 'checkpoint_steps', 'micro_batch_size', 'features_dir', 'output_dir')
+
+def _nothing_left(state, saved, h):
+    "Why a run cannot go on with `h`, and which setting helps; None if it can."
+    position, run = state['position'], f"the run of {state['position']['stamp']}"
+    steps, begun = len(position['losses']), position['epoch'] + (position['step'] > 0)
+    last = position['epoch'] >= h.num_epochs and not state.get('cut')
+    ended = f"{run} has ended after {position['epoch']} epochs; to go on, ask for a larger"
+    if h.num_epochs < begun: return f"num_epochs is {h.num_epochs}, but {run} has begun its epoch {begun}"
+    if h.max_steps and h.max_steps < steps: return f"max_steps is {h.max_steps}, but {run} has made {steps} steps"
+    if not position['done']: return None
+    if h.max_steps==steps: return f"{run} has ended after {steps} steps (max_steps); to go on, ask for a larger max_steps{' and num_epochs' if last else ''}"
+    if last: return f"{ended} num_epochs"
+    same = (h.num_epochs, h.max_steps, h.patience)==(saved.num_epochs, saved.max_steps, saved.patience)
+    return f"{ended} patience" if same else None
 
 def resumed_hyperparameters(
     state:dict, # From `read_state`
     wanted:dict, # What was asked for now, by name
 ) -> Hyperparameters:
     "The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if nothing is left to do."
-    path, position, saved = state['path'], state['position'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
-    for k,v in wanted.items():
-        if k not in MAY_CHANGE and saved[k]!=v: raise ValueError(f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {v!r}; what may change: {', '.join(MAY_CHANGE)}")
+    path, saved = state['path'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
-    begun = position['epoch'] + (position['step'] > 0)
-    if h.num_epochs < begun: raise ValueError(f"num_epochs is {h.num_epochs}, but the run of {position['stamp']} has begun its epoch {begun}")
-    same, enough = (h.num_epochs, h.patience)==(saved.num_epochs, saved.patience), h.max_steps and len(position['losses']) >= h.max_steps
-    if position['done'] and (same or enough): raise ValueError(f"the run of {position['stamp']} has ended after {position['epoch']} epochs; to go on, ask for a larger num_epochs (or, if it stopped early, patience)")
+    for k in wanted.keys() - set(MAY_CHANGE):
+        if saved[k]!=h[k]: raise ValueError(f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {h[k]!r}; what may change: {', '.join(MAY_CHANGE)}")
+    if why := _nothing_left(state, saved, h): raise ValueError(why)
     new = Path(h.output_dir)/path.name
     if new.exists() and not new.samefile(path): raise ValueError(f"{new} exists; going on from {path} would write over it")
     return h
@@ -503,6 +536,7 @@ class SaveState(Callback):
     def on_step_end(self, run):
         n, stop = run.h.checkpoint_steps, run.signal # read once: it may be set at any moment
         if stop or run.step==run.steps or n and len(run.losses)%n==0: save_state(run)
+        if run.step==run.steps: run.cut = _before_closing(run) if run.steps < run.whole else None
         if stop: run.accelerator.wait_for_everyone(); raise Interrupted(run)
 
 # %% ../nbs/07_training.ipynb #6c6f0721
@@ -649,9 +683,10 @@ def _new_run(model, data, h, stamp, callbacks, accelerator):
 def _begin(run, state):
     "Begin, or take up what `state` remembers."
     if state:
+        state = _reopened(state, run.h)
         load_state(run, state)
         print(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
-        if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h)))
+        if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h), position={**state['position'], 'done': False}))
     else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
     for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)
     if not state: save_state(run)
