@@ -7,11 +7,11 @@ __all__ = ['ADVICE', 'MAY_CHANGE', 'EpochBatches', 'epoch_batches', 'make_optimi
            'Run', 'Callback', 'token_counts', 'in_processes', 'sharding_asked', 'backward', 'read_ahead', 'train_epoch',
            'save_curve', 'report_epoch', 'state_path', 'training_state', 'save_state', 'find_state', 'read_state',
            'load_state', 'resumed_hyperparameters', 'Interrupted', 'ask_to_stop', 'SaveState', 'best_epoch',
-           'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks',
+           'report_best', 'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks',
            'first_goes_first', 'share_held', 'shard_decoder', 'tracker_names', 'close_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
-import json, math, os, random, re, shlex, signal, threading, time
+import json, math, os, random, re, signal, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, memory_in_use, revision_of
+from .core import (Hyperparameters, as_hyperparameters, atomic_write, check_writable, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
+                        revision_of, say, shell_line)
 from .data import captions_for_epoch
 from .encoder import EncodedData
 
@@ -93,7 +94,7 @@ def in_slices(
         clear_device_cache(garbage_collection=True) # out here, where the error no longer holds the tensors of the attempt
         if size==1: raise ValueError(f'out of memory with a single picture; what helps: a smaller model, shorter captions (max_caption_length), and {ADVICE}')
         size //= 2
-        print(f'⚠️ Out of memory with {2*size} pictures at a time: going on with {size}')
+        say(f'⚠️ Out of memory with {2*size} pictures at a time: going on with {size}')
 
 # %% ../nbs/07_training.ipynb #e65a9419
 @torch.no_grad()
@@ -195,7 +196,7 @@ def _halve(run, n):
     if sharding_asked(): raise ValueError(f'out of memory with {n} captions, and with FSDP a process cannot halve its batch alone; what helps: {ADVICE}')
     if size==1: raise ValueError(f'out of memory with a single caption; what helps: shorter captions (max_caption_length), a smaller model, and {ADVICE}')
     run.micro_batch_size = size//2
-    print(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and the result the same. What also helps: {ADVICE}')
+    say(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and the result the same. What also helps: {ADVICE}')
 
 def backward(
     run:Run,
@@ -269,7 +270,7 @@ def train_epoch(
     if run.random: _set_random_state(run.random, run.model.device); run.random = None
     rows = batches.rows[run.step:run.steps]
     own = [_own_rows(r, counts, accelerator) for r in rows]
-    bar = tqdm(zip(rows, own, read_ahead(batches, own, run.model.device)), initial=run.step, total=run.steps, desc=f'Epoch {run.epoch+1}/{run.h.num_epochs}', unit='batch')
+    bar = tqdm(zip(rows, own, read_ahead(batches, own, run.model.device)), initial=run.step, total=run.steps, desc=f'Training Epoch {run.epoch+1}/{run.h.num_epochs}')
     for whole,mine,(features,captions) in bar:
         tokens = sum(counts[i] for i in whole)
         share = sum(counts[i] for i in mine)/tokens if accelerator.process_index < len(whole) else 0.
@@ -280,7 +281,7 @@ def train_epoch(
         optimizer.step(); optimizer.zero_grad()
         run.losses.append(loss); run.total += loss*tokens; run.tokens += tokens; run.step += 1; run.seconds = time.perf_counter()-began
         if not math.isfinite(loss): raise ValueError(f'the loss is {loss} at step {len(run.losses)}: lower the learning rate, and look at the features')
-        bar.set_postfix({'Loss': f'{loss:.3f}', 'Avg Loss': f'{run.total/run.tokens:.3f}'}, refresh=False)
+        bar.set_postfix({'Loss': f'{loss:.4f}', 'Avg Loss': f'{run.total/run.tokens:.4f}'}, refresh=False)
         for c in run.callbacks: c.on_step_end(run)
     bar.close()
     mean, run.step, run.total, run.tokens = run.total/run.tokens, 0, 0., 0
@@ -319,15 +320,18 @@ def _new_metadata(run, training_loss, seconds):
                 frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
-    "Print what an epoch brought, in five lines."
-    m, show = run.metadata, lambda v, digits=4: 'off' if v is None else f'{v:.{digits}f}'
-    print(f"✅ Epoch {run.epoch}/{run.h.num_epochs} saved, {m['seconds']:.0f} s on {m['device']}, {memory_in_use(run.model.device):.1f} GB of memory in use")
-    print(f"📁 {run.checkpoint}")
-    print(f"📊 Training loss:   {show(m['training_loss'])}")
-    print(f"📈 Validation loss: {show(m['validation_loss'])}   image gain: {show(m['image_gain'],2)} nats per caption")
-    print(f"🎯 ROUGE-L:         {show(m['rouge_l'])}   floor {show(m['rouge_l_floor'])}, ceiling {show(m['rouge_l_ceiling'])}")
+    "Print what an epoch brought: five lines as scripts of this kind have them, then what stands behind them."
+    m, show = run.metadata, lambda v, digits=4: 'N/A' if v is None else f'{v:.{digits}f}'
+    say('✅ Model saved successfully!')
+    say(f'📁 Model state dict: {run.checkpoint}')
+    say(f"📊 Training loss: {show(m['training_loss'])}")
+    say(f"📈 Validation loss: {show(m['validation_loss'])}")
+    say(f"🎯 ROUGE-L score: {show(m['rouge_l'])}")
+    say(f"⏱️ Epoch {run.epoch}/{run.h.num_epochs}: {m['seconds']:.0f} s on {m['device']}, {memory_in_use(run.model.device):.1f} GB of memory in use")
+    if m['image_gain'] is not None: say(f"🔍 Image gain: {m['image_gain']:.2f} nats per caption")
+    if m['rouge_l'] is not None: say(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
-        print("⚠️ The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
+        say("⚠️ The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
 
 # %% ../nbs/07_training.ipynb #6c6f0714
 def _random_state(device):
@@ -496,7 +500,7 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + run.signal # as shells say it: 130 for SIGINT, 143 for SIGTERM
         super().__init__('stopped before the first step; start anew' if not state_path(run).exists() else f'stopped after step {run.saved}; {_how_to_go_on(run)}')
 
-def _how_to_go_on(run): return f'go on with: capnb_train --resume {shlex.quote(str(state_path(run)))}'
+def _how_to_go_on(run): return f"go on with: {shell_line(['capnb_train', '--resume', str(state_path(run))])}"
 
 def ask_to_stop(
     run:Run, # One that is going on, in this thread or in another
@@ -546,6 +550,12 @@ def best_epoch(
     "Name the epoch with the best validation loss."
     return min(((loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None), default=(None, None))[1]
 
+def report_best(run:Run):
+    "Name the checkpoint with the best validation loss, of those that are there."
+    path = lambda epoch: weights_path(run.h.output_dir, run.stamp, epoch)
+    there = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None and path(e).exists()]
+    if there: say(f'🏆 Best by validation loss: epoch {min(there)[1]}, {min(there)[0]:.4f}, {path(min(there)[1])}; other commands take it with --best')
+
 class KeepCheckpoints(Callback):
     "Keep the last `keep_checkpoints` checkpoints of the run and the best one."
     def on_epoch_end(self, run):
@@ -557,7 +567,7 @@ class EarlyStopping(Callback):
     def on_epoch_end(self, run):
         if not run.h.patience or run.epoch-best_epoch(run) < run.h.patience: return
         run.stop = True
-        print(f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the best was epoch {best_epoch(run)}')
+        say(f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the best was epoch {best_epoch(run)}')
 
     def on_resume(self, run):
         if run.validation: self.on_epoch_end(run)
@@ -578,7 +588,7 @@ def _new_stamp(folder):
         stamp = f'{start:%Y%m%d_%H%M%S}'
         if lock := _lock(folder, stamp):
             if not any(folder.glob(f'[!.]*_{stamp}*')): return stamp, lock
-            Path(lock.lock_file).unlink(); lock.release()
+            free_lock(lock)
         start += timedelta(seconds=1)
 
 @contextmanager
@@ -594,14 +604,23 @@ def claim(
     try:
         for left in folder.glob(f'.*_{stamp}*.part'): left.unlink() # half a file, from a process that was killed
         yield stamp
-    finally: Path(lock.lock_file).unlink(missing_ok=True); lock.release()
+    finally: free_lock(lock)
 
 # %% ../nbs/07_training.ipynb #07b10012
+_ALONE = ("several processes were asked for, but `accelerate launch --cpu` starts a single one (accelerate 1.15); for several on CPUs: "
+          "accelerate launch --multi_gpu --num_processes 2 ..., which is right without a GPU, too; for one: the command without accelerate")
+
+def _launched_alone():
+    "Whether `accelerate launch` was asked for several processes on CPUs: it then names a meeting point, and starts one process that is not told of any others."
+    return os.environ.get('ACCELERATE_USE_CPU', '').lower()=='true' and 'MASTER_PORT' in os.environ and 'WORLD_SIZE' not in os.environ
+
 def join_processes(
     device=None, # Asked for; None for the best
 ): # Device of this process
     "Take one's place among the processes that `accelerate launch` started, if it did; raises `ValueError` if on such a device they cannot talk to each other."
-    if not in_processes(): return device
+    if not in_processes():
+        if _launched_alone(): raise ValueError(_ALONE)
+        return device
     device = torch.device(device or default_device())
     state = PartialState(cpu=device.type=='cpu', timeout=timedelta(days=7)) # the others wait while the first encodes, and that may take hours
     if state.num_processes==1: raise ValueError(f"several processes were started, but on {device.type!r} they cannot work together; start one")
@@ -617,7 +636,7 @@ def of_first(
 def first_speaks():
     "Let one of several processes print and draw bars; errors come out of each."
     if not in_processes() or PartialState().is_main_process: yield; return
-    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
+    with open(os.devnull, 'w', encoding='utf-8') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
 
 @contextmanager
 def first_goes_first():
@@ -685,7 +704,7 @@ def _begin(run, state):
     if state:
         state = _reopened(state, run.h)
         load_state(run, state)
-        print(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
+        say(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
         if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h), position={**state['position'], 'done': False}))
     else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
     for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)
@@ -739,4 +758,5 @@ def fit(
             for c in run.callbacks: c.on_train_end(run)
             run.done = True
             save_state(run)
+            report_best(run)
     return run
