@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
 from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint
-from .data import open_image
+from .images import open_image
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, check_encoder, load_encoder
 

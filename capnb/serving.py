@@ -19,7 +19,7 @@ from fastcore.script import Param
 from PIL import Image
 from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from .commands import command
-from .data import _NO_PICTURE, open_image
+from .images import _NO_PICTURE, open_image
 from .decoder import captions_of
 from .inference import explain
 

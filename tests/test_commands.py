@@ -9,7 +9,7 @@ from capnb.decoder import use_int8
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from capnb.commands import train
 from capnb.core import Hyperparameters
-from capnb.inference import open_image
+from capnb.images import open_image
 from capnb.storybook import Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
