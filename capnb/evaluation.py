@@ -21,7 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from .captioner import Captioner, _metadata_path, load_trained, save_metadata
-from .core import atomic_write, write_json
+from .core import atomic_write, say, write_json
 from .data import counts_characters, one_line, space_characters, words
 from .encoder import EncodedData
 from .storybook import COLOURS, KINDS, read_facts
@@ -407,7 +407,7 @@ class Scores(Callback):
         if not run.main: return # another process writes
         save_metadata(run.checkpoint, run.metadata)
         columns = {split: scores for split,(scores,_) in results.items()}
-        print('\n' + score_table(columns | {f'untrained {s[:4]}': v for s,v in untrained.items()}) + '\n')
+        say('\n' + score_table(columns | {f'untrained {s[:4]}': v for s,v in untrained.items()}) + '\n')
         self._show(run, next(iter(results)), next(iter(results.values()))[1])
 
     def _score_untrained(self, run):
@@ -422,8 +422,8 @@ class Scores(Callback):
         n = min(self.samples, len(captions))
         path = Path(run.h.output_dir)/f'samples_{run.stamp}.png'
         draw_samples([self.pictures[split][i]['image'] for i in range(n)], captions[:n], path)
-        for i in range(n): print(f"  {run.data[split].rows[i]['image_id']}: {captions[i]}")
-        print(f'🖼️  {path}')
+        for i in range(n): say(f"  {run.data[split].rows[i]['image_id']}: {captions[i]}")
+        say(f'🖼️  {path}')
 
 # %% ../nbs/08_evaluation.ipynb #08c0a002
 _ERRORS = dict(mlflow='mlflow.exceptions.MlflowException', wandb='wandb.errors.Error') # what these two raise
