@@ -8,22 +8,10 @@ __all__ = ['CaptionData', 'tell_columns', 'named_rows', 'PictureFolder', 'split_
 
 # %% ../nbs/02_data.ipynb #61dcb856
 import csv, io, json, re, regex
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from unicodedata import normalize
-import numpy as np
-from fastcore.basics import patch
-from PIL import Image
-from .core import read_text
-from .images import open_image
-
-# %% ../nbs/02_data.ipynb #61dcb856
-import csv, io, json, re
-from collections.abc import Mapping
-from pathlib import Path
-from random import Random
 from fastcore.basics import patch
 from PIL import Image
 from .core import read_text
