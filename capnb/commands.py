@@ -135,15 +135,13 @@ def data_command(
     json_file:Param('Write what is found to this JSON file', str)=None,
 ):
     "Look a data set over before a long run: what each split holds, samples, every row or image that cannot be used, and what may teach the wrong thing."
-    from json import dump
-    from capnb.core import atomic_write
+    from capnb.core import write_json
     from capnb.sources import check_data, report_data
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}; allowed: a whole number of 1 or more")
     report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision,
                         encoding=encoding, outside=outside_files)
     report_data(report)
-    if json_file:
-        with atomic_write(json_file) as f: dump(report, f, indent=2, ensure_ascii=False)
+    if json_file: write_json(json_file, report)
     if report['bad']: raise ValueError(f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out")
 
 # %% ../nbs/11_commands.ipynb #8e98cee5

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CaptionData', 'tell_columns', 'named_rows', 'PictureFolder', 'split_rows', 'Source', 'read_folder',
-           'captions_for_epoch']
+           'captions_for_epoch', 'one_line', 'word_spans', 'words', 'space_characters', 'counts_characters']
 
 # %% ../nbs/02_data.ipynb #61dcb856
-import csv, io, json, re
+import csv, io, json, re, regex
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
+from unicodedata import normalize
 from fastcore.basics import patch
 from PIL import Image
 from .core import read_text
@@ -29,8 +30,8 @@ def _captions(row, where):
     found = next((row[k] for k in ('captions','caption') if row.get(k) is not None), None)
     if found is None: raise ValueError(f"{where} has neither 'captions' nor 'caption', only {', '.join(map(str, row))}")
     found = list(found) if hasattr(found, '__iter__') and not isinstance(found, str) else [found]
-    if not found or not all(isinstance(c, str) and c.strip() for c in found): raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}")
-    return [' '.join(c.split()) for c in found]
+    if not found or not all(isinstance(c, str) and one_line(c) for c in found): raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}")
+    return [one_line(c) for c in found]
 
 def _check_rows(rows):
     if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
@@ -352,3 +353,30 @@ def captions_for_epoch(
         chosen.append(order[place])
     return chosen
 
+
+# %% ../nbs/02_data.ipynb #02a00002
+def one_line(text:str) -> str:
+    "Join the words of a text by single spaces; line breaks of any kind and control characters count as spaces."
+    return re.sub(r'[\s\x00-\x1f\x7f-\x9f]+', ' ', text).strip()
+
+# %% ../nbs/02_data.ipynb #02a00005
+_SCRIPTS = r'\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Thai}\p{scx=Lao}\p{scx=Khmer}\p{scx=Myanmar}' # without spaces
+_CHARACTER = regex.compile(rf'(?V1)(?=[[{_SCRIPTS}]&&[\p{{L}}\p{{Nl}}]])\X\p{{M}}*')
+_LETTER = rf'[\p{{L}}\p{{Nd}}\p{{Nl}}]--[{_SCRIPTS}&&\p{{L}}\p{{Nl}}]' # or a digit, of a script with spaces
+_WORD = regex.compile(rf'{_CHARACTER.pattern}|[{_LETTER}](?:[{_LETTER}]|[\p{{M}}\u200c\u200d])*')
+
+def word_spans(text:str) -> list: # Of (start, end)
+    "Say where the words of a text are: letters with their marks, and digits; in scripts without spaces each character is a word."
+    return [match.span() for match in _WORD.finditer(text)]
+
+def words(text:str) -> list: # Of texts
+    "List the words of a text in lower case, with its characters composed (Unicode's form NFC)."
+    return _WORD.findall(normalize('NFC', text).lower())
+
+def space_characters(text:str) -> str:
+    "Put spaces around each character of the scripts without spaces, for tools that split there."
+    return one_line(_CHARACTER.sub(r' \g<0> ', text))
+
+def counts_characters(texts) -> bool:
+    "Whether any of some texts has characters of a script without spaces."
+    return any(_CHARACTER.search(t) for t in texts)
