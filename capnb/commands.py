@@ -41,7 +41,7 @@ def prepare(
 ): # The captioner, with an adapter that has learned nothing; for each split its pictures; the same encoded
     "Load what a run needs: the frozen pair, the data, and each picture encoded once."
     from capnb.captioner import build_captioner, check_models, start_from
-    from capnb.data import load_for
+    from capnb.sources import load_for
     from capnb.encoder import encode_data, features_folder
     from capnb.training import first_goes_first, join_processes, shard_decoder, sharding_asked
     check_models(h) # before pictures are fetched for a model that does not exist
@@ -53,7 +53,7 @@ def prepare(
 
 def train(
     settings=None, # Dictionary, path of a JSON or YAML file, or `Hyperparameters`; None for the preset as it is
-    data=None, # A data set or a dictionary of splits, see `capnb.data.load_data`; None for the one that the settings name
+    data=None, # A data set or a dictionary of splits, see `capnb.sources.load_data`; None for the one that the settings name
     preset:str=None, # One of `PRESETS`; `settings` changes it; None for 'storybook', or for what the run had that goes on
     callbacks=(), # More `capnb.training.Callback`s
     device=None, # None for the best device
@@ -135,7 +135,7 @@ def data_command(
     "Look a data set over before a long run: what each split holds, samples, and every row or picture that cannot be used."
     from json import dump
     from capnb.core import atomic_write
-    from capnb.data import check_data, report_data
+    from capnb.sources import check_data, report_data
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}; allowed: a whole number of 1 or more")
     report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision)
     report_data(report)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import OWN_DATA, _checkpoint, command
 from .core import as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source
-from .data import load_for
+from .sources import load_for
 from .decoder import use_int8
 from .encoder import EncodedData, encode_data, features_folder, load_encoder
 from .evaluation import FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import command
 from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path
-from .data import held_back, load_for
+from .sources import held_back, load_for
 from .decoder import caption_loss, caption_nats, generate_captions
 from .encoder import ImageEncoder, tower_class
 from .training import make_optimizer
