@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'caption_texts', 'looks_like_image', 'column_kind', 'Columns',
-           'named_like', 'infer_columns']
+           'named_like', 'caption_groups', 'infer_columns', 'Table', 'read_columns', 'read_document', 'read_json',
+           'read_table', 'NameIndex']
 
 # %% ../nbs/01c_tables.ipynb #7ab00003
 import ast, csv, io, json, re, tokenize, unicodedata
@@ -39,10 +40,11 @@ def caption_texts(
     value, # A text, several, or a list that is written as a text
 ) -> list: # Of one or more texts that are not empty
     "Read the captions of a cell. Raises `ValueError` that says what is wrong: empty, `nan`, no text, half a list."
+    if value is None: raise ValueError("it is empty")
     texts = [value] if isinstance(value, str) or not hasattr(value, '__iter__') else list(value)
     if any(isinstance(t, str) and t.lstrip()[:1] in ('[', '(', '{') and _LISTS.fullmatch(t) for t in texts):
         texts = [found for t in texts for found in (_listed(t) if isinstance(t, str) and _LISTS.fullmatch(t) else [t])]
-    if not texts: raise ValueError("there is none")
+    if not texts: raise ValueError("it is empty")
     for t in texts:
         if not isinstance(t, str): raise ValueError(f"{t!r:.60} is not a text")
         if not t.strip(): raise ValueError("it is empty")
@@ -125,12 +127,16 @@ def _image_column(names, kinds, rows, free):
     named = sorted((p for p in free if names[p].lower() in IMAGE_COLUMNS), key=lambda p: IMAGE_COLUMNS.index(names[p].lower()))
     files = [p for p in free if kinds[p]=='image']
     found = [p for p in named if p in files] or files or named or [p for p in free if names[p].lower() in _ID_COLUMNS]
-    last = lambda p: [re.split(r'[/\\\\]', str(row[p]))[-1] for row in rows]
+    last = lambda p: [re.split(r'[/\\]', str(row[p]))[-1] for row in rows]
     if not found or any(last(p)!=last(found[0]) for p in found[1:]): raise _ask('image', names, found, rows)
     return found[0], found[0] not in named
 
-def _caption_groups(names, kinds, free):
-    "Columns whose names tell of captions: pairs of how sure that is, 0 the surest, and positions that belong together."
+def caption_groups(
+    names, # Of all columns
+    kinds, # Of all columns, from `column_kind`
+    free, # Positions of those that may hold captions
+) -> list: # Pairs: how sure the name is (0 the surest), and positions that belong together
+    "Find the columns whose names tell of captions."
     texts = [p for p in free if kinds[p] in ('sentence','word')]
     groups = [(0, [p]) for p in free if names[p].lower() in CAPTION_COLUMNS[:2]] # even if it holds numbers
     for sure,known,among in [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [(3, k, texts) for k in CAPTION_COLUMNS[2:]]:
@@ -143,7 +149,7 @@ def _caption_groups(names, kinds, free):
 def _caption_columns(names, kinds, rows, free):
     "Positions of the columns of captions, and whether that is a guess."
     sentences = [p for p in free if kinds[p]=='sentence']
-    groups = _caption_groups(names, kinds, free)
+    groups = caption_groups(names, kinds, free)
     best = [(sure, positions) for sure,positions in groups if sure==min(groups)[0]]
     if not groups: # by content alone; a word is no caption unless there is nothing else
         words = [p for p in free if kinds[p]=='word']
@@ -178,3 +184,263 @@ def _told_columns(names, rows, image, captions, splits):
     name = lambda positions: 'column ' + ', '.join(names[p] for p in positions)
     return (f"captions are taken from {name(captions)}: {' / '.join(f'{t!r:.80}' for t in shown)}; images from {name([image])}"
             + (f", the split from {name(splits)}" if splits else '') + "; if that is wrong, use --caption_column and --image_column")
+
+# %% ../nbs/01c_tables.ipynb #7ab00018
+_SAMPLE, _HEAD = 1000, 2**20 # rows, and characters, by which columns are chosen
+_TOKEN = re.compile(r'[^\t\n]+#\d+\t') # a line of Flickr8k's and Flickr30k's own tables
+
+def _csv_rows(text, separator, quoted):
+    "Line and fields of each row; raises `ValueError` that names the line where the quotes are not even."
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rows, line = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True, quoting=quoting, strict=quoted), 1
+    try:
+        for row in rows:
+            yield line, row
+            line = rows.line_num+1
+    except csv.Error as e: raise ValueError(f"line {line}: {e}") from None
+
+def _sample_rows(text, separator):
+    "The first rows of a table, as far as they can be read, without spaces around the cells."
+    rows = []
+    try:
+        for _,row in islice(_csv_rows(text[:_HEAD], separator, separator!='|' and not _TOKEN.match(text)), _SAMPLE): rows.append(row)
+    except ValueError:
+        if separator=='\t': rows = [row for _,row in islice(_csv_rows(text[:_HEAD], separator, False), _SAMPLE)]
+    if len(text) > _HEAD: del rows[1:][-1:] # may be cut
+    return [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
+
+def _has_header(first, rest, asked):
+    "Whether the first row names the columns; None if it is not clear that this is a table."
+    names = [n.lower() for n in first]
+    if any(a.strip().lower() in names for a in asked): return True
+    if any(map(looks_like_image, first)): return False
+    if any(named_like(known, first) for known in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *_ID_COLUMNS, 'split')): return True
+    if asked and all(a.strip().isdigit() for a in asked): return False
+    files = (column_kind(row[p] for row in rest if p < len(row))=='image' for p in range(len(first)))
+    return True if any(files) else None
+
+# %% ../nbs/01c_tables.ipynb #7ab00019
+class _Layout(NamedTuple):
+    "How a table is written."
+    separator: str
+    header: bool
+    width: int # Columns
+    columns: Columns
+
+def _layout_with(text, separator, image_column, caption_column):
+    "The layout of a table whose separator is known; None if it is no such table."
+    rows = _sample_rows(text, separator)
+    asked = [a for column in (image_column, caption_column) if column for a in column.split(',')]
+    if not rows or max(map(len, rows)) < 2: return None
+    header = _has_header(rows[0], rows[1:], asked)
+    if header is None: return None
+    width = len(rows[0]) if header else Counter(map(len, rows)).most_common(1)[0][0]
+    names = rows[0] if header else [str(n+1) for n in range(width)]
+    even = [(row + ['']*width)[:width] for row in rows[header:] if header or len(row)==width]
+    return _Layout(separator, header, width, infer_columns(names, even, image_column, caption_column))
+
+def _layout(text, separators, image_column, caption_column):
+    "The layout of a table: of the separators, the first with which its columns are clear."
+    wrong = None
+    for separator in separators:
+        try: found = _layout_with(text, separator, image_column, caption_column)
+        except ValueError as e: wrong = wrong or e; continue
+        if found: return found
+    if wrong: raise wrong
+    first = text.split('\n', 1)[0]
+    raise ValueError(f"the first line must name a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions "
+                     f"({', '.join(CAPTION_COLUMNS)}), or hold the name of an image, not {first!r:.100}")
+
+# %% ../nbs/01c_tables.ipynb #7ab00020
+class Table:
+    "Rows of a table, read as they are asked for, and what people should know about them."
+    def __init__(self, rows, notes=()): # Place, image, captions and split of each row; an error in place of the image where a row does not fit
+        self.rows, self.notes = rows, [note for note in notes if note]
+    def __iter__(self): return iter(self.rows)
+
+def _quoted_rows(text, separator):
+    "Line and fields of each row, with or without quotes as a sign of the format."
+    if separator!='\t' or _TOKEN.match(text): return _csv_rows(text, separator, separator==',' or separator==';')
+    try: return list(_csv_rows(text, separator, True))
+    except ValueError: return _csv_rows(text, separator, False)
+
+def _text_rows(text, layout, skipped):
+    "Place, image, captions and split of each row of a table, `skipped` lines of which were taken off."
+    separator, header, width, (image, captions, split, _) = layout
+    caption = captions[0] if len(captions)==1 else None
+    rows, token = _quoted_rows(text, separator), _TOKEN.match(text)
+    for line,row in islice(rows, int(header), None):
+        if len(row)!=width:
+            if not any(map(str.strip, row)): continue
+            if len(row) > width or not header:
+                yield f'line {line+skipped}', ValueError(_uneven(len(row), layout)), '', None; continue
+            row += ['']*(width-len(row))
+        name = row[image].strip()
+        said = row[caption].strip() if caption is not None else [t for c in captions if (t := row[c].strip())]
+        yield f'line {line+skipped}', name.rpartition('#')[0] or name if token else name, said, None if split is None else row[split].strip()
+
+def _uneven(fields, layout):
+    "What is wrong with a row that has too many fields, or too few where there is no header."
+    most = f"the first line {layout.width}" if layout.header else f"most lines {layout.width}"
+    return f"has {fields} fields, {most}: put a caption with {layout.separator!r} in it into quotes"
+
+def read_columns(
+    text:str, # Lines with fields between commas, tabs, semicolons or bars
+    image_column:str=None, # As for `infer_columns`
+    caption_column:str=None, # As for `infer_columns`
+) -> Table:
+    "Read a table of lines. Raises `ValueError` where it is not clear what is what, and while it is read where quotes are not even."
+    start = re.match(r'(?:[ \t]*\n)*(?:sep=(.)\n)?', text, re.I) # spreadsheets write the separator into a first line
+    skipped = text.count('\n', 0, start.end())
+    text = text[start.end():]
+    layout = _layout(text, start[1] or '\t,;|', image_column, caption_column)
+    return Table(_text_rows(text, layout, skipped), [layout.columns.guess])
+
+# %% ../nbs/01c_tables.ipynb #7ab00023
+def _record_rows(records, place, image_column, caption_column):
+    "The table of some numbered objects, all with the same names in them; an error stands for one that could not be read."
+    records = iter(records)
+    head = list(islice(records, _SAMPLE))
+    objects = [r for _,r in head if isinstance(r, dict)]
+    names = list(dict.fromkeys(name for r in objects for name in r))
+    columns = infer_columns(names, [[r.get(n) for n in names] for r in objects], image_column, caption_column) if names else None
+    return Table(_records(chain(head, records), place, names, columns), [columns.guess if columns else ''])
+
+def _records(records, place, names, columns):
+    "Place, image, captions and split of each object."
+    for n,record in records:
+        if not isinstance(record, dict):
+            wrong = record if isinstance(record, ValueError) else ValueError(f"is not a JSON object, but {record!r:.60}")
+            yield f'{place} {n}', wrong, '', None; continue
+        said = [record.get(names[c]) for c in columns.captions]
+        if len(said) > 1: said = [t for t in said if t not in (None, '')]
+        split = None if columns.split is None else record.get(names[columns.split])
+        yield f'{place} {n}', record.get(names[columns.image]), said[0] if len(columns.captions)==1 else said, split
+
+def _json_lines(text):
+    "Line and value of each line of JSON, or the error."
+    for line,row in enumerate(text.split('\n'), 1): # not splitlines: JSON may hold other line separators
+        if not row.strip(): continue
+        try: yield line, parse_json(row)
+        except ValueError as e: yield line, ValueError(f"is not JSON: {e}")
+
+def _is_json_lines(text):
+    "Whether a text is more than one line of JSON, the first an object."
+    start = re.match(r'\s*', text).end()
+    end = text.find('\n', start)
+    if text[start:start+1]!='{' or end < 0 or not re.compile(r'\s*\S').match(text, end): return False
+    try: return isinstance(parse_json(text[start:end]), dict)
+    except ValueError: return False
+
+# %% ../nbs/01c_tables.ipynb #7ab00024
+def _coco_table(images, annotations, image_column, caption_column):
+    "The table of a COCO document. An id that is a text in one place and a number in the other is the same id."
+    names = lambda rows: list(dict.fromkeys(name for row in rows[:_SAMPLE] for name in row))
+    asked = lambda rows, column, what, usual: [names(rows)[p] for p in _asked_columns(names(rows), column, what)] or [usual]
+    file, texts = asked(images, image_column, 'image_column', 'file_name')[0], asked(annotations, caption_column, 'caption_column', 'caption')
+    known = {i['id']: i.get(file) for i in images if isinstance(i.get('id'), (int, str))}
+    as_text, table = {str(i): name for i,name in known.items()}, Table(None)
+    def rows():
+        respelt = 0
+        for n,a in enumerate(annotations):
+            id = a.get('image_id') if isinstance(a.get('image_id'), (int, str)) else None
+            if id not in known and str(id) in as_text: respelt += 1
+            said = [a.get(t) for t in texts]
+            yield f'annotation {n}', as_text.get(str(id)) or f"of id {a.get('image_id')!r:.60}", said if len(texts) > 1 else said[0], None
+        if respelt: table.notes.append(f"{respelt} annotations have an id that is a text where the image's is a number, or the other way round")
+    table.rows = rows()
+    return table
+
+def _karpathy_rows(images):
+    for n,image in enumerate(images):
+        name, sentences = str(image.get('filename') or ''), image.get('sentences')
+        texts = [s.get('raw') if isinstance(s, dict) else None for s in sentences] if isinstance(sentences, list) else []
+        yield f'image {n}', name and str(Path(str(image.get('filepath') or ''))/name), texts, image.get('split')
+
+def read_document(
+    found, # What a JSON document holds
+    image_column:str=None, # As for `infer_columns`
+    caption_column:str=None, # As for `infer_columns`
+) -> Table:
+    "Read a JSON document that is laid out as COCO, as Karpathy, or as a list of objects; raises `ValueError` if it is none of these."
+    if isinstance(found, list): return _record_rows(enumerate(found), 'object', image_column, caption_column)
+    images, annotations = (found.get(k) if isinstance(found, dict) else None for k in ('images','annotations'))
+    for what,rows in (('images', images), ('annotations', annotations or [])):
+        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+            raise ValueError(f"{what!r} must be a list of objects, as COCO or Karpathy has it")
+    if annotations is not None: return _coco_table(images, annotations, image_column, caption_column)
+    _asked_columns(['filename'], image_column, 'image_column')
+    _asked_columns(['sentences'], caption_column, 'caption_column')
+    return Table(_karpathy_rows(images))
+
+def read_json(
+    text:str, # A JSON document, or an object on each line
+    image_column:str=None, # As for `infer_columns`
+    caption_column:str=None, # As for `infer_columns`
+    lines:bool=None, # Whether each line is an object; None if the content tells
+) -> Table:
+    "Read captions from JSON; raises `ValueError` as `read_document`."
+    if lines and not re.match(r'\s*\[', text) or _is_json_lines(text): return _record_rows(_json_lines(text), 'line', image_column, caption_column)
+    try: found = parse_json(text)
+    except ValueError as e: raise ValueError(f"it is not JSON: {e}") from None
+    return read_document(found, image_column, caption_column)
+
+# %% ../nbs/01c_tables.ipynb #7ab00026
+def read_table(
+    file, # `.json` or `.jsonl`; anything else is read as lines with fields
+    image_column:str=None, # As for `infer_columns`
+    caption_column:str=None, # As for `infer_columns`
+    encoding:str=None, # As for `capnb.core.read_text`
+) -> Table:
+    "Read a file with a table of captions. Raises `ValueError` where it cannot be read, or where it is not clear what is what."
+    file = Path(file)
+    if not file.is_file(): raise ValueError("it is no regular file") # opening a pipe would wait for ever
+    text = read_text(file, encoding, 'encoding')
+    if file.suffix.lower() not in ('.json','.jsonl'): return read_columns(text, image_column, caption_column)
+    return read_json(text, image_column, caption_column, lines=file.suffix.lower()=='.jsonl')
+
+# %% ../nbs/01c_tables.ipynb #7ab00028
+def _folded(name):
+    "A name without what people do not see in it: kind of slash, capitals, and how accents are stored."
+    return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name.replace('\\', '/')).casefold())
+
+def _without_suffix(name): return re.sub(rf'{_SUFFIX}$', '', name)
+
+class NameIndex:
+    "Names of files or images, found by names that mean them."
+    def __init__(self,
+        names, # Texts, each once; folders with slashes
+    ):
+        self.names = list(names)
+        self._keys = [lambda name: name, _folded, lambda name: _without_suffix(_folded(name))]
+        self._found = [None]*len(self._keys) # made when first needed
+        self.respelt = {} # What was found only by another spelling: the given name, and the real one
+
+    def _last(self, level, name):
+        "The names whose last part is that of `name`, at a level of strictness."
+        key = self._keys[level]
+        if self._found[level] is None:
+            self._found[level] = {}
+            for known in self.names: self._found[level].setdefault(key(known).rpartition('/')[2], []).append(known)
+        return self._found[level].get(key(name).rpartition('/')[2], [])
+
+    def find(self,
+        name:str, # As somebody wrote it; a folder in it counts only where several files have this name
+    ) -> str: # One of the names
+        "Find the only name that fits. Raises `ValueError` if there are several, `KeyError` if there is none."
+        for level,key in enumerate(self._keys):
+            found = self._last(level, name)
+            if len(found) > 1: found = [f for f in found if ('/'+key(f)).endswith('/'+key(name).lstrip('/'))] or found
+            if len(found) > 1: raise ValueError(f"{name!r} may be {' or '.join(map(repr, found[:3]))}")
+            if not found: continue
+            if level: self.respelt[name] = found[0]
+            return found[0]
+        raise KeyError(name)
+
+    def nearest(self,
+        name:str,
+    ) -> str: # One of the names, or None
+        "Find the name that looks most like another."
+        last = {n.rpartition('/')[2]: n for n in self.names[:100_000]} # comparing is slow
+        close = get_close_matches(_folded(name).rpartition('/')[2], last, n=1)
+        return last[close[0]] if close else None
