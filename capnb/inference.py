@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageStat
 from tqdm.auto import tqdm
 from .captioner import Captioner
+from .data import one_line, word_spans
 from .decoder import tokenize_captions
 from .images import open_image
 
@@ -28,9 +29,10 @@ def _words(tokenizer, caption, most):
     "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
     spans, words = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping'][:most], []
+    inside = {at for start,end in word_spans(caption) for at in range(start+1, end)}
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
-        joins = words and (start < words[-1][1] or start==words[-1][1] and caption[start-1:start].isalnum() and caption[start:end][:1].isalnum())
+        joins = words and (start < words[-1][1] or start==words[-1][1] and start in inside)
         if words and words[-1][0]==words[-1][1]: words[-1] = [start, end, words[-1][2]+[i]] # a space alone goes with what follows
         elif joins: words[-1][1] = end; words[-1][2].append(i)
         else: words.append([start, end, [i]])
@@ -86,7 +88,7 @@ def explain(
 ) -> tuple: # The caption, and a list of `Word`
     "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no picture and for a tokenizer that does not tell where its tokens stand."
     image = open_image(image)
-    caption = model.caption(image, **kwargs) if caption is None else caption.strip()
+    caption = model.caption(image, **kwargs) if caption is None else one_line(caption)
     words = _words(model.tokenizer, caption, model.max_caption_length-1)
     (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption, between=between) if patches else None
     sure = scores.gather(1, ids[:,None])[:,0]

@@ -20,6 +20,7 @@ from .core import parse_json, read_text
 _NOTHING = {'nan', 'none', 'null', 'na', 'n/a', '<na>', '#n/a'} # what programs write into an empty cell
 _LISTS = re.compile(r'\s*(\[.*\]|\{.*\}|\(\s*["\'].*\))\s*', re.S)
 _LIST_LIMIT = 100_000 # characters
+_VISIBLE = re.compile(r'[^\s\x00-\x1f\x7f-\x9f]')
 
 def _listed(text):
     "The texts of a list that Python, NumPy or JSON has written as a text; raises `ValueError` if it is something else."
@@ -47,7 +48,7 @@ def caption_texts(
     if not texts: raise ValueError("it is empty")
     for t in texts:
         if not isinstance(t, str): raise ValueError(f"{t!r:.60} is not a text")
-        if not t.strip(): raise ValueError("it is empty")
+        if not _VISIBLE.search(t): raise ValueError("it is empty")
         if len(t) < 6 and t.strip().lower() in _NOTHING: raise ValueError(f"{t!r} stands for an empty cell")
         if not t.isascii():
             try: t.encode()
