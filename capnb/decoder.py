@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
-           'tokenize_captions', 'head_is_plain', 'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids',
-           'generate_ids', 'captions_of', 'generate_captions', 'use_int8', 'embedding_size']
+           'text_ids', 'tokenize_captions', 'caption_lengths', 'count_cut', 'cut_text', 'head_is_plain',
+           'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids', 'generate_ids', 'captions_of',
+           'generate_captions', 'use_int8', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
 import inspect, torch, warnings
@@ -121,15 +122,57 @@ def load_decoder(
     return model, tokenizer
 
 # %% ../nbs/05_decoder.ipynb #bf20139e
+def text_ids(
+    tokenizer, # Of the decoder
+    texts, # List of texts
+) -> list: # Of lists of whole numbers
+    "Turn texts into tokens without any mark at their ends; a special token that is written in a text is text."
+    if not texts: return []
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)['input_ids']
+
 def tokenize_captions(
     tokenizer, # Of the decoder
     captions, # List of texts
-    max_caption_length:int=128, # Most tokens per caption, end-of-text included; what is longer is cut and still gets its end
+    max_caption_length:int=128, # Most tokens per caption, end-of-text included; what is longer is cut and has no end
 ): # `input_ids` and `attention_mask`, both (batch, longest); padded on the right
-    "Turn captions into tokens, each closed by end-of-text."
-    ids = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=max_caption_length-1)['input_ids']
-    ids = [torch.tensor(i + [tokenizer.eos_token_id]) for i in ids]
-    return pad_sequence(ids, True, tokenizer.eos_token_id), pad_sequence([torch.ones_like(i) for i in ids], True, 0)
+    "Turn captions into tokens, each closed by end-of-text unless it is cut."
+    end = tokenizer.eos_token_id
+    ids = [torch.tensor((i + [end])[:max_caption_length]) for i in text_ids(tokenizer, list(captions))]
+    return pad_sequence(ids, True, end), pad_sequence([torch.ones_like(i) for i in ids], True, 0)
+
+# %% ../nbs/05_decoder.ipynb #5a0c0002
+def caption_lengths(
+    tokenizer, # Of the decoder
+    captions, # Texts
+) -> list: # Of whole numbers
+    "Count the tokens of captions as they are, end-of-text included."
+    different = list(dict.fromkeys(captions))
+    parts = (text_ids(tokenizer, different[at:at+4096]) for at in range(0, len(different), 4096))
+    lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part)))
+    return [lengths[c] for c in captions]
+
+def count_cut(
+    tokenizer, # Of the decoder
+    rows, # Of a data set, with `captions` and `image_id`
+    max_caption_length:int, # As for `tokenize_captions`
+) -> dict: # Plain data: number of `captions`, of those that are `cut`, `longest` (tokens), `image_id` (of that caption), `max_caption_length`
+    "Count the captions that are too long, and find the longest."
+    named = [(c, row.get('image_id', n)) for n,row in enumerate(rows) for c in row['captions']]
+    lengths = caption_lengths(tokenizer, [c for c,_ in named])
+    longest = max(lengths)
+    return dict(captions=len(lengths), cut=sum(n > max_caption_length for n in lengths), longest=longest,
+                image_id=str(named[lengths.index(longest)][1]), max_caption_length=max_caption_length)
+
+def cut_text(
+    found:dict, # From `count_cut`
+) -> str: # One line
+    "Say how many captions are cut; where it is more than one in a hundred, as a warning with the flag that helps."
+    cut, captions, most = found['cut'], found['captions'], found['max_caption_length']
+    longest = f"the longest, of {found['image_id']}, has {found['longest']} tokens"
+    if not cut: return f"✂️ No caption is cut: {longest}, and max_caption_length is {most}"
+    many = f"{cut:,} of {captions:,} captions are longer than max_caption_length, {most} tokens, and are cut; {longest}"
+    if 100*cut <= captions: return f"✂️ {many}"
+    return f"⚠️ {many}. To keep all of them whole: --max_caption_length {found['longest']}"
 
 # %% ../nbs/05_decoder.ipynb #5a000001
 def _shared_out(sizes, rows):

@@ -28,7 +28,7 @@ class Word:
 def _words(tokenizer, caption, most):
     "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
-    spans, words = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping'][:most], []
+    spans, words = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)['offset_mapping'][:most], []
     inside = {at for start,end in word_spans(caption) for at in range(start+1, end)}
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
@@ -89,7 +89,7 @@ def explain(
     "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no picture and for a tokenizer that does not tell where its tokens stand."
     image = open_image(image)
     caption = model.caption(image, **kwargs) if caption is None else one_line(caption)
-    words = _words(model.tokenizer, caption, model.max_caption_length-1)
+    words = _words(model.tokenizer, caption, model.max_caption_length)
     (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption, between=between) if patches else None
     sure = scores.gather(1, ids[:,None])[:,0]
     return caption, [Word(text, sure[tokens].sum().exp().item(), _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives), relevance[tokens].sum(0) if patches else None)
