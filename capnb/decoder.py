@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
            'tokenize_captions', 'head_is_plain', 'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids',
-           'check_options', 'score_ids', 'generate_ids', 'captions_of', 'generate_captions', 'use_int8',
+           'check_options', 'score_ids', 'generate_ids', 'captions_of', 'generate_captions', 'split_scores', 'use_int8',
            'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
@@ -471,6 +471,11 @@ def generate_captions(
     if scores: found = list(zip(found, values, strict=True))
     n = len(found)//max(1, len(prefix))
     return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
+def split_scores(
+    found, # What `scores=True` gives for an image: (text, score), or a list of them
+) -> tuple: # Text and score, or a list of texts and a list of scores
+    "Take the captions of an image and their scores apart."
+    return found if isinstance(found, tuple) else tuple(map(list, zip(*found, strict=True)))
 
 # %% ../nbs/05_decoder.ipynb #5a000031
 def use_int8(
