@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_captioner', 'parameter_groups', 'thaw', 'add_lora',
            'frozen_fingerprint', 'trained_state', 'weights_path', 'save_metadata', 'save_tensors', 'save_checkpoint',
-           'delete_checkpoint', 'newest_checkpoint', 'read_metadata', 'read_tensors', 'load_trained', 'check_frozen',
-           'load_model_from_checkpoint', 'start_from']
+           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'read_metadata', 'read_tensors', 'load_trained',
+           'check_frozen', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
 import io, json, math, pickle, re, struct, warnings
@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint
-from .data import open_image
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint, write_json
+from .images import open_image
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, check_encoder, load_encoder
 
@@ -214,7 +214,7 @@ def save_metadata(
     metadata:dict, # Plain data
 ):
     "Write, or write anew, the metadata file beside a file of weights."
-    with atomic_write(_metadata_path(Path(weights))) as f: json.dump(metadata, f, indent=2)
+    write_json(_metadata_path(Path(weights)), metadata)
 
 def save_tensors(
     path, # File to write or to replace
@@ -245,14 +245,28 @@ def delete_checkpoint(
     for path in (Path(weights), _metadata_path(Path(weights))): path.unlink(missing_ok=True)
 
 # %% ../nbs/06_captioner.ipynb #ca36f4ab
+def _checkpoints(folder):
+    "The complete checkpoints of a folder, in order: time of the run's start, epoch, weights."
+    found = [(m[1], int(m[2]), p) for p in Path(folder).glob('model_state_dict_*.pth')
+             if (m := re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)\.pth', p.name)) and _metadata_path(p).exists()]
+    if not found: raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}; train one with capnb_train")
+    return sorted(found)
+
 def newest_checkpoint(
     folder='saved_models',
 ) -> Path: # Of the weights
     "Find the newest complete checkpoint by the time and epoch in its name; raises `FileNotFoundError` if there is none."
-    found = [(m[1], int(m[2]), p) for p in Path(folder).glob('model_state_dict_*.pth')
-             if (m := re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)\.pth', p.name)) and _metadata_path(p).exists()]
-    if not found: raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}; train one with capnb_train")
-    return max(found)[-1]
+    return _checkpoints(folder)[-1][-1]
+
+def best_checkpoint(
+    folder='saved_models',
+) -> Path: # Of the weights
+    "Find the checkpoint with the lowest validation loss of the newest run; raises `FileNotFoundError` if there is no checkpoint, `ValueError` if none of that run knows its validation loss."
+    *_, (run, _, _) = found = _checkpoints(folder)
+    losses = [(read_metadata(path).get('validation_loss'), path) for stamp,_,path in found if stamp==run]
+    known = [(loss, path) for loss,path in losses if loss is not None]
+    if not known: raise ValueError(f"no checkpoint of the run of {run} in {str(folder)!r} knows its validation loss: it was trained with evaluation_enabled set to False")
+    return min(known, key=lambda pair: pair[0])[1] # of equals the first
 
 def read_metadata(
     path, # Of the weights

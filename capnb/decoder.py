@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from .core import default_device, hub_errors, load_whole, model_config, model_source
+from .data import one_line
 
 # %% ../nbs/05_decoder.ipynb #0da7b031
 def _settle_end(tokenizer, config):
@@ -454,7 +455,7 @@ def generate_ids(
 
 def captions_of(tokenizer, ids) -> list: # One text per row
     "Turn the tokens of captions into text: one line each, without marks."
-    return [text.strip().split('\n')[0] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return [one_line(text.strip().split('\n')[0]) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 def generate_captions(
     decoder, # Causal language model

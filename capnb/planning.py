@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import command
-from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path
-from .data import held_back, load_for
+from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, write_json
+from .sources import held_back, load_for
 from .decoder import caption_loss, caption_nats, generate_captions
 from .encoder import ImageEncoder, tower_class
 from .training import make_optimizer
@@ -377,6 +377,6 @@ def results_command(
     except ValueError: rows = None
     if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows): raise ValueError(f"{file} is no file of results")
     rows = add_row(rows, result_row(checkpoint, hardware))
-    with atomic_write(path) as f: json.dump(rows, f, indent=2); f.write('\n')
+    write_json(path, rows)
     with atomic_write(path.with_suffix('.md')) as f: f.write(results_table(rows)+'\n')
     print(results_table(rows))

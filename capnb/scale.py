@@ -18,7 +18,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from .commands import command
 from .core import as_hyperparameters
-from .data import open_image
+from .images import open_image
 from .decoder import check_options, split_scores
 from .encoder import load_encoder
 

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from fastcore.script import Param, store_true
 from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, newest_checkpoint, save_checkpoint, thaw, trained_state
 from .commands import command
-from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors
+from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors, write_json
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
 
@@ -182,7 +182,7 @@ def save_pretrained(self:CapnbForImageCaptioning,
 ):
     "Save what learned as safetensors, with configuration, metadata and model card; frozen parts are named, not copied."
     PreTrainedModel.save_pretrained(self, folder, state_dict=trained_state(self.captioner), **kwargs)
-    with atomic_write(Path(folder)/'training_metadata.json') as f: json.dump(self.metadata, f, indent=2)
+    write_json(Path(folder)/'training_metadata.json', self.metadata)
     with atomic_write(Path(folder)/'README.md') as f: f.write(str(model_card(self.config, self.metadata, name)))
 
 @patch(cls_method=True)

@@ -5,7 +5,8 @@ import psutil, pytest
 import pyarrow.parquet as pq
 from capnb.captioner import load_model_from_checkpoint
 from capnb.commands import train
-from capnb.inference import caption_files, find_images
+from capnb.images import find_images
+from capnb.inference import caption_files
 from capnb.scale import scale_command
 from capnb.storybook import Storybook
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
 from capnb.commands import train
-from capnb.data import open_image
+from capnb.images import open_image
 from capnb.serving import PAGE, Worker, answer_batch, gather, load_report, memory, send_load, serve_command, why
 from capnb.storybook import Storybook
 
