@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .core import atomic_write, hub_errors
-from .data import CaptionData, Source, named_rows, read_folder, split_rows, tell_columns
+from .data import CaptionData, Source, counts_characters, named_rows, read_folder, split_rows, tell_columns
 from .images import find_images
 from .storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
@@ -219,10 +219,9 @@ class ScannedImage(NamedTuple):
     captions: list
 
 NO_SPLIT = 'without a split'
-_NO_SPACES = r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]' # scripts that do not separate words
 _NO_SENTENCE = r'\[.*\]|\{.*\}|[^\W\d]+(, ?[^\W\d]+){2,}|nan|none|null|n/a|true|false|https?://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)'
 
-def _is_short(caption): return len(caption.split()) < 3 and not re.search(_NO_SPACES, caption)
+def _is_short(caption): return len(caption.split()) < 3 and not counts_characters([caption])
 
 def _is_no_sentence(caption):
     "Whether a caption is a number, a list, or a name instead of a sentence."
@@ -281,7 +280,7 @@ def _scan(rows, split, samples, bad, scanned):
             bad.append(f'{split}: {problem}')
             continue
         image = row['image']
-        sizes.append(image.size)
+        sizes.append(image.info.get('original_size', image.size))
         captions.append(len(row['captions']))
         pixels = blake2b(b'%d %d ' % image.size + image.tobytes(), digest_size=16).digest()
         scanned.append(ScannedImage(row['image_id'], split, pixels, row['captions']))
