@@ -26,7 +26,7 @@ def planted(tmp_path_factory):
     rows[2][1] = rows[3][1] = 'Said two times here .'
     rows[20][1] = '"A cat"'
     rows[30][1] = '0.31'
-    rows[31][1] = '"[\'a dog\', \'a cat\']"'
+    rows[31][1] = '12 13 14'
     rows[32][1] = 'a garÃ§on in the rain'
     rows[59][1] = 'This has no split .'
     text = '\n'.join(['file_name,caption,split', *map(','.join, rows)])
