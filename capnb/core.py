@@ -7,23 +7,25 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'Hyperparameters', 'check_enco
            'parse_json', 'chosen_settings', 'as_hyperparameters', 'model_path', 'model_source', 'revision_of',
            'no_loading_bar', 'hub_errors', 'Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention',
            'default_device', 'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention',
-           'memory_in_use', 'model_config', 'weights_fingerprint', 'load_whole', 'atomic_write']
+           'memory_in_use', 'model_config', 'weights_fingerprint', 'load_whole', 'atomic_write', 'check_writable',
+           'free_lock', 'shell_line', 'write_json', 'say']
 
 # %% ../nbs/00_core.ipynb #74982778
-import codecs, errno, json, os, re, tempfile
+import codecs, errno, json, os, re, shlex, subprocess, sys, tempfile
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from zlib import crc32
 
 # %% ../nbs/00_core.ipynb #1ed9efce
-def _setting(default, help, lo=None, hi=None, optional=False, choices=None):
-    "A dataclass field that knows what it is for and what is allowed: `lo` < value, or `lo` <= value for whole numbers; value <= `hi`; a text that is one of `choices`."
-    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, optional=optional, choices=choices))
+def _setting(default, help, lo=None, hi=None, optional=False, choices=None, path=False):
+    "A dataclass field that knows what it is for and what is allowed: `lo` < value, or `lo` <= value for whole numbers; value <= `hi`; a text that is one of `choices`; one that may be a path."
+    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, optional=optional, choices=choices, path=path))
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    "All settings of a training run. The first eleven are the ones of the classic scripts, name for name."
+class Hyperparameters(Mapping):
+    "All settings of a training run, by attribute and as a dictionary. The first eleven are the ones of the classic scripts, name for name."
     batch_size: int = _setting(8, 'Captions per optimizer step', lo=1)
     num_epochs: int = _setting(5, 'Times each picture is seen', lo=1)
     learning_rate: float = _setting(1e-4, 'Step size of AdamW at the start', lo=0)
@@ -31,13 +33,13 @@ class Hyperparameters:
     learning_rate_decay_step: int = _setting(2, 'Epochs between two decays', lo=1)
     learning_rate_scheduler_enabled: bool = _setting(True, 'Decay the learning rate; if false it stays constant')
     image_size: int = _setting(224, 'Width and height in pixels that the encoder sees', lo=1)
-    tokenizer_name: str = _setting('Qwen/Qwen3-0.6B-Base', 'Tokenizer, a hub id or a folder; also the decoder, unless decoder_name says otherwise; name both or neither')
+    tokenizer_name: str = _setting('Qwen/Qwen3-0.6B-Base', 'Tokenizer, a hub id or a folder; also the decoder, unless decoder_name says otherwise; name both or neither', path=True)
     max_caption_length: int = _setting(128, 'Tokens kept of a caption, end-of-text included', lo=2)
     training_size_limit: int = _setting(None, 'Use only the first N training pictures; all if not set', lo=1, optional=True)
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
-    encoder_name: str = _setting('openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder')
-    decoder_name: str = _setting(None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name', optional=True)
-    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a folder with pictures and a captions.csv')
+    encoder_name: str = _setting('openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True)
+    decoder_name: str = _setting(None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name', optional=True, path=True)
+    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a folder with pictures and a captions.csv', path=True)
     features: str = _setting('pooled', 'What the encoder says of a picture: one vector (pooled), or one for each of its patches (patch)', choices=('pooled','patch'))
     prefix_length: int = _setting(1, 'Prefix tokens that the adapter makes of pooled features; of patch features it makes one per patch', lo=1)
     adapter_width: int = _setting(1024, 'Hidden units of the adapter for pooled features', lo=1)
@@ -45,7 +47,7 @@ class Hyperparameters:
     unfreeze_epoch: int = _setting(2, 'Epoch, counted from 1, from which on they learn', lo=1)
     lora_rank: int = _setting(None, 'Rank of low-rank additions (LoRA) to all linear layers of the decoder; none if not set', lo=1, optional=True)
     decoder_rate: float = _setting(.1, 'Learning rate of what learns in the decoder, as a share of learning_rate', lo=0, hi=1)
-    init_from: str = _setting(None, 'Checkpoint whose trained weights the run begins with', optional=True)
+    init_from: str = _setting(None, 'Checkpoint whose trained weights the run begins with', optional=True, path=True)
     max_steps: int = _setting(None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True)
     seed: int = _setting(0, 'Fixes the order of the data, the choice of captions, the start of the adapter and what is drawn at random in training', lo=0)
     micro_batch_size: int = _setting(None, 'Captions that go through the model at a time; the whole batch if not set. Fewer need less memory and change no result', lo=1, optional=True)
@@ -63,17 +65,39 @@ class Hyperparameters:
     data_revision: str = _setting(None, 'Branch, tag or commit of a hub data set; if not set, the main one', optional=True)
     bad_rows: str = _setting('stop', 'What to do about a row or a picture that cannot be read: stop with its name, or skip it and count', choices=('stop','skip'))
     captions_per_picture: int = _setting(1, 'Captions of each picture that an epoch shows, all behind one prefix; a step then reads the picture once for all of them', lo=1)
-    features_dir: str = _setting(None, 'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and none for the storybook', optional=True)
+    features_dir: str = _setting(None, 'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and none for the storybook', optional=True, path=True)
     report_to: str = _setting(None, 'Trackers that are told how the run goes, by the names that accelerate has for them: mlflow, wandb, tensorboard, ...; several with commas between', optional=True)
-    output_dir: str = _setting('saved_models', 'Folder for checkpoints')
+    output_dir: str = _setting('saved_models', 'Folder for checkpoints', path=True)
 
     def __post_init__(self):
-        for f in fields(self): _check(f, getattr(self, f.name))
+        for f in fields(self):
+            value = _plain(f, getattr(self, f.name))
+            _check(f, value)
+            object.__setattr__(self, f.name, value) # only here: what is made does not change
         if self.encoding is not None: check_encoding(self.encoding)
 
-    def __getitem__(self, name): return getattr(self, name) # scripts written for the dictionary go on working
+    def __getitem__(self, name):
+        if name not in self.__dataclass_fields__: raise KeyError(f"there is no hyperparameter {name!r}")
+        return getattr(self, name)
+
+    def __iter__(self): return iter(self.__dataclass_fields__)
+    def __len__(self): return len(self.__dataclass_fields__)
+    def copy(self): return dict(self)
+
+    def _refuse(self, *args, **changes):
+        "Raise a `TypeError` that says what to do instead."
+        raise TypeError("hyperparameters do not change; make others: dataclasses.replace(h, batch_size=4), or pass what changes: train(h, batch_size=4)")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 # %% ../nbs/00_core.ipynb #416ac924
+def _plain(f, value):
+    "A value as plain data: a number of NumPy or PyTorch as Python's, 8.0 as 8 where a whole number is needed, a path as text with its `~` expanded."
+    if getattr(value, 'shape', None)==() and hasattr(value, 'item'): value = value.item()
+    if isinstance(value, os.PathLike): value = os.fspath(value)
+    if f.type is int and isinstance(value, float) and value.is_integer(): value = int(value)
+    return os.path.expanduser(value) if f.metadata['path'] and isinstance(value, str) else value
+
 def _check(f, value):
     "Raise a `ValueError` unless `value` is allowed for the dataclass field `f`."
     m, kind = f.metadata, f.type
@@ -228,7 +252,7 @@ def _one_of(what, name, names):
 def _read_settings(path):
     "Read a dictionary from a JSON or YAML file."
     import yaml
-    read = json.loads if str(path).endswith('.json') else yaml.safe_load
+    path, read = Path(path).expanduser(), json.loads if str(path).endswith('.json') else yaml.safe_load
     text = read_text(path, limit=SMALL_TEXT)
     try: settings = read(text)
     except RecursionError: raise ValueError(f"{path} is nested too deeply") from None
@@ -488,3 +512,52 @@ def atomic_write(
         os.unlink(temporary)
         if isinstance(e, OSError) and e.errno and e.filename in (None, temporary): raise OSError(e.errno, e.strerror, str(path)) from None # "no space left" comes without a name
         raise
+
+# %% ../nbs/00_core.ipynb #ce1c9a3a
+def check_writable(
+    path, # A folder, or a file with `file=True`; it need not be there yet, nor the folders above it
+    file:bool=False,
+):
+    "Raise an `OSError` that names `path` if nothing can be written there; nothing is left behind."
+    path = Path(path)
+    if file and path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    place = path.absolute().parent if file else path.absolute()
+    while not place.exists(): place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix='.', suffix='.part'): pass
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None
+
+# %% ../nbs/00_core.ipynb #23fee387
+def free_lock(
+    lock, # `filelock.FileLock`, held
+):
+    "Release a lock and remove its file."
+    if sys.platform!='win32': Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release() # on Windows it removes the file, too
+
+# %% ../nbs/00_core.ipynb #d9bfa74b
+def shell_line(
+    words, # The command and its arguments
+) -> str:
+    "Write a command so that it can be pasted into the shell of this system."
+    return subprocess.list2cmdline(words) if sys.platform=='win32' else shlex.join(words)
+
+# %% ../nbs/00_core.ipynb #aa5720e2
+def write_json(
+    path, # File to write or to replace
+    value, # Plain data
+):
+    "Write plain data as JSON, atomically. Raises `ValueError` that names the file for a number such as NaN, which JSON has not."
+    try: text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as e: raise ValueError(f"{path} is not written: {e}") from None
+    with atomic_write(path) as f: f.write(text + '\n')
+
+# %% ../nbs/00_core.ipynb #9c7a1d81
+def say(
+    *words, # As for `print`
+    end:str='\n',
+    flush:bool=False,
+):
+    "Print, with '?' for what the encoding of the output does not have."
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    print(' '.join(map(str, words)).encode(encoding, 'replace').decode(encoding), end=end, flush=flush)

@@ -17,7 +17,7 @@ from fastcore.script import Param
 from filelock import FileLock, Timeout
 from .captioner import Captioner, build_captioner, check_models, new_adapter, start_from
 from .commands import OWN_DATA, command, prepare
-from .core import PRESETS, Hyperparameters, _check, _one_of, as_hyperparameters, atomic_write, chosen_settings
+from .core import PRESETS, Hyperparameters, _check, _one_of, as_hyperparameters, atomic_write, chosen_settings, write_json
 from .decoder import embedding_size
 from .evaluation import Tracker
 from .training import Callback, Interrupted, fit, in_processes, tracker_names
@@ -321,7 +321,7 @@ def report_sweep(
     print(f'\n{sweep_table(study)}\n')
     if running := sum(t.state.name=='RUNNING' for t in study.trials): print(f'⏳ {running} still running in other processes')
     for path in draw_study(study, folder): print(f'📈 {path}')
-    with atomic_write(folder/'best.json') as f: json.dump(asdict(best), f, indent=2)
+    write_json(folder/'best.json', asdict(best))
     print(f"🏆 {command_line(best, preset) if best.data!=OWN_DATA else folder/'best.json'}")
 
 # %% ../nbs/19_sweeps.ipynb #19a0002a

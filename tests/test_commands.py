@@ -36,7 +36,7 @@ def trained(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
     done = run('capnb_train', *flags(SMALL), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    return folder, done.stdout, done.stderr
 
 @pytest.fixture(scope='module')
 def saved(trained): return trained[0]/'saved_models'
@@ -89,13 +89,30 @@ def test_pictures_open(saved, name):
         image.load()
         assert image.format == 'PNG' and min(image.size) > 100 and len(image.convert('L').getcolors()) > 10
 
+def lines_of(metadata, weights):
+    "What scripts of this kind print after an epoch, to the letter."
+    return ['✅ Model saved successfully!', f'📁 Model state dict: {weights}', f"📊 Training loss: {metadata['training_loss']:.4f}",
+            f"📈 Validation loss: {metadata['validation_loss']:.4f}", f"🎯 ROUGE-L score: {metadata['rouge_l']:.4f}"]
+
 def test_progress_is_told(trained, saved):
-    lines = trained[1].splitlines()
-    for sign in '✅📁📊📈🎯': assert sum(line.startswith(sign) for line in lines) == 2, sign
-    told = [line.split()[1] for line in lines if line.startswith('📁')]
-    assert [Path(t).name for t in told] == sorted(p.name for p in saved.glob('*.pth'))
+    folder, out, err = trained
+    lines = out.splitlines()
+    for epoch in (1,2):
+        metadata, weights = metadata_of(saved, epoch), next(saved.glob(f'*-{epoch}.pth'))
+        bar = re.escape(f'Training Epoch {epoch}/2: 100%|') + r'[^|]+\| 2/2 \[\d\d:\d\d<00:00, +[\d.]+(s/it|it/s), ' + rf"Loss=\d+\.\d{{4}}, Avg Loss={metadata['training_loss']:.4f}\]"
+        assert re.search(bar, err), err[-3000:]
+        at = [i for i,line in enumerate(lines) if line.startswith('✅')][epoch-1]
+        assert lines[at:at+5] == lines_of(metadata, weights.relative_to(folder))
+        more = [f'⏱️ Epoch {epoch}/2: ', f"🔍 Image gain: {metadata['image_gain']:.2f} nats per caption", f"📏 ROUGE-L floor: {metadata['rouge_l_floor']:.4f}, ceiling: {metadata['rouge_l_ceiling']:.4f}"]
+        assert all(line.startswith(begin) for line,begin in zip(lines[at+5:at+8], more, strict=True)), lines[at+5:at+8]
+    assert sum(line[:1] in '✅📁📊📈🎯' for line in lines if line) == 10
     assert Path([line for line in lines if line.startswith('🖼')][0].split()[-1]).name == next(saved.glob('samples_*')).name
-    assert f'ROUGE-L:         {metadata_of(saved, 2)["rouge_l"]:.4f}' in trained[1]
+
+def test_progress_without_evaluation(call, tmp_path):
+    done = call('capnb_train', *flags(SMALL | dict(max_steps=1, evaluation_enabled='false')), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.partition('✅')[2].splitlines()
+    assert lines[3:5] == ['📈 Validation loss: N/A', '🎯 ROUGE-L score: N/A'] and lines[5].startswith('⏱️ Epoch 1/2: ') and len(lines) == 6
 
 def test_eval_agrees_with_training(run, trained, newest):
     done = run('capnb_eval', '--json_file', 'scores.json', cwd=trained[0])
