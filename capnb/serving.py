@@ -494,9 +494,9 @@ class Place:
         client:str, # As of `client_of`
         explained:bool, # Whether an explanation is to come, too
         end:float, # When it is too late for an answer, by `time.monotonic`
-        size:int, # Bytes that are kept for it
     ):
-        self.client, self.explained, self.end, self.size, self.uid, self.over = client, explained, end, size, None, False
+        self.client, self.explained, self.end, self.uid, self.over = client, explained, end, None, False
+        self.size = 0 # Bytes that are kept for it
         self.opening = None # Task that opens its image
         self.response_queue, self.event = deque(), asyncio.Event() # LitServe puts there what comes, by these names
 
@@ -527,14 +527,20 @@ class Desk:
         self.opener = Opener(self.limits, self.min_side)
         with self.opener.pool: yield
 
-    def check_room(self, client, size):
-        "Refuse with 429 where there is no place, or the bodies that wait to be opened are too large together."
-        limits, own = self.limits, self.taken[client]
-        room, retry = 1e6*limits.upload, dict(Retry_After='1')
-        if self.taken.total() >= limits.waiting or self.bytes.total()+size > 32*room:
-            refuse(429, f'{self.taken.total()} requests are waiting already; try again in a second', **retry)
-        if own >= limits.per_client or self.bytes[client]+size > 16*room:
-            refuse(429, f'{own} requests of yours are waiting already; ask again when one is answered', **retry)
+    def check_room(self, client):
+        "Refuse with 429 where there is no place."
+        total, own = self.taken.total(), self.taken[client]
+        if total >= self.limits.waiting: refuse(429, f'{total} requests are waiting already; try again in a second', Retry_After='1')
+        if own >= self.limits.per_client:
+            refuse(429, f'{own} requests of yours are waiting already; ask again when one is answered', Retry_After='1')
+
+    def keep(self, place, size):
+        "Count the bytes that are kept for a request; refuses with 429 where they are too many."
+        more, most = size-place.size, 1e6*max(16*self.limits.upload, 3*self.limits.pixels)
+        if more > 0 and (self.bytes[place.client]+more > most or self.bytes.total()+more > 2*most):
+            refuse(429, 'the requests that are waiting already are too large; try again in a second', Retry_After='1')
+        self.bytes += Counter({place.client: more})
+        place.size = size
 
     @contextmanager
     def place(self,
@@ -543,13 +549,12 @@ class Desk:
         size:int, # Bytes of the request
     ):
         "Take a place; refuses with 429 where there is none. It is kept until all that was begun in it is done."
-        self.check_room(client, size)
+        self.check_room(client)
+        place, worker = Place(client, explained, time.monotonic()+self.limits.seconds), self.started.value
+        self.keep(place, size)
         self.taken[client] += 1
-        self.bytes[client] += size
-        place, worker = Place(client, explained, time.monotonic()+self.limits.seconds, size), self.started.value
         try: yield place
         finally:
-            if place.opening is None: self.let_go(place)
             if (place.opening is None or place.opening.done()) and (not place.uid or place.over): self.leave(place)
             else:
                 job = asyncio.ensure_future(self.hold(place, worker))
@@ -559,12 +564,11 @@ class Desk:
     def open(self, place, data):
         "Begin to open the image of a request."
         place.opening = asyncio.ensure_future(self.opener.open(data, place.client))
-        place.opening.add_done_callback(lambda _: self.let_go(place))
+        place.opening.add_done_callback(lambda _: self.keep(place, 0)) # the file is needed no more
         return place.opening
 
-    def let_go(self, place): self.bytes, place.size = self.bytes - Counter({place.client: place.size}), 0
-
     def leave(self, place):
+        self.keep(place, 0)
         self.server.response_buffer.pop(place.uid, None)
         self.at_worker.pop(place.uid, None)
         self.taken -= Counter([place.client])
@@ -585,6 +589,7 @@ class Desk:
 
     def hand_over(self, place, image, stream):
         "Give a request to the worker."
+        self.keep(place, 3*image.width*image.height)
         place.uid = uuid4().hex
         self.server.response_buffer[place.uid] = self.at_worker[place.uid] = place
         self.tell_worker(place.uid, place.end, (image, stream, place.explained))
