@@ -180,11 +180,12 @@ class Limits:
     upload:float=10 # Most megabytes of a request: 413
     pixels:float=25 # Most millions of pixels of an image: 413
     waiting:int=64 # Most requests at a time, those at work included: 429
-    seconds:float=30 # Longest time for a request to come (408), and then for its answer (504)
+    seconds:float=30 # Longest time for the answer (504); before that, for the request to come (408), where it is 1 at least
     per_client:int=None # Most requests at a time of one client: 429; None for half of `waiting`
 
     def __post_init__(self):
         if self.per_client is None: self.per_client = (self.waiting+1)//2
+        self.coming = max(1, self.seconds)
 
 def refuse(
     status:int, # Of HTTP
@@ -208,12 +209,12 @@ async def read_body(
     promised = request.headers.get('content-length', '0')
     if 'expect' in request.headers and int(promised) > most: too_large(Connection='close') # it waits for our word
     try:
-        async with asyncio.timeout(limits.seconds):
+        async with asyncio.timeout(limits.coming):
             async for part in request.stream():
                 size += len(part)
                 if size <= most: parts.append(part)
                 elif size > 8*most: too_large(Connection='close') # many programs listen only after their last byte
-    except TimeoutError: refuse(408, f'the request took more than {limits.seconds:g} seconds to come', Connection='close')
+    except TimeoutError: refuse(408, f'the request took more than {limits.coming:g} seconds to come', Connection='close')
     except ClientDisconnect: refuse(400, 'the request was not sent to its end')
     if size > most: too_large()
     return b''.join(parts)
@@ -271,7 +272,7 @@ class Watch:
         if self.doing=='closed' or doing==self.doing and not again: return
         self.doing, self.since, self.size = doing, self.loop.time(), 0
         if self.timer: self.timer.cancel()
-        seconds = self.limits.seconds + 5 if doing in ('body', 'answer') else min(HEAD_SECONDS, self.limits.seconds)
+        seconds = self.limits.coming + 5 if doing in ('body', 'answer') else min(HEAD_SECONDS, self.limits.coming)
         self.timer = self.loop.call_later(seconds, self.hang_up, 408, 'the request took too long to come')
 
     def hang_up(self, status, detail):
