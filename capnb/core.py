@@ -8,7 +8,7 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', '
            'model_source', 'revision_of', 'no_loading_bar', 'hub_errors', 'Hardware', 'choose_dtype',
            'choose_mixed_precision', 'choose_attention', 'default_device', 'describe_hardware', 'default_dtype',
            'default_mixed_precision', 'default_attention', 'memory_in_use', 'model_config', 'weights_fingerprint',
-           'load_whole', 'atomic_write', 'check_writable', 'free_lock', 'shell_line', 'say']
+           'load_whole', 'atomic_write', 'check_writable', 'free_lock', 'shell_line', 'write_json', 'say']
 
 # %% ../nbs/00_core.ipynb #74982778
 import codecs, errno, json, os, re, shlex, subprocess, sys, tempfile
@@ -559,6 +559,16 @@ def shell_line(
 ) -> str:
     "Write a command so that it can be pasted into the shell of this system."
     return subprocess.list2cmdline(words) if sys.platform=='win32' else shlex.join(words)
+
+# %% ../nbs/00_core.ipynb #aa5720e2
+def write_json(
+    path, # File to write or to replace
+    value, # Plain data
+):
+    "Write plain data as JSON, atomically. Raises `ValueError` that names the file for a number such as NaN, which JSON has not."
+    try: text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as e: raise ValueError(f"{path} is not written: {e}") from None
+    with atomic_write(path) as f: f.write(text + '\n')
 
 # %% ../nbs/00_core.ipynb #9c7a1d81
 def say(

@@ -19,11 +19,12 @@ from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
-from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, say
+from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, say, write_json
+from .data import one_line, words
 from .sources import load_for
 from .decoder import use_int8
 from .encoder import EncodedData, encode_data, features_folder, load_encoder
-from .evaluation import FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
+from .evaluation import BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
 
 # %% ../nbs/21_judging.ipynb #jd210006
 def clip_scores(
@@ -62,7 +63,7 @@ def embed_texts(self:ClipScorer,
     "Embed captions after the words of the paper's prompt."
     out = []
     for at in range(0, len(texts), batch_size):
-        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, return_tensors='pt').to(self.texts.device)
+        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, split_special_tokens=True, return_tensors='pt').to(self.texts.device)
         found = self.texts(tokens['input_ids']) if self.padded else self.texts(tokens['input_ids'], tokens['attention_mask'])
         out.append((found.pooler_output if self.padded else found.text_embeds).float().cpu())
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)
@@ -106,18 +107,19 @@ def write_predictions(
     captions, # One per picture
 ):
     "Write captions as COCO results."
-    with atomic_write(path) as f: json.dump([dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions)], f, indent=1, ensure_ascii=False)
+    write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions)])
 
 # %% ../nbs/21_judging.ipynb #jd210022
 def _entries(path):
-    "Id, as a text, and caption of each entry of a file of COCO results."
+    "Id, as a text, and caption, as one line, of each entry of a file of COCO results."
     try: found = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(found, list): raise ValueError(f"{path} must hold a list of objects with image_id and caption, as COCO results do")
     for n,entry in enumerate(found):
         i, caption = (entry.get('image_id'), entry.get('caption')) if isinstance(entry, dict) else (None, None)
         if type(i) not in (int, str) or not isinstance(caption, str): raise ValueError(f"{path}: entry {n} needs an image_id (a whole number or a text) and a caption (a text), not {json.dumps(entry):.80}")
-        yield str(i), caption
+        if re.search('[\ud800-\udfff]', caption): raise ValueError(f"{path}: the caption of entry {n} holds half a character (a surrogate), which no text can")
+        yield str(i), one_line(caption)
 
 def read_predictions(
     path, # JSON file of COCO results
@@ -135,19 +137,17 @@ def read_predictions(
     return [captions[n] for n in range(len(image_ids))]
 
 # %% ../nbs/21_judging.ipynb #jd210025
-def _words(text): return re.findall(r"[^\W\d_]+(?:'\w+)?", text.lower())
-
 def _lengths(captions):
     "Of each caption in which third by length it is, in words."
-    counts = [len(_words(c)) for c in captions]
+    counts = [len(words(c)) for c in captions]
     low, high = np.percentile(counts, (33, 67)).astype(int).tolist()
     return [f'up to {low} words' if n <= low else f'{low+1} to {high} words' if n <= high else f'{high+1} words or more' for n in counts]
 
 def _used_words(references, least):
-    "Of each picture the words of three letters or more in its references, without those that are in more than half of the pictures, or in fewer than `least`."
-    used = [{w for r in refs for w in _words(r) if len(w) > 2} for refs in references]
-    counts = Counter(w for words in used for w in words)
-    return [{w for w in words if least <= counts[w] <= len(references)/2} for words in used]
+    "Of each picture the words in its references, of three letters or more in the Latin alphabet, without those that are in more than half of the pictures, or in fewer than `least`."
+    used = [{w for r in refs for w in words(r) if len(w) > 2 or not w.isascii()} for refs in references]
+    counts = Counter(w for each in used for w in each)
+    return [{w for w in each if least <= counts[w] <= len(references)/2} for each in used]
 
 def picture_slices(
     captions, # One per picture
@@ -156,11 +156,11 @@ def picture_slices(
 ) -> list: # For each picture a list of pairs, such as ('kind', 'cat')
     "Name what each picture has in common with others: facts, where there are some, the length of its caption, and words of its references."
     out = []
-    for length,words,row in zip(_lengths(captions), _used_words([r['captions'] for r in rows], least), rows):
+    for length,used,row in zip(_lengths(captions), _used_words([r['captions'] for r in rows], least), rows):
         facts = row.get('facts', dict(things=[]))
         found = {(k, t[k]) for t in facts['things'] for k in ('kind','colour','size')}
         if facts['things']: found |= {('place', facts['place']), ('number of things', str(len(facts['things'])))}
-        out.append(sorted(found | {('word in the references', w) for w in words - {v for _,v in found}} | {('caption length', length)}))
+        out.append(sorted(found | {('word in the references', w) for w in used - {v for _,v in found}} | {('caption length', length)}))
     return out
 
 # %% ../nbs/21_judging.ipynb #jd210027
@@ -405,7 +405,8 @@ _MACROS = """
 _SPLIT = """
 {% macro split_page(name, p) %}<section id="{{ name }}"><h2>{{ name }}</h2>
 <p class="soft">{{ p.scores.pictures }} pictures. Captions have {{ '%.1f' % p.scores.text.words }} words on average, use {{ p.scores.text.vocabulary }} different words, and {{ '%.0f' % (100*p.scores.text.distinct) }} of 100 differ from all others before them.
-  {% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}</p>
+  {% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}
+  {% if p.scores.by_character %} {{ by_character }}{% endif %}</p>
 <h3>Words</h3><div class="bars">{% for b in p.bars.words %}{{ score(b) }}{% endfor %}</div>
 {% if p.scores.floors and p.scores.floors.common %}
   <p class="soft">The most common caption of the training data: “{{ p.scores.floors.common.caption }}”</p>{% endif %}
@@ -458,7 +459,7 @@ def report_page(
     from jinja2 import Environment
     from markupsafe import Markup
     pages = {split: dict(_split_page(j, compared.get(split), cards, words), against=against) for split,j in judged.items()}
-    return Environment(autoescape=True).from_string(_MACROS+_SPLIT+_PAGE).render(title=title, about=about, splits=pages, charts=charts, style=Markup(_STYLE)).strip()
+    return Environment(autoescape=True).from_string(_MACROS+_SPLIT+_PAGE).render(title=title, about=about, splits=pages, charts=charts, by_character=BY_CHARACTER, style=Markup(_STYLE)).strip()
 
 # %% ../nbs/21_judging.ipynb #jd210056
 def _asked(splits, split): # names of the splits to judge
@@ -541,7 +542,7 @@ def eval_command(
     compared = _compared(judged, h, Path(against), split, **how) if against else {}
     say(score_table({s: j.scores for s,j in judged.items()}))
     for s,c in compared.items(): say(f'\n{s}, against {against}:\n{compare_table(c)}')
-    if json_file: _write(json_file, json.dumps(_plain(judged, compared), indent=2))
+    if json_file: write_json(json_file, _plain(judged, compared))
     if csv: write_csv(csv, judged)
     if coco_results: write_predictions(coco_results, _told_apart([i for j in judged.values() for i in j.ids]), [c for j in judged.values() for c in j.captions])
     if report: _write(report, report_page(Path(path).stem, _about(h, metadata), judged, compared, against, [] if predictions else training_charts(path)))

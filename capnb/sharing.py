@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from fastcore.script import Param, store_true
 from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, save_checkpoint, thaw, trained_state
 from .commands import BEST, any_path, command, find_checkpoint, new_folder
-from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors
+from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors, write_json
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
 
@@ -87,10 +87,12 @@ class CapnbForImageCaptioning(PreTrainedModel):
     def generate(self,
         pixel_values, # From the processor
         **kwargs, # For `transformers`' `generate`
-    ) -> torch.Tensor: # (batch, longest) tokens
+    ) -> torch.Tensor: # (batch*num_return_sequences, longest) tokens
         "Write captions, as tokens; the model's `generation_config` holds the defaults."
-        defaults = {k: v for k,v in self.generation_config.to_diff_dict().items() if k!='transformers_version'}
-        return generate_ids(self.captioner.decoder, self.captioner.tokenizer, self.captioner.prefix(self.captioner.encoder(pixel_values)), **{**defaults, **kwargs})
+        said = self.generation_config.to_diff_dict()
+        defaults = {k: v for k,v in said.items() if k not in ('transformers_version', 'pad_token_id')} # it pads itself
+        model, prefix = self.captioner, self.captioner.prefix(self.captioner.encoder(pixel_values))
+        return generate_ids(model.decoder, model.tokenizer, prefix, **{**defaults, **kwargs})
 
 # %% ../nbs/15_sharing.ipynb #0da7c012
 class CapnbProcessor(ProcessorMixin):
@@ -180,7 +182,7 @@ def save_pretrained(self:CapnbForImageCaptioning,
 ):
     "Save what learned as safetensors, with configuration, metadata and model card; frozen parts are named, not copied."
     PreTrainedModel.save_pretrained(self, folder, state_dict=trained_state(self.captioner), **kwargs)
-    with atomic_write(Path(folder)/'training_metadata.json') as f: json.dump(self.metadata, f, indent=2)
+    write_json(Path(folder)/'training_metadata.json', self.metadata)
     with atomic_write(Path(folder)/'README.md') as f: f.write(str(model_card(self.config, self.metadata, name)))
 
 @patch(cls_method=True)

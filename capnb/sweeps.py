@@ -17,7 +17,8 @@ from fastcore.script import Param
 from filelock import FileLock, Timeout
 from .captioner import Captioner, build_captioner, check_models, new_adapter, start_from
 from .commands import OWN_DATA, Number, any_path, command, prepare
-from .core import PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings, free_lock, limits, say, shell_line
+from .core import (PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings, free_lock, limits, say, shell_line,
+                        write_json)
 from .decoder import embedding_size
 from .evaluation import Tracker
 from .training import Callback, Interrupted, fit, in_processes, tracker_names
@@ -319,8 +320,9 @@ def report_sweep(
     say(f'\n{sweep_table(study)}\n')
     if running := sum(t.state.name=='RUNNING' for t in study.trials): say(f'⏳ {running} still running in other processes')
     for path in draw_study(study, folder): say(f'📈 {path}')
-    with atomic_write(folder/'best.json') as f: json.dump(asdict(best), f, indent=2)
+    write_json(folder/'best.json', asdict(best))
     say(f"🏆 {command_line(best, preset) if best.data!=OWN_DATA else folder/'best.json'}")
+
 
 # %% ../nbs/19_sweeps.ipynb #19a0002a
 @command

@@ -436,6 +436,7 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
     for flag,p in inspect.signature(getattr(importlib.import_module(module), function)).parameters.items():
         is_path = p.annotation.type and p.annotation.type('~/x') == '/home/me/x'
         assert is_path or p.annotation.type is not str or flag in TEXTS, flag
+        assert p.annotation.type not in (int, float), f'{flag} is no Number'
 
 # --- Where a command writes
 
