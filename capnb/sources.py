@@ -19,9 +19,10 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .core import atomic_write, hub_errors
-from .data import _SPLIT_NAMES, CaptionData, Source, counts_characters, named_rows, read_folder, split_rows, tell_columns
+from .data import CaptionData, Source, counts_characters, named_rows, read_folder, split_rows, tell_columns
 from .images import find_images
 from .storybook import SPLITS, Storybook
+from .tables import SPLIT_NAMES
 
 # %% ../nbs/02b_sources.ipynb #0da7b402
 def _missing(names):
@@ -29,7 +30,7 @@ def _missing(names):
     known = {_split_name(n) for n in names}
     return ('validation','test') if len(names)==1 else ('validation',) if 'validation' not in known else ()
 
-def _split_name(name): return _SPLIT_NAMES.get(str(name).lower(), str(name))
+def _split_name(name): return SPLIT_NAMES.get(str(name).lower(), str(name))
 
 def _assigned(rows, name, start, missing):
     "The split of each row of the hub's split `name`, of which `rows` (a `datasets.Dataset`) begin at number `start`."
