@@ -322,7 +322,7 @@ def read_folder(
     else: sources = [(None, PictureFolder(folder, None, *options))]
     parts = {}
     for split,rows in sources:
-        for note in rows.notes: print(f'⚠️ {note}')
+        for note in rows.notes: say(f'⚠️ {note}')
         for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
     parts = {split: _Picked(rows) for split,rows in parts.items()}
     without_split = parts.pop(None, []) if len(parts) > 1 else []

@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
-from .core import as_hyperparameters
+from .core import as_hyperparameters, say
 from .images import open_image
 from .decoder import check_options, split_scores
 from .encoder import load_encoder
@@ -303,4 +303,4 @@ def scale_command(
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
         found = caption_pictures(source, out, checkpoint, options=options, **settings)
-    print(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")
+    say(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")
