@@ -156,7 +156,7 @@ def planned_data(
 ) -> dict: # Name of split: `CaptionData`; empty for `KNOWN_DATA`
     "Load the data of a run, if nothing has to be downloaded for it; raises `ValueError` for data that would have to be, and are not known."
     if h.data in KNOWN_DATA: return {}
-    if h.data=='storybook' or Path(h.data).is_dir(): return load_for(h)
+    if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
     raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
 
 def picture_counts(
