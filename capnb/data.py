@@ -195,9 +195,11 @@ def _leads_out(self:PictureFolder, picture):
 @patch
 def _find(self:PictureFolder, picture):
     "The file of a picture: where the table says, or the only one below the folder whose name fits; raises `ValueError` if there is none."
-    out, file = self._leads_out(picture), Path(os.path.abspath(self.folder/picture)) # of `link/../x` only `x` is left
-    if out and not self.outside: raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
-    if file.is_file(): return self.folder/os.path.normpath(picture)
+    if not self.outside and self._leads_out(picture):
+        raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
+    file = self.folder/os.path.normpath(picture) # of `link/../x` only `x` is left
+    if file.is_file(): return file
+    if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file(): return file
     if self._files is None: self._files = NameIndex(_files_below(self.folder))
     try: found = self.folder/self._files.find(picture)
     except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
