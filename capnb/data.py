@@ -13,8 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 from unicodedata import normalize
+import numpy as np
 from fastcore.basics import patch
 from PIL import Image
+from .core import say
 from .images import open_image
 from .tables import SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
@@ -23,13 +25,33 @@ def one_line(text:str) -> str:
     "Join the words of a text by single spaces; line breaks of any kind and control characters count as spaces."
     return re.sub(r'[\s\x00-\x1f\x7f-\x9f]+', ' ', text).strip()
 
-# %% ../nbs/02_data.ipynb #55ba50be
-def _picture(image, where):
-    "The picture of a row, as `open_image` gives it: PIL, or bytes, or bytes with a path as `datasets` stores them."
-    if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
-    if not isinstance(image, (Image.Image, bytes, Path)): raise ValueError(f"{where}: 'image' must be a PIL image, not {type(image).__name__}")
-    return open_image(image, f"{where}: the image")
+# %% ../nbs/02_data.ipynb #02b00001
+def _from_array(pixels):
+    "The image of an array; raises `ValueError` where it is not clear what its axes or numbers mean."
+    first, last = (pixels.ndim==3 and pixels.shape[axis] in (1,3,4) for axis in (0,2))
+    if not pixels.size or pixels.ndim!=2 and not (first or last):
+        raise ValueError(f"an array of shape {pixels.shape} is no image; (height, width) is needed, with 1, 3 or 4 channels first or last")
+    if first and last: raise ValueError(f"an array of shape {pixels.shape} may have its channels first or last; give a PIL image")
+    if first: pixels = pixels.transpose(1, 2, 0)
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
+        if not 0 <= low <= high <= 1: raise ValueError(f"an array of {pixels.dtype} from {low:.3g} to {high:.3g} is no image; 0 to 1 is needed")
+        pixels = (pixels*255).round().astype(np.uint8)
+    if pixels.dtype!=np.uint8: raise ValueError(f"an array of {pixels.dtype} is no image; uint8, or floating point from 0 to 1, is needed")
+    return Image.fromarray(np.ascontiguousarray(pixels[...,0] if pixels.ndim==3 and pixels.shape[2]==1 else pixels))
 
+def _picture(image, where):
+    "The image of a row, as `open_image` gives it: PIL, the path or bytes of a file, both as `datasets` stores them, or an array."
+    if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
+    if isinstance(image, str): image = Path(image)
+    if hasattr(image, 'detach'): image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy() # torch
+    try: image = _from_array(image) if isinstance(image, np.ndarray) else image
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    if isinstance(image, Path) and not image.is_file(): raise ValueError(f"{where}: there is no image {str(image)!r}")
+    if isinstance(image, (Image.Image, bytes, Path)): return open_image(image, f"{where}: the image")
+    raise ValueError(f"{where}: 'image' must be a PIL image, the path or bytes of a file, or an array, not {type(image).__name__}")
+
+# %% ../nbs/02_data.ipynb #55ba50be
 def _captions(row, where):
     "The captions of a row as a list, from `captions` or `caption`, one or several."
     found = next((row[k] for k in ('captions','caption') if row.get(k) is not None), None)
@@ -60,7 +82,8 @@ class CaptionData:
         if not isinstance(row, Mapping): raise ValueError(f"row {at} is a {type(row).__name__}; a dictionary with 'image' and 'captions' is needed")
         where = f"row {at} ({row['image_id']})" if 'image_id' in row else f"row {at}"
         rest = {k:v for k,v in row.items() if k not in ('caption','captions','image')}
-        return row.get('image'), dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
+        image = Path(row['image']) if isinstance(row.get('image'), str) else row.get('image')
+        return image, dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
 
     def __getitem__(self, i:int) -> dict:
         "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
@@ -305,7 +328,7 @@ def read_folder(
     else: sources = [(None, PictureFolder(folder, None, *options))]
     parts = {}
     for split,rows in sources:
-        for note in rows.notes: print(f'⚠️ {note}')
+        for note in rows.notes: say(f'⚠️ {note}')
         for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
     parts = {split: _Picked(rows) for split,rows in parts.items()}
     without_split = parts.pop(None, []) if len(parts) > 1 else []
