@@ -17,7 +17,7 @@ from unicodedata import normalize
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .core import read_text
+from .core import read_text, say
 from .images import open_image
 from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
@@ -184,7 +184,8 @@ _OTHER_TABLE = r'[^.].*\.(csv|tsv|jsonl|json)' # any name; taken if there is no 
 
 def _tables(folder, other=True):
     "The tables of captions in a folder: those of the usual names, else, with `other`, all that may be one."
-    files = sorted(f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else []
+    names = os.listdir(folder) if folder.is_dir() else []
+    files = sorted(folder/n for n in names if n.lower().endswith(('.csv','.tsv','.txt','.jsonl','.json','.token')) and not (folder/n).is_dir())
     usual = [f for f in files if re.fullmatch(_TABLE, f.name) and '.lemma.' not in f.name] # Flickr8k's words without their endings
     return usual or [f for f in files if other and re.fullmatch(_OTHER_TABLE, f.name, re.I)]
 
@@ -209,7 +210,8 @@ def folder_tables(
 ) -> list: # Of split (None if it is not told), folder of the images, and table; empty if there is no table
     "Find the tables of captions of a folder: in sub-folders for each split, several for each split, or one."
     folder = Path(folder)
-    below = [(SPLIT_NAMES[f.name.lower()], f, _only_table(f)) for f in sorted(folder.iterdir()) if f.is_dir() and f.name.lower() in SPLIT_NAMES and _tables(f, other)]
+    split_folders = [folder/name for name in sorted(os.listdir(folder)) if name.lower() in SPLIT_NAMES]
+    below = [(SPLIT_NAMES[f.name.lower()], f, _only_table(f)) for f in split_folders if _tables(f, other)]
     if below: return below
     tables = _tables(folder, other) or _tables(folder/'annotations', other)
     coco = [t for t in _tables(folder, other)+_tables(folder/'annotations', other) if re.fullmatch('captions_.*json', t.name)]
@@ -229,7 +231,7 @@ _LISTS = r'(?:.*[._-])?(train|dev|val|test)_?images\.txt'
 def _split_lists(table):
     "The split of each image that files such as Flickr_8k.trainImages.txt, a name on each line, tell beside a table."
     splits = {}
-    for file in sorted(table.parent.iterdir()):
+    for file in sorted(table.parent/n for n in os.listdir(table.parent) if n.lower().endswith('images.txt')):
         if not (kind := re.fullmatch(_LISTS, file.name, re.I)) or not file.is_file(): continue
         for name in filter(None, map(str.strip, read_text(file).split('\n'))):
             split = SPLIT_NAMES[kind[1].lower()]
@@ -250,7 +252,9 @@ class PictureFolder:
     ): # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not fit
         self.folder, self.outside = Path(folder), outside
         self.table = Path(table) if table else _only_table(self.folder)
-        self.captions, self.paths, self.where, self.splits, self._known, self._files = {}, {}, {}, {}, {}, None
+        self.captions, self.paths, self.where, self.splits = {}, {}, {}, {} # by name of the image
+        self._known, self._of_file = {}, {} # name of the image by what a row says, and by its file
+        self._files, self._missing = None, 0 # index of the files below, made when first needed; how many were not there
         self.lists, self.unlisted = _split_lists(self.table), 0
         try:
             rows = read_table(self.table, image_column, caption_column, encoding)
@@ -286,18 +290,21 @@ def _files_below(folder):
 @patch
 def _leads_out(self:PictureFolder, picture):
     "Whether a name, as Linux or Windows reads it, is of something that is not below the folder."
+    if not re.search(r'\.\.|^[\\/]|:', picture): return False
     name = picture.replace('\\', '/')
+    if re.match('[A-Za-z]:/', name) and os.sep=='/': return True
     roots = [os.path.abspath(self.folder), os.path.realpath(self.folder)]
     place = os.path.abspath(os.path.join(roots[0], name))
-    if re.match('[A-Za-z]:', name) and os.sep=='/': return True
     return not any(os.path.commonpath([root, place])==root for root in roots)
 
 @patch
 def _find(self:PictureFolder, picture):
     "The file of a picture: where the table says, or the only one below the folder whose name fits; raises `ValueError` if there is none."
-    out, file = self._leads_out(picture), Path(os.path.abspath(self.folder/picture)) # of `link/../x` only `x` is left
-    if out and not self.outside: raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
-    if file.is_file(): return self.folder/os.path.normpath(picture)
+    if not self.outside and self._leads_out(picture):
+        raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
+    file = self.folder/os.path.normpath(picture) # of `link/../x` only `x` is left
+    if file.is_file(): return file
+    if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file(): return file
     if self._files is None: self._files = NameIndex(_files_below(self.folder))
     try: found = self.folder/self._files.find(picture)
     except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
@@ -308,7 +315,7 @@ def _find(self:PictureFolder, picture):
 @patch
 def _nearest(self:PictureFolder, picture):
     "The name that the table may mean, in words, for the first names that are missing."
-    self._missing = getattr(self, '_missing', 0) + 1
+    self._missing += 1
     near = self._files.nearest(picture) if self._missing <= _NEAREST else None
     return f" (the nearest is {near!r})" if near else ''
 
@@ -331,7 +338,7 @@ def _add(self:PictureFolder, where, picture, captions, split):
             if not self.lists or split: return f"{where}: {str(e):.300}"
             self.unlisted += 1
             return
-        self._known[picture] = self._known.setdefault(path, picture) # the first name of the file
+        self._known[picture] = self._of_file.setdefault(str(path), picture) # the first name of the file
         self.paths.setdefault(self._known[picture], path)
     picture = self._known[picture]
     try: captions = caption_texts(captions)
@@ -407,7 +414,7 @@ def read_folder(
     sources = [(split, PictureFolder(place, table, *options)) for split,place,table in found]
     parts = {}
     for split,rows in sources:
-        for note in rows.notes: print(f'⚠️ {note}')
+        for note in rows.notes: say(f'⚠️ {note}')
         for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
     tables = [rows for _,rows in sources]
     return as_source(parts, folder, [b for rows in tables for b in rows.bad], tables)

@@ -215,6 +215,7 @@ def find_source(
     "Find what a data set holds, whatever names or holds it; raises as `load_data`."
     name, columns = str(data), (image_column, caption_column)
     if not isinstance(data, (str, Path)): return _own_rows(data, limit, columns)
+    if name=='storybook' and any(columns): raise ValueError("the storybook has no columns to choose from; leave image_column and caption_column out")
     if name=='storybook': return Source({split: Storybook(split, size=image_size) for split in SPLITS})
     if name in HUB_DATA: return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns)
     if Path(name).exists(): return read_path(name, bad_rows, *columns, encoding, outside)
@@ -349,7 +350,8 @@ def check_data(
     revision:str=None,
     encoding:str=None,
     outside:bool=False,
-) -> dict: # `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (what is in each), `bad` (what is wrong with each bad row), `warnings` (see `find_warnings`)
+    count_cut=None, # Function that counts the captions of some rows that are too long, see `capnb.decoder.count_cut`
+) -> dict: # `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (what is in each), `bad` (what is wrong with each bad row), `warnings` (see `find_warnings`), `cut` (from `count_cut`)
     "Open every image of a data set once, and tell what is in it and what is wrong with it; raises as `load_data`."
     source = find_source(data, limit, 64, 'skip', revision, image_column, caption_column, encoding, outside)
     bad, scanned = list(source.bad), []
@@ -357,8 +359,10 @@ def check_data(
     without_split = _scan(CaptionData(source.without_split), NO_SPLIT, 0, bad, scanned) if source.without_split else None
     warnings = find_warnings(scanned)
     if source.tables and (missing := _without_row(data, source.tables))['count']: warnings.append(missing)
+    used = [dict(image_id=image.image_id, captions=image.captions) for image in scanned if image.split!=NO_SPLIT]
     return dict(data=str(data) if isinstance(data, (str, Path)) else type(data).__name__, images=len(scanned),
-                captions=sum(len(image.captions) for image in scanned), splits=splits, without_split=without_split, bad=bad, warnings=warnings)
+                captions=sum(len(image.captions) for image in scanned), splits=splits, without_split=without_split, bad=bad, warnings=warnings,
+                cut=count_cut(used) if count_cut and used else None)
 
 # %% ../nbs/02b_sources.ipynb #45df9b2b
 def report_data(
