@@ -505,6 +505,7 @@ def generate_captions(
     if scores: found = list(zip(found, values, strict=True))
     n = len(found)//max(1, len(prefix))
     return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
+
 def split_scores(
     found, # What `scores=True` gives for an image: (text, score), or a list of them
 ) -> tuple: # Text and score, or a list of texts and a list of scores
