@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_captioner', 'parameter_groups', 'thaw', 'add_lora',
            'frozen_fingerprint', 'trained_state', 'weights_path', 'save_metadata', 'save_tensors', 'save_checkpoint',
-           'delete_checkpoint', 'newest_checkpoint', 'read_metadata', 'read_tensors', 'load_trained', 'check_frozen',
-           'load_model_from_checkpoint', 'start_from']
+           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'read_metadata', 'read_tensors', 'load_trained',
+           'check_frozen', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
 import io, json, math, pickle, re, struct, warnings
@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint
-from .data import open_image
+from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint, write_json
+from .images import open_image
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, check_encoder, load_encoder
 
@@ -125,19 +125,25 @@ def forward(self:Captioner, features, captions) -> torch.Tensor:
 @torch.no_grad()
 def caption_features(self:Captioner,
     features, # (batch, encoder width) or (batch, patches, encoder width)
-    **kwargs, # For `transformers`' `generate`
-) -> list: # One caption per row
-    "Write a caption for each encoded picture."
-    return generate_captions(self.decoder, self.tokenizer, self.prefix(features), self.max_caption_length, **kwargs)
+    scores:bool=False, # As for `caption`
+    **kwargs, # As for `caption`
+) -> list: # For each row what `caption` gives for an image
+    "Write captions for encoded images."
+    prefix = self.prefix(features)
+    return generate_captions(self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs)
 
 @patch
 def caption(self:Captioner,
-    images, # A PIL picture or a list of them, of any size and mode; or paths of pictures
-    **kwargs, # For `transformers`' `generate`, such as `num_beams=3`
-): # A caption, or a list of them
-    "Write a caption for each picture; greedy unless `kwargs` say otherwise."
-    if isinstance(images, (Image.Image, str, Path)): return self.caption([images], **kwargs)[0]
-    return self.caption_features(self.encoder.encode([open_image(image) for image in images]), **kwargs) if len(images) else []
+    images, # A PIL image or a list of them, of any size and mode; or paths of images
+    scores:bool=False, # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
+    **kwargs, # For `transformers`' `generate`, such as `num_beams=3`; what `check_options` takes
+): # A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of these
+    """Write a caption for each image; greedy unless `kwargs` say otherwise.
+
+    Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without effect."""
+    if isinstance(images, (Image.Image, str, Path)): return self.caption([images], scores, **kwargs)[0]
+    opened = [open_image(image) for image in images]
+    return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []
 
 # %% ../nbs/06_captioner.ipynb #0da7b051
 def _last_layers(decoder, n):
@@ -208,7 +214,7 @@ def save_metadata(
     metadata:dict, # Plain data
 ):
     "Write, or write anew, the metadata file beside a file of weights."
-    with atomic_write(_metadata_path(Path(weights))) as f: json.dump(metadata, f, indent=2)
+    write_json(_metadata_path(Path(weights)), metadata)
 
 def save_tensors(
     path, # File to write or to replace
@@ -239,14 +245,28 @@ def delete_checkpoint(
     for path in (Path(weights), _metadata_path(Path(weights))): path.unlink(missing_ok=True)
 
 # %% ../nbs/06_captioner.ipynb #ca36f4ab
+def _checkpoints(folder):
+    "The complete checkpoints of a folder, in order: time of the run's start, epoch, weights."
+    found = [(m[1], int(m[2]), p) for p in Path(folder).glob('model_state_dict_*.pth')
+             if (m := re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)\.pth', p.name)) and _metadata_path(p).exists()]
+    if not found: raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}; train one with capnb_train")
+    return sorted(found)
+
 def newest_checkpoint(
     folder='saved_models',
 ) -> Path: # Of the weights
     "Find the newest complete checkpoint by the time and epoch in its name; raises `FileNotFoundError` if there is none."
-    found = [(m[1], int(m[2]), p) for p in Path(folder).glob('model_state_dict_*.pth')
-             if (m := re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)\.pth', p.name)) and _metadata_path(p).exists()]
-    if not found: raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}; train one with capnb_train")
-    return max(found)[-1]
+    return _checkpoints(folder)[-1][-1]
+
+def best_checkpoint(
+    folder='saved_models',
+) -> Path: # Of the weights
+    "Find the checkpoint with the lowest validation loss of the newest run; raises `FileNotFoundError` if there is no checkpoint, `ValueError` if none of that run knows its validation loss."
+    *_, (run, _, _) = found = _checkpoints(folder)
+    losses = [(read_metadata(path).get('validation_loss'), path) for stamp,_,path in found if stamp==run]
+    known = [(loss, path) for loss,path in losses if loss is not None]
+    if not known: raise ValueError(f"no checkpoint of the run of {run} in {str(folder)!r} knows its validation loss: it was trained with evaluation_enabled set to False")
+    return min(known, key=lambda pair: pair[0])[1] # of equals the first
 
 def read_metadata(
     path, # Of the weights

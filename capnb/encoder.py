@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .core import Hyperparameters, atomic_write, default_device, hub_errors, load_whole, model_config, model_source
+from .core import Hyperparameters, atomic_write, check_writable, default_device, hub_errors, load_whole, model_config, model_source, say
 from .data import _picture
 
 # %% ../nbs/03_encoder.ipynb #5597efde
@@ -176,13 +176,20 @@ class FeatureCache:
         about:dict=None, # What the features depend on, written beside them
     ):
         self.folder, self.shape, self.about, self.shards, self.digests, self.waiting = Path(folder), tuple(shape), about, [], [], []
+        self.writable = False # not known yet
         self.shard_rows = max(1, min(SHARD_ROWS, SHARD_BYTES//(2*int(np.prod(self.shape)))))
         for path in sorted(self.folder.glob('*.npy')):
+            damaged = None
             try: self._open(path)
-            except ValueError as e:
-                print(f'⚠️ {path} is damaged ({e}): its pictures are encoded again')
-                path.unlink(missing_ok=True)
+            except ValueError as e: damaged = str(e)
+            if damaged: say(f'⚠️ {path} is damaged ({damaged}): its pictures are encoded again')
+            if damaged: path.unlink(missing_ok=True) # out here, where nothing maps it any more: Windows would refuse
         self.index()
+
+    def check_writable(self):
+        "Raise an `OSError` if nothing can be written to the folder; asks once."
+        if not self.writable: check_writable(self.folder)
+        self.writable = True
 
     def _open(self, path):
         "Map a shard into memory; raises `ValueError` if it is not whole."
@@ -296,6 +303,7 @@ def _encoded(encoder, data, which, cache, taken, alone):
     rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache) for i in which])
     new = {digest: (row, p) for row,digest,p in zip(rows, digests, pixels) if p is not None and taken.setdefault(digest, which)==which}
     if not new: return rows, digests, {}
+    cache.check_writable() # before a picture is encoded, not after
     with alone: features = encoder(torch.stack([p for _,p in new.values()])).half().cpu().numpy()
     for (row,_),f in zip(new.values(), features):
         if not np.isfinite(f).all(): raise ValueError(f"the features of {row['image_id']} are not numbers up to 65,504, which is what half precision holds")
@@ -303,7 +311,7 @@ def _encoded(encoder, data, which, cache, taken, alone):
 
 def _say_size(name, n, cache, where):
     each = 2*int(np.prod(cache.shape))
-    print(f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all, {where}", flush=True)
+    say(f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all, {where}", flush=True)
 
 
 # %% ../nbs/03_encoder.ipynb #0788551f

@@ -18,12 +18,13 @@ from fastcore.basics import patch
 from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from .captioner import load_model_from_checkpoint, read_metadata
-from .commands import OWN_DATA, _checkpoint, command
-from .core import as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source
-from .data import load_for
+from .commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
+from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, say, write_json
+from .data import one_line, words
+from .sources import load_for
 from .decoder import use_int8
 from .encoder import EncodedData, encode_data, features_folder, load_encoder
-from .evaluation import FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
+from .evaluation import BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
 
 # %% ../nbs/21_judging.ipynb #jd210006
 def clip_scores(
@@ -62,7 +63,7 @@ def embed_texts(self:ClipScorer,
     "Embed captions after the words of the paper's prompt."
     out = []
     for at in range(0, len(texts), batch_size):
-        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, return_tensors='pt').to(self.texts.device)
+        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, split_special_tokens=True, return_tensors='pt').to(self.texts.device)
         found = self.texts(tokens['input_ids']) if self.padded else self.texts(tokens['input_ids'], tokens['attention_mask'])
         out.append((found.pooler_output if self.padded else found.text_embeds).float().cpu())
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)
@@ -106,18 +107,19 @@ def write_predictions(
     captions, # One per picture
 ):
     "Write captions as COCO results."
-    with atomic_write(path) as f: json.dump([dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions)], f, indent=1, ensure_ascii=False)
+    write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions)])
 
 # %% ../nbs/21_judging.ipynb #jd210022
 def _entries(path):
-    "Id, as a text, and caption of each entry of a file of COCO results."
+    "Id, as a text, and caption, as one line, of each entry of a file of COCO results."
     try: found = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(found, list): raise ValueError(f"{path} must hold a list of objects with image_id and caption, as COCO results do")
     for n,entry in enumerate(found):
         i, caption = (entry.get('image_id'), entry.get('caption')) if isinstance(entry, dict) else (None, None)
         if type(i) not in (int, str) or not isinstance(caption, str): raise ValueError(f"{path}: entry {n} needs an image_id (a whole number or a text) and a caption (a text), not {json.dumps(entry):.80}")
-        yield str(i), caption
+        if re.search('[\ud800-\udfff]', caption): raise ValueError(f"{path}: the caption of entry {n} holds half a character (a surrogate), which no text can")
+        yield str(i), one_line(caption)
 
 def read_predictions(
     path, # JSON file of COCO results
@@ -135,19 +137,17 @@ def read_predictions(
     return [captions[n] for n in range(len(image_ids))]
 
 # %% ../nbs/21_judging.ipynb #jd210025
-def _words(text): return re.findall(r"[^\W\d_]+(?:'\w+)?", text.lower())
-
 def _lengths(captions):
     "Of each caption in which third by length it is, in words."
-    counts = [len(_words(c)) for c in captions]
+    counts = [len(words(c)) for c in captions]
     low, high = np.percentile(counts, (33, 67)).astype(int).tolist()
     return [f'up to {low} words' if n <= low else f'{low+1} to {high} words' if n <= high else f'{high+1} words or more' for n in counts]
 
 def _used_words(references, least):
-    "Of each picture the words of three letters or more in its references, without those that are in more than half of the pictures, or in fewer than `least`."
-    used = [{w for r in refs for w in _words(r) if len(w) > 2} for refs in references]
-    counts = Counter(w for words in used for w in words)
-    return [{w for w in words if least <= counts[w] <= len(references)/2} for words in used]
+    "Of each picture the words in its references, of three letters or more in the Latin alphabet, without those that are in more than half of the pictures, or in fewer than `least`."
+    used = [{w for r in refs for w in words(r) if len(w) > 2 or not w.isascii()} for refs in references]
+    counts = Counter(w for each in used for w in each)
+    return [{w for w in each if least <= counts[w] <= len(references)/2} for each in used]
 
 def picture_slices(
     captions, # One per picture
@@ -156,11 +156,11 @@ def picture_slices(
 ) -> list: # For each picture a list of pairs, such as ('kind', 'cat')
     "Name what each picture has in common with others: facts, where there are some, the length of its caption, and words of its references."
     out = []
-    for length,words,row in zip(_lengths(captions), _used_words([r['captions'] for r in rows], least), rows):
+    for length,used,row in zip(_lengths(captions), _used_words([r['captions'] for r in rows], least), rows):
         facts = row.get('facts', dict(things=[]))
         found = {(k, t[k]) for t in facts['things'] for k in ('kind','colour','size')}
         if facts['things']: found |= {('place', facts['place']), ('number of things', str(len(facts['things'])))}
-        out.append(sorted(found | {('word in the references', w) for w in words - {v for _,v in found}} | {('caption length', length)}))
+        out.append(sorted(found | {('word in the references', w) for w in used - {v for _,v in found}} | {('caption length', length)}))
     return out
 
 # %% ../nbs/21_judging.ipynb #jd210027
@@ -405,7 +405,8 @@ _MACROS = """
 _SPLIT = """
 {% macro split_page(name, p) %}<section id="{{ name }}"><h2>{{ name }}</h2>
 <p class="soft">{{ p.scores.pictures }} pictures. Captions have {{ '%.1f' % p.scores.text.words }} words on average, use {{ p.scores.text.vocabulary }} different words, and {{ '%.0f' % (100*p.scores.text.distinct) }} of 100 differ from all others before them.
-  {% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}</p>
+  {% if p.scores.image_gain is defined and p.scores.image_gain is not none %} With another picture in its place a caption costs {{ '%.1f' % p.scores.image_gain }} nats more: that much depends on the picture.{% endif %}
+  {% if p.scores.by_character %} {{ by_character }}{% endif %}</p>
 <h3>Words</h3><div class="bars">{% for b in p.bars.words %}{{ score(b) }}{% endfor %}</div>
 {% if p.scores.floors and p.scores.floors.common %}
   <p class="soft">The most common caption of the training data: “{{ p.scores.floors.common.caption }}”</p>{% endif %}
@@ -458,7 +459,7 @@ def report_page(
     from jinja2 import Environment
     from markupsafe import Markup
     pages = {split: dict(_split_page(j, compared.get(split), cards, words), against=against) for split,j in judged.items()}
-    return Environment(autoescape=True).from_string(_MACROS+_SPLIT+_PAGE).render(title=title, about=about, splits=pages, charts=charts, style=Markup(_STYLE)).strip()
+    return Environment(autoescape=True).from_string(_MACROS+_SPLIT+_PAGE).render(title=title, about=about, splits=pages, charts=charts, by_character=BY_CHARACTER, style=Markup(_STYLE)).strip()
 
 # %% ../nbs/21_judging.ipynb #jd210056
 def _asked(splits, split): # names of the splits to judge
@@ -470,7 +471,7 @@ def _captioned(path, split, int8=False, with_floors=True):
     model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
     if int8: use_int8(model.decoder)
     if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
-    print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
+    say(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits, out = load_for(h), {}
     encoded = cache(lambda s: encode_data(model.encoder, splits[s], progress=f'Encoding {s}', folder=features_folder(h)))
     for s in _asked(splits, split):
@@ -494,7 +495,7 @@ def _predicted(path, h, split):
     for s,d in rows.items():
         said = [next(captions) for _ in d.rows]
         out[s] = splits[s], d, said, dict(score(said, d), pictures=len(d), floors=floors(train, d))
-    print(f"{path}, captions for {h.data}")
+    say(f"{path}, captions for {h.data}")
     return out
 
 # %% ../nbs/21_judging.ipynb #jd210059
@@ -513,23 +514,24 @@ def _flatters(scorer, model, h): return scorer.name==h.encoder_name or scorer.en
 # %% ../nbs/21_judging.ipynb #jd210060
 @command
 def eval_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,
-    folder:Param('Where to look for the newest checkpoint', str)='saved_models',
-    predictions:Param('Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of with --data or --preset', str)=None,
-    data:Param('Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', str)=None,
-    preset:Param('Preset whose data the predictions are of', str)=None,
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?')=None,
+    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
+    best:Param(BEST, store_true)=False,
+    predictions:Param('Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of with --data or --preset', any_path)=None,
+    data:Param('Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', any_path)=None,
+    preset:Param('Preset whose data the predictions are of', str, choices=list(PRESETS))=None,
     split:Param('Split to score; without it every split that training did not see', str)=None,
     coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
-    clipscore:Param('Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own encoder, which flatters', str)=None,
-    against:Param('Another checkpoint: say of each score whether the two really differ', str)=None,
-    report:Param('Write a page with scores, pictures and slices to this HTML file', str)=None,
-    json_file:Param('Write scores, captions and slices to this JSON file', str)=None,
-    csv:Param('Write a row per picture, with its scores, to this CSV file', str)=None,
-    coco_results:Param('Write the captions to this JSON file as COCO results', str)=None,
+    clipscore:Param('Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own encoder, which flatters', any_path)=None,
+    against:Param('Another checkpoint: say of each score whether the two really differ', any_path)=None,
+    report:Param('Write a page with scores, pictures and slices to this HTML file', new_file)=None,
+    json_file:Param('Write scores, captions and slices to this JSON file', new_file)=None,
+    csv:Param('Write a row per picture, with its scores, to this CSV file', new_file)=None,
+    coco_results:Param('Write the captions to this JSON file as COCO results', new_file)=None,
     int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
 ):
     "Score a checkpoint on the data it was trained for, or captions of any origin: ROUGE-L between floors and ceiling, facts, and the image gain, with 95% intervals."
-    h, path = _settings(predictions, checkpoint, data, preset), predictions or _checkpoint(checkpoint, folder)
+    h, path = _settings(predictions, checkpoint, data, preset), predictions or find_checkpoint(checkpoint, folder, best)
     if coco: coco_tools() # what is missing should be known before captions are written
     scorer = ClipScorer(clipscore, 'cpu' if int8 else None) if clipscore else None
     if predictions: metadata, model, found = {}, None, _predicted(path, h, split)
@@ -538,9 +540,9 @@ def eval_command(
     judged = {s: judge(*v, **how) for s,v in found.items()}
     if scorer and model and _flatters(scorer, model, h): _warn(judged, clipscore)
     compared = _compared(judged, h, Path(against), split, **how) if against else {}
-    print(score_table({s: j.scores for s,j in judged.items()}))
-    for s,c in compared.items(): print(f'\n{s}, against {against}:\n{compare_table(c)}')
-    if json_file: _write(json_file, json.dumps(_plain(judged, compared), indent=2))
+    say(score_table({s: j.scores for s,j in judged.items()}))
+    for s,c in compared.items(): say(f'\n{s}, against {against}:\n{compare_table(c)}')
+    if json_file: write_json(json_file, _plain(judged, compared))
     if csv: write_csv(csv, judged)
     if coco_results: write_predictions(coco_results, _told_apart([i for j in judged.values() for i in j.ids]), [c for j in judged.values() for c in j.captions])
     if report: _write(report, report_page(Path(path).stem, _about(h, metadata), judged, compared, against, [] if predictions else training_charts(path)))
@@ -556,7 +558,7 @@ def _settings(predictions, checkpoint, data, preset):
 def _warn(judged, name):
     "Note and say that the scoring CLIP is the captioner's own."
     for j in judged.values(): j.scores['clip']['own'] = True
-    print(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
+    say(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
 
 def _about(h, metadata): # what stands on top of the page
     learned = dict(encoder=metadata['encoder'], decoder=metadata['decoder'], epoch=metadata.get('epoch'), **{'training pictures': metadata['data']['train']}) if metadata else {}

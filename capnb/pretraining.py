@@ -456,7 +456,7 @@ def save_pretrained(
     "Save a model in float16 with what belongs to it, and its log."
     model.half().save_pretrained(folder)
     for part in parts: part.save_pretrained(folder)
-    with atomic_write(Path(folder)/'training_log.jsonl') as f: f.writelines(json.dumps(r)+'\n' for r in log.rows)
+    with atomic_write(Path(folder)/'training_log.jsonl') as f: f.writelines(json.dumps(r, allow_nan=False)+'\n' for r in log.rows)
 
 def _write_card(folder, what, made, measured):
     minutes = json.loads((folder/'training_log.jsonl').read_text().splitlines()[-1])['seconds']/60

@@ -18,9 +18,9 @@ from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForImageTe
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers.utils import cached_file
 from fastcore.script import Param, store_true
-from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, newest_checkpoint, save_checkpoint, thaw, trained_state
-from .commands import command
-from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors
+from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, save_checkpoint, thaw, trained_state
+from .commands import BEST, any_path, command, find_checkpoint, new_folder
+from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors, write_json
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
 
@@ -87,10 +87,12 @@ class CapnbForImageCaptioning(PreTrainedModel):
     def generate(self,
         pixel_values, # From the processor
         **kwargs, # For `transformers`' `generate`
-    ) -> torch.Tensor: # (batch, longest) tokens
+    ) -> torch.Tensor: # (batch*num_return_sequences, longest) tokens
         "Write captions, as tokens; the model's `generation_config` holds the defaults."
-        defaults = {k: v for k,v in self.generation_config.to_diff_dict().items() if k!='transformers_version'}
-        return generate_ids(self.captioner.decoder, self.captioner.tokenizer, self.captioner.prefix(self.captioner.encoder(pixel_values)), **{**defaults, **kwargs})
+        said = self.generation_config.to_diff_dict()
+        defaults = {k: v for k,v in said.items() if k not in ('transformers_version', 'pad_token_id')} # it pads itself
+        model, prefix = self.captioner, self.captioner.prefix(self.captioner.encoder(pixel_values))
+        return generate_ids(model.decoder, model.tokenizer, prefix, **{**defaults, **kwargs})
 
 # %% ../nbs/15_sharing.ipynb #0da7c012
 class CapnbProcessor(ProcessorMixin):
@@ -180,7 +182,7 @@ def save_pretrained(self:CapnbForImageCaptioning,
 ):
     "Save what learned as safetensors, with configuration, metadata and model card; frozen parts are named, not copied."
     PreTrainedModel.save_pretrained(self, folder, state_dict=trained_state(self.captioner), **kwargs)
-    with atomic_write(Path(folder)/'training_metadata.json') as f: json.dump(self.metadata, f, indent=2)
+    write_json(Path(folder)/'training_metadata.json', self.metadata)
     with atomic_write(Path(folder)/'README.md') as f: f.write(str(model_card(self.config, self.metadata, name)))
 
 @patch(cls_method=True)
@@ -287,15 +289,16 @@ def save_llava(
 # %% ../nbs/15_sharing.ipynb #0da7c033
 @command
 def share_command(
-    folder:Param('Folder to write', str, opt=False, nargs='?')=None,
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', str)=None,
+    folder:Param('Folder to write', new_folder, opt=False, nargs='?')=None,
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path)=None,
+    best:Param(BEST, store_true)=False,
     llava:Param('Write a LLaVA with all its parts, for programs without capnb; needs a captioner with patch features', store_true)=False,
     push:Param('Upload to the hub as OWNER/NAME, instead of writing a folder', str)=None,
 ):
     "Share a trained captioner: what learned, with the names of the frozen parts and a model card."
     if (folder is None)==(push is None): raise ValueError('name either a folder to write or, with --push, a repository')
     if llava and push: raise ValueError('--llava writes a folder; upload it with: hf upload OWNER/NAME FOLDER')
-    model = share(checkpoint or newest_checkpoint(), 'cpu')
+    model = share(find_checkpoint(checkpoint, best=best), 'cpu')
     if llava: save_llava(model.captioner, folder)
     elif folder: model.save_pretrained(folder)
     print(f"🤝 {model.push_to_hub(push) if push else folder}")

@@ -7,11 +7,11 @@ __all__ = ['ADVICE', 'MAY_CHANGE', 'EpochBatches', 'epoch_batches', 'make_optimi
            'Run', 'Callback', 'token_counts', 'in_processes', 'sharding_asked', 'backward', 'read_ahead', 'train_epoch',
            'save_curve', 'report_epoch', 'state_path', 'training_state', 'save_state', 'find_state', 'read_state',
            'load_state', 'resumed_hyperparameters', 'Interrupted', 'ask_to_stop', 'SaveState', 'best_epoch',
-           'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks',
+           'report_best', 'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks',
            'first_goes_first', 'share_held', 'shard_decoder', 'tracker_names', 'close_epoch', 'fit']
 
 # %% ../nbs/07_training.ipynb #11be8fe0
-import json, math, os, random, re, shlex, signal, threading, time
+import json, math, os, random, re, signal, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -30,8 +30,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, memory_in_use, revision_of
+from .core import (Hyperparameters, as_hyperparameters, atomic_write, check_writable, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
+                        revision_of, say, shell_line)
 from .data import captions_for_epoch
+from .decoder import count_cut, cut_text, text_ids
 from .encoder import EncodedData
 
 # %% ../nbs/07_training.ipynb #487db40e
@@ -93,7 +95,7 @@ def in_slices(
         clear_device_cache(garbage_collection=True) # out here, where the error no longer holds the tensors of the attempt
         if size==1: raise ValueError(f'out of memory with a single picture; what helps: a smaller model, shorter captions (max_caption_length), and {ADVICE}')
         size //= 2
-        print(f'⚠️ Out of memory with {2*size} pictures at a time: going on with {size}')
+        say(f'⚠️ Out of memory with {2*size} pictures at a time: going on with {size}')
 
 # %% ../nbs/07_training.ipynb #e65a9419
 @torch.no_grad()
@@ -102,7 +104,7 @@ def validate(
     data:EncodedData, # Each picture is taken with its first caption
     batch_size:int=64, # Pictures at a time
 ): # Mean nats per token; image gain in nats per caption (None for a single picture)
-    "The loss on unseen pictures, and how much it grows when every picture is swapped for another."
+    "The loss on unseen pictures, and how much it grows when every picture is swapped for another; raises `ValueError` where it is no number."
     was_training = model.training
     model.eval()
     captions = [r['captions'][0] for r in data.rows]
@@ -112,6 +114,7 @@ def validate(
         return nats.sum().item(), other.sum().item(), mask.sum().item()
     total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size)))
     model.train(was_training)
+    if not math.isfinite(total+swapped): raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at the features')
     return total/tokens, (swapped-total)/len(data) if len(data)>1 else None
 
 # %% ../nbs/07_training.ipynb #9ed3c45f
@@ -128,7 +131,8 @@ class Run:
     checkpoint: Path = None # Weights of the last epoch
     curve: Path = None # Picture of the loss curve
     step: int = 0 # Steps done in the epoch that has begun
-    steps: int = 0 # Steps that it has
+    steps: int = 0 # Steps that it has, or will have made where `max_steps` ends it
+    whole: int = 0 # Steps that it has
     total: float = 0. # Sum of the nats of its tokens
     tokens: int = 0 # Those tokens
     seconds: float = 0. # Time that they took
@@ -141,13 +145,15 @@ class Run:
     callbacks: list = field(default_factory=list)
     signal: int = 0 # Number of the signal that asks to stop
     asked: int = 0 # The same in one of several processes, before all have agreed
-    accelerator: object = None # This and the next four are set by `fit`
+    accelerator: object = None # This and the next five are set by `fit`
     optimizer: object = None
     scheduler: object = None
     scaler: object = None # Of the loss, for fp16; else None
     identity: dict = None # Fingerprints of the data and the frozen models
+    captions: dict = None # What `capnb.decoder.count_cut` found in the training captions
     busy: bool = False # Within steps, which such a signal lets end
     saved: int = 0 # Steps that the last saved state knows of
+    cut: dict = None # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before
 
 class Callback:
     "Something that a run does besides learning."
@@ -167,8 +173,8 @@ def token_counts(
 ) -> list: # Tokens of each picture's captions, end-of-text included
     "Count the tokens that `capnb.decoder.tokenize_captions` makes of captions."
     captions = [[c] if isinstance(c, str) else c for c in captions]
-    ids = iter(tokenizer([c for cs in captions for c in cs], add_special_tokens=False, truncation=True, max_length=max_caption_length-1)['input_ids'])
-    return [sum(len(next(ids))+1 for _ in cs) for cs in captions]
+    ids = iter(text_ids(tokenizer, [c for cs in captions for c in cs]))
+    return [sum(min(len(next(ids))+1, max_caption_length) for _ in cs) for cs in captions]
 
 def _parts(run, captions):
     "Slices of a batch, each with the share that it has of the batch's tokens."
@@ -193,7 +199,7 @@ def _halve(run, n):
     if sharding_asked(): raise ValueError(f'out of memory with {n} captions, and with FSDP a process cannot halve its batch alone; what helps: {ADVICE}')
     if size==1: raise ValueError(f'out of memory with a single caption; what helps: shorter captions (max_caption_length), a smaller model, and {ADVICE}')
     run.micro_batch_size = size//2
-    print(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and the result the same. What also helps: {ADVICE}')
+    say(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and the result the same. What also helps: {ADVICE}')
 
 def backward(
     run:Run,
@@ -262,11 +268,12 @@ def train_epoch(
     "Show every picture once, or those that are still to come, and correct what learns after each batch."
     batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.h.captions_per_picture)
     counts = token_counts(run.model.tokenizer, batches.captions, run.model.max_caption_length)
-    run.steps, began = min(len(batches), max_steps or len(batches)), time.perf_counter()-run.seconds
+    run.whole, began = len(batches), time.perf_counter()-run.seconds
+    run.steps = min(run.whole, max_steps or run.whole)
     if run.random: _set_random_state(run.random, run.model.device); run.random = None
     rows = batches.rows[run.step:run.steps]
     own = [_own_rows(r, counts, accelerator) for r in rows]
-    bar = tqdm(zip(rows, own, read_ahead(batches, own, run.model.device)), initial=run.step, total=run.steps, desc=f'Epoch {run.epoch+1}/{run.h.num_epochs}', unit='batch')
+    bar = tqdm(zip(rows, own, read_ahead(batches, own, run.model.device)), initial=run.step, total=run.steps, desc=f'Training Epoch {run.epoch+1}/{run.h.num_epochs}')
     for whole,mine,(features,captions) in bar:
         tokens = sum(counts[i] for i in whole)
         share = sum(counts[i] for i in mine)/tokens if accelerator.process_index < len(whole) else 0.
@@ -277,7 +284,7 @@ def train_epoch(
         optimizer.step(); optimizer.zero_grad()
         run.losses.append(loss); run.total += loss*tokens; run.tokens += tokens; run.step += 1; run.seconds = time.perf_counter()-began
         if not math.isfinite(loss): raise ValueError(f'the loss is {loss} at step {len(run.losses)}: lower the learning rate, and look at the features')
-        bar.set_postfix({'Loss': f'{loss:.3f}', 'Avg Loss': f'{run.total/run.tokens:.3f}'}, refresh=False)
+        bar.set_postfix({'Loss': f'{loss:.4f}', 'Avg Loss': f'{run.total/run.tokens:.4f}'}, refresh=False)
         for c in run.callbacks: c.on_step_end(run)
     bar.close()
     mean, run.step, run.total, run.tokens = run.total/run.tokens, 0, 0., 0
@@ -312,19 +319,22 @@ def _new_metadata(run, training_loss, seconds):
     scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
-                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), device=str(run.model.device), seconds=round(seconds,1),
+                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), captions=run.captions, device=str(run.model.device), seconds=round(seconds,1),
                 frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
-    "Print what an epoch brought, in five lines."
-    m, show = run.metadata, lambda v, digits=4: 'off' if v is None else f'{v:.{digits}f}'
-    print(f"✅ Epoch {run.epoch}/{run.h.num_epochs} saved, {m['seconds']:.0f} s on {m['device']}, {memory_in_use(run.model.device):.1f} GB of memory in use")
-    print(f"📁 {run.checkpoint}")
-    print(f"📊 Training loss:   {show(m['training_loss'])}")
-    print(f"📈 Validation loss: {show(m['validation_loss'])}   image gain: {show(m['image_gain'],2)} nats per caption")
-    print(f"🎯 ROUGE-L:         {show(m['rouge_l'])}   floor {show(m['rouge_l_floor'])}, ceiling {show(m['rouge_l_ceiling'])}")
+    "Print what an epoch brought: five lines as scripts of this kind have them, then what stands behind them."
+    m, show = run.metadata, lambda v, digits=4: 'N/A' if v is None else f'{v:.{digits}f}'
+    say('✅ Model saved successfully!')
+    say(f'📁 Model state dict: {run.checkpoint}')
+    say(f"📊 Training loss: {show(m['training_loss'])}")
+    say(f"📈 Validation loss: {show(m['validation_loss'])}")
+    say(f"🎯 ROUGE-L score: {show(m['rouge_l'])}")
+    say(f"⏱️ Epoch {run.epoch}/{run.h.num_epochs}: {m['seconds']:.0f} s on {m['device']}, {memory_in_use(run.model.device):.1f} GB of memory in use")
+    if m['image_gain'] is not None: say(f"🔍 Image gain: {m['image_gain']:.2f} nats per caption")
+    if m['rouge_l'] is not None: say(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
-        print("⚠️ The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
+        say("⚠️ The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
 
 # %% ../nbs/07_training.ipynb #6c6f0714
 def _random_state(device):
@@ -365,8 +375,21 @@ def training_state(
 ) -> dict: # Tensors and plain data
     "All that a run must remember to go on exactly."
     return dict(position={k: getattr(run, k) for k in _POSITION}, micro_batch_size=run.micro_batch_size, hyperparameters=asdict(run.h), identity=run.identity,
-                metadata=json.dumps(run.metadata), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
-                scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks))
+                metadata=json.dumps(run.metadata, allow_nan=False), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
+                scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks), cut=run.cut)
+
+_CLOSING = ('position', 'metadata', 'scheduler', 'random', 'callbacks') # what closing an epoch changes, beside the learning rates
+
+def _before_closing(run):
+    state = training_state(run)
+    return deepcopy({k: state[k] for k in _CLOSING} | dict(rates=[g['lr'] for g in state['optimizer']['param_groups']]))
+
+def _reopened(state, h):
+    "A state as it was before `max_steps` ended its epoch, if the run may now go further; else the state."
+    more = h.max_steps is None or h.max_steps > len(state['position']['losses'])
+    if not (state.get('cut') and more): return state
+    groups = [{**g, 'lr': rate} for g,rate in zip(state['optimizer']['param_groups'], state['cut']['rates'], strict=True)]
+    return {**state, **{k: state['cut'][k] for k in _CLOSING}, 'optimizer': {**state['optimizer'], 'param_groups': groups}, 'cut': None}
 
 def save_state(run:Run):
     "Write the training state, in place of the last one."
@@ -386,14 +409,20 @@ def find_state(
     if not path or not path.exists(): raise FileNotFoundError(f"there is no run to go on with in {str(where)!r}: no training state; start one with capnb_train")
     return path
 
+def _kinds(state):
+    "The parts of a state: name, value, and the kind that the value must be of."
+    kinds = [(k, state.get(k), kind) for k,kind in _STATE.items()]
+    if isinstance(state.get('position'), dict): kinds += [(k, state['position'].get(k), kind) for k,kind in _POSITION.items()]
+    return kinds
+
 def read_state(
     path, # From `find_state`
 ) -> dict: # As from `training_state`; `path` is added
     "Read the training state of a run; no code in the file runs. Raises `ValueError` or `FileNotFoundError` that names the file."
     path, state = Path(path), read_tensors(path)
-    kinds = [(k, state.get(k), kind) for k,kind in _STATE.items()]
-    if isinstance(state.get('position'), dict): kinds += [(k, state['position'].get(k), kind) for k,kind in _POSITION.items()]
-    for name,value,kind in kinds:
+    kinds, cut = _kinds(state), state.get('cut')
+    if isinstance(cut, dict): kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | cut)] + [('cut: rates', cut.get('rates'), list)]
+    for name,value,kind in kinds + [('cut', cut, (dict, type(None)))]:
         if not isinstance(value, kind): raise ValueError(f"{path} is not the state of a training run: {name} is missing or of another kind")
     if path.name!=f"training_state_{state['position']['stamp']}.pt": raise ValueError(f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name")
     return dict(state, path=path)
@@ -432,26 +461,37 @@ def load_state(
         run.metadata = json.loads(state['metadata'])
     except _DOES_NOT_FIT as e: raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION: setattr(run, k, position[k])
-    run.random, run.done, run.saved = state['random'], False, len(run.losses)
+    run.random, run.done, run.saved, run.cut = state['random'], False, len(run.losses), state.get('cut')
     if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'): run.micro_batch_size = state['micro_batch_size']
     if run.epoch: run.checkpoint = weights_path(path.parent, run.stamp, run.epoch)
 
 # %% ../nbs/07_training.ipynb #6c6f071d
-MAY_CHANGE = ('num_epochs', 'patience', 'keep_checkpoints', 'checkpoint_steps', 'micro_batch_size', 'features_dir', 'output_dir')
+MAY_CHANGE = ('num_epochs', 'max_steps', 'patience', 'keep_checkpoints', 'checkpoint_steps', 'micro_batch_size', 'features_dir', 'output_dir')
+
+def _nothing_left(state, saved, h):
+    "Why a run cannot go on with `h`, and which setting helps; None if it can."
+    position, run = state['position'], f"the run of {state['position']['stamp']}"
+    steps, begun = len(position['losses']), position['epoch'] + (position['step'] > 0)
+    last = position['epoch'] >= h.num_epochs and not state.get('cut')
+    ended = f"{run} has ended after {position['epoch']} epochs; to go on, ask for a larger"
+    if h.num_epochs < begun: return f"num_epochs is {h.num_epochs}, but {run} has begun its epoch {begun}"
+    if h.max_steps and h.max_steps < steps: return f"max_steps is {h.max_steps}, but {run} has made {steps} steps"
+    if not position['done']: return None
+    if h.max_steps==steps: return f"{run} has ended after {steps} steps (max_steps); to go on, ask for a larger max_steps{' and num_epochs' if last else ''}"
+    if last: return f"{ended} num_epochs"
+    same = (h.num_epochs, h.max_steps, h.patience)==(saved.num_epochs, saved.max_steps, saved.patience)
+    return f"{ended} patience" if same else None
 
 def resumed_hyperparameters(
     state:dict, # From `read_state`
     wanted:dict, # What was asked for now, by name
 ) -> Hyperparameters:
     "The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if nothing is left to do."
-    path, position, saved = state['path'], state['position'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
-    for k,v in wanted.items():
-        if k not in MAY_CHANGE and saved[k]!=v: raise ValueError(f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {v!r}; what may change: {', '.join(MAY_CHANGE)}")
+    path, saved = state['path'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
-    begun = position['epoch'] + (position['step'] > 0)
-    if h.num_epochs < begun: raise ValueError(f"num_epochs is {h.num_epochs}, but the run of {position['stamp']} has begun its epoch {begun}")
-    same, enough = (h.num_epochs, h.patience)==(saved.num_epochs, saved.patience), h.max_steps and len(position['losses']) >= h.max_steps
-    if position['done'] and (same or enough): raise ValueError(f"the run of {position['stamp']} has ended after {position['epoch']} epochs; to go on, ask for a larger num_epochs (or, if it stopped early, patience)")
+    for k in wanted.keys() - set(MAY_CHANGE):
+        if saved[k]!=h[k]: raise ValueError(f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {h[k]!r}; what may change: {', '.join(MAY_CHANGE)}")
+    if why := _nothing_left(state, saved, h): raise ValueError(why)
     new = Path(h.output_dir)/path.name
     if new.exists() and not new.samefile(path): raise ValueError(f"{new} exists; going on from {path} would write over it")
     return h
@@ -463,7 +503,7 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + run.signal # as shells say it: 130 for SIGINT, 143 for SIGTERM
         super().__init__('stopped before the first step; start anew' if not state_path(run).exists() else f'stopped after step {run.saved}; {_how_to_go_on(run)}')
 
-def _how_to_go_on(run): return f'go on with: capnb_train --resume {shlex.quote(str(state_path(run)))}'
+def _how_to_go_on(run): return f"go on with: {shell_line(['capnb_train', '--resume', str(state_path(run))])}"
 
 def ask_to_stop(
     run:Run, # One that is going on, in this thread or in another
@@ -503,6 +543,7 @@ class SaveState(Callback):
     def on_step_end(self, run):
         n, stop = run.h.checkpoint_steps, run.signal # read once: it may be set at any moment
         if stop or run.step==run.steps or n and len(run.losses)%n==0: save_state(run)
+        if run.step==run.steps: run.cut = _before_closing(run) if run.steps < run.whole else None
         if stop: run.accelerator.wait_for_everyone(); raise Interrupted(run)
 
 # %% ../nbs/07_training.ipynb #6c6f0721
@@ -511,6 +552,12 @@ def best_epoch(
 ) -> int: # Counted from 1; None if validation was never looked at
     "Name the epoch with the best validation loss."
     return min(((loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None), default=(None, None))[1]
+
+def report_best(run:Run):
+    "Name the checkpoint with the best validation loss, of those that are there."
+    path = lambda epoch: weights_path(run.h.output_dir, run.stamp, epoch)
+    there = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None and path(e).exists()]
+    if there: say(f'🏆 Best by validation loss: epoch {min(there)[1]}, {min(there)[0]:.4f}, {path(min(there)[1])}; other commands take it with --best')
 
 class KeepCheckpoints(Callback):
     "Keep the last `keep_checkpoints` checkpoints of the run and the best one."
@@ -523,7 +570,7 @@ class EarlyStopping(Callback):
     def on_epoch_end(self, run):
         if not run.h.patience or run.epoch-best_epoch(run) < run.h.patience: return
         run.stop = True
-        print(f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the best was epoch {best_epoch(run)}')
+        say(f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the best was epoch {best_epoch(run)}')
 
     def on_resume(self, run):
         if run.validation: self.on_epoch_end(run)
@@ -544,7 +591,7 @@ def _new_stamp(folder):
         stamp = f'{start:%Y%m%d_%H%M%S}'
         if lock := _lock(folder, stamp):
             if not any(folder.glob(f'[!.]*_{stamp}*')): return stamp, lock
-            Path(lock.lock_file).unlink(); lock.release()
+            free_lock(lock)
         start += timedelta(seconds=1)
 
 @contextmanager
@@ -560,14 +607,23 @@ def claim(
     try:
         for left in folder.glob(f'.*_{stamp}*.part'): left.unlink() # half a file, from a process that was killed
         yield stamp
-    finally: Path(lock.lock_file).unlink(missing_ok=True); lock.release()
+    finally: free_lock(lock)
 
 # %% ../nbs/07_training.ipynb #07b10012
+_ALONE = ("several processes were asked for, but `accelerate launch --cpu` starts a single one (accelerate 1.15); for several on CPUs: "
+          "accelerate launch --multi_gpu --num_processes 2 ..., which is right without a GPU, too; for one: the command without accelerate")
+
+def _launched_alone():
+    "Whether `accelerate launch` was asked for several processes on CPUs: it then names a meeting point, and starts one process that is not told of any others."
+    return os.environ.get('ACCELERATE_USE_CPU', '').lower()=='true' and 'MASTER_PORT' in os.environ and 'WORLD_SIZE' not in os.environ
+
 def join_processes(
     device=None, # Asked for; None for the best
 ): # Device of this process
     "Take one's place among the processes that `accelerate launch` started, if it did; raises `ValueError` if on such a device they cannot talk to each other."
-    if not in_processes(): return device
+    if not in_processes():
+        if _launched_alone(): raise ValueError(_ALONE)
+        return device
     device = torch.device(device or default_device())
     state = PartialState(cpu=device.type=='cpu', timeout=timedelta(days=7)) # the others wait while the first encodes, and that may take hours
     if state.num_processes==1: raise ValueError(f"several processes were started, but on {device.type!r} they cannot work together; start one")
@@ -583,7 +639,7 @@ def of_first(
 def first_speaks():
     "Let one of several processes print and draw bars; errors come out of each."
     if not in_processes() or PartialState().is_main_process: yield; return
-    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
+    with open(os.devnull, 'w', encoding='utf-8') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
 
 @contextmanager
 def first_goes_first():
@@ -643,16 +699,19 @@ def _new_run(model, data, h, stamp, callbacks, accelerator):
     optimizer, run.scheduler = make_optimizer(model, h)
     run.accelerator, run.optimizer, run.scaler = accelerator, accelerator.prepare(optimizer), accelerator.scaler
     run.identity = dict(data=_data_fingerprint(data), frozen=frozen_fingerprint(model))
+    run.captions = count_cut(model.tokenizer, data['train'].rows, model.max_caption_length)
     return run
 
 # %% ../nbs/07_training.ipynb #6c6f0734
 def _begin(run, state):
     "Begin, or take up what `state` remembers."
     if state:
+        state = _reopened(state, run.h)
         load_state(run, state)
-        print(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
-        if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h)))
+        say(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
+        if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h), position={**state['position'], 'done': False}))
     else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
+    say(cut_text(run.captions))
     for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)
     if not state: save_state(run)
 
@@ -704,4 +763,5 @@ def fit(
             for c in run.callbacks: c.on_train_end(run)
             run.done = True
             save_state(run)
+            report_best(run)
     return run

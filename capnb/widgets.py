@@ -18,7 +18,7 @@ from ipywidgets import Button, Dropdown, FileUpload, FloatSlider, HBox, HTML, In
 from PIL import Image, ImageOps
 from .captioner import Captioner
 from .core import Hyperparameters
-from .data import open_image
+from .images import open_image
 from .evaluation import fact_counts, rouge_each
 from .inference import explain
 from .seeing import veil

@@ -6,7 +6,7 @@ from datasets import Dataset, Features, Image as ImageColumn, List, Value
 from PIL import Image
 from hub import Hub
 from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.data import load_data
+from capnb.sources import load_data
 from capnb.storybook import Storybook
 
 BOOK = Storybook()
@@ -61,7 +61,7 @@ def whole(files):
     return rows
 
 LOAD = '''import hashlib, json, sys
-from capnb.data import load_data
+from capnb.sources import load_data
 for job in json.loads(sys.argv[1]):
     sys.stdin.readline() # until the next one is wanted
     try: found = {split: [[row['image_id'], row['captions'], hashlib.md5(row['image'].tobytes()).hexdigest()] for row in rows] for split,rows in load_data(**job).items()}
@@ -196,7 +196,7 @@ def test_hub_fault_is_one_line_of_the_command(hub, run, tmp_path, fault, word):
     assert done.stderr.startswith('train: data set nlphuji/flickr30k: ') and word in done.stderr
 
 FULL = '''import errno
-import capnb.data as data
+import capnb.sources as data
 def full(*args, **more): raise OSError(errno.ENOSPC, 'No space left on device')
 {where} = full
 data.load_data('flickr30k', limit={limit})'''
@@ -281,21 +281,21 @@ def test_check_names_every_bad_row(call, album):
     for words in (f"{table}: line 42: there is no picture '40.jpg'", f"{table}: line 43: no caption for '3.jpg'", f"{table}: line 9: {album/'7.jpg'} is not a readable picture", f"{table}: line 11: {album/'9.jpg'} is not a readable picture"):
         assert sum(words in line for line in told) == 1, (words, told)
     found = json.loads((album.parent/'found.json').read_text(encoding='utf-8'))
-    assert len(found['bad']) == len(told) == 4 and sum(s['pictures'] for s in found['splits'].values()) == 38
-    assert found['splits']['train']['smallest'] == found['splits']['train']['largest'] == [64, 64] and found['splits']['train']['captions_per_picture'] == {'1': found['splits']['train']['pictures']}
+    assert len(found['bad']) == len(told) == 4 and sum(s['images'] for s in found['splits'].values()) == 38
+    assert found['splits']['train']['smallest'] == found['splits']['train']['largest'] == [64, 64] and found['splits']['train']['captions_per_image'] == {'1': found['splits']['train']['images']}
 
 def test_check_of_good_data_and_of_the_hub(run, hub, tmp_path):
     done = run('capnb_data', 'check', 'flickr30k', '--limit', 30, cwd=tmp_path, env=hub.environment(tmp_path/'home'))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'train: 30 pictures, 150 captions (30 pictures with 5); from 64×64 to 64×64 pixels' in done.stdout and '1000.jpg: ' in done.stdout
+    assert 'train: 30 images, 150 captions (30 images with 5); from 64×64 to 64×64 pixels' in done.stdout and '1000.jpg: ' in done.stdout
 
 def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     small = ['--data', album, '--max_steps', 1, '--num_epochs', 1]
     done = call('capnb_train', *small, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip() == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg'; line 43: no caption for '3.jpg'"
+    assert done.returncode == 1 and done.stderr.strip() == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg'); line 43: no caption for '3.jpg'"
     done = call('capnb_train', *small, '--bad_rows', 'skip', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg'"
+    assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg')"
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert sum(metadata['data'][split] for split in ('train','validation','test')) == 38
     assert metadata['data']['left_out'] == 4

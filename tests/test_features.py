@@ -5,12 +5,13 @@ import numpy as np, pytest, torch
 from capnb import encoder as enc
 from capnb.captioner import build_captioner
 from capnb.core import Hyperparameters, as_hyperparameters
-from capnb.data import CaptionData, load_data
+from capnb.data import CaptionData
+from capnb.sources import load_data
 from capnb.encoder import FeatureCache, encode_data, features_folder, load_encoder
 
 PASS = """
 import sys, capnb.encoder as enc
-from capnb.data import load_data
+from capnb.sources import load_data
 enc.SHARD_ROWS = 32
 enc.encode_data(enc.load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
 """

@@ -6,7 +6,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.commands import train
 from capnb.core import model_path
-from capnb.data import CaptionData, load_data
+from capnb.data import CaptionData
+from capnb.sources import load_data
 from capnb.encoder import EncodedData
 from capnb.judging import ClipScorer, clip_parts, eval_command, judge, picture_slices, read_predictions, report_page, slices, worst_first
 from capnb.evaluation import score_parts

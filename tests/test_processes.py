@@ -109,7 +109,7 @@ def test_each_reads_its_rows_and_one_writes(small, tmp_path):
     rows = [(tmp_path/f'rows-{rank}').read_text().split() for rank in (0,1)]
     assert sorted(map(int, rows[0]+rows[1]))==list(range(24)) and len(rows[1])==2*5-1+1
     first, second = (said(tmp_path, rank) for rank in (0,1))
-    assert 'model_state_dict' in (tmp_path/'written-0').read_text() and '✅ Epoch 1/1 saved' in first and 'ROUGE-L' in first
+    assert 'model_state_dict' in (tmp_path/'written-0').read_text() and '✅ Model saved successfully!' in first and 'ROUGE-L' in first
     assert (tmp_path/'written-1').read_text()=='' and second==''
 
 # --- A decoder that is spread
@@ -163,11 +163,22 @@ def test_stopped_by_a_signal_to_one(small, tmp_path, one):
 
 # --- As a user starts it
 
-def test_accelerate_launch(small, one, tmp_path, environment):
-    script = tmp_path/'capnb_train'
+def launch(how, settings, cwd, env):
+    "Start `capnb_train` in two processes with `accelerate launch`."
+    script = cwd/'capnb_train'
     script.write_text("import sys\nfrom capnb.commands import train_command\nif __name__ == '__main__': sys.exit(train_command())\n")
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', script]
-    done = subprocess.run([*launch, *[str(word) for k,v in small.items() for word in (f'--{k}', v)]], cwd=tmp_path, env=environment(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=200)
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', how, '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', script]
+    words = [str(word) for k,v in settings.items() for word in (f'--{k}', v)]
+    return subprocess.run([*launcher, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+
+def test_a_launcher_that_starts_one_process_is_told(small, tmp_path, environment):
+    "accelerate's `--cpu` starts one process whatever is asked for, which would train as one without a word."
+    done = launch('--cpu', small, tmp_path, environment(OMP_NUM_THREADS='1'))
+    assert done.returncode and not (tmp_path/'saved_models').exists()
+    assert [line for line in done.stderr.splitlines() if line.startswith('train: several processes were asked for, but') and '--multi_gpu --num_processes 2' in line], done.stderr[-3000:]
+
+def test_accelerate_launch(small, one, tmp_path, environment):
+    done = launch('--multi_gpu', small, tmp_path, environment(OMP_NUM_THREADS='1'))
     assert done.returncode==0, done.stderr[-3000:]
-    assert done.stdout.count('✅ Epoch 2/2 saved')==1
+    assert done.stdout.count('✅ Model saved successfully!')==2 # by one process, after each epoch
     same(tmp_path, one)

@@ -24,7 +24,9 @@ def exported_as(path):
     found = [m[1] for c in cells(path, 'code') if (m := re.search(r'^#\s*\|\s*default_exp\s+([\w.]+)', c['source'], re.M))]
     return found[0] if found else None
 
-def number(path): return int(m[1]) if (m := re.match(r'(\d+)', path.stem)) else None
+def number(path):
+    "The place of a chapter among the others, such as (1, 'b') for 01b_images; None where it has no number."
+    return (int(m[1]), m[2]) if (m := re.match(r'(\d+)([a-z]?)_', path.stem)) else None
 
 def python(code):
     "Run `code` in a fresh process at the top of the repository."
@@ -59,7 +61,7 @@ def test_notebook_has_its_module(path):
     module = exported_as(path)
     assert module in [None, *MODULES]
     assert bool(module) == any(re.match(r'#\s*\|\s*export', c['source']) for c in cells(path, 'code')), 'a notebook has a module if it exports something'
-    if module: assert module == re.sub(r'^\d+_', '', path.stem)
+    if module: assert module == re.sub(r'^\d+[a-z]?_', '', path.stem)
 
 def test_module_has_its_notebook():
     assert set(MODULES) - {'_modidx'} == {exported_as(p) for p in NOTEBOOKS} - {None}

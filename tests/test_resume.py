@@ -201,6 +201,33 @@ def test_longer(args, through, tmp_path):
     last = lambda run: (run[0], {k: v for k,v in run[1].items() if '-3' in k}, run[2]) # epoch 2 was an end once, and says so
     same(last(found), last(expected))
 
+@pytest.mark.parametrize('first,then', [(4, 10), *[pytest.param(*steps, marks=slow) for steps in ((6, 10), (4, 18), (10, 11))]])
+def test_more_steps(args, through, tmp_path, first, then):
+    "A run that max_steps ended, within an epoch of six steps or at its end, goes on to what one with more steps would have been."
+    ended(begin(tmp_path/'parts', *args, '--max_steps', first))
+    ended(begin(tmp_path/'parts', '--resume'), 1)
+    assert f'has ended after {first} steps (max_steps); to go on, ask for a larger max_steps' in said(tmp_path/'parts')[-1]
+    ended(begin(tmp_path/'parts', '--resume', '--max_steps', first-1), 1)
+    assert f'max_steps is {first-1}, but the run of' in said(tmp_path/'parts')[-1]
+    ended(begin(tmp_path/'parts', '--resume', '--max_steps', then))
+    ended(begin(tmp_path/'whole', *args, '--max_steps', then))
+    parts, whole = outcome(tmp_path/'parts'/'saved_models'), outcome(tmp_path/'whole'/'saved_models')
+    for run in (parts, whole):
+        if first%6==0: del run[1][f'training_metadata_TIME-{first//6}.json'] # an epoch that was an end once says so
+        for notes in run[1].values(): del notes['hyperparameters']['max_steps'] # what was asked for when it ended
+    same(parts, whole)
+
+def test_more_steps_after_the_last_epoch(args, tmp_path):
+    "The message names both settings, where both are needed; and a kill right after the new beginning changes nothing."
+    ended(begin(tmp_path, *args, '--num_epochs', 1, '--max_steps', 6))
+    ended(begin(tmp_path, '--resume'), 1)
+    assert 'to go on, ask for a larger max_steps and num_epochs' in said(tmp_path)[-1]
+    ended(begin(tmp_path, '--resume', '--max_steps', 8), 1)
+    assert said(tmp_path)[-1].endswith('has ended after 1 epochs; to go on, ask for a larger num_epochs')
+    ended(begin(tmp_path, '--resume', '--max_steps', 8, '--num_epochs', 2, die_at=(1, 'after')), -signal.SIGKILL)
+    ended(begin(tmp_path, '--resume'))
+    assert position(tmp_path)==8
+
 def test_what_cannot_change_is_named(album, tmp_path):
     folder = str(tmp_path/'saved')
     rows = [dict(image=image, caption='A cat.') for image in (Storybook()[i]['image'] for i in range(16))]

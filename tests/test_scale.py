@@ -5,7 +5,8 @@ import psutil, pytest
 import pyarrow.parquet as pq
 from capnb.captioner import load_model_from_checkpoint
 from capnb.commands import train
-from capnb.inference import caption_files, find_images
+from capnb.images import find_images
+from capnb.inference import caption_files
 from capnb.scale import scale_command
 from capnb.storybook import Storybook
 
@@ -115,7 +116,7 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
     assert anew == set(wanted) - (finished - undone)
 
 WRONG = {'no pictures': (['nothing'], 'there are no pictures'), 'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'), 'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
-         'no workers': (['pages', '--workers', '0'], 'workers must be 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
+         'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
 
 def one_line(capsys, *args):
     with pytest.raises(SystemExit) as stopped: scale_command(list(args))

@@ -1,0 +1,164 @@
+"The pool of child processes that decode images, and what may go wrong in them."
+import io, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import psutil, pytest
+from PIL import Image
+from bombs import one_colour, scan_bomb, two_in_one
+from damage import damaged, saved, scene
+from capnb import images
+from capnb.images import DecodingPool, TooManyPixels, measure_image, open_image, open_images
+
+GOOD = [saved(scene(random.Random(i)), 'PNG') for i in range(10)]
+
+@pytest.fixture(scope='module')
+def pool():
+    with DecodingPool(2) as pool: yield pool
+
+def same(image, source): return image.size == open_image(source).size and image.tobytes() == open_image(source).tobytes()
+
+def said(do):
+    try: return do().tobytes()
+    except ValueError as e: return str(e)
+
+def until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end: time.sleep(.05)
+    return true()
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_child_says_what_open_image_says(pool):
+    files = list(damaged(60, seed=1))
+    answers = [a if isinstance(a, ValueError) else a.tobytes() for a in pool.map([f.data for f in files], [f.name for f in files])]
+    assert [str(a) if isinstance(a, ValueError) else a for a in answers] == [said(lambda: open_image(f.data, f.name)) for f in files]
+
+def test_paths_and_images(pool, tmp_path):
+    (tmp_path/'a cat é.png').write_bytes(GOOD[0])
+    assert same(pool.open(tmp_path/'a cat é.png'), GOOD[0]) and same(pool.open(str(tmp_path/'a cat é.png')), GOOD[0])
+    assert same(pool.open(Image.open(io.BytesIO(GOOD[1]))), GOOD[1])
+    with pytest.raises(ValueError, match='no.png is not a readable picture: .*No such file'): pool.open(tmp_path/'no.png')
+    with pytest.raises(ValueError, match='is not a readable picture: it is no file'): pool.open(tmp_path)
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='the system has no FIFOs')
+def test_a_fifo_is_no_image(pool, tmp_path):
+    os.mkfifo(tmp_path/'x.png')
+    with pytest.raises(ValueError, match='it is no file'): open_image(tmp_path/'x.png')
+
+def test_children_know_nothing_of_torch(pool):
+    pool.open(GOOD[0])
+    for child in pool.children:
+        try: maps = [m.path for m in psutil.Process(child.process.pid).memory_maps()]
+        except AttributeError: pytest.skip('this system does not tell')
+        assert any('_imaging' in path for path in maps) and not any('torch' in path for path in maps)
+
+def test_importing_it_imports_nothing_heavy():
+    code = "import sys, capnb.images; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+def test_a_child_that_hangs_costs_one_image():
+    with DecodingPool(2, seconds=1.) as pool:
+        found = list(pool.map([GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl'))
+        assert [str(e) for e in found if isinstance(e, ValueError)] == [f'{name} is not a readable picture: decoding it took longer than 1 seconds' for name in 'bl']
+        assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD))
+        assert len(pool.children) <= 2
+
+def test_a_child_that_dies_costs_one_image():
+    with DecodingPool(1) as pool:
+        bomb = pool.submit(scan_bomb(), 'bomb')
+        assert until(lambda: pool.children and next(iter(pool.children)).deadline)
+        next(iter(pool.children)).process.kill()
+        with pytest.raises(ValueError, match='bomb is not a readable picture: its decoder died'): bomb.result()
+        assert same(pool.open(GOOD[0]), GOOD[0])
+        idle = next(iter(pool.children)).process
+        idle.kill()
+        idle.wait()
+        assert same(pool.open(GOOD[1]), GOOD[1]) # nobody notices
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the system does not limit memory as Linux does')
+def test_a_child_has_a_limit_of_memory():
+    with DecodingPool(1, memory=2**28) as pool:
+        with pytest.raises(ValueError, match='big is not a readable picture: it needs more memory than there is'): pool.open(one_colour(9000), 'big')
+        assert same(pool.open(GOOD[0]), GOOD[0])
+
+def test_large_images_come_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(images, '_FREE', 1000)
+    with DecodingPool(2) as pool:
+        with pool.large:
+            waits = pool.submit(GOOD[0])
+            assert same(pool.open(saved(scene(random.Random(0), (20, 20)), 'PNG')), saved(scene(random.Random(0), (20, 20)), 'PNG'))
+            assert not waits.done()
+        assert same(waits.result(), GOOD[0])
+
+def test_limits_of_pixels(pool):
+    with pytest.raises(TooManyPixels, match='9.0 million pixels, and 1 million are allowed'): pool.open(one_colour(3000), pixels=1e6)
+    with pytest.raises(TooManyPixels): pool.open(one_colour(20_000, '1'))
+    assert pool.open(one_colour(3000), min_side=100).size == (100, 100)
+    assert pool.open(one_colour(3000), min_side=100).info['original_size'] == (3000, 3000)
+
+def test_a_file_of_two_kinds_is_one_kind_to_all(pool):
+    file = two_in_one()
+    assert Image.open(io.BytesIO(file)).size == (13_000, 13_000) # to who does not say what may come
+    assert measure_image(file) == pool.open(file).size == open_image(file).size == (8, 8)
+
+def test_a_child_cannot_send_what_is_no_answer():
+    with DecodingPool(1) as lied:
+        for answer in (b'', b'\xff'*12, b'\0\0\0\2' + bytes(8) + b'[]', b'\0\0\0\x17' + bytes(8) + b'{"size": [9999, 9999]} '):
+            lied.open(GOOD[0])
+            child = next(iter(lied.children))
+            child.process.stdout.close()
+            child.process.stdout = io.BufferedReader(io.BytesIO(answer))
+            with pytest.raises(ValueError, match='its decoder died'): lied.open(GOOD[0])
+            assert same(lied.open(GOOD[1]), GOOD[1])
+
+def test_what_waits_can_be_cancelled():
+    with DecodingPool(1, seconds=2.) as pool:
+        first, second = pool.submit(scan_bomb()), pool.submit(GOOD[0])
+        assert until(first.running) and second.cancel()
+        assert same(pool.open(GOOD[1]), GOOD[1])
+        assert first.exception() and second.cancelled()
+
+def test_a_closed_pool_has_no_children():
+    with DecodingPool(2) as pool: children = [c.process for c in pool.children if list(pool.map(GOOD))]
+    with pytest.raises(RuntimeError, match='closed'): pool.open(GOOD[0])
+    assert all(process.poll() is not None for process in children)
+
+SCRIPT = """
+print('main', flush=True)
+import random, sys, threading, time
+sys.path[:0] = [{tests!r}]
+from bombs import scan_bomb
+from damage import saved, scene
+from capnb.images import decoding_pool, open_images
+files = [saved(scene(random.Random(i)), 'PNG') for i in range(20)]
+print(sum(not isinstance(image, ValueError) for image in open_images(files)), flush=True)
+if len(sys.argv) > 1:
+    bomb = decoding_pool().submit(scan_bomb())
+    print(*[child.process.pid for child in decoding_pool().children], flush=True)
+    time.sleep(60)
+"""
+
+@pytest.fixture
+def script(tmp_path, environment):
+    "A script without a guard, in a folder with modules that are named like others."
+    (tmp_path/'work.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    for name in ('json', 'PIL', 'capnb'): (tmp_path/f'{name}.py').write_text('raise SystemExit("this is another one")')
+    def start(*args): return subprocess.Popen([sys.executable, '-P', tmp_path/'work.py', *args], stdout=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path)
+    return start
+
+def test_a_script_needs_no_guard(script):
+    out, _ = script().communicate(timeout=60)
+    assert out.split() == ['main', '20']
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='the system has no SIGKILL')
+def test_children_end_with_a_parent_that_was_killed(script):
+    process = script('bomb')
+    lines = [process.stdout.readline().split() for _ in range(3)]
+    children = [psutil.Process(int(pid)) for pid in lines[2]]
+    assert children and all(c.is_running() for c in children)
+    process.kill()
+    process.wait()
+    assert until(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+
+def test_few_images_start_no_process(monkeypatch):
+    monkeypatch.setattr(images, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
+    assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD))
+    assert all(same(image, source) for image, source in zip(open_images([open_image(b) for b in GOOD]), GOOD))
