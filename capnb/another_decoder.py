@@ -210,6 +210,7 @@ def compare_families(
     kinds=None, # Families; None for all of `transformers`' causal-LM mapping
     seconds:float=120, # Most for one family
     processes:int=2, # Families compared at a time
+    progress:bool=False, # Whether to draw a bar
 ) -> dict: # Family: as of `compare_family`, or `failed` with the reason
     "Compare families, each in a child process with a limit of time."
     kinds = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if kinds is None else list(kinds)
@@ -221,7 +222,7 @@ def compare_families(
         finally: free.put(child)
     try:
         with ThreadPoolExecutor(processes) as pool:
-            return dict(zip(kinds, tqdm(pool.map(compare, kinds), total=len(kinds), unit='family')))
+            return dict(zip(kinds, tqdm(pool.map(compare, kinds), total=len(kinds), unit='family', disable=not progress)))
     finally:
         for child in children:
             if child.process: child.stop()
@@ -260,7 +261,8 @@ def decoders_command(
     processes:Param('Families compared at a time', int)=2,
 ):
     "Compare loss, gradient and greedy text of all families of tiny random models with those of transformers."
-    rows = {kind: _rounded(row) for kind,row in compare_families(None, seconds, processes).items()}
+    found = compare_families(None, seconds, processes, progress=True)
+    rows = {kind: _rounded(row) for kind,row in found.items()}
     versions = {m.__name__: m.__version__ for m in (torch, transformers)}
     with atomic_write(output) as f: json.dump(dict(versions=versions, families=rows), f, indent=1)
     good, refused = sum(map(agrees, rows.values())), sum('refused' in row for row in rows.values())
