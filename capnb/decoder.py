@@ -9,17 +9,16 @@ __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_d
            'generate_ids', 'captions_of', 'generate_captions', 'split_scores', 'use_int8', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
-import difflib, inspect, math, torch, warnings
+import difflib, inspect, torch, warnings
 from collections import deque
 from importlib.util import find_spec
-from numbers import Real
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .core import default_device, hub_errors, load_whole, model_config, model_source
+from .core import check_value, default_device, hub_errors, limits, load_whole, model_config, model_source
 from .data import one_line
 
 # %% ../nbs/05_decoder.ipynb #0da7b031
@@ -450,24 +449,15 @@ _INSTEAD = dict(
     return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
     output_hidden_states=_FORM, generation_config='pass what it holds as single options',
     max_length='use max_new_tokens', min_length='use min_new_tokens')
-_LEAST = dict(batch_size=1, num_beams=1, num_return_sequences=1, max_new_tokens=1, min_new_tokens=0, top_k=0)
-_MOST = dict(temperature=math.inf, top_p=1, repetition_penalty=math.inf, max_time=math.inf)
-
-def _refuse(name, value, allowed): raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+_NUMBERS = {name: (int, limits(lo=1)) for name in ('batch_size', 'num_beams', 'num_return_sequences', 'max_new_tokens')}
+_NUMBERS |= {name: (int, limits(lo=0)) for name in ('min_new_tokens', 'top_k', 'no_repeat_ngram_size')}
+_NUMBERS |= {name: (float, limits(lo=0)) for name in ('temperature', 'repetition_penalty', 'max_time')}
+_NUMBERS |= dict(top_p=(float, limits(lo=0, hi=1)), do_sample=(bool, limits()))
 
 def _checked_option(name, value):
-    "The value of an option, numbers as `int` or `float`; raises `ValueError` for one that is out of range."
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if name in _LEAST:
-        if not (number and value==int(value) and value >= _LEAST[name]):
-            _refuse(name, value, f'a whole number of {_LEAST[name]} or more')
-        return int(value)
-    if name in _MOST:
-        if not (number and 0 < value <= _MOST[name]):
-            _refuse(name, value, 'a number above 0' + ('' if _MOST[name]==math.inf else f' and up to {_MOST[name]}'))
-        return float(value)
-    if name=='do_sample' and not isinstance(value, bool): _refuse(name, value, 'true or false')
-    return value
+    "The value of an option; raises `ValueError` if it is out of range."
+    kind, allowed = _NUMBERS.get(name, (None, None))
+    return kind(check_value(name, value, kind, allowed)) if kind else value
 
 def _check_name(name):
     "Raise a `ValueError` that says what to do about a name which is no option."
@@ -487,9 +477,10 @@ def check_options(
     for names,met,need in (_SAMPLING, sample, 'do_sample=True'), (_BEAMS, beams > 1, 'num_beams above 1'):
         idle = [name for name in names if name in found and not met]
         if idle: raise ValueError(f"{idle[0]} has no effect without {need}; set that too, or leave {idle[0]} out")
-    if n > 1 and one: _refuse('num_return_sequences', n, f'1, since {one}')
+    if n > 1 and one: raise ValueError(f"num_return_sequences is {n}; allowed: 1, since {one}")
     if n > beams and not (sample and beams==1):
-        _refuse('num_return_sequences', n, f'up to num_beams, which is {beams}, or any number with do_sample=True')
+        more = f'up to num_beams, which is {beams}, or any number with do_sample=True'
+        raise ValueError(f"num_return_sequences is {n}; allowed: {more}")
     if 'streamer' in found and max(beams, n) > 1:
         raise ValueError('streamer follows one caption per image; leave it out, or num_beams and num_return_sequences')
     return found
