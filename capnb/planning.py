@@ -70,7 +70,6 @@ def blank_captioner(
         if h.lora_rank: add_lora(decoder, h)
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
-    if device=='meta': decoder._head_is_plain = True # what has no content cannot be asked
     model = Captioner(encoder, adapter, decoder, None, h.max_caption_length).train()
     thaw(model, h, h.unfreeze_epoch)
     return model

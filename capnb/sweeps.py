@@ -74,7 +74,8 @@ def classic_grid(
     return [f'learning_rate={rates}', f"batch_size={','.join(map(str, sorted({max(1, h.batch_size//2), h.batch_size})))}"]
 
 # %% ../nbs/19_sweeps.ipynb #19a0000f
-_SHARED = ('data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'training_size_limit', 'image_column', 'caption_column', 'data_revision', 'bad_rows', 'features_dir')
+_SHARED = ('data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'training_size_limit', 'image_column',
+           'caption_column', 'encoding', 'outside_files', 'data_revision', 'bad_rows', 'features_dir')
 
 class Lab:
     "What the trials of a process share: frozen models and encoded pictures."
