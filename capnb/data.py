@@ -16,6 +16,7 @@ from unicodedata import normalize
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
+from .core import say
 from .images import open_image
 from .tables import SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
@@ -174,7 +175,9 @@ class PictureFolder:
     ): # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not fit
         self.folder, self.outside = Path(folder), outside
         self.table = Path(table) if table else _only_table(self.folder)
-        self.captions, self.paths, self.where, self.splits, self._known, self._files = {}, {}, {}, {}, {}, None
+        self.captions, self.paths, self.where, self.splits = {}, {}, {}, {} # by name of the image
+        self._known, self._of_file = {}, {} # name of the image by what a row says, and by its file
+        self._files, self._missing = None, 0 # index of the files below, made when first needed; how many were not there
         try:
             rows = read_table(self.table, image_column, caption_column, encoding)
             bad = [problem for row in rows if (problem := self._add(*row))]
@@ -208,18 +211,21 @@ def _files_below(folder):
 @patch
 def _leads_out(self:PictureFolder, picture):
     "Whether a name, as Linux or Windows reads it, is of something that is not below the folder."
+    if not re.search(r'\.\.|^[\\/]|:', picture): return False
     name = picture.replace('\\', '/')
+    if re.match('[A-Za-z]:/', name) and os.sep=='/': return True
     roots = [os.path.abspath(self.folder), os.path.realpath(self.folder)]
     place = os.path.abspath(os.path.join(roots[0], name))
-    if re.match('[A-Za-z]:', name) and os.sep=='/': return True
     return not any(os.path.commonpath([root, place])==root for root in roots)
 
 @patch
 def _find(self:PictureFolder, picture):
     "The file of a picture: where the table says, or the only one below the folder whose name fits; raises `ValueError` if there is none."
-    out, file = self._leads_out(picture), Path(os.path.abspath(self.folder/picture)) # of `link/../x` only `x` is left
-    if out and not self.outside: raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
-    if file.is_file(): return self.folder/os.path.normpath(picture)
+    if not self.outside and self._leads_out(picture):
+        raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
+    file = self.folder/os.path.normpath(picture) # of `link/../x` only `x` is left
+    if file.is_file(): return file
+    if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file(): return file
     if self._files is None: self._files = NameIndex(_files_below(self.folder))
     try: found = self.folder/self._files.find(picture)
     except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
@@ -230,7 +236,7 @@ def _find(self:PictureFolder, picture):
 @patch
 def _nearest(self:PictureFolder, picture):
     "The name that the table may mean, in words, for the first names that are missing."
-    self._missing = getattr(self, '_missing', 0) + 1
+    self._missing += 1
     near = self._files.nearest(picture) if self._missing <= _NEAREST else None
     return f" (the nearest is {near!r})" if near else ''
 
@@ -249,7 +255,7 @@ def _add(self:PictureFolder, where, picture, captions, split):
     if picture not in self._known:
         try: path = self._find(picture)
         except (ValueError, OSError) as e: return f"{where}: {str(e):.300}" # OSError: a name that no file can have
-        self._known[picture] = self._known.setdefault(path, picture) # the first name of the file
+        self._known[picture] = self._of_file.setdefault(str(path), picture) # the first name of the file
         self.paths.setdefault(self._known[picture], path)
     picture = self._known[picture]
     try: captions = caption_texts(captions)
@@ -315,14 +321,14 @@ def read_folder(
 ) -> Source:
     "Read a folder of pictures with the splits that it brings, else cut by `split_rows`; raises as `PictureFolder`."
     folder, options = Path(folder), (bad_rows, image_column, caption_column, encoding, outside)
-    below = [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name.lower() in SPLIT_NAMES and _tables(f)]
+    below = sorted(f for f in folder.iterdir() if f.name.lower() in SPLIT_NAMES and f.is_dir() and _tables(f))
     coco = [t for t in _tables(folder)+_tables(folder/'annotations') if re.fullmatch('captions_.*json', t.name)]
     if below: sources = [(SPLIT_NAMES[f.name.lower()], PictureFolder(f, None, *options)) for f in below]
     elif coco: sources = [(_coco_split(t) if len(coco)>1 else None, PictureFolder(folder, t, *options)) for t in coco]
     else: sources = [(None, PictureFolder(folder, None, *options))]
     parts = {}
     for split,rows in sources:
-        for note in rows.notes: print(f'⚠️ {note}')
+        for note in rows.notes: say(f'⚠️ {note}')
         for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
     parts = {split: _Picked(rows) for split,rows in parts.items()}
     without_split = parts.pop(None, []) if len(parts) > 1 else []

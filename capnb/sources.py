@@ -171,13 +171,13 @@ def find_source(
     "Find what a data set holds, whatever names or holds it; raises as `load_data`."
     name, columns = str(data), (image_column, caption_column)
     if not isinstance(data, (str, Path)): return _own_rows(data, columns)
+    if name=='storybook' and any(columns): raise ValueError("the storybook has no columns to choose from; leave image_column and caption_column out")
     if name=='storybook': return Source({split: Storybook(split, size=image_size) for split in SPLITS})
     if name in HUB_DATA: return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns)
     if Path(name).is_dir(): return read_folder(name, bad_rows, *columns, encoding, outside)
     if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name): raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or a folder with pictures and a captions.csv")
     try: return _hub_rows(name, revision, limit, columns)
     except OSError as e: raise type(e)(f"{e}; and there is no folder {name}") from None
-
 
 # %% ../nbs/02b_sources.ipynb #0da7b412
 def load_data(

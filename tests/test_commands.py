@@ -340,7 +340,8 @@ def test_fault_is_one_line(run, call, faults, fault):
 def test_good_pictures_are_captioned_beside_a_bad_one(call, album):
     done = call('capnb_caption', 'one.png', 'album/notes.txt', '--json', cwd=album)
     assert done.returncode != 0 and 'notes.txt' in done.stderr and len(done.stderr.splitlines()) == 1
-    assert [r['file'] for r in json.loads(done.stdout)] == ['one.png']
+    good, bad = json.loads(done.stdout)
+    assert set(good) == {'file','caption'} and set(bad) == {'file','error'} and (good['file'], bad['file']) == ('one.png', 'album/notes.txt')
 
 # --- Help
 
