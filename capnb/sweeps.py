@@ -138,7 +138,7 @@ def open_study(
         if other: raise ValueError(f"{folder} holds a sweep of other settings: its {other[0]} was {saved.get(other[0])}, not {job.get(other[0])}; choose another output_dir")
         study.set_user_attr('job', job)
         if sampler=='grid':
-            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values)), skip_if_exists=True)
+            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
     return study
 
 # %% ../nbs/19_sweeps.ipynb #19a00017
