@@ -74,7 +74,8 @@ def classic_grid(
     return [f'learning_rate={rates}', f"batch_size={','.join(map(str, sorted({max(1, h.batch_size//2), h.batch_size})))}"]
 
 # %% ../nbs/19_sweeps.ipynb #19a0000f
-_SHARED = ('data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'training_size_limit', 'image_column', 'caption_column', 'data_revision', 'bad_rows', 'features_dir')
+_SHARED = ('data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'training_size_limit', 'image_column',
+           'caption_column', 'encoding', 'outside_files', 'data_revision', 'bad_rows', 'features_dir')
 
 class Lab:
     "What the trials of a process share: frozen models and encoded pictures."
@@ -137,7 +138,7 @@ def open_study(
         if other: raise ValueError(f"{folder} holds a sweep of other settings: its {other[0]} was {saved.get(other[0])}, not {job.get(other[0])}; choose another output_dir")
         study.set_user_attr('job', job)
         if sampler=='grid':
-            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values)), skip_if_exists=True)
+            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
     return study
 
 # %% ../nbs/19_sweeps.ipynb #19a00017

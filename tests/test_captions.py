@@ -5,8 +5,10 @@ from capnb.captioner import Captioner, load_model_from_checkpoint
 from capnb.commands import caption_command, train
 from capnb.decoder import check_options, generate_ids
 from capnb.encoder import EncodedData
-from capnb.evaluation import write_captions_for
+from capnb.evaluation import draw_samples, fact_counts, facts_scores, write_captions_for
+from capnb.images import open_images
 from capnb.inference import caption_files, explain
+from capnb.judging import clip_scores, write_predictions
 from capnb.scale import ROW, CaptionWorker
 from capnb.storybook import Storybook
 
@@ -196,3 +198,20 @@ def test_interrupt_leaves_whole_json(start, folder):
         finally: process.kill()
     assert process.returncode == 130 and err.splitlines()[-1] == 'stopped', err[-3000:]
     assert 1 <= len(rows) < 8000 and [r['file'] for r in rows] == ['0.png', 'bad.png']*(len(rows)//2) + ['0.png']*(len(rows)%2)
+
+# --- Lists that do not belong together are an error, not cut to the shorter one
+
+FACTS = [Storybook('test')[i]['facts'] for i in range(3)]
+UNEQUAL = {'facts': lambda images, file: fact_counts(['A red cat.']*2, FACTS),
+           'mistakes': lambda images, file: facts_scores(['A red cat.']*4, FACTS),
+           'predictions': lambda images, file: write_predictions(file, ['1', '2', '3'], ['A red cat.']*2),
+           'drawing': lambda images, file: draw_samples(images[:3], ['A red cat.']*2, file),
+           'CLIPScore': lambda images, file: clip_scores(torch.ones(1, 4), torch.ones(1, 4), [torch.ones(2, 4)]*3),
+           'names': lambda images, file: list(open_images(images, ['first', 'second']))}
+
+@pytest.mark.parametrize('what', UNEQUAL)
+def test_unequal_lists_are_refused(images, tmp_path, what):
+    with pytest.raises(ValueError, match='zip|belong'): UNEQUAL[what](images, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_sources_of_images_may_come_one_by_one(images): assert len(list(open_images(iter(images)))) == 5
