@@ -9,7 +9,7 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from .core import read_text
+from .core import read_text, say
 from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
 from .images import find_images
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
