@@ -15,9 +15,9 @@ from fastcore.script import Param, store_true
 from fsspec.core import url_to_fs
 from PIL import Image
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from .commands import command
-from .core import as_hyperparameters
+from .captioner import load_model_from_checkpoint, read_metadata
+from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
+from .core import as_hyperparameters, say
 from .images import open_image
 from .decoder import check_options, split_scores
 from .encoder import load_encoder
@@ -144,6 +144,17 @@ def _ray():
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     return ray
 
+_SINGLE = 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER' # Ray's switch: on those systems it takes a machine for one of a single node, unless this is set
+
+@contextmanager
+def _on_loopback():
+    "Let a Ray that is started here listen on loopback only, as it does on systems where it knows of no other nodes; by default every interface is open to everybody. Who sets Ray's own switch decides otherwise."
+    from ray._private import ray_constants
+    if _SINGLE in os.environ: yield; return
+    known, os.environ[_SINGLE], ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, '0', False
+    try: yield
+    finally: ray_constants.ENABLE_RAY_CLUSTER = known; del os.environ[_SINGLE]
+
 @contextmanager
 def cluster(
     workers:int, # Processes with a model each
@@ -151,7 +162,7 @@ def cluster(
     gpus:float=0, # GPUs for each worker: 0, 1, or a share of one
     address:str=None, # Of a running Ray cluster, or 'auto'; None starts one on this machine
 ):
-    "Join a cluster or start one, and leave it at the end; raises `ValueError` if it has no room for the workers."
+    "Join a cluster or start one, which only this machine can reach, and leave it at the end; raises `ValueError` if it has no room for the workers."
     ray, started = _ray(), False
     def check(there):
         for what,needed in (('GPU', workers*gpus), ('CPU', workers*threads+4)):
@@ -160,7 +171,10 @@ def cluster(
     try:
         if not ray.is_initialized():
             started, quiet = True, dict(log_to_driver=False, logging_level='ERROR')
-            try: ray.init(address, **quiet) if address else ray.init('local', num_cpus=workers*threads+4, include_dashboard=False, object_store_memory=STORE, **quiet)
+            try:
+                if address: ray.init(address, **quiet)
+                else:
+                    with _on_loopback(): ray.init('local', num_cpus=workers*threads+4, include_dashboard=False, object_store_memory=STORE, **quiet)
             except ConnectionError as e: raise ValueError(f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}") from None
         check(ray.cluster_resources())
         yield ray
@@ -265,25 +279,23 @@ def encode_pictures(
 # %% ../nbs/18_scale.ipynb #0da18022
 @command
 def scale_command(
-    source:Param('A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as s3://bucket/pages', str, opt=False),
-    out:Param('Folder for the parquet files; a path or a URL', str, opt=False),
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', str)=None,
+    source:Param('A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as s3://bucket/pages', any_path, opt=False),
+    out:Param('Folder for the parquet files; a path or a URL', new_folder, opt=False),
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path)=None,
+    best:Param(BEST, store_true)=False,
     encode:Param("Write the features that the checkpoint's encoder makes, in place of captions", store_true)=False,
     image_column:Param('In parquet: the column with the bytes of the pictures', str)='image',
-    num_beams:Param('Width of the beam; 1 is greedy', int)=1,
-    num_return_sequences:Param('Captions of each image, best first, up to num_beams', int)=1,
-    workers:Param('Processes with a model each', int)=2,
-    threads:Param('CPUs for each worker', int)=1,
-    gpus:Param('GPUs for each worker: 0, 1, or a share of one', float)=0.,
-    batch_size:Param('Pictures that a worker takes at a time', int)=32,
-    shard_size:Param('Pictures per file: what a stop can cost, per worker', int)=1000,
+    num_beams:Number('Width of the beam; 1 is greedy')=1,
+    num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
+    workers:Number('Processes with a model each')=2,
+    threads:Number('CPUs for each worker')=1,
+    gpus:Number('GPUs for each worker: 0, 1, or a share of one', float, closed=True)=0.,
+    batch_size:Number('Pictures that a worker takes at a time')=32,
+    shard_size:Number('Pictures per file: what a stop can cost, per worker')=1000,
     address:Param('Of a running Ray cluster, or auto; without it one is started on this machine', str)=None,
 ):
     "Caption or encode millions of pictures with many workers; the same command goes on where it was stopped."
-    for name,value in dict(workers=workers, threads=threads, batch_size=batch_size, shard_size=shard_size).items():
-        if value < 1: raise ValueError(f"{name} must be 1 or more, not {value}")
-    if gpus < 0: raise ValueError(f"gpus must be 0 or more, not {gpus:g}")
-    checkpoint = checkpoint or newest_checkpoint()
+    checkpoint = find_checkpoint(checkpoint, best=best)
     settings = dict(image_column=image_column, workers=workers, threads=threads, gpus=gpus, batch_size=batch_size, shard_size=shard_size, address=address, progress=sys.stderr.isatty())
     if encode:
         h = read_metadata(checkpoint)['hyperparameters']
@@ -291,4 +303,4 @@ def scale_command(
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
         found = caption_pictures(source, out, checkpoint, options=options, **settings)
-    print(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")
+    say(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")

@@ -20,8 +20,9 @@ from uuid import uuid4
 import capnb, psutil, torch
 from fastcore.script import Param, store_true
 from PIL import Image
-from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from .commands import command
+from .captioner import load_model_from_checkpoint, read_metadata
+from .commands import BEST, Number, any_path, command, find_checkpoint
+from .core import say
 from .images import DecodingPool, TooManyPixels, image_formats
 from .decoder import captions_of
 from .inference import explain
@@ -975,7 +976,7 @@ def serve(
     server.uvicorn_graceful_timeout = math.ceil(limits.seconds)
     def ready():
         state.value = SERVING
-        print(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
+        say(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
     server.app = make_app(Desk(server, limits, running, started, min_side), key, state, ready)
     server.app.add_middleware(Guard, ours=host_check(host, key, allowed_hosts), more=allowed_hosts)
     came = _on_signal(server, running, state, limits)
@@ -990,28 +991,26 @@ def serve(
 # %% ../nbs/12_serving.ipynb #0da12028
 @command
 def serve_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,
-    folder:Param('Where to look for the newest checkpoint', str)='saved_models',
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?')=None,
+    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
+    best:Param(BEST, store_true)=False,
     host:Param('127.0.0.1 for this machine only, 0.0.0.0 or :: for all that reach it', str)='127.0.0.1',
-    port:Param('Port to listen at, from 1024 on', int)=8000,
+    port:Number('Port to listen at', lo=1024, hi=65535)=8000,
     api_key:Param('Clients must send "Authorization: Bearer KEY"; better put it into the environment as CAPNB_API_KEY, where nobody sees it in a list of processes', str)=None,
     without_key:Param('With --host: let everybody ask who can reach this machine', store_true)=False,
     allowed_hosts:Param('Names by which the server is reached, with commas between, such as that of a proxy in front of it', str)='',
-    max_upload:Param('Most megabytes of a request', float)=Limits.upload,
-    max_pixels:Param('Most millions of pixels of an image', float)=Limits.pixels,
-    max_waiting:Param('Most requests at a time', int)=Limits.waiting,
-    max_per_client:Param('Most requests at a time of one client; without it half of max_waiting', int)=None,
-    timeout:Param('Most seconds for a request to come, and then for its answer', float)=Limits.seconds,
-    batch_size:Param('Most captions written together', int)=32,
+    max_upload:Number('Most megabytes of a request', float)=Limits.upload,
+    max_pixels:Number('Most millions of pixels of an image', float)=Limits.pixels,
+    max_waiting:Number('Most requests at a time')=Limits.waiting,
+    max_per_client:Number('Most requests at a time of one client; without it half of max_waiting')=None,
+    timeout:Number('Most seconds for a request to come, and then for its answer', float)=Limits.seconds,
+    batch_size:Number('Most captions written together')=32,
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
-    positive = dict(max_upload=max_upload, max_pixels=max_pixels, max_waiting=max_waiting, max_per_client=max_per_client, timeout=timeout, batch_size=batch_size)
-    for name,value in positive.items():
-        if value is not None and not value > 0: raise ValueError(f"{name} must be more than 0, not {value:g}")
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
     names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
     limits = Limits(max_upload, max_pixels, max_waiting, timeout, max_per_client)
-    serve(checkpoint or newest_checkpoint(folder), host, port, key, limits, batch_size, without_key, names)
+    serve(find_checkpoint(checkpoint, folder, best), host, port, key, limits, batch_size, without_key, names)
 
 # %% ../nbs/12_serving.ipynb #0da1203b
 def send_load(
