@@ -932,7 +932,8 @@ def _server_class():
 
 def _check_port(host, port):
     with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        exclusive = getattr(socket, 'SO_EXCLUSIVEADDRUSE', socket.SO_REUSEADDR) # on Windows the latter takes a port from another
+        s.setsockopt(socket.SOL_SOCKET, exclusive, 1)
         try: s.bind((host, port))
         except OSError as e: raise ValueError(f"port {port} of {host} cannot be listened at: {e.strerror}; choose another with --port") from None
 
