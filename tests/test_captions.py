@@ -139,6 +139,11 @@ def test_numbers_of_other_types(model, images):
     assert model.caption(images[0], max_new_tokens=None) == model.caption(images[0])
     assert model.caption(images[0], max_new_tokens=np.int64(3)) == model.caption(images[0], max_new_tokens=3) == ' '.join(model.caption(images[0]).split()[:3])
 
+def test_more_tokens_than_positions(model, images):
+    room = model.decoder.config.max_position_embeddings - model.prefix(model.encoder.encode(images[:1])).shape[1]
+    with pytest.raises(ValueError, match=f'^max_new_tokens is {room+1}; allowed: .* up to {room}, as'): model.caption(images[0], max_new_tokens=room+1)
+    assert model.caption(images[0], max_new_tokens=room) == model.caption(images[0])
+
 def test_streamer_of_more_than_a_batch(model, images):
     with pytest.raises(ValueError, match='^streamer follows one batch'): model.caption(images, batch_size=2, streamer=object())
 
