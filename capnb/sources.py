@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .archives import from_datasets, read_path, visible_images
-from .core import atomic_write, hub_errors
+from .core import atomic_write, hub_errors, say
 from .data import CaptionData, Source, _NamedRows, counts_characters, named_rows, split_rows, tell_columns
 from .storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
@@ -191,7 +191,7 @@ def _hub_rows(repo, revision, limit, columns):
     "A data set of the hub, with a line that says what was taken."
     found = load_hub(repo, revision, limit)
     image, captions = tell_columns(next(iter(found.values())).features, *columns)
-    print(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
+    say(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
     return Source({split: named_rows(rows, *columns) for split,rows in found.items()})
 
 def _own_rows(data, limit, columns):
@@ -223,7 +223,6 @@ def find_source(
     try: return _hub_rows(name, revision, limit, columns)
     except OSError as e: raise type(e)(f"{e}; and there is no file or folder {name}") from None
 
-
 # %% ../nbs/02b_sources.ipynb #0da7b412
 def load_data(
     data='storybook', # 'storybook'; a name of `HUB_DATA` or a hub id; a file or folder, see `capnb.archives.read_path`; a dictionary of splits with at least 'train'; or one data set, which is then cut
@@ -239,12 +238,12 @@ def load_data(
     "Load captioned pictures; raises `ValueError` if the name is not known or 'train' is missing, and as `read_folder` and `load_hub`."
     source = find_source(data, limit, image_size, bad_rows, revision, image_column, caption_column, encoding, outside)
     if 'train' not in source.splits: raise ValueError(f"the data has no split 'train', only {', '.join(source.splits)}")
-    if source.without_split: print(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
+    if source.without_split: say(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
     splits = {split: CaptionData(rows, limit if split=='train' else None) for split,rows in source.splits.items()}
     if bad_rows=='skip':
         bad = [*source.bad, *(b for split,rows in splits.items() for b in rows.skip_bad(f'Looking over {split}'))]
         splits['train'].left_out = len(bad)
-        if bad: print(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
+        if bad: say(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
 def load_for(
@@ -370,12 +369,12 @@ def report_data(
 ):
     "Print what `check_data` found."
     size = lambda s: '×'.join(map(str, s)) if s else 'none'
-    print(f"{report['data']}: {report['images']:,} images, {report['captions']:,} captions")
+    say(f"{report['data']}: {report['images']:,} images, {report['captions']:,} captions")
     for split,s in report['splits'].items():
         per = ', '.join(f'{n:,} images with {k}' for k,n in s['captions_per_image'].items())
-        print(f"{split}: {s['images']:,} images, {s['captions']:,} captions ({per}); from {size(s['smallest'])} to {size(s['largest'])} pixels")
-        for row in s['samples']: print(f"  {row['image_id']}: {' / '.join(row['captions'])}")
-    if s := report['without_split']: print(f"{NO_SPLIT}, not used: {s['images']:,} images, {s['captions']:,} captions")
+        say(f"{split}: {s['images']:,} images, {s['captions']:,} captions ({per}); from {size(s['smallest'])} to {size(s['largest'])} pixels")
+        for row in s['samples']: say(f"  {row['image_id']}: {' / '.join(row['captions'])}")
+    if s := report['without_split']: say(f"{NO_SPLIT}, not used: {s['images']:,} images, {s['captions']:,} captions")
     for warning in report['warnings']:
-        print(f"warning: {warning['about']}: {warning['count']:,}, such as {'; '.join(warning['examples'])}")
-    for problem in report['bad']: print(f"bad: {problem}")
+        say(f"warning: {warning['about']}: {warning['count']:,}, such as {'; '.join(warning['examples'])}")
+    for problem in report['bad']: say(f"bad: {problem}")
