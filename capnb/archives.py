@@ -9,7 +9,7 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from .core import read_text
+from .core import read_text, say
 from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
 from .images import find_images
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
@@ -221,7 +221,7 @@ def _refuse_packed(path, files):
 def _told(name, source, rows, columns):
     "A line that says what is read."
     image, captions = tell_columns(rows.features, *columns)
-    print(f"📦 {name}: {', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())} images; from column {image}, with captions from {', '.join(captions)}")
+    say(f"📦 {name}: {', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())} images; from column {image}, with captions from {', '.join(captions)}")
     return source
 
 def _read_rows(found, path, folder, columns, outside):

@@ -62,7 +62,7 @@ def train(
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
     "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
-    if isinstance(data, str): data, changes = None, dict(changes, data=data)
+    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
     if data is not None: changes = dict(changes, data=OWN_DATA)
     h = as_hyperparameters(settings, preset or 'storybook', **changes) # before anything heavy is imported: a mistake is told at once
     state = None

@@ -189,12 +189,13 @@ def guess_encodings(
     if b'\0' in raw: return ['utf-32'] if _marked_encoding(raw)=='utf-32' else _unmarked_encodings(raw)
     odd = b'\n'.join([line for line in raw[:2**24].splitlines() if not line.isascii()][:500])[:100_000]
     found = {}
-    usual = lambda m: (round(m.chaos, 2), -round(m.coherence, 1), _USUAL.index(m.encoding))
-    for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=usual) or from_bytes(odd):
+    rank = lambda name: _USUAL.index(name) if name in _USUAL else len(_USUAL)
+    likely = lambda match: (round(match.chaos, 2), -round(match.coherence, 1), rank(match.encoding))
+    for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=likely) or from_bytes(odd):
         try: text = raw.decode(match.encoding)
         except UnicodeDecodeError: continue
-        if match.encoding not in ('ascii','utf_8'): found.setdefault(text, match.encoding)
-        if len(found)==most: break
+        if match.encoding in ('ascii','utf_8') or len(found)==most and text not in found: continue
+        found[text] = min(found.get(text, match.encoding), match.encoding, key=rank) # the best known of equals
     return list(found.values())
 
 def _mostly_utf8(raw):
