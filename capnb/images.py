@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_NAME', 'image_formats', 'image_format', 'TooManyPixels', 'open_image', 'measure_image', 'find_images',
-           'decode_requests', 'DecodingPool', 'decoding_pool', 'open_images']
+           'decode_requests', 'DecodingPool', 'decoding_pool', 'image_opener', 'open_images']
 
 # %% ../nbs/01b_images.ipynb #1b000003
 import atexit, glob, io, itertools, json, os, queue, signal, stat, struct, subprocess, sys, threading, time
@@ -76,12 +76,12 @@ def _eight_bits(pixels):
     return Image.fromarray((pixels.clip(0, 65535)//257 if wide else pixels.clip(0)).astype(np.uint8))
 
 def _shrunk(image, min_side, transparent):
-    "A larger image than is needed, averaged over squares; another one as it is."
+    "A larger image than is needed, averaged over squares of 2, 4, 8, ... pixels, at whose edges little is left over; another one as it is."
     factor = min(image.size)//min_side if min_side else 1
     if factor < 2: return image
     if transparent: image = image.convert('RGBA')
     elif image.mode in ('1', 'P', 'PA'): image = image.convert('RGB')
-    return image.reduce(factor)
+    return image.reduce(1 << factor.bit_length()-1)
 
 def _as_rgb(image, min_side=None, size=None):
     "A PIL image as people see it: upright, 8 bits, on white where it is transparent, with nothing but its original size for metadata."
@@ -482,7 +482,7 @@ def _result(future):
     except ValueError as e: return e
 
 # %% ../nbs/01b_images.ipynb #1b00003a
-_FEW = 8 # so many images are worth a pool
+_FEW = 8 # images that are not worth a pool's processes are fewer
 _pools = {} # by process, as a fork has no use for the pool of the other
 
 def decoding_pool() -> DecodingPool:
@@ -491,6 +491,12 @@ def decoding_pool() -> DecodingPool:
         _pools[os.getpid()] = DecodingPool()
         atexit.register(_pools[os.getpid()].close)
     return _pools[os.getpid()]
+
+def image_opener(
+    n:int, # Images that are to be opened
+): # `open_image`, or the same of the pool of this process
+    "Choose where images are opened: a few here, many in child processes."
+    return decoding_pool().open if n >= _FEW else open_image
 
 def open_images(
     sources, # List of paths, bytes or PIL images
