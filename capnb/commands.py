@@ -127,16 +127,19 @@ def data_command(
     action:Param('What to do', str, opt=False, choices=['check']),
     data:Param('Folder with pictures and a captions.csv, hub id, or name of a data set', str, opt=False),
     limit:Param('Look at the first N training pictures only, and download no more than they need', int)=None,
-    image_column:Param('Column of a hub data set that holds the picture', str)=None,
-    caption_column:Param('Column of a hub data set that holds the captions, or several with commas between', str)=None,
+    image_column:Param('Column that holds the image or its file name: a name, or its number from 1 in a table without a header', str)=None,
+    caption_column:Param('Column that holds the captions, named likewise, or several with commas between', str)=None,
+    encoding:Param('Encoding of tables of captions, such as cp1252; else UTF-8 or marked UTF-16', str)=None,
+    outside_files:Param('Also read images that a table names outside of its folder', store_true)=False,
     data_revision:Param('Branch, tag or commit of a hub data set', str)=None,
     json_file:Param('Write what is found to this JSON file', str)=None,
 ):
-    "Look a data set over before a long run: what each split holds, samples, and every row or picture that cannot be used."
+    "Look a data set over before a long run: what each split holds, samples, every row or image that cannot be used, and what may teach the wrong thing."
     from capnb.core import write_json
     from capnb.sources import check_data, report_data
     if limit is not None and limit < 1: raise ValueError(f"limit is {limit}; allowed: a whole number of 1 or more")
-    report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision)
+    report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision,
+                        encoding=encoding, outside=outside_files)
     report_data(report)
     if json_file: write_json(json_file, report)
     if report['bad']: raise ValueError(f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out")

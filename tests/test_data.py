@@ -281,13 +281,13 @@ def test_check_names_every_bad_row(call, album):
     for words in (f"{table}: line 42: there is no picture '40.jpg'", f"{table}: line 43: no caption for '3.jpg'", f"{table}: line 9: {album/'7.jpg'} is not a readable picture", f"{table}: line 11: {album/'9.jpg'} is not a readable picture"):
         assert sum(words in line for line in told) == 1, (words, told)
     found = json.loads((album.parent/'found.json').read_text(encoding='utf-8'))
-    assert len(found['bad']) == len(told) == 4 and sum(s['pictures'] for s in found['splits'].values()) == 38
-    assert found['splits']['train']['smallest'] == found['splits']['train']['largest'] == [64, 64] and found['splits']['train']['captions_per_picture'] == {'1': found['splits']['train']['pictures']}
+    assert len(found['bad']) == len(told) == 4 and sum(s['images'] for s in found['splits'].values()) == 38
+    assert found['splits']['train']['smallest'] == found['splits']['train']['largest'] == [64, 64] and found['splits']['train']['captions_per_image'] == {'1': found['splits']['train']['images']}
 
 def test_check_of_good_data_and_of_the_hub(run, hub, tmp_path):
     done = run('capnb_data', 'check', 'flickr30k', '--limit', 30, cwd=tmp_path, env=hub.environment(tmp_path/'home'))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'train: 30 pictures, 150 captions (30 pictures with 5); from 64×64 to 64×64 pixels' in done.stdout and '1000.jpg: ' in done.stdout
+    assert 'train: 30 images, 150 captions (30 images with 5); from 64×64 to 64×64 pixels' in done.stdout and '1000.jpg: ' in done.stdout
 
 def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     small = ['--data', album, '--max_steps', 1, '--num_epochs', 1]
