@@ -125,19 +125,25 @@ def forward(self:Captioner, features, captions) -> torch.Tensor:
 @torch.no_grad()
 def caption_features(self:Captioner,
     features, # (batch, encoder width) or (batch, patches, encoder width)
-    **kwargs, # For `transformers`' `generate`
-) -> list: # One caption per row
-    "Write a caption for each encoded picture."
-    return generate_captions(self.decoder, self.tokenizer, self.prefix(features), self.max_caption_length, **kwargs)
+    scores:bool=False, # As for `caption`
+    **kwargs, # As for `caption`
+) -> list: # For each row what `caption` gives for an image
+    "Write captions for encoded images."
+    prefix = self.prefix(features)
+    return generate_captions(self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs)
 
 @patch
 def caption(self:Captioner,
-    images, # A PIL picture or a list of them, of any size and mode; or paths of pictures
-    **kwargs, # For `transformers`' `generate`, such as `num_beams=3`
-): # A caption, or a list of them
-    "Write a caption for each picture; greedy unless `kwargs` say otherwise."
-    if isinstance(images, (Image.Image, str, Path)): return self.caption([images], **kwargs)[0]
-    return self.caption_features(self.encoder.encode([open_image(image) for image in images]), **kwargs) if len(images) else []
+    images, # A PIL image or a list of them, of any size and mode; or paths of images
+    scores:bool=False, # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
+    **kwargs, # For `transformers`' `generate`, such as `num_beams=3`; what `check_options` takes
+): # A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of these
+    """Write a caption for each image; greedy unless `kwargs` say otherwise.
+
+    Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without effect."""
+    if isinstance(images, (Image.Image, str, Path)): return self.caption([images], scores, **kwargs)[0]
+    opened = [open_image(image) for image in images]
+    return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []
 
 # %% ../nbs/06_captioner.ipynb #0da7b051
 def _last_layers(decoder, n):

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
-           'tokenize_captions', 'head_is_plain', 'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids',
-           'generate_ids', 'captions_of', 'generate_captions', 'use_int8', 'embedding_size']
+           'text_ids', 'tokenize_captions', 'caption_lengths', 'count_cut', 'cut_text', 'head_is_plain',
+           'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids', 'check_options', 'score_ids',
+           'generate_ids', 'captions_of', 'generate_captions', 'split_scores', 'use_int8', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
-import inspect, torch, warnings
+import difflib, inspect, math, torch, warnings
 from collections import deque
 from importlib.util import find_spec
+from numbers import Real
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -121,15 +123,57 @@ def load_decoder(
     return model, tokenizer
 
 # %% ../nbs/05_decoder.ipynb #bf20139e
+def text_ids(
+    tokenizer, # Of the decoder
+    texts, # List of texts
+) -> list: # Of lists of whole numbers
+    "Turn texts into tokens without any mark at their ends; a special token that is written in a text is text."
+    if not texts: return []
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)['input_ids']
+
 def tokenize_captions(
     tokenizer, # Of the decoder
     captions, # List of texts
-    max_caption_length:int=128, # Most tokens per caption, end-of-text included; what is longer is cut and still gets its end
+    max_caption_length:int=128, # Most tokens per caption, end-of-text included; what is longer is cut and has no end
 ): # `input_ids` and `attention_mask`, both (batch, longest); padded on the right
-    "Turn captions into tokens, each closed by end-of-text."
-    ids = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=max_caption_length-1)['input_ids']
-    ids = [torch.tensor(i + [tokenizer.eos_token_id]) for i in ids]
-    return pad_sequence(ids, True, tokenizer.eos_token_id), pad_sequence([torch.ones_like(i) for i in ids], True, 0)
+    "Turn captions into tokens, each closed by end-of-text unless it is cut."
+    end = tokenizer.eos_token_id
+    ids = [torch.tensor((i + [end])[:max_caption_length]) for i in text_ids(tokenizer, list(captions))]
+    return pad_sequence(ids, True, end), pad_sequence([torch.ones_like(i) for i in ids], True, 0)
+
+# %% ../nbs/05_decoder.ipynb #5a0c0002
+def caption_lengths(
+    tokenizer, # Of the decoder
+    captions, # Texts
+) -> list: # Of whole numbers
+    "Count the tokens of captions as they are, end-of-text included."
+    different = list(dict.fromkeys(captions))
+    parts = (text_ids(tokenizer, different[at:at+4096]) for at in range(0, len(different), 4096))
+    lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part)))
+    return [lengths[c] for c in captions]
+
+def count_cut(
+    tokenizer, # Of the decoder
+    rows, # Of a data set, with `captions` and `image_id`
+    max_caption_length:int, # As for `tokenize_captions`
+) -> dict: # Plain data: number of `captions`, of those that are `cut`, `longest` (tokens), `image_id` (of that caption), `max_caption_length`
+    "Count the captions that are too long, and find the longest."
+    named = [(c, row.get('image_id', n)) for n,row in enumerate(rows) for c in row['captions']]
+    lengths = caption_lengths(tokenizer, [c for c,_ in named])
+    longest = max(lengths)
+    return dict(captions=len(lengths), cut=sum(n > max_caption_length for n in lengths), longest=longest,
+                image_id=str(named[lengths.index(longest)][1]), max_caption_length=max_caption_length)
+
+def cut_text(
+    found:dict, # From `count_cut`
+) -> str: # One line
+    "Say how many captions are cut; where it is more than one in a hundred, as a warning with the flag that helps."
+    cut, captions, most = found['cut'], found['captions'], found['max_caption_length']
+    longest = f"the longest, of {found['image_id']}, has {found['longest']} tokens"
+    if not cut: return f"✂️ No caption is cut: {longest}, and max_caption_length is {most}"
+    many = f"{cut:,} of {captions:,} captions are longer than max_caption_length, {most} tokens, and are cut; {longest}"
+    if 100*cut <= captions: return f"✂️ {many}"
+    return f"⚠️ {many}. To keep all of them whole: --max_caption_length {found['longest']}"
 
 # %% ../nbs/05_decoder.ipynb #5a000001
 def _shared_out(sizes, rows):
@@ -317,32 +361,164 @@ def greedy_ids(
             written[i].append(token)
             if token==end or len(written[i])==most[i]: at[r], position[r] = None, 0
 
+# %% ../nbs/05_decoder.ipynb #5a0000c1
+_SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'top_h', 'typical_p', 'epsilon_cutoff', 'eta_cutoff')
+_BEAMS = ('length_penalty', 'early_stopping')
+_OPTIONS = (
+    'batch_size', 'do_sample', 'num_beams', 'num_return_sequences', 'max_new_tokens', 'min_new_tokens', 'max_time',
+    'stop_strings', 'eos_token_id', 'repetition_penalty', 'no_repeat_ngram_size', 'bad_words_ids', 'sequence_bias',
+    'suppress_tokens', 'begin_suppress_tokens', 'forced_bos_token_id', 'forced_eos_token_id',
+    'exponential_decay_length_penalty', 'renormalize_logits', 'remove_invalid_values', 'watermarking_config',
+    'logits_processor', 'stopping_criteria', 'streamer', 'use_cache', 'cache_implementation', 'cache_config',
+    'compile_config', 'disable_compile', 'synced_gpus', *_SAMPLING, *_BEAMS)
+_FORM = 'it would change the form of the answer; with scores=True each caption comes with its score'
+_INSTEAD = dict(
+    return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
+    output_hidden_states=_FORM, generation_config='pass what it holds as single options',
+    max_length='use max_new_tokens', min_length='use min_new_tokens')
+_LEAST = dict(batch_size=1, num_beams=1, num_return_sequences=1, max_new_tokens=1, min_new_tokens=0, top_k=0)
+_MOST = dict(temperature=math.inf, top_p=1, repetition_penalty=math.inf, max_time=math.inf)
+
+def _refuse(name, value, allowed): raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+def _checked_option(name, value):
+    "The value of an option, numbers as `int` or `float`; raises `ValueError` for one that is out of range."
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if name in _LEAST:
+        if not (number and value==int(value) and value >= _LEAST[name]):
+            _refuse(name, value, f'a whole number of {_LEAST[name]} or more')
+        return int(value)
+    if name in _MOST:
+        if not (number and 0 < value <= _MOST[name]):
+            _refuse(name, value, 'a number above 0' + ('' if _MOST[name]==math.inf else f' and up to {_MOST[name]}'))
+        return float(value)
+    if name=='do_sample' and not isinstance(value, bool): _refuse(name, value, 'true or false')
+    return value
+
+def _check_name(name):
+    "Raise a `ValueError` that says what to do about a name which is no option."
+    if name in _OPTIONS: return
+    close = difflib.get_close_matches(name, _OPTIONS, 1, .85)
+    instead = f'did you mean {close[0]}?' if close else 'leave it out'
+    raise ValueError(f"{name} is not an option for captions: {_INSTEAD.get(name, instead)}")
+
+def check_options(
+    options:dict, # Keyword arguments for `generate_ids`, by name; None stands for one that is not set
+    one:str=None, # If there is room for one caption per image only: the reason
+) -> dict: # Those that are set, numbers as `int` or `float`
+    "Check options for captions; raises `ValueError` for one that is unknown, out of range, or without effect."
+    for name in options: _check_name(name)
+    found = {name: _checked_option(name, value) for name,value in options.items() if value is not None}
+    sample, beams, n = (found.get(k, v) for k,v in dict(do_sample=False, num_beams=1, num_return_sequences=1).items())
+    for names,met,need in (_SAMPLING, sample, 'do_sample=True'), (_BEAMS, beams > 1, 'num_beams above 1'):
+        idle = [name for name in names if name in found and not met]
+        if idle: raise ValueError(f"{idle[0]} has no effect without {need}; set that too, or leave {idle[0]} out")
+    if n > 1 and one: _refuse('num_return_sequences', n, f'1, since {one}')
+    if n > beams and not (sample and beams==1):
+        _refuse('num_return_sequences', n, f'up to num_beams, which is {beams}, or any number with do_sample=True')
+    if 'streamer' in found and max(beams, n) > 1:
+        raise ValueError('streamer follows one caption per image; leave it out, or num_beams and num_return_sequences')
+    return found
+
 # %% ../nbs/05_decoder.ipynb #5a00000a
+def _until_end(ids, ends):
+    "Each row of `ids` up to the first of the tokens `ends`, which it keeps."
+    over = torch.isin(ids, torch.tensor(ends, device=ids.device))              # (rows, longest)
+    lengths = torch.where(over.any(1), over.int().argmax(1)+1, ids.shape[1])
+    return [row[:n] for row,n in zip(ids.cpu(), lengths.tolist(), strict=True)]
+
+def _generate(decoder, tokenizer, prefix, most, batch_size, options):
+    "The tokens of each caption, its end included, in one list: first all captions of the first image."
+    pad = tokenizer.eos_token_id
+    end = options.get('eos_token_id', pad)
+    plain = dict(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=most, eos_token_id=end)
+    greedy = isinstance(end, int) and all(name in plain and plain[name]==value for name,value in options.items())
+    if greedy and takes_positions(decoder, prefix.shape[1]+most):
+        return [torch.tensor(row) for row in greedy_ids(decoder, prefix, [most]*len(prefix), end, batch_size)]
+    if 'streamer' in options and len(prefix) > batch_size:
+        raise ValueError(f"streamer follows one batch; {len(prefix)} images are more than batch_size, {batch_size}")
+    options = plain | options | dict(pad_token_id=pad)
+    if 'stop_strings' in options: options['tokenizer'] = tokenizer
+    rows = []
+    for part in prefix.split(batch_size):
+        mask = part.new_ones(part.shape[:2], dtype=torch.long)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Passing .* with `inputs_embeds` and without `input_ids`') # as it should be
+            ids = decoder.generate(inputs_embeds=part, attention_mask=mask, **options)
+        rows += _until_end(ids, [pad, *([end] if isinstance(end, int) else end)])
+    return rows
+
 @torch.no_grad()
+def score_ids(
+    decoder, # Causal language model
+    prefix, # (images, prefix, width)
+    rows, # List of the tokens of each caption, (n,) each; as many for each image, one after another
+    length_penalty:float=1., # The sum is divided by the number of tokens to the power of this
+    batch_size:int=32, # Images at a time
+) -> list: # One number per caption, in nats; the closer to 0, the surer
+    "Score captions by the mean log-probability of their tokens."
+    scores, k = [], len(rows)//max(1, len(prefix))
+    for at in range(0, len(prefix), batch_size):
+        part = rows[at*k:(at+batch_size)*k]
+        ids = pad_sequence(part, True, 0).to(prefix.device)
+        mask = pad_sequence([torch.ones_like(row) for row in part], True, 0).to(prefix.device)
+        nats = caption_nats(decoder, prefix[at:at+batch_size], ids, mask)      # (images*k, longest)
+        scores += (-nats.sum(1)/mask.sum(1)**length_penalty).tolist()
+    return scores
+
+@torch.no_grad()
+def _write(decoder, tokenizer, prefix, most, batch_size, scores, options):
+    "Of each caption the tokens, and a list of scores or None; the captions of an image one after another, best first."
+    options = check_options(options | dict(batch_size=batch_size))
+    batch_size, n = options.pop('batch_size'), options.get('num_return_sequences', 1)
+    if not len(prefix): return [], []
+    prefix = prefix.to(decoder.get_input_embeddings().weight.dtype)
+    rows = _generate(decoder, tokenizer, prefix, options.get('max_new_tokens', most), batch_size, options)
+    sort = n > 1 and options.get('num_beams', 1)==1                            # beams come in order
+    if not (scores or sort): return rows, None
+    values = score_ids(decoder, prefix, rows, options.get('length_penalty', 1.), batch_size)
+    order = sorted(range(len(rows)), key=lambda i: (i//n, -values[i])) if sort else range(len(rows))
+    return [rows[i] for i in order], [values[i] for i in order]
+
 def generate_ids(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
-    prefix, # (pictures, prefix, width)
+    prefix, # (images, prefix, width)
     max_caption_length:int=64, # Most tokens per caption
-    batch_size:int=32, # Captions written at a time
+    batch_size:int=32, # Images whose captions are written at a time
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3` or `do_sample=True`
-) -> torch.Tensor: # (pictures, longest), the tokens of each caption and its end
-    "Write what follows each prefix, as tokens; greedy unless `kwargs` say otherwise."
-    prefix, end = prefix.to(decoder.get_input_embeddings().weight.dtype), tokenizer.eos_token_id
-    if all({'do_sample': False, 'num_beams': 1}.get(k)==v for k,v in kwargs.items()) and takes_positions(decoder, prefix.shape[1]+max_caption_length):
-        rows = [torch.tensor(row, device=prefix.device) for row in greedy_ids(decoder, prefix, [max_caption_length]*len(prefix), end, batch_size)]
-    else:
-        options = dict(do_sample=False, num_beams=1, max_new_tokens=max_caption_length, eos_token_id=end, pad_token_id=end)
-        rows = [row for part in prefix.split(batch_size) for row in decoder.generate(inputs_embeds=part, attention_mask=part.new_ones(part.shape[:2], dtype=torch.long), **{**options, **kwargs})]
-    return pad_sequence(rows, True, end) if rows else prefix.new_zeros(0, 0, dtype=torch.long)
+) -> torch.Tensor: # (images*num_return_sequences, longest), the tokens of each caption and its end
+    """Write what follows each prefix, as tokens; greedy unless `kwargs` say otherwise.
+
+    Several captions of an image come one after another, best first. Raises `ValueError` as `check_options` does."""
+    rows, _ = _write(decoder, tokenizer, prefix, max_caption_length, batch_size, False, kwargs)
+    if not rows: return torch.zeros(0, 0, dtype=torch.long, device=prefix.device)
+    return pad_sequence(rows, True, tokenizer.eos_token_id).to(prefix.device)
 
 def captions_of(tokenizer, ids) -> list: # One text per row
     "Turn the tokens of captions into text: one line each, without marks."
     return [one_line(text.strip().split('\n')[0]) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-def generate_captions(decoder, tokenizer, prefix, max_caption_length=64, **kwargs) -> list: # One text per row
-    "Write a caption for each prefix; the arguments are those of `generate_ids`."
-    return captions_of(tokenizer, generate_ids(decoder, tokenizer, prefix, max_caption_length, **kwargs))
+def generate_captions(
+    decoder, # Causal language model
+    tokenizer, # Its tokenizer
+    prefix, # (images, prefix, width)
+    max_caption_length:int=64, # Most tokens per caption
+    batch_size:int=32, # Images whose captions are written at a time
+    scores:bool=False, # Give (text, score) for each text, with the score of `score_ids`
+    **kwargs, # As for `generate_ids`
+) -> list: # For each prefix a text; with `num_return_sequences` above 1 a list of texts, best first
+    "Write what follows each prefix, as text. Raises `ValueError` as `check_options` does."
+    rows, values = _write(decoder, tokenizer, prefix, max_caption_length, batch_size, scores, kwargs)
+    found = captions_of(tokenizer, [row.tolist() for row in rows])
+    if scores: found = list(zip(found, values, strict=True))
+    n = len(found)//max(1, len(prefix))
+    return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
+def split_scores(
+    found, # What `scores=True` gives for an image: (text, score), or a list of them
+) -> tuple: # Text and score, or a list of texts and a list of scores
+    "Take the captions of an image and their scores apart."
+    return found if isinstance(found, tuple) else tuple(map(list, zip(*found, strict=True)))
 
 # %% ../nbs/05_decoder.ipynb #5a000031
 def use_int8(

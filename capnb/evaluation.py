@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from .captioner import Captioner, _metadata_path, load_trained, save_metadata
 from .core import atomic_write, say, write_json
 from .data import counts_characters, one_line, space_characters, words
+from .decoder import check_options
 from .encoder import EncodedData
 from .storybook import COLOURS, KINDS, read_facts
 from .training import Callback, _learning, in_slices, validate
-
 
 # %% ../nbs/08_evaluation.ipynb #231199c9
 class _Words(Tokenizer):
@@ -222,16 +222,18 @@ def compare(
 def write_captions_for(
     model:Captioner,
     data:EncodedData,
-    batch_size:int=100, # Pictures at a time
+    batch_size:int=100, # Images at a time
     progress:str='', # Text before the progress bar; empty for no bar
     **kwargs, # For `transformers`' `generate`
-) -> list: # One caption per picture
-    "Caption every encoded picture."
+) -> list: # One caption per image
+    "Caption every encoded image. Raises `ValueError` if several captions per image are asked for."
+    kwargs = check_options(kwargs, one='scores compare one caption per image with the references')
     out, write = [], lambda here: model.caption_features(data.features[here], **kwargs)
-    with tqdm(total=len(data), desc=progress, disable=not progress, unit='picture') as bar:
-        for captions in in_slices(write, len(data), batch_size): out += captions; bar.update(len(captions))
+    with tqdm(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
+        for captions in in_slices(write, len(data), batch_size):
+            out += captions
+            bar.update(len(captions))
     return out
-
 
 # %% ../nbs/08_evaluation.ipynb #ca000014
 def fact_parts(

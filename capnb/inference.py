@@ -13,7 +13,7 @@ from PIL import Image, ImageStat
 from tqdm.auto import tqdm
 from .captioner import Captioner
 from .data import one_line, word_spans
-from .decoder import tokenize_captions
+from .decoder import check_options, split_scores, tokenize_captions
 from .images import open_image
 
 # %% ../nbs/09_inference.ipynb #09ee0001
@@ -28,7 +28,7 @@ class Word:
 def _words(tokenizer, caption, most):
     "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
-    spans, words = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)['offset_mapping'][:most], []
+    spans, words = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)['offset_mapping'][:most], []
     inside = {at for start,end in word_spans(caption) for at in range(start+1, end)}
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
@@ -88,8 +88,9 @@ def explain(
 ) -> tuple: # The caption, and a list of `Word`
     "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no picture and for a tokenizer that does not tell where its tokens stand."
     image = open_image(image)
+    kwargs = check_options(kwargs, one='an explanation is of one caption')
     caption = model.caption(image, **kwargs) if caption is None else one_line(caption)
-    words = _words(model.tokenizer, caption, model.max_caption_length-1)
+    words = _words(model.tokenizer, caption, model.max_caption_length)
     (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption, between=between) if patches else None
     sure = scores.gather(1, ids[:,None])[:,0]
     return caption, [Word(text, sure[tokens].sum().exp().item(), _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives), relevance[tokens].sum(0) if patches else None)
@@ -100,19 +101,28 @@ def _try_open(path):
     try: return open_image(path), None
     except ValueError as e: return None, str(e)
 
+def _fields(found, scores):
+    "What is said of an image, by name."
+    return dict(zip(('caption', 'score'), split_scores(found), strict=True)) if scores else dict(caption=found)
+
 def caption_files(
     model:Captioner,
-    files, # Paths of pictures
-    batch_size:int=32, # Pictures at a time
+    files, # Paths of images
+    batch_size:int=32, # Images at a time
     progress:bool=False, # Show a progress bar
+    scores:bool=False, # Say of each caption how sure the model is, too: `score`, as `Captioner.caption` gives it
     **kwargs, # For `transformers`' `generate`
-): # Yields `{'file', 'caption'}`, or `{'file', 'error'}` for an unreadable picture, in the order of `files`
-    "Caption picture files one after the other."
-    files = list(files)
-    with tqdm(total=len(files), disable=not progress, unit='picture') as bar:
+): # Yields `{'file', 'caption'}`, or `{'file', 'error'}` for an unreadable image, in the order of `files`
+    """Caption image files one after the other.
+
+    With `num_return_sequences` above 1 `caption` is a list of texts, best first, and `score` a list of their
+    scores. Raises `ValueError` for options that `check_options` refuses, before anything is opened."""
+    files, kwargs = list(files), check_options(kwargs)
+    with tqdm(total=len(files), disable=not progress, unit='image') as bar:
         for at in range(0, len(files), batch_size):
             opened = [(str(f), *_try_open(f)) for f in files[at:at+batch_size]]
-            images = [image for _,image,_ in opened if image]
-            captions = iter(model.caption(images, **kwargs) if images else [])
-            for file,image,error in opened: yield dict(file=file, caption=next(captions)) if image else dict(file=file, error=error)
+            good = [i for i,(_,_,error) in enumerate(opened) if error is None]
+            captions = model.caption([opened[i][1] for i in good], scores, **kwargs)
+            said = {i: _fields(found, scores) for i,found in zip(good, captions, strict=True)}
+            for i,(file,_,error) in enumerate(opened): yield dict(file=file, **said.get(i, dict(error=error)))
             bar.update(len(opened))

@@ -63,7 +63,7 @@ def embed_texts(self:ClipScorer,
     "Embed captions after the words of the paper's prompt."
     out = []
     for at in range(0, len(texts), batch_size):
-        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, return_tensors='pt').to(self.texts.device)
+        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, split_special_tokens=True, return_tensors='pt').to(self.texts.device)
         found = self.texts(tokens['input_ids']) if self.padded else self.texts(tokens['input_ids'], tokens['attention_mask'])
         out.append((found.pooler_output if self.padded else found.text_embeds).float().cpu())
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA', 'PROCESS_GB', 'FIELDS', 'planned_config',
-           'count', 'blank_captioner', 'MemoryCounter', 'FusedOperations', 'phases', 'count_phases', 'picture_counts',
-           'data_gb', 'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds', 'dry_run',
-           'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
+           'count', 'blank_captioner', 'MemoryCounter', 'FusedOperations', 'phases', 'count_phases', 'planned_data',
+           'picture_counts', 'data_gb', 'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds',
+           'captions_text', 'dry_run', 'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
 
 # %% ../nbs/13_planning.ipynb #13a00003
 import json, shutil, time, weakref
@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import command
-from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, write_json
+from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, say, write_json
 from .sources import held_back, load_for
-from .decoder import caption_loss, caption_nats, generate_captions
+from .decoder import caption_loss, caption_nats, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
 from .encoder import ImageEncoder, tower_class
 from .training import make_optimizer
 
@@ -151,16 +151,22 @@ KNOWN_DATA = { # GB of parquet files on the hub, and pictures of Karpathy's spli
     'flickr30k': dict(gb=4.3, pictures=dict(train=29000, validation=1014, test=1000)),
     'flickr8k': dict(gb=1.1, pictures=dict(train=6000, validation=1000, test=1000))}
 
+def planned_data(
+    h:Hyperparameters,
+) -> dict: # Name of split: `CaptionData`; empty for `KNOWN_DATA`
+    "Load the data of a run, if nothing has to be downloaded for it; raises `ValueError` for data that would have to be, and are not known."
+    if h.data in KNOWN_DATA: return {}
+    if h.data=='storybook' or Path(h.data).is_dir(): return load_for(h)
+    raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
+
 def picture_counts(
     h:Hyperparameters,
+    splits:dict=None, # From `planned_data`; None to load it
 ) -> dict: # Name of split: number of pictures that the run will encode
-    "Count the pictures of a run without loading them; raises `ValueError` for data that would have to be downloaded to be counted."
-    limit = h.training_size_limit
-    if h.data in KNOWN_DATA:
-        counts = KNOWN_DATA[h.data]['pictures']
-        if limit: counts = {split: min(n, limit if split=='train' else held_back(limit)) for split,n in counts.items()}
-    elif h.data=='storybook' or Path(h.data).is_dir(): counts = {split: len(d) for split,d in load_for(h).items()}
-    else: raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
+    "Count the pictures of a run; raises `ValueError` as `planned_data`."
+    limit, splits = h.training_size_limit, planned_data(h) if splits is None else splits
+    counts = {split: len(d) for split,d in splits.items()} or KNOWN_DATA[h.data]['pictures']
+    if limit and not splits: counts = {split: min(n, limit if split=='train' else held_back(limit)) for split,n in counts.items()}
     return counts if h.evaluation_enabled else dict(train=counts['train'])
 
 def data_gb(
@@ -202,7 +208,8 @@ class Plan:
         self.h, self.hardware = h, hardware or describe_hardware()
         self.dtype, names = getattr(torch, choose_dtype(self.hardware)), dict.fromkeys((h.encoder_name, h.decoder_name or h.tokenizer_name))
         model = blank_captioner(h, 'meta', self.dtype)
-        self.pictures, self.counts = picture_counts(h), count_phases(h, self.dtype)
+        self.splits = planned_data(h)
+        self.pictures, self.counts = picture_counts(h, self.splits), count_phases(h, self.dtype)
         self.parameters = {part: count(getattr(model, part)) for part in ('encoder', 'decoder', 'adapter')}
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.downloads = {name: download_of(name) for name in names}
@@ -299,13 +306,21 @@ def _clock(seconds):
     "Seconds as people say them."
     return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} minutes' if seconds < 7200 else f'{seconds/3600:.1f} hours'
 
+def captions_text(plan:Plan) -> str:
+    "Say how many training captions will be cut; where data or tokenizer are still to be downloaded, that nobody knows."
+    h = plan.h
+    if not plan.splits or download_of(h.tokenizer_name)[0]: return f'how many are longer than max_caption_length, {h.max_caption_length} tokens, is counted when data and tokenizer are here'
+    tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
+    return cut_text(count_cut(tokenizer, plan.splits['train'].texts(), h.max_caption_length))
+
 def dry_run(
     h:Hyperparameters,
     free:float=None, # GB that may be taken; None asks the machine
 ):
     "Print what a run will download, hold and take, without beginning it."
     plan = Plan(h)
-    print(plan_text(plan), flush=True)
+    say(plan_text(plan))
+    say(f'captions     {captions_text(plan)}', flush=True)
     free, wanted = free_memory(plan.hardware.device) if free is None else free, plan.memory_needed-PROCESS_GB
     if wanted > free:
         print(f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less")

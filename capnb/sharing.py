@@ -87,10 +87,12 @@ class CapnbForImageCaptioning(PreTrainedModel):
     def generate(self,
         pixel_values, # From the processor
         **kwargs, # For `transformers`' `generate`
-    ) -> torch.Tensor: # (batch, longest) tokens
+    ) -> torch.Tensor: # (batch*num_return_sequences, longest) tokens
         "Write captions, as tokens; the model's `generation_config` holds the defaults."
-        defaults = {k: v for k,v in self.generation_config.to_diff_dict().items() if k!='transformers_version'}
-        return generate_ids(self.captioner.decoder, self.captioner.tokenizer, self.captioner.prefix(self.captioner.encoder(pixel_values)), **{**defaults, **kwargs})
+        said = self.generation_config.to_diff_dict()
+        defaults = {k: v for k,v in said.items() if k not in ('transformers_version', 'pad_token_id')} # it pads itself
+        model, prefix = self.captioner, self.captioner.prefix(self.captioner.encoder(pixel_values))
+        return generate_ids(model.decoder, model.tokenizer, prefix, **{**defaults, **kwargs})
 
 # %% ../nbs/15_sharing.ipynb #0da7c012
 class CapnbProcessor(ProcessorMixin):

@@ -279,7 +279,7 @@ def _scan(rows, split, samples, bad, scanned):
             bad.append(f'{split}: {problem}')
             continue
         image = row['image']
-        sizes.append(image.size)
+        sizes.append(image.info.get('original_size', image.size))
         captions.append(len(row['captions']))
         pixels = blake2b(b'%d %d ' % image.size + image.tobytes(), digest_size=16).digest()
         scanned.append(ScannedImage(row['image_id'], split, pixels, row['captions']))

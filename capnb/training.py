@@ -33,6 +33,7 @@ from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_finge
 from .core import (Hyperparameters, as_hyperparameters, atomic_write, check_writable, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
                         revision_of, say, shell_line)
 from .data import captions_for_epoch
+from .decoder import count_cut, cut_text, text_ids
 from .encoder import EncodedData
 
 # %% ../nbs/07_training.ipynb #487db40e
@@ -144,11 +145,12 @@ class Run:
     callbacks: list = field(default_factory=list)
     signal: int = 0 # Number of the signal that asks to stop
     asked: int = 0 # The same in one of several processes, before all have agreed
-    accelerator: object = None # This and the next four are set by `fit`
+    accelerator: object = None # This and the next five are set by `fit`
     optimizer: object = None
     scheduler: object = None
     scaler: object = None # Of the loss, for fp16; else None
     identity: dict = None # Fingerprints of the data and the frozen models
+    captions: dict = None # What `capnb.decoder.count_cut` found in the training captions
     busy: bool = False # Within steps, which such a signal lets end
     saved: int = 0 # Steps that the last saved state knows of
     cut: dict = None # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before
@@ -171,8 +173,8 @@ def token_counts(
 ) -> list: # Tokens of each picture's captions, end-of-text included
     "Count the tokens that `capnb.decoder.tokenize_captions` makes of captions."
     captions = [[c] if isinstance(c, str) else c for c in captions]
-    ids = iter(tokenizer([c for cs in captions for c in cs], add_special_tokens=False, truncation=True, max_length=max_caption_length-1)['input_ids'])
-    return [sum(len(next(ids))+1 for _ in cs) for cs in captions]
+    ids = iter(text_ids(tokenizer, [c for cs in captions for c in cs]))
+    return [sum(min(len(next(ids))+1, max_caption_length) for _ in cs) for cs in captions]
 
 def _parts(run, captions):
     "Slices of a batch, each with the share that it has of the batch's tokens."
@@ -317,7 +319,7 @@ def _new_metadata(run, training_loss, seconds):
     scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
-                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), device=str(run.model.device), seconds=round(seconds,1),
+                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), captions=run.captions, device=str(run.model.device), seconds=round(seconds,1),
                 frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
@@ -697,6 +699,7 @@ def _new_run(model, data, h, stamp, callbacks, accelerator):
     optimizer, run.scheduler = make_optimizer(model, h)
     run.accelerator, run.optimizer, run.scaler = accelerator, accelerator.prepare(optimizer), accelerator.scaler
     run.identity = dict(data=_data_fingerprint(data), frozen=frozen_fingerprint(model))
+    run.captions = count_cut(model.tokenizer, data['train'].rows, model.max_caption_length)
     return run
 
 # %% ../nbs/07_training.ipynb #6c6f0734
@@ -708,6 +711,7 @@ def _begin(run, state):
         say(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
         if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h), position={**state['position'], 'done': False}))
     else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
+    say(cut_text(run.captions))
     for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)
     if not state: save_state(run)
 

@@ -1,0 +1,141 @@
+"Several captions of an image belong to that image, best first, everywhere; options are checked by name; captions are printed as they come."
+import json, signal
+import numpy as np, pyarrow as pa, pytest, torch
+from capnb.captioner import load_model_from_checkpoint
+from capnb.commands import train
+from capnb.decoder import check_options, generate_ids
+from capnb.encoder import EncodedData
+from capnb.evaluation import write_captions_for
+from capnb.inference import caption_files, explain
+from capnb.scale import ROW, CaptionWorker
+from capnb.storybook import Storybook
+
+BEAMS = dict(num_beams=3, num_return_sequences=2)
+DRAWN = dict(do_sample=True, num_return_sequences=3)
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('captions')/'saved_models'
+    small = dict(training_size_limit=320, num_epochs=1, evaluation_enabled=False, output_dir=str(folder))
+    return train(small, device='cpu').checkpoint
+
+@pytest.fixture(scope='module')
+def model(checkpoint): return load_model_from_checkpoint(checkpoint, 'cpu')[0]
+
+@pytest.fixture(scope='module')
+def images(): return [Storybook('test')[i]['image'] for i in range(5)]
+
+@pytest.fixture
+def files(images, tmp_path):
+    "Image files with a broken one among them."
+    paths = [tmp_path/f'{i}.png' for i in range(5)]
+    for path,image in zip(paths, images, strict=True): image.save(path)
+    paths[1].write_bytes(b'no image')
+    return paths
+
+def nll(model, image, text):
+    "Mean negative log-probability of the tokens of a caption, behind this image."
+    with torch.no_grad(): return model(model.encoder.encode([image]), [text]).item()
+
+# --- Which caption belongs to which image
+
+def test_one_caption_is_a_text(model, images):
+    alone = model.caption(images[0])
+    assert isinstance(alone, str) and model.caption(images[0], num_return_sequences=1) == alone
+    assert model.caption(images[:2], num_beams=3, num_return_sequences=1) == model.caption(images[:2], num_beams=3)
+
+@pytest.mark.parametrize('batch_size', [2, 32])
+def test_beams_belong_to_their_image(model, images, batch_size):
+    several = model.caption(images, batch_size=batch_size, **BEAMS)
+    assert several == [model.caption(image, **BEAMS) for image in images] and {len(of_image) for of_image in several} == {2}
+    assert [of_image[0] for of_image in several] == model.caption(images, num_beams=3)
+    assert all(first != second for first,second in several)
+
+def test_scores_are_those_of_transformers(model, images):
+    prefix = model.prefix(model.encoder.encode(images))
+    end = model.tokenizer.eos_token_id
+    for length_penalty in (1., 2.):
+        theirs = model.decoder.generate(inputs_embeds=prefix, attention_mask=torch.ones(prefix.shape[:2]), max_new_tokens=48, **BEAMS, eos_token_id=end,
+                                        pad_token_id=end, length_penalty=length_penalty, return_dict_in_generate=True, output_scores=True)
+        ours = model.caption(images, scores=True, length_penalty=length_penalty, **BEAMS)
+        assert [score for of_image in ours for _,score in of_image] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
+
+def test_drawn_captions_belong_to_their_image_best_first(model, images):
+    torch.manual_seed(0)
+    several = model.caption(images, scores=True, top_k=5, **DRAWN)
+    for image,of_image in zip(images, several, strict=True):
+        scores = [score for _,score in of_image]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx([-nll(model, image, text) for text,_ in of_image], abs=1e-3)
+
+def test_score_of_a_greedy_caption(model, images):
+    text, score = model.caption(images[0], scores=True)
+    assert text == model.caption(images[0]) and score == pytest.approx(-nll(model, images[0], text), abs=1e-4)
+
+def test_tokens_of_several(model, images):
+    prefix = model.prefix(model.encoder.encode(images))
+    ids = generate_ids(model.decoder, model.tokenizer, prefix, 48, **BEAMS)
+    texts = [text for of_image in model.caption(images, **BEAMS) for text in of_image]
+    assert model.tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+
+def test_no_image_at_all(model):
+    assert model.caption([]) == model.caption([], **BEAMS) == []
+    assert generate_ids(model.decoder, model.tokenizer, torch.zeros(0, 2, 128)).shape == (0, 0)
+
+def test_files_have_their_captions(model, images, files):
+    rows = list(caption_files(model, files, batch_size=3, scores=True, **BEAMS))
+    assert [r['file'] for r in rows] == [str(f) for f in files] and [r['file'] for r in rows if 'error' in r] == [str(files[1])]
+    for row,image in zip(rows, images, strict=True):
+        if 'error' in row: continue
+        alone = model.caption(image, scores=True, **BEAMS)
+        assert row['caption'] == [text for text,_ in alone] and row['score'] == pytest.approx([score for _,score in alone], abs=1e-4)
+    one = list(caption_files(model, files[2:], scores=True))
+    assert [set(r) for r in one] == [{'file','caption','score'}]*3 and [r['caption'] for r in one] == model.caption(images[2:])
+
+@pytest.mark.parametrize('options', [{}, BEAMS])
+def test_rows_at_scale_have_their_captions(model, checkpoint, images, files, options):
+    rows = pa.table([[f.name for f in files], [f.read_bytes() for f in files], [None, None, 'lost', None, None]], schema=ROW)
+    out = CaptionWorker('cpu', torch.get_num_threads(), str(checkpoint), options)(rows).to_pylist()
+    assert [r['id'] for r in out] == [f.name for f in files] and [r['id'] for r in out if r['error']] == ['1.png', '2.png']
+    for row,image in zip(out, images, strict=True):
+        if row['error']: assert row['caption'] is row['score'] is None
+        else: assert row['caption'] == model.caption(image, **options)
+
+def test_where_only_one_fits(model, images):
+    data = EncodedData(model.encoder.encode(images), [{}]*5)
+    for ask in (lambda **o: write_captions_for(model, data, **o), lambda **o: explain(model, images[0], patches=False, **o)):
+        with pytest.raises(ValueError, match='num_return_sequences is 2; allowed: 1, since'): ask(**BEAMS)
+        ask(num_beams=3)
+
+# --- Options
+
+FORM = ['return_dict_in_generate', 'output_scores', 'output_logits', 'output_attentions', 'output_hidden_states']
+REFUSED = {**{name: {name: True} for name in FORM}, 'generation_config': dict(generation_config=object()), 'assistant_model': dict(assistant_model=object()),
+           'prompt_lookup_num_tokens': dict(prompt_lookup_num_tokens=3), 'pad_token_id': dict(pad_token_id=7), 'input_ids': dict(input_ids=torch.zeros(1, 1)),
+           'max_length': dict(max_length=9), 'prefix_allowed_tokens_fn': dict(prefix_allowed_tokens_fn=max), 'custom_generate': dict(custom_generate='who/ever'),
+           'num_beam': dict(num_beam=3), 'temperature': dict(temperature=.5), 'top_p': dict(top_p=.9, num_beams=3), 'length_penalty': dict(length_penalty=2.),
+           'num_return_sequences': dict(num_return_sequences=2), 'num_return_sequences ': dict(num_beams=2, num_return_sequences=3),
+           'num_return_sequences  ': dict(do_sample=True, num_beams=2, num_return_sequences=3), 'streamer': dict(streamer=object(), num_beams=3),
+           'streamer ': dict(streamer=object(), do_sample=True, num_return_sequences=2)}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_option_is_refused_by_name(model, images, name):
+    with pytest.raises(ValueError, match=f'^{name.strip()} '): model.caption(images[0], **REFUSED[name])
+
+RANGES = dict(num_beams=(0, -1, 1.5, True, '3', float('nan')), num_return_sequences=(0, -2), max_new_tokens=(0, 2.5), min_new_tokens=(-1,),
+              batch_size=(0, -3), top_k=(-1,), temperature=(0, -1., float('inf'), '1'), top_p=(0, 1.1), repetition_penalty=(0,), do_sample=(1, 'yes'))
+
+@pytest.mark.parametrize('name', RANGES)
+def test_number_is_out_of_range(model, images, name):
+    more = dict(do_sample=True) if name in ('temperature', 'top_p', 'top_k') else {}
+    for value in RANGES[name]:
+        with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '): model.caption(images[0], **{name: value}, **more)
+
+def test_numbers_of_other_types(model, images):
+    assert check_options(dict(num_beams=3., num_return_sequences=np.int64(2), top_k=None)) == BEAMS
+    assert type(check_options(dict(num_beams=np.float32(3)))['num_beams']) is int
+    assert model.caption(images[0], max_new_tokens=None) == model.caption(images[0])
+    assert model.caption(images[0], max_new_tokens=np.int64(3)) == model.caption(images[0], max_new_tokens=3) == ' '.join(model.caption(images[0]).split()[:3])
+
+def test_streamer_of_more_than_a_batch(model, images):
+    with pytest.raises(ValueError, match='^streamer follows one batch'): model.caption(images, batch_size=2, streamer=object())
