@@ -16,7 +16,7 @@ from unicodedata import normalize
 from fastcore.basics import patch
 from PIL import Image
 from .core import read_text
-from .images import open_image
+from .images import IMAGE_NAME, ImageFile, walk_files
 
 # %% ../nbs/02_data.ipynb #02a00002
 def one_line(text:str) -> str:
@@ -25,10 +25,11 @@ def one_line(text:str) -> str:
 
 # %% ../nbs/02_data.ipynb #55ba50be
 def _picture(image, where):
-    "The picture of a row, as `open_image` gives it: PIL, or bytes, or bytes with a path as `datasets` stores them."
+    "The image of a row, not opened yet: PIL, or bytes, or bytes with a path as `datasets` stores them."
     if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
+    if isinstance(image, ImageFile): return image
     if not isinstance(image, (Image.Image, bytes, Path)): raise ValueError(f"{where}: 'image' must be a PIL image, not {type(image).__name__}")
-    return open_image(image, f"{where}: the image")
+    return ImageFile(image, f"{where}: the image")
 
 def _captions(row, where):
     "The captions of a row as a list, from `captions` or `caption`, one or several."
@@ -54,7 +55,7 @@ class CaptionData:
 
     def __len__(self): return len(self.order)
 
-    def _parts(self, i): # the picture as the data has it, the rest in the one schema, and a name for errors
+    def _parts(self, i): # the image as the data has it, the rest in the one schema, and a name for errors
         if not 0 <= i < len(self): raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
         row = self.rows[at]
@@ -66,7 +67,7 @@ class CaptionData:
     def __getitem__(self, i:int) -> dict:
         "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
         image, rest, where = self._parts(i)
-        return dict(rest, image=_picture(image, where))
+        return dict(rest, image=_picture(image, where).open())
 
     def texts(self) -> list:
         "All rows without their pictures, which are not decoded; raises `ValueError` as above."
@@ -124,7 +125,6 @@ def named_rows(
 
 # %% ../nbs/02_data.ipynb #0da7a007
 _PICTURE_COLUMNS = ('file_name', 'image_name', 'image', 'filename', 'file', 'name')
-_PICTURE_NAME = r'.*\.(jpe?g|png|gif|webp|tiff?|bmp|jp2|avif|ppm)'
 
 def _columns(names):
     "Positions of the columns of picture, caption and split, None for one that is missing."
@@ -137,7 +137,7 @@ def _layout(first):
         names = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
         where = _columns(names)
         if None not in where[:2]: return separator, where, True
-        if len(names)>1 and re.fullmatch(_PICTURE_NAME, names[0].strip(), re.I): return separator, [0, len(names)-1, None], False
+        if len(names)>1 and re.fullmatch(IMAGE_NAME, names[0].strip(), re.I): return separator, [0, len(names)-1, None], False
     raise ValueError(f"the first line must name a column of pictures ({', '.join(_PICTURE_COLUMNS)}) and one of captions ({', '.join(_CAPTION_COLUMNS)}), not {first!r:.100}")
 
 # %% ../nbs/02_data.ipynb #0da7a018
@@ -242,8 +242,8 @@ class PictureFolder:
     def __len__(self): return len(self.names)
     def __getitem__(self, i):
         name = self.names[i]
-        try: return dict(image=open_image(self.paths[name]), captions=self.captions[name], image_id=name)
-        except ValueError as e: raise ValueError(f"{self.table}: {self.where[name]}: {e}") from None
+        image = ImageFile(self.paths[name], f"{self.table}: {self.where[name]}: {self.paths[name]}")
+        return dict(image=image, captions=self.captions[name], image_id=name)
 
 # %% ../nbs/02_data.ipynb #0da7a019
 @patch
@@ -252,7 +252,7 @@ def _find(self:PictureFolder, picture):
     if (self.folder/picture).is_file(): return self.folder/picture
     if self._below is None:
         self._below = {}
-        for file in sorted(self.folder.rglob('*')): self._below.setdefault(file.name, []).append(file)
+        for file in walk_files(self.folder): self._below.setdefault(file.name, []).append(file)
     found = self._below.get(Path(picture).name, [])
     if len(found)>1: raise ValueError(f"picture {picture!r} is in several folders: {', '.join(str(f.parent) for f in found[:3])}")
     if not found: raise ValueError(f"there is no picture {picture!r}")
