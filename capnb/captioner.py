@@ -21,7 +21,7 @@ from .adapter import Adapter, PatchAdapter
 from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint, write_json
 from .images import open_images
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
-from .encoder import ImageEncoder, check_encoder, load_encoder
+from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
 
 # %% ../nbs/06_captioner.ipynb #f387e0aa
 class Captioner(nn.Module):
@@ -36,6 +36,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         self.tokenizer, self.max_caption_length = tokenizer, max_caption_length
+        self.most = None # captions written at a time, once memory has run out
 
     @property
     def device(self): return next(self.adapter.parameters()).device
@@ -128,9 +129,11 @@ def caption_features(self:Captioner,
     scores:bool=False, # As for `caption`
     **kwargs, # As for `caption`
 ) -> list: # For each row what `caption` gives for an image
-    "Write captions for encoded images."
-    prefix = self.prefix(features)
-    return generate_captions(self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs)
+    "Write captions for encoded images, as many at a time as memory holds; raises `ValueError` where it holds none."
+    def remember(size): self.most = size
+    def write(here): return generate_captions(self.decoder, self.tokenizer, self.prefix(features[here]), self.max_caption_length, scores=scores, **kwargs)
+    if 'streamer' in kwargs: return write(slice(None)) # what it was sent cannot be taken back
+    return [c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part]
 
 @patch
 def caption(self:Captioner,

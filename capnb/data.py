@@ -7,37 +7,57 @@ __all__ = ['one_line', 'CaptionData', 'tell_columns', 'named_rows', 'PictureFold
            'captions_for_epoch', 'word_spans', 'words', 'space_characters', 'counts_characters']
 
 # %% ../nbs/02_data.ipynb #61dcb856
-import csv, io, json, re, regex
+import os, re, regex
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 from unicodedata import normalize
+import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .core import read_text
-from .images import IMAGE_NAME, ImageFile, walk_files
+from .images import ImageFile, walk_files
+from .tables import SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
 # %% ../nbs/02_data.ipynb #02a00002
 def one_line(text:str) -> str:
     "Join the words of a text by single spaces; line breaks of any kind and control characters count as spaces."
     return re.sub(r'[\s\x00-\x1f\x7f-\x9f]+', ' ', text).strip()
 
-# %% ../nbs/02_data.ipynb #55ba50be
-def _picture(image, where):
-    "The image of a row, not opened yet: PIL, or bytes, or bytes with a path as `datasets` stores them."
-    if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
-    if isinstance(image, ImageFile): return image
-    if not isinstance(image, (Image.Image, bytes, Path)): raise ValueError(f"{where}: 'image' must be a PIL image, not {type(image).__name__}")
-    return ImageFile(image, f"{where}: the image")
+# %% ../nbs/02_data.ipynb #02b00001
+def _from_array(pixels):
+    "The image of an array; raises `ValueError` where it is not clear what its axes or numbers mean."
+    first, last = (pixels.ndim==3 and pixels.shape[axis] in (1,3,4) for axis in (0,2))
+    if not pixels.size or pixels.ndim!=2 and not (first or last):
+        raise ValueError(f"an array of shape {pixels.shape} is no image; (height, width) is needed, with 1, 3 or 4 channels first or last")
+    if first and last: raise ValueError(f"an array of shape {pixels.shape} may have its channels first or last; give a PIL image")
+    if first: pixels = pixels.transpose(1, 2, 0)
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
+        if not 0 <= low <= high <= 1: raise ValueError(f"an array of {pixels.dtype} from {low:.3g} to {high:.3g} is no image; 0 to 1 is needed")
+        pixels = (pixels*255).round().astype(np.uint8)
+    if pixels.dtype!=np.uint8: raise ValueError(f"an array of {pixels.dtype} is no image; uint8, or floating point from 0 to 1, is needed")
+    return Image.fromarray(np.ascontiguousarray(pixels[...,0] if pixels.ndim==3 and pixels.shape[2]==1 else pixels))
 
+def _picture(image, where):
+    "The image of a row, not opened yet: PIL, the path or bytes of a file, both as `datasets` stores them, or an array."
+    if isinstance(image, ImageFile): return image
+    if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
+    if isinstance(image, str): image = Path(image)
+    if hasattr(image, 'detach'): image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy() # torch
+    try: image = _from_array(image) if isinstance(image, np.ndarray) else image
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    if isinstance(image, Path) and not image.is_file(): raise ValueError(f"{where}: there is no image {str(image)!r}")
+    if isinstance(image, (Image.Image, bytes, Path)): return ImageFile(image, f"{where}: the image")
+    raise ValueError(f"{where}: 'image' must be a PIL image, the path or bytes of a file, or an array, not {type(image).__name__}")
+
+# %% ../nbs/02_data.ipynb #55ba50be
 def _captions(row, where):
     "The captions of a row as a list, from `captions` or `caption`, one or several."
     found = next((row[k] for k in ('captions','caption') if row.get(k) is not None), None)
     if found is None: raise ValueError(f"{where} has neither 'captions' nor 'caption', only {', '.join(map(str, row))}")
-    found = list(found) if hasattr(found, '__iter__') and not isinstance(found, str) else [found]
-    if not found or not all(isinstance(c, str) and one_line(c) for c in found): raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}")
-    return [one_line(c) for c in found]
+    try: return [one_line(c) for c in caption_texts(found)]
+    except ValueError as e: raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}: {e}") from None
 
 def _check_rows(rows):
     if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
@@ -55,14 +75,15 @@ class CaptionData:
 
     def __len__(self): return len(self.order)
 
-    def _parts(self, i): # the image as the data has it, the rest in the one schema, and a name for errors
+    def _parts(self, i): # the picture as the data has it, the rest in the one schema, and a name for errors
         if not 0 <= i < len(self): raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
         row = self.rows[at]
         if not isinstance(row, Mapping): raise ValueError(f"row {at} is a {type(row).__name__}; a dictionary with 'image' and 'captions' is needed")
         where = f"row {at} ({row['image_id']})" if 'image_id' in row else f"row {at}"
         rest = {k:v for k,v in row.items() if k not in ('caption','captions','image')}
-        return row.get('image'), dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
+        image = Path(row['image']) if isinstance(row.get('image'), str) else row.get('image')
+        return image, dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
 
     def __getitem__(self, i:int) -> dict:
         "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
@@ -74,7 +95,6 @@ class CaptionData:
         return [self._parts(i)[1] for i in range(len(self))]
 
 # %% ../nbs/02_data.ipynb #0da7b202
-_CAPTION_COLUMNS = ('caption', 'captions', 'sentence', 'sentences', 'comment', 'text', 'description')
 _ID_COLUMNS = ('image_id', 'filename', 'file_name', 'img_id', 'id')
 
 def tell_columns(
@@ -87,16 +107,18 @@ def tell_columns(
     is_text = lambda f: is_text(f.feature) if isinstance(f, (List, LargeList)) else isinstance(f, Value) and 'string' in f.dtype
     images = [image_column] if image_column else [n for n,f in features.items() if isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)]
     texts = [n for n,f in features.items() if is_text(f)]
-    captions = [n.strip() for n in caption_column.split(',')] if caption_column else next(filter(None, (_named_like(known, texts) for known in _CAPTION_COLUMNS)), [])
+    captions = [n.strip() for n in caption_column.split(',')] if caption_column else _named_captions(texts)
     for name in [*images, *captions]:
         if name not in features: raise ValueError(f"there is no column {name!r}; there is {', '.join(features)}")
     if len(images)!=1: raise ValueError(f"which column holds the picture? Name it with image_column; of type image: {', '.join(images) or 'none'}; all columns: {', '.join(features)}")
     if not captions: raise ValueError(f"which column holds the captions? Name it with caption_column; there are texts in: {', '.join(texts) or 'none'}")
     return images[0], captions
 
-def _named_like(known, names):
-    "The names that are `known`, or `known` with a number."
-    return [n for n in names if n.lower()==known] or sorted((n for n in names if re.fullmatch(rf'{known}_?\d+', n.lower())), key=lambda n: int(re.search(r'\d+$', n)[0]))
+def _named_captions(names):
+    "The names that tell of captions, if it is clear which."
+    groups = caption_groups(names, ['sentence']*len(names), range(len(names)))
+    best = [positions for sure,positions in groups if sure==min(groups)[0]]
+    return [names[p] for p in best[0]] if len(best)==1 else []
 
 # %% ../nbs/02_data.ipynb #0da7b205
 class _NamedRows:
@@ -121,89 +143,15 @@ def named_rows(
         image, captions = tell_columns(rows.features, image_column, caption_column)
         return _NamedRows(rows.cast_column(image, Image(decode=False)) if isinstance(rows.features[image], Image) else rows, image, captions)
     if not (image_column or caption_column): return rows
-    return _NamedRows(rows, image_column or 'image', [n.strip() for n in caption_column.split(',')] if caption_column else ['captions'])
-
-# %% ../nbs/02_data.ipynb #0da7a007
-_PICTURE_COLUMNS = ('file_name', 'image_name', 'image', 'filename', 'file', 'name')
-
-def _columns(names):
-    "Positions of the columns of picture, caption and split, None for one that is missing."
-    names = [str(n).strip().lower() for n in names]
-    return [next((names.index(c) for c in known if c in names), None) for known in (_PICTURE_COLUMNS, _CAPTION_COLUMNS, ('split',))]
-
-def _layout(first):
-    "Separator of a table, positions of picture, caption and split, and whether the first line names them."
-    for separator in ',\t;|':
-        names = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
-        where = _columns(names)
-        if None not in where[:2]: return separator, where, True
-        if len(names)>1 and re.fullmatch(IMAGE_NAME, names[0].strip(), re.I): return separator, [0, len(names)-1, None], False
-    raise ValueError(f"the first line must name a column of pictures ({', '.join(_PICTURE_COLUMNS)}) and one of captions ({', '.join(_CAPTION_COLUMNS)}), not {first!r:.100}")
-
-# %% ../nbs/02_data.ipynb #0da7a018
-def _csv_rows(text, separator, quoted):
-    "Line and fields of each row; raises `ValueError` that names the line where the quotes are not even."
-    rows, line = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted), 1
-    try:
-        for row in rows:
-            yield line, row
-            line = rows.line_num+1
-    except csv.Error as e: raise ValueError(f"line {line}: {e}") from None
-
-def _table_rows(text):
-    "Place, picture, caption and split of each row of a table; empty texts where a row is too short."
-    first = text.split('\n', 1)[0]
-    if re.match(r'[^\t]+#\d+\t', first):
-        for line,row in enumerate(text.split('\n'), 1):
-            if row.strip(): yield f'line {line}', row.partition('#')[0], row.partition('\t')[2].strip(), None
-        return
-    separator, where, header = _layout(first)
-    try: rows = list(_csv_rows(text, separator, separator!='|'))
-    except ValueError:
-        if separator!='\t': raise
-        rows = list(_csv_rows(text, separator, False))
-    columns = len(rows[0][1])
-    for line,row in rows[header:]:
-        if len(row) > columns: yield f'line {line}', ValueError(f'has {len(row)} fields, the first line {columns}: put a caption with {separator!r} in it into quotes'), '', None; continue
-        if row: yield f'line {line}', *('' if at is None or at >= len(row) else row[at].strip() for at in where)
-
-# %% ../nbs/02_data.ipynb #0da7a010
-def _json_rows(records, place):
-    "Place, picture, captions and split of each of some objects; the error in place of the picture where there is none."
-    for n,record in records:
-        if not isinstance(record, dict): yield f'{place} {n}', record if isinstance(record, ValueError) else ValueError(f'is not a JSON object, but {record!r:.60}'), '', None; continue
-        values = list(record.values())
-        yield f'{place} {n}', *('' if at is None else values[at] for at in _columns(record))
-
-def _json_lines(text):
-    "Line and value of each line of JSON, or the error."
-    for line,row in enumerate(text.split('\n'), 1): # not splitlines: JSON may hold other line separators
-        if not row.strip(): continue
-        try: yield line, json.loads(row)
-        except ValueError as e: yield line, ValueError(f"is not JSON: {e}")
-
-def _json_document(text):
-    "Place, picture, captions and split of each row of a JSON document, laid out as COCO, as Karpathy, or as a list of objects."
-    try: found = json.loads(text)
-    except ValueError as e: raise ValueError(f"it is not JSON: {e}") from None
-    if isinstance(found, list): yield from _json_rows(enumerate(found), 'object'); return
-    images, annotations = (found.get(k) if isinstance(found, dict) else None for k in ('images','annotations'))
-    for what,rows in (('images', images), ('annotations', annotations or [])):
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise ValueError(f"{what!r} must be a list of objects, as COCO or Karpathy has it")
-    yield from _karpathy_rows(images) if annotations is None else _coco_rows(images, annotations)
-
-def _coco_rows(images, annotations):
-    names = {image.get('id'): image.get('file_name') for image in images}
-    for n,a in enumerate(annotations): yield f'annotation {n}', names.get(a.get('image_id')) or f"of id {a.get('image_id')}", a.get('caption'), None
-
-def _karpathy_rows(images):
-    for n,image in enumerate(images):
-        name, sentences = str(image.get('filename') or ''), image.get('sentences')
-        texts = [s.get('raw') if isinstance(s, dict) else None for s in sentences] if isinstance(sentences, list) else []
-        yield f'image {n}', name and str(Path(str(image.get('filepath') or ''))/name), texts, image.get('split')
+    _check_rows(rows)
+    there = rows[0] if len(rows) and isinstance(rows[0], Mapping) else {}
+    usual = next((n for n in ('captions','caption') if n in there), 'captions')
+    captions = [n.strip() for n in caption_column.split(',')] if caption_column else [usual]
+    for name in [image_column or 'image', *captions]:
+        if there and name not in there: raise ValueError(f"there is no column {name!r}; there is {', '.join(map(str, there))}")
+    return _NamedRows(rows, image_column or 'image', captions)
 
 # %% ../nbs/02_data.ipynb #0da7a017
-_SPLIT_NAMES = dict(train='train', training='train', restval='train', validation='validation', valid='validation', val='validation', dev='validation', test='test', testing='test')
 _TABLE = r'(captions|metadata)\.(csv|tsv|txt|jsonl|json)|results\.csv|.*\.token(\.txt)?|(captions|dataset)_.*\.json'
 
 def _tables(folder): return sorted(f for f in folder.iterdir() if re.fullmatch(_TABLE, f.name)) if folder.is_dir() else []
@@ -225,19 +173,19 @@ class PictureFolder:
         encoding:str=None, # Of the table; None for UTF-8 or marked UTF-16, see `capnb.core.read_text`
         outside:bool=False, # Whether rows may name images outside of the folder
     ): # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not fit
-        self.folder, self.encoding = Path(folder), encoding
+        self.folder, self.outside = Path(folder), outside
         self.table = Path(table) if table else _only_table(self.folder)
-        self.captions, self.paths, self.where, self.splits, self._below = {}, {}, {}, {}, None
-        try: bad = [problem for row in self._read() if (problem := self._add(*row))]
-        except (ValueError, TypeError, RecursionError) as e: raise ValueError(f"{self.table}: {str(e).removeprefix(f'{self.table}: ')}") from None
+        self.captions, self.paths, self.where, self.splits, self._known, self._files = {}, {}, {}, {}, {}, None
+        try:
+            rows = read_table(self.table, image_column, caption_column, encoding)
+            bad = [problem for row in rows if (problem := self._add(*row))]
+        except (ValueError, TypeError) as e: raise ValueError(f"{self.table}: {str(e).removeprefix(f'{self.table}: ')}") from None
         if bad and (bad_rows=='stop' or not self.captions):
-            raise ValueError(f"{self.table}: {'; '.join(bad[:5])}" + (f"; and {len(bad)-5} more: `capnb_data check` lists them, bad_rows 'skip' leaves them out" if len(bad)>5 else ''))
+            more = f"; and {len(bad)-5} more: `capnb_data check` lists them, bad_rows 'skip' leaves them out" if len(bad)>5 else ''
+            raise ValueError(f"{self.table}: {'; '.join(bad[:5])}{more}")
         if not self.captions: raise ValueError(f"{self.table}: it has no rows")
         self.bad, self.names = [f'{self.table}: {b}' for b in bad], list(self.captions)
-
-    def _read(self):
-        text = read_text(self.table, self.encoding, 'encoding')
-        return _json_rows(_json_lines(text), 'line') if self.table.suffix=='.jsonl' else _json_document(text) if self.table.suffix=='.json' else _table_rows(text)
+        self.notes = [f'{self.table}: {note}' for note in [*rows.notes, *self._respelt()]] # what people should know
 
     def __len__(self): return len(self.names)
     def __getitem__(self, i):
@@ -246,31 +194,61 @@ class PictureFolder:
         return dict(image=image, captions=self.captions[name], image_id=name)
 
 # %% ../nbs/02_data.ipynb #0da7a019
+_NEAREST = 3 # missing files for which the nearest name is looked for, which is slow
+
+@patch
+def _leads_out(self:PictureFolder, picture):
+    "Whether a name, as Linux or Windows reads it, is of something that is not below the folder."
+    name = picture.replace('\\', '/')
+    roots = [os.path.abspath(self.folder), os.path.realpath(self.folder)]
+    place = os.path.abspath(os.path.join(roots[0], name))
+    if re.match('[A-Za-z]:', name) and os.sep=='/': return True
+    return not any(os.path.commonpath([root, place])==root for root in roots)
+
 @patch
 def _find(self:PictureFolder, picture):
-    "The file of a picture: where the table says, or the only one of its name below the folder; raises `ValueError` if there is none."
-    if (self.folder/picture).is_file(): return self.folder/picture
-    if self._below is None:
-        self._below = {}
-        for file in walk_files(self.folder): self._below.setdefault(file.name, []).append(file)
-    found = self._below.get(Path(picture).name, [])
-    if len(found)>1: raise ValueError(f"picture {picture!r} is in several folders: {', '.join(str(f.parent) for f in found[:3])}")
-    if not found: raise ValueError(f"there is no picture {picture!r}")
-    return found[0]
+    "The file of a picture: where the table says, or the only one below the folder whose name fits; raises `ValueError` if there is none."
+    out, file = self._leads_out(picture), Path(os.path.abspath(self.folder/picture)) # of `link/../x` only `x` is left
+    if out and not self.outside: raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
+    if file.is_file(): return self.folder/os.path.normpath(picture)
+    if self._files is None: self._files = NameIndex([path.relative_to(self.folder).as_posix() for path in walk_files(self.folder)])
+    try: found = self.folder/self._files.find(picture)
+    except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
+    except ValueError as e: raise ValueError(f"picture {e}") from None
+    if not found.is_file(): raise ValueError(f"{picture!r} is no regular file") # opening a pipe would wait for ever
+    return found
 
+@patch
+def _nearest(self:PictureFolder, picture):
+    "The name that the table may mean, in words, for the first names that are missing."
+    self._missing = getattr(self, '_missing', 0) + 1
+    near = self._files.nearest(picture) if self._missing <= _NEAREST else None
+    return f" (the nearest is {near!r})" if near else ''
+
+@patch
+def _respelt(self:PictureFolder):
+    "What to say about names that fit only in another spelling."
+    found = self._files.respelt if self._files else {}
+    return [f"{len(found)} names are spelt otherwise than their files, such as {given!r} for {real!r}" for given,real in list(found.items())[:1]]
+
+# %% ../nbs/02_data.ipynb #7ab10001
 @patch
 def _add(self:PictureFolder, where, picture, captions, split):
     "Take in a row; the answer is what is wrong with it, if anything."
     if isinstance(picture, ValueError): return f"{where} {picture}"
-    if not isinstance(picture, str) or not picture: return f"{where}: there is no picture {picture!r}"
-    try: path = self.paths.get(picture) or self._find(picture)
-    except (ValueError, OSError) as e: return f"{where}: {e}" # OSError: a name that no file can have
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions): return f"{where}: no caption for {picture!r}"
-    split = _SPLIT_NAMES.get(str(split).lower(), split) if split else None
-    if split not in (None, 'train', 'validation', 'test'): return f"{where}: split {split!r} is none of train, validation, test"
+    if not isinstance(picture, str) or not picture: return f"{where}: there is no picture {picture!r:.80}"
+    if picture not in self._known:
+        try: path = self._find(picture)
+        except (ValueError, OSError) as e: return f"{where}: {str(e):.300}" # OSError: a name that no file can have
+        self._known[picture] = self._known.setdefault(path, picture) # the first name of the file
+        self.paths.setdefault(self._known[picture], path)
+    picture = self._known[picture]
+    try: captions = caption_texts(captions)
+    except ValueError as e: return f"{where}: no caption for {picture!r}" + ('' if str(e)=='it is empty' else f": {e}")
+    split = SPLIT_NAMES.get(str(split).lower(), split) if split else None
+    if split not in (None, 'train', 'validation', 'test'): return f"{where}: split {split!r:.80} is none of train, validation, test"
     if self.splits.get(picture, split)!=split: return f"{where}: {picture!r} is in {self.splits[picture]} already, not in {split}"
-    self.paths[picture], self.splits[picture] = path, split
+    self.splits[picture] = split
     self.where.setdefault(picture, where)
     self.captions.setdefault(picture, []).extend(captions)
 
@@ -302,7 +280,7 @@ class _Picked:
 
 def _coco_split(table):
     "The split that the name of a table tells, such as captions_train2017.json."
-    found = [split for name,split in _SPLIT_NAMES.items() if re.search(rf'(^|[^a-z]){name}([^a-z]|$)', table.stem.lower())]
+    found = [split for name,split in SPLIT_NAMES.items() if re.search(rf'(^|[^a-z]){name}([^a-z]|$)', table.stem.lower())]
     if len(found)!=1: raise ValueError(f"{table}: its name does not tell a split; call it captions_train.json, captions_val.json or captions_test.json")
     return found[0]
 
@@ -328,13 +306,14 @@ def read_folder(
 ) -> Source:
     "Read a folder of pictures with the splits that it brings, else cut by `split_rows`; raises as `PictureFolder`."
     folder, options = Path(folder), (bad_rows, image_column, caption_column, encoding, outside)
-    below = [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name.lower() in _SPLIT_NAMES and _tables(f)]
+    below = [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name.lower() in SPLIT_NAMES and _tables(f)]
     coco = [t for t in _tables(folder)+_tables(folder/'annotations') if re.fullmatch('captions_.*json', t.name)]
-    if below: sources = [(_SPLIT_NAMES[f.name.lower()], PictureFolder(f, None, *options)) for f in below]
+    if below: sources = [(SPLIT_NAMES[f.name.lower()], PictureFolder(f, None, *options)) for f in below]
     elif coco: sources = [(_coco_split(t) if len(coco)>1 else None, PictureFolder(folder, t, *options)) for t in coco]
     else: sources = [(None, PictureFolder(folder, None, *options))]
     parts = {}
     for split,rows in sources:
+        for note in rows.notes: print(f'⚠️ {note}')
         for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
     parts = {split: _Picked(rows) for split,rows in parts.items()}
     without_split = parts.pop(None, []) if len(parts) > 1 else []

@@ -26,7 +26,7 @@ from .data import counts_characters, one_line, space_characters, words
 from .decoder import check_options
 from .encoder import EncodedData
 from .storybook import COLOURS, KINDS, read_facts
-from .training import Callback, _learning, in_slices, validate
+from .training import Callback, _learning, validate
 
 # %% ../nbs/08_evaluation.ipynb #231199c9
 class _Words(Tokenizer):
@@ -228,9 +228,10 @@ def write_captions_for(
 ) -> list: # One caption per image
     "Caption every encoded image. Raises `ValueError` if several captions per image are asked for."
     kwargs = check_options(kwargs, one='scores compare one caption per image with the references')
-    out, write = [], lambda here: model.caption_features(data.features[here], **kwargs)
+    out = []
     with tqdm(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
-        for captions in in_slices(write, len(data), batch_size):
+        for at in range(0, len(data), batch_size):
+            captions = model.caption_features(data.features[at:at+batch_size], **kwargs)
             out += captions
             bar.update(len(captions))
     return out

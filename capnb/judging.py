@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from .captioner import load_model_from_checkpoint, read_metadata
-from .commands import OWN_DATA, _checkpoint, command
-from .core import as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, write_json
+from .commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
+from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, say, write_json
 from .data import one_line, words
 from .sources import load_for
 from .decoder import use_int8
@@ -471,7 +471,7 @@ def _captioned(path, split, int8=False, with_floors=True):
     model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
     if int8: use_int8(model.decoder)
     if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
-    print(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
+    say(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits, out = load_for(h), {}
     encoded = cache(lambda s: encode_data(model.encoder, splits[s], progress=f'Encoding {s}', folder=features_folder(h)))
     for s in _asked(splits, split):
@@ -495,7 +495,7 @@ def _predicted(path, h, split):
     for s,d in rows.items():
         said = [next(captions) for _ in d.rows]
         out[s] = splits[s], d, said, dict(score(said, d), pictures=len(d), floors=floors(train, d))
-    print(f"{path}, captions for {h.data}")
+    say(f"{path}, captions for {h.data}")
     return out
 
 # %% ../nbs/21_judging.ipynb #jd210059
@@ -514,23 +514,24 @@ def _flatters(scorer, model, h): return scorer.name==h.encoder_name or scorer.en
 # %% ../nbs/21_judging.ipynb #jd210060
 @command
 def eval_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,
-    folder:Param('Where to look for the newest checkpoint', str)='saved_models',
-    predictions:Param('Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of with --data or --preset', str)=None,
-    data:Param('Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', str)=None,
-    preset:Param('Preset whose data the predictions are of', str)=None,
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?')=None,
+    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
+    best:Param(BEST, store_true)=False,
+    predictions:Param('Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of with --data or --preset', any_path)=None,
+    data:Param('Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', any_path)=None,
+    preset:Param('Preset whose data the predictions are of', str, choices=list(PRESETS))=None,
     split:Param('Split to score; without it every split that training did not see', str)=None,
     coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
-    clipscore:Param('Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own encoder, which flatters', str)=None,
-    against:Param('Another checkpoint: say of each score whether the two really differ', str)=None,
-    report:Param('Write a page with scores, pictures and slices to this HTML file', str)=None,
-    json_file:Param('Write scores, captions and slices to this JSON file', str)=None,
-    csv:Param('Write a row per picture, with its scores, to this CSV file', str)=None,
-    coco_results:Param('Write the captions to this JSON file as COCO results', str)=None,
+    clipscore:Param('Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own encoder, which flatters', any_path)=None,
+    against:Param('Another checkpoint: say of each score whether the two really differ', any_path)=None,
+    report:Param('Write a page with scores, pictures and slices to this HTML file', new_file)=None,
+    json_file:Param('Write scores, captions and slices to this JSON file', new_file)=None,
+    csv:Param('Write a row per picture, with its scores, to this CSV file', new_file)=None,
+    coco_results:Param('Write the captions to this JSON file as COCO results', new_file)=None,
     int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
 ):
     "Score a checkpoint on the data it was trained for, or captions of any origin: ROUGE-L between floors and ceiling, facts, and the image gain, with 95% intervals."
-    h, path = _settings(predictions, checkpoint, data, preset), predictions or _checkpoint(checkpoint, folder)
+    h, path = _settings(predictions, checkpoint, data, preset), predictions or find_checkpoint(checkpoint, folder, best)
     if coco: coco_tools() # what is missing should be known before captions are written
     scorer = ClipScorer(clipscore, 'cpu' if int8 else None) if clipscore else None
     if predictions: metadata, model, found = {}, None, _predicted(path, h, split)
@@ -539,8 +540,8 @@ def eval_command(
     judged = {s: judge(*v, **how) for s,v in found.items()}
     if scorer and model and _flatters(scorer, model, h): _warn(judged, clipscore)
     compared = _compared(judged, h, Path(against), split, **how) if against else {}
-    print(score_table({s: j.scores for s,j in judged.items()}))
-    for s,c in compared.items(): print(f'\n{s}, against {against}:\n{compare_table(c)}')
+    say(score_table({s: j.scores for s,j in judged.items()}))
+    for s,c in compared.items(): say(f'\n{s}, against {against}:\n{compare_table(c)}')
     if json_file: write_json(json_file, _plain(judged, compared))
     if csv: write_csv(csv, judged)
     if coco_results: write_predictions(coco_results, _told_apart([i for j in judged.values() for i in j.ids]), [c for j in judged.values() for c in j.captions])
@@ -557,7 +558,7 @@ def _settings(predictions, checkpoint, data, preset):
 def _warn(judged, name):
     "Note and say that the scoring CLIP is the captioner's own."
     for j in judged.values(): j.scores['clip']['own'] = True
-    print(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
+    say(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
 
 def _about(h, metadata): # what stands on top of the page
     learned = dict(encoder=metadata['encoder'], decoder=metadata['decoder'], epoch=metadata.get('epoch'), **{'training pictures': metadata['data']['train']}) if metadata else {}

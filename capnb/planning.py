@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
-from .commands import command
+from .commands import any_path, command, new_file
 from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, say, write_json
 from .sources import held_back, load_for
 from .decoder import caption_loss, caption_nats, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
@@ -381,8 +381,8 @@ def results_table(rows:list) -> str:
 
 @command
 def results_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth', str, opt=False),
-    file:Param('The JSON file of results; the table is written beside it', str)='results.json',
+    checkpoint:Param('Weights, a file model_state_dict_....pth', any_path, opt=False),
+    file:Param('The JSON file of results; the table is written beside it', new_file)='results.json',
     hardware:Param('What the training ran on, such as T4; without it what the metadata says', str)=None,
 ):
     "Put what a checkpoint came to into the table of results."

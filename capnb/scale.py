@@ -15,8 +15,8 @@ from fastcore.script import Param, store_true
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from .commands import command
+from .captioner import load_model_from_checkpoint, read_metadata
+from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
 from .core import as_hyperparameters
 from .images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files
 from .decoder import check_options, split_scores
@@ -272,25 +272,23 @@ def encode_pictures(
 # %% ../nbs/18_scale.ipynb #0da18022
 @command
 def scale_command(
-    source:Param('A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as s3://bucket/pages', str, opt=False),
-    out:Param('Folder for the parquet files; a path or a URL', str, opt=False),
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', str)=None,
+    source:Param('A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as s3://bucket/pages', any_path, opt=False),
+    out:Param('Folder for the parquet files; a path or a URL', new_folder, opt=False),
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path)=None,
+    best:Param(BEST, store_true)=False,
     encode:Param("Write the features that the checkpoint's encoder makes, in place of captions", store_true)=False,
     image_column:Param('In parquet: the column with the bytes of the pictures', str)='image',
-    num_beams:Param('Width of the beam; 1 is greedy', int)=1,
-    num_return_sequences:Param('Captions of each image, best first, up to num_beams', int)=1,
-    workers:Param('Processes with a model each', int)=2,
-    threads:Param('CPUs for each worker', int)=1,
-    gpus:Param('GPUs for each worker: 0, 1, or a share of one', float)=0.,
-    batch_size:Param('Pictures that a worker takes at a time', int)=32,
-    shard_size:Param('Pictures per file: what a stop can cost, per worker', int)=1000,
+    num_beams:Number('Width of the beam; 1 is greedy')=1,
+    num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
+    workers:Number('Processes with a model each')=2,
+    threads:Number('CPUs for each worker')=1,
+    gpus:Number('GPUs for each worker: 0, 1, or a share of one', float, closed=True)=0.,
+    batch_size:Number('Pictures that a worker takes at a time')=32,
+    shard_size:Number('Pictures per file: what a stop can cost, per worker')=1000,
     address:Param('Of a running Ray cluster, or auto; without it one is started on this machine', str)=None,
 ):
     "Caption or encode millions of pictures with many workers; the same command goes on where it was stopped."
-    for name,value in dict(workers=workers, threads=threads, batch_size=batch_size, shard_size=shard_size).items():
-        if value < 1: raise ValueError(f"{name} must be 1 or more, not {value}")
-    if gpus < 0: raise ValueError(f"gpus must be 0 or more, not {gpus:g}")
-    checkpoint = checkpoint or newest_checkpoint()
+    checkpoint = find_checkpoint(checkpoint, best=best)
     settings = dict(image_column=image_column, workers=workers, threads=threads, gpus=gpus, batch_size=batch_size, shard_size=shard_size, address=address, progress=sys.stderr.isatty())
     if encode:
         h = read_metadata(checkpoint)['hyperparameters']

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from queue import Empty
 from uuid import uuid4
 import capnb, psutil, torch
-from fastcore.script import Param
+from fastcore.script import Param, store_true
 from PIL import Image
-from .captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from .commands import command
+from .captioner import load_model_from_checkpoint, read_metadata
+from .commands import BEST, Number, any_path, command, find_checkpoint
 from .images import TooManyPixels, image_formats, measure_image, open_image
 from .decoder import captions_of
 from .inference import explain
@@ -503,21 +503,20 @@ def serve(
 # %% ../nbs/12_serving.ipynb #0da12028
 @command
 def serve_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', str, opt=False, nargs='?')=None,
-    folder:Param('Where to look for the newest checkpoint', str)='saved_models',
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?')=None,
+    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
+    best:Param(BEST, store_true)=False,
     host:Param('127.0.0.1 for this machine only, 0.0.0.0 or :: for all that reach it', str)='127.0.0.1',
-    port:Param('Port to listen at, from 1024 on', int)=8000,
+    port:Number('Port to listen at', lo=1024, hi=65535)=8000,
     api_key:Param('Clients must send "Authorization: Bearer KEY"; better put it into the environment as CAPNB_API_KEY, where nobody sees it in a list of processes', str)=None,
-    max_upload:Param('Most megabytes of a request', float)=Limits.upload,
-    max_pixels:Param('Most millions of pixels of a picture', float)=Limits.pixels,
-    max_waiting:Param('Most requests at a time', int)=Limits.waiting,
-    timeout:Param('Most seconds for a request', float)=Limits.seconds,
-    batch_size:Param('Most captions written together', int)=32,
+    max_upload:Number('Most megabytes of a request', float)=Limits.upload,
+    max_pixels:Number('Most millions of pixels of a picture', float)=Limits.pixels,
+    max_waiting:Number('Most requests at a time')=Limits.waiting,
+    timeout:Number('Most seconds for a request', float)=Limits.seconds,
+    batch_size:Number('Most captions written together')=32,
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
-    for name,value in dict(max_upload=max_upload, max_pixels=max_pixels, max_waiting=max_waiting, timeout=timeout, batch_size=batch_size).items():
-        if not value > 0: raise ValueError(f"{name} must be more than 0, not {value:g}")
-    serve(checkpoint or newest_checkpoint(folder), host, port, api_key or os.environ.get('CAPNB_API_KEY'), Limits(max_upload, max_pixels, max_waiting, timeout), batch_size)
+    serve(find_checkpoint(checkpoint, folder, best), host, port, api_key or os.environ.get('CAPNB_API_KEY'), Limits(max_upload, max_pixels, max_waiting, timeout), batch_size)
 
 # %% ../nbs/12_serving.ipynb #0da1203b
 def send_load(

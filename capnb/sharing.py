@@ -18,8 +18,8 @@ from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForImageTe
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers.utils import cached_file
 from fastcore.script import Param, store_true
-from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, newest_checkpoint, save_checkpoint, thaw, trained_state
-from .commands import command
+from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, save_checkpoint, thaw, trained_state
+from .commands import BEST, any_path, command, find_checkpoint, new_folder
 from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors, write_json
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
@@ -289,15 +289,16 @@ def save_llava(
 # %% ../nbs/15_sharing.ipynb #0da7c033
 @command
 def share_command(
-    folder:Param('Folder to write', str, opt=False, nargs='?')=None,
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', str)=None,
+    folder:Param('Folder to write', new_folder, opt=False, nargs='?')=None,
+    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path)=None,
+    best:Param(BEST, store_true)=False,
     llava:Param('Write a LLaVA with all its parts, for programs without capnb; needs a captioner with patch features', store_true)=False,
     push:Param('Upload to the hub as OWNER/NAME, instead of writing a folder', str)=None,
 ):
     "Share a trained captioner: what learned, with the names of the frozen parts and a model card."
     if (folder is None)==(push is None): raise ValueError('name either a folder to write or, with --push, a repository')
     if llava and push: raise ValueError('--llava writes a folder; upload it with: hf upload OWNER/NAME FOLDER')
-    model = share(checkpoint or newest_checkpoint(), 'cpu')
+    model = share(find_checkpoint(checkpoint, best=best), 'cpu')
     if llava: save_llava(model.captioner, folder)
     elif folder: model.save_pretrained(folder)
     print(f"🤝 {model.push_to_hub(push) if push else folder}")

@@ -19,9 +19,10 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .core import atomic_write, hub_errors
-from .data import _SPLIT_NAMES, _picture, CaptionData, Source, counts_characters, named_rows, read_folder, split_rows, tell_columns
+from .data import _picture, CaptionData, Source, counts_characters, named_rows, read_folder, split_rows, tell_columns
 from .images import decoding_pool, find_images
 from .storybook import SPLITS, Storybook
+from .tables import SPLIT_NAMES
 
 # %% ../nbs/02b_sources.ipynb #0da7b402
 def _missing(names):
@@ -29,7 +30,7 @@ def _missing(names):
     known = {_split_name(n) for n in names}
     return ('validation','test') if len(names)==1 else ('validation',) if 'validation' not in known else ()
 
-def _split_name(name): return _SPLIT_NAMES.get(str(name).lower(), str(name))
+def _split_name(name): return SPLIT_NAMES.get(str(name).lower(), str(name))
 
 def _assigned(rows, name, start, missing):
     "The split of each row of the hub's split `name`, of which `rows` (a `datasets.Dataset`) begin at number `start`."
@@ -319,7 +320,8 @@ def check_data(
     revision:str=None,
     encoding:str=None,
     outside:bool=False,
-) -> dict: # `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (what is in each), `bad` (what is wrong with each bad row), `warnings` (see `find_warnings`)
+    count_cut=None, # Function that counts the captions of some rows that are too long, see `capnb.decoder.count_cut`
+) -> dict: # `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (what is in each), `bad` (what is wrong with each bad row), `warnings` (see `find_warnings`), `cut` (from `count_cut`)
     "Open every image of a data set once, and tell what is in it and what is wrong with it; raises as `load_data`."
     source = find_source(data, limit, 64, 'skip', revision, image_column, caption_column, encoding, outside)
     bad, scanned = list(source.bad), []
@@ -327,8 +329,10 @@ def check_data(
     without_split = _scan(CaptionData(source.without_split), NO_SPLIT, 0, bad, scanned) if source.without_split else None
     warnings = find_warnings(scanned)
     if source.tables and (missing := _without_row(data, source.tables))['count']: warnings.append(missing)
+    used = [dict(image_id=image.image_id, captions=image.captions) for image in scanned if image.split!=NO_SPLIT]
     return dict(data=str(data) if isinstance(data, (str, Path)) else type(data).__name__, images=len(scanned),
-                captions=sum(len(image.captions) for image in scanned), splits=splits, without_split=without_split, bad=bad, warnings=warnings)
+                captions=sum(len(image.captions) for image in scanned), splits=splits, without_split=without_split, bad=bad, warnings=warnings,
+                cut=count_cut(used) if count_cut and used else None)
 
 # %% ../nbs/02b_sources.ipynb #45df9b2b
 def report_data(

@@ -16,7 +16,7 @@ from fastcore.script import Param, store_true
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from .commands import command
+from .commands import command, new_file
 from .core import as_hyperparameters, atomic_write
 from .decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
 from .planning import blank_captioner
@@ -266,7 +266,7 @@ def bench(
 @command
 def bench_command(
     quick:Param('One counted round instead of five: under ten minutes', store_true)=False,
-    json:Param('Write the figures to this file', str)=None,
+    json:Param('Write the figures to this file', new_file)=None,
 ):
     "Measure training and writing at the size of the real models, the naive and the library's way in turn, with random weights."
     found = bench(1 if quick else 5)

@@ -8,7 +8,7 @@ __all__ = ['SAMPLERS', 'PLOTS', 'read_vary', 'classic_grid', 'Lab', 'Prune', 'op
            'sweep_command']
 
 # %% ../nbs/19_sweeps.ipynb #19a00002
-import json, shlex, time, warnings
+import json, time, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from itertools import product
@@ -16,8 +16,9 @@ from pathlib import Path
 from fastcore.script import Param
 from filelock import FileLock, Timeout
 from .captioner import Captioner, build_captioner, check_models, new_adapter, start_from
-from .commands import OWN_DATA, command, prepare
-from .core import PRESETS, Hyperparameters, _check, _one_of, as_hyperparameters, atomic_write, chosen_settings, write_json
+from .commands import OWN_DATA, Number, any_path, command, prepare
+from .core import (PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings, free_lock, limits, say, shell_line,
+                        write_json)
 from .decoder import embedding_size
 from .evaluation import Tracker
 from .training import Callback, Interrupted, fit, in_processes, tracker_names
@@ -36,8 +37,7 @@ def _read(f, text):
     words = dict(null=None) if f.type is not bool else dict(null=None, true=True, false=False)
     try: value = words[text] if text in words else f.type(text) if f.type is not bool else text
     except ValueError: value = text
-    _check(f, value)
-    return value
+    return check_value(f.name, value, f.type, f.metadata)
 
 def _range(f, text, what):
     "A distribution from LOW:HIGH or log:LOW:HIGH."
@@ -150,7 +150,6 @@ def _lock(folder, number):
     except Timeout: return None
     return lock
 
-def _free(lock): Path(lock.lock_file).unlink(missing_ok=True); lock.release()
 
 def _line_up_again(study, folder):
     "Mark trials whose process is dead as failed, and line their values up again."
@@ -160,8 +159,8 @@ def _line_up_again(study, folder):
         if t.state.name!='RUNNING' or not (lock := _lock(folder, t.number)): continue
         if t.number not in again: study.enqueue_trial({**t.system_attrs.get('fixed_params', {}), **t.params}, user_attrs=dict(again=t.number))
         study.tell(t.number, state=_optuna().trial.TrialState.FAIL)
-        print(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
-        _free(lock)
+        say(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
+        free_lock(lock)
 
 # %% ../nbs/19_sweeps.ipynb #19a00019
 SAMPLERS = ('grid', 'tpe', 'random')
@@ -243,7 +242,7 @@ def command_line(
     "Write the command that trains with these settings; raises `ValueError` where no flag can say one of them."
     changes = {k: v for k,v in asdict(h).items() if v!=as_hyperparameters(preset=preset)[k]}
     if unset := [k for k,v in changes.items() if v is None]: raise ValueError(f"no flag can unset {unset[0]} of the preset {preset}")
-    return shlex.join(['capnb_train', *([] if preset=='storybook' else ['--preset', preset]), *(w for k,v in changes.items() for w in (f'--{k}', str(v).lower() if isinstance(v, bool) else str(v)))])
+    return shell_line(['capnb_train', *([] if preset=='storybook' else ['--preset', preset]), *(w for k,v in changes.items() for w in (f'--{k}', str(v).lower() if isinstance(v, bool) else str(v)))])
 
 # %% ../nbs/19_sweeps.ipynb #19a00020
 PLOTS = ('history', 'parallel', 'importance')
@@ -275,7 +274,7 @@ def _settings(settings, preset, vary, sampler, trials, changes):
     if not h.evaluation_enabled: raise ValueError('a sweep goes by the validation loss; set evaluation_enabled to true')
     tracker_names(h)
     space = read_vary(vary or classic_grid(h))
-    if sampler!='grid' and (trials or 20) < 1: raise ValueError(f'trials is {trials}; allowed: a whole number of 1 or more')
+    trials = check_value('trials', trials, int, limits(lo=1, optional=True))
     if sampler!='grid': return h, space, trials or 20
     if trials: raise ValueError('a grid has as many trials as combinations; leave trials out, or choose the sampler tpe or random')
     ranges = [name for name,d in space.items() if not hasattr(d, 'choices')]
@@ -307,8 +306,8 @@ def sweep(
         trial, lock = taken
         try: run_trial(trial, study, lab, h)
         except Interrupted as e: e.args = (f'stopped in trial {trial.number}; the same command goes on',); raise
-        finally: _free(lock)
-        print(_say(study.trials[trial.number]), flush=True)
+        finally: free_lock(lock)
+        say(_say(study.trials[trial.number]), flush=True)
     return study
 
 def report_sweep(
@@ -318,20 +317,21 @@ def report_sweep(
 ):
     "Print the table and the command line of the winner; write the plots and best.json."
     folder, best = Path(h.output_dir), best_settings(study, h)
-    print(f'\n{sweep_table(study)}\n')
-    if running := sum(t.state.name=='RUNNING' for t in study.trials): print(f'⏳ {running} still running in other processes')
-    for path in draw_study(study, folder): print(f'📈 {path}')
+    say(f'\n{sweep_table(study)}\n')
+    if running := sum(t.state.name=='RUNNING' for t in study.trials): say(f'⏳ {running} still running in other processes')
+    for path in draw_study(study, folder): say(f'📈 {path}')
     write_json(folder/'best.json', asdict(best))
-    print(f"🏆 {command_line(best, preset) if best.data!=OWN_DATA else folder/'best.json'}")
+    say(f"🏆 {command_line(best, preset) if best.data!=OWN_DATA else folder/'best.json'}")
+
 
 # %% ../nbs/19_sweeps.ipynb #19a0002a
 @command
 def sweep_command(
-    preset:Param(f"Settings to start from, storybook if not said: {', '.join(PRESETS)}", str)=None,
-    config:Param('JSON or YAML file with hyperparameters, over the preset', str)=None,
+    preset:Param('Settings to start from, storybook if not said', str, choices=list(PRESETS))=None,
+    config:Param('JSON or YAML file with hyperparameters, over the preset', any_path)=None,
     vary:Param('What to vary: NAME=VALUE,VALUE,... or NAME=LOW:HIGH or NAME=log:LOW:HIGH; once for each hyperparameter. Without it: the learning rate and the batch size', str, action='append')=None,
     sampler:Param('Every combination of values (grid), or so many trials drawn near good ones (tpe) or anywhere (random)', str, choices=SAMPLERS)='grid',
-    trials:Param('For tpe and random: how many trials, 20 if not said; those that are finished count', int)=None,
+    trials:Number('For tpe and random: how many trials, 20 if not said; those that are finished count')=None,
     **hyperparameters,
 ):
     "Search for the best hyperparameters. The same command goes on where it was stopped, and several may work in one output_dir (sweep, if not said) at a time. The flags below hold for every trial."

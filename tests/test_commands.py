@@ -1,5 +1,5 @@
 "The console commands from outside, as a person in a shell meets them: train, judge, caption, and be told what is wrong."
-import ast, json, os, re, shutil
+import ast, importlib, inspect, json, os, re, shutil
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 from capnb.decoder import use_int8
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from capnb.commands import train
-from capnb.core import Hyperparameters
+from capnb.core import PRESETS, Hyperparameters
 from capnb.images import open_image
 from capnb.storybook import Storybook
 
@@ -34,6 +34,7 @@ def flat(values, at=()):
 def trained(run, tmp_path_factory):
     "A small training with evaluation: the folder it ran in, and what it printed."
     folder = tmp_path_factory.mktemp('trained')
+    (folder/'one.txt').write_text('a file is no folder')
     done = run('capnb_train', *flags(SMALL), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, done.stderr
@@ -192,6 +193,55 @@ def test_caption_takes_the_newest(call, album, newest, tmp_path):
     done = call('capnb_caption', 'one.png', '--folder', tmp_path, cwd=album)
     assert done.returncode == 0 and done.stdout.startswith('one.png: '), done.stderr[-3000:]
 
+# --- The best checkpoint
+
+def best_of(folder):
+    losses = {path: read_metadata(path)['validation_loss'] for path in folder.glob('*.pth')}
+    return min(losses, key=losses.get)
+
+def test_last_line_names_the_best(trained, saved):
+    best = best_of(saved)
+    metadata = read_metadata(best)
+    line = f"🏆 Best by validation loss: epoch {metadata['epoch']}, {metadata['validation_loss']:.4f}, {best.relative_to(trained[0])}; other commands take it with --best"
+    assert trained[1].splitlines()[-1] == line
+
+@pytest.fixture(scope='module')
+def overtrained(album, saved, tmp_path_factory):
+    "A folder in which the first epoch is the best, and an older run that was better still."
+    folder = tmp_path_factory.mktemp('overtrained')
+    shutil.copytree(saved, folder/'saved_models')
+    shutil.copy(album/'one.png', folder)
+    change = lambda path, loss: path.write_text(json.dumps(json.loads(path.read_text(encoding='utf-8')) | dict(validation_loss=loss)), encoding='utf-8')
+    first, second = sorted((folder/'saved_models').glob('*.json'))
+    change(first, .25); change(second, .5)
+    for path in first, next((folder/'saved_models').glob('*-1.pth')): shutil.copy(path, re.sub(r'\d{8}_\d{6}', '20200101_000000', str(path)))
+    change(folder/'saved_models'/'training_metadata_20200101_000000-1.json', .1)
+    return folder
+
+def test_best_is_taken(call, overtrained, monkeypatch):
+    "By every command that takes a checkpoint; the newest run's, of however many."
+    old, first, second = sorted((overtrained/'saved_models').glob('*.pth'))
+    caption = lambda path: load_model_from_checkpoint(path)[0].caption(overtrained/'one.png')
+    said = [call('capnb_caption', 'one.png', *words, cwd=overtrained).stdout for words in (['--best'], [])]
+    assert said == [f'one.png: {caption(first)}\n', f'one.png: {caption(second)}\n']
+    taken = []
+    def take(checkpoint, *args, **kwargs): taken.append(Path(checkpoint).name); raise ValueError('that is enough')
+    for name in ('capnb.judging.load_model_from_checkpoint', 'capnb.sharing.share', 'capnb.serving.serve', 'capnb.scale.read_metadata'): monkeypatch.setattr(name, take)
+    commands = (['capnb_eval'], ['capnb_share', 'shared'], ['capnb_serve'], ['capnb_scale', 'one.png', 'out'], ['capnb_scale', 'one.png', 'out', '--encode'])
+    for words in commands:
+        for more in (['--best'], []): assert call(*words, *more, cwd=overtrained).stderr.endswith('that is enough\n')
+    assert taken == [first.name, second.name]*len(commands)
+
+def test_best_is_not_known(call, overtrained, tmp_path):
+    for path in (overtrained/'saved_models').glob('*-1.*'):
+        if '_2020' not in path.name: shutil.copy(path, tmp_path)
+    done = call('capnb_caption', overtrained/'one.png', '--best', '--checkpoint', 'x.pth', cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, 'caption: name a checkpoint or ask for the best one of a run with --best, not both\n')
+    notes = next(tmp_path.glob('*.json'))
+    notes.write_text(json.dumps(json.loads(notes.read_text(encoding='utf-8')) | dict(validation_loss=None)), encoding='utf-8')
+    done = call('capnb_caption', overtrained/'one.png', '--best', '--folder', '.', cwd=tmp_path)
+    assert done.returncode == 1 and 'knows its validation loss' in done.stderr and len(done.stderr.splitlines()) == 1
+
 # --- Settings from files
 
 SETTINGS = dict(training_size_limit=8, batch_size=8, num_epochs=1, evaluation_enabled=False, adapter_width=16, learning_rate=2e-05,
@@ -307,6 +357,103 @@ def test_help_says_what_it_does(call, script, tmp_path):
     words = lambda text: ''.join(text.split()) # however the lines are broken
     assert words(first_words(module, function)) in words(done.stdout)
     if name == 'capnb_train': assert all(f'--{f.name} ' in done.stdout and words(f.metadata['help']) in words(done.stdout) for f in fields(Hyperparameters))
+
+def flags_of(call, name, cwd):
+    "What `--help` says of each flag, in one line each."
+    text = call(name, '--help', cwd=cwd).stdout.partition('options:')[2]
+    found = [' '.join(part.split()) for part in re.split(r'\n  (?=-)', text)[1:]]
+    return {re.search(r'--(\w+)', part)[1]: part for part in found}
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
+def test_help_says_defaults_and_choices(call, script, tmp_path):
+    "Of every flag; twice, since a parser lives as long as its process."
+    name, module, function = re.split('[=:]', script)
+    parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    for _ in range(2): said = flags_of(call, name, tmp_path)
+    assert 'version' in said
+    for flag,p in parameters.items():
+        if not p.annotation.opt: continue
+        settings = {f.name: f for f in fields(Hyperparameters)}
+        if flag in settings and p.kind is p.KEYWORD_ONLY:
+            default = settings[flag].default
+            shown = 'not set' if default is None else str(default).lower() if isinstance(default, bool) else default
+            assert f'(default: {shown}' in said[flag], said[flag]
+            if flag in PRESETS['storybook'] and PRESETS['storybook'][flag] != default: assert f"in the storybook {PRESETS['storybook'][flag]})" in said[flag]
+        elif p.default not in (None, inspect.Parameter.empty): assert said[flag].count(f'(default: {p.default})') == 1, said[flag]
+        for choice in p.annotation.choices or (): assert str(choice) in said[flag]
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
+def test_version(call, script, tmp_path):
+    assert call(script.split('=')[0], '--version', cwd=tmp_path).stdout == f"capnb {CFG['version']}\n"
+
+# command, what comes before the flag: flag, value, what is allowed
+NUMBERS = [(['capnb_train'], 'batch_size', '0', 'a whole number of 1 or more'), (['capnb_train'], 'learning_rate', 'nan', 'a number above 0'),
+           (['capnb_train'], 'batch_size', '2.5', 'a whole number of 1 or more'), (['capnb_train'], 'batch_size', 'many', 'a whole number of 1 or more'),
+           (['capnb_train'], 'seed', '-1', 'a whole number of 0 or more'), (['capnb_train'], 'evaluation_enabled', 'perhaps', 'true or false'),
+           (['capnb_sweep'], 'trials', '0', 'a whole number of 1 or more'), (['capnb_sweep'], 'num_epochs', '-3', 'a whole number of 1 or more'),
+           (['capnb_caption', 'x.png'], 'num_beams', '0', 'a whole number of 1 or more'), (['capnb_caption', 'x.png'], 'num_beams', '-2', 'a whole number of 1 or more'),
+           (['capnb_scale', 'in', 'out'], 'num_beams', '0', 'a whole number of 1 or more'), (['capnb_scale', 'in', 'out'], 'gpus', '-1', 'a number of 0 or more'),
+           (['capnb_scale', 'in', 'out'], 'workers', 'two', 'a whole number of 1 or more'), (['capnb_serve'], 'port', '80', 'a whole number of 1024 or more and up to 65535'),
+           (['capnb_serve'], 'timeout', '0', 'a number above 0'), (['capnb_serve'], 'max_upload', 'inf', 'a number above 0'),
+           (['capnb_data', 'check', 'x'], 'limit', '0', 'a whole number of 1 or more'), (['capnb_pretrain'], 'scale', '0', 'a number above 0')]
+
+@pytest.mark.parametrize('command,flag,value,allowed', NUMBERS, ids=lambda x: x[0] if isinstance(x, list) else str(x)[:12])
+def test_numbers_are_checked_the_same_way(call, tmp_path, command, flag, value, allowed):
+    done = call(*command, f'--{flag}', value, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, '') and not list(tmp_path.iterdir())
+    wrong = value if re.fullmatch(r'-?[\d.]+|nan|inf', value) else repr(value)
+    assert done.stderr == f"{command[0].removeprefix('capnb_')}: {flag} is {wrong}; allowed: {allowed}\n"
+
+def test_dashes_in_flags(call, tmp_path):
+    said = [call('capnb_train', *words, cwd=tmp_path).stderr for words in (('--batch-size', '0'), ('--batch-size=0',), ('--batch_size', '0'))]
+    assert len(set(said)) == 1 and said[0].startswith('train: batch_size is 0')
+
+def test_home_folder(call, album, newest, tmp_path, monkeypatch):
+    "`~` is the home folder in every flag that takes a path, and in settings."
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path/'models').mkdir()
+    for path in (newest, newest.with_name(newest.name.replace('model_state_dict', 'training_metadata')).with_suffix('.json')): shutil.copy(path, tmp_path/'models')
+    shutil.copy(album/'one.png', tmp_path/'one.png')
+    for words in (['~/one.png', '--folder', '~/models'], ['~/o*.png', f'--checkpoint=~/models/{newest.name}']):
+        done = call('capnb_caption', *words, cwd=album)
+        assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path/'one.png'}: "), done.stderr
+    (tmp_path/'my.yaml').write_text('output_dir: ~/runs\nmax_steps: 1\n')
+    done = call('capnb_train', '--config', '~/my.yaml', *flags(SMALL | dict(evaluation_enabled='false')), cwd=tmp_path/'models')
+    assert done.returncode == 0, done.stderr
+    assert read_metadata(newest_checkpoint(tmp_path/'runs'))['hyperparameters']['output_dir'] == str(tmp_path/'runs')
+    names = {name: f'~/{name}' for name in ('data', 'encoder_name', 'decoder_name', 'tokenizer_name', 'init_from', 'features_dir', 'output_dir')}
+    h = Hyperparameters(**names)
+    assert {name: h[name] for name in names} == {name: str(tmp_path/name) for name in names}
+
+# flags that take a text which is no path
+TEXTS = {'preset', 'action', 'split', 'only', 'vary', 'sampler', 'push', 'hardware', 'address', 'host', 'api_key', 'image_column', 'caption_column', 'data_revision',
+         'encoding', 'features', 'mixed_precision', 'bad_rows', 'report_to'}
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
+def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
+    name, module, function = re.split('[=:]', script)
+    monkeypatch.setenv('HOME', '/home/me')
+    for flag,p in inspect.signature(getattr(importlib.import_module(module), function)).parameters.items():
+        is_path = p.annotation.type and p.annotation.type('~/x') == '/home/me/x'
+        assert is_path or p.annotation.type is not str or flag in TEXTS, flag
+        assert p.annotation.type not in (int, float), f'{flag} is no Number'
+
+# --- Where a command writes
+
+# what a command is told to write, and where it cannot: in a folder that is a file, over a folder
+UNWRITABLE = [['capnb_train', '--output_dir'], ['capnb_sweep', '--output_dir'], ['capnb_eval', '--report'], ['capnb_eval', '--json_file'], ['capnb_eval', '--csv'],
+              ['capnb_eval', '--coco_results'], ['capnb_data', 'check', 'album', '--json_file'], ['capnb_bench', '--json'], ['capnb_share'], ['capnb_scale', 'album'],
+              ['capnb_pretrain', '--folder'], ['capnb_results', 'none.pth', '--file']]
+
+@pytest.mark.parametrize('command', UNWRITABLE, ids=' '.join)
+def test_what_cannot_be_written_is_told_first(call, trained, command):
+    "Before pictures are read, models loaded or processes started."
+    def stop(*args, **kwargs): raise AssertionError('too late')
+    with pytest.MonkeyPatch.context() as m:
+        for name in ('capnb.commands.prepare', 'capnb.captioner.load_model_from_checkpoint', 'capnb.judging.load_for', 'capnb.sources.check_data', 'capnb.speed.bench', 'capnb.scale.run_job',
+                     'capnb.pretraining.pretrain', 'capnb.sharing.share', 'capnb.judging._captioned', 'capnb.planning.result_row'): m.setattr(name, stop)
+        done = call(*command, 'one.txt/below.json', cwd=trained[0])
+    assert done.returncode == 1 and not done.stdout and re.fullmatch(r"\w+: \[Errno \d+\] Not a directory: 'one.txt/below.json'\n", done.stderr), done.stderr
 
 # --- A folder of one's own pictures
 

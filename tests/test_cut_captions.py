@@ -70,6 +70,9 @@ def test_training_and_dry_run_say_it_and_the_flag_helps(call, album, tmp_path, p
     metadata = json.loads(next((tmp_path/'short').glob('*.json')).read_text(encoding='utf-8'))
     assert metadata['captions']['cut'] == 32 and metadata['captions']['longest'] == longest and metadata['captions']['max_caption_length'] == 48
     assert flag in call('capnb_train', '--dry_run', '--data', album, cwd=tmp_path).stdout
+    checked = call('capnb_data', 'check', album, '--json_file', 'found.json', cwd=tmp_path)
+    assert flag in checked.stdout and json.loads((tmp_path/'found.json').read_text(encoding='utf-8'))['cut']['cut'] == 40
+    assert 'No caption is cut' in call('capnb_data', 'check', album, '--preset', 'flickr30k', '--tokenizer_name', 'storybook-qwen3', cwd=tmp_path).stdout
     helped = call('capnb_train', *args, *flag.split(), '--output_dir', 'whole', cwd=tmp_path)
     assert '✂️ No caption is cut' in helped.stdout
 

@@ -292,10 +292,10 @@ def test_check_of_good_data_and_of_the_hub(run, hub, tmp_path):
 def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     small = ['--data', album, '--max_steps', 1, '--num_epochs', 1]
     done = call('capnb_train', *small, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip() == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg'; line 43: no caption for '3.jpg'"
+    assert done.returncode == 1 and done.stderr.strip() == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg'); line 43: no caption for '3.jpg'"
     done = call('capnb_train', *small, '--bad_rows', 'skip', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg'"
+    assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg')"
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert sum(metadata['data'][split] for split in ('train','validation','test')) == 38
     assert metadata['data']['left_out'] == 4

@@ -116,7 +116,7 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
     assert anew == set(wanted) - (finished - undone)
 
 WRONG = {'no pictures': (['nothing'], 'there are no pictures'), 'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'), 'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
-         'no workers': (['pages', '--workers', '0'], 'workers must be 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
+         'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
 
 def one_line(capsys, *args):
     with pytest.raises(SystemExit) as stopped: scale_command(list(args))

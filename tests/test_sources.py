@@ -1,7 +1,10 @@
 "Data as people have it: what `capnb_data check` finds in it, and each format read to the letter."
-import json
+import json, os, re
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from capnb.data import CaptionData
 from capnb.sources import check_data, find_warnings, ScannedImage
 
 def colour(n): return Image.new('RGB', (16, 16), (n%7*36, n%11*23, n%13*19))
@@ -23,7 +26,7 @@ def planted(tmp_path_factory):
     rows[2][1] = rows[3][1] = 'Said two times here .'
     rows[20][1] = '"A cat"'
     rows[30][1] = '0.31'
-    rows[31][1] = '"[\'a dog\', \'a cat\']"'
+    rows[31][1] = '12 13 14'
     rows[32][1] = 'a garÃ§on in the rain'
     rows[59][1] = 'This has no split .'
     text = '\n'.join(['file_name,caption,split', *map(','.join, rows)])
@@ -77,3 +80,40 @@ def test_one_caption_for_all():
     scanned = [ScannedImage(str(n), 'train', bytes([n]), ['A nice photo to see.'] if n%2 else [f'A photo with number {n}.']) for n in range(40)]
     assert [(w['kind'], w['count'], w['examples']) for w in find_warnings(scanned)] == [('same_caption', 20, ['A nice photo to see.'])]
     assert find_warnings(scanned[:6]) == []
+
+# --- Rows as people have them
+
+SHAPES = {'height, width, 3': lambda a: a, '3, height, width': lambda a: a.transpose(2, 0, 1), 'floats': lambda a: (a/255).astype(np.float32), 'half floats': lambda a: (a/255).astype(np.float64),
+          'tensor': lambda a: torch.tensor(a).permute(2, 0, 1), 'tensor of floats': lambda a: torch.tensor(a).permute(2, 0, 1)/255,
+          'tensor with gradient': lambda a: (torch.tensor(a).permute(2, 0, 1)/255).requires_grad_(), 'image': Image.fromarray}
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_an_image_of_numbers(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    row = CaptionData([dict(image=SHAPES[shape](pixels), caption='A card.')])[0]
+    assert np.array_equal(np.asarray(row['image']), pixels)
+
+def test_grey_and_transparent_arrays():
+    grey = np.arange(240, dtype=np.uint8).reshape(12, 20)
+    for image in (grey, grey[...,None], grey[None], torch.tensor(grey)[None]/255):
+        assert np.array_equal(np.asarray(CaptionData([dict(image=image, caption='A card.')])[0]['image'])[...,0], grey)
+    clear = np.concatenate([np.zeros((12, 20, 3), np.uint8), np.zeros((12, 20, 1), np.uint8)], axis=2)
+    assert np.asarray(CaptionData([dict(image=clear, caption='A card.')])[0]['image']).min() == 255
+
+WRONG = {'channels first or last': np.zeros((3, 16, 3), np.uint8), 'shape (2, 3, 16, 16)': torch.zeros(2, 3, 16, 16), 'shape (16, 16, 2)': np.zeros((16, 16, 2), np.uint8), 'shape (0, 16, 3)': np.zeros((0, 16, 3), np.uint8),
+         'float64 from 0 to 254': np.linspace(0, 254, 300).reshape(10, 10, 3), 'float32 from -1 to 1': torch.linspace(-1, 1, 300).reshape(3, 10, 10), 'from nan': np.full((9, 9), np.nan),
+         'int64': np.zeros((9, 9, 3), int), 'uint16': np.zeros((9, 9), np.uint16)}
+
+@pytest.mark.parametrize('said', WRONG)
+def test_numbers_that_may_mean_several_images_are_refused(said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error: CaptionData([dict(image=WRONG[said], caption='A card.')])[0]
+    assert str(error.value).startswith('row 0: an array of ')
+
+def test_paths_and_bytes(tmp_path):
+    write_images(tmp_path, ['a.png'])
+    ways = [str(tmp_path/'a.png'), tmp_path/'a.png', (tmp_path/'a.png').read_bytes(), dict(bytes=None, path=str(tmp_path/'a.png')), colour(0)]
+    rows = CaptionData([dict(image=way, caption='A card.') for way in ways])
+    assert {row['image'].tobytes() for row in rows} == {colour(0).tobytes()}
+    os.mkfifo(tmp_path/'pipe.png')
+    for missing in ('pipe.png', 'b.png'):
+        with pytest.raises(ValueError, match='row 0: there is no image'): CaptionData([dict(image=str(tmp_path/missing), caption='A card.')])[0]
