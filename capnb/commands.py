@@ -8,6 +8,7 @@ __all__ = ['OWN_DATA', 'BEST', 'TrainingResult', 'prepare', 'train', 'Number', '
 
 # %% ../nbs/11_commands.ipynb #53ce255b
 import inspect, os, re, sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
 from pathlib import Path
@@ -61,7 +62,7 @@ def train(
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
     "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
-    if isinstance(data, str): data, changes = None, dict(changes, data=data)
+    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
     if data is not None: changes = dict(changes, data=OWN_DATA)
     h = as_hyperparameters(settings, preset or 'storybook', **changes) # before anything heavy is imported: a mistake is told at once
     state = None
@@ -228,30 +229,60 @@ def data_command(
     if report['bad']: raise ValueError(f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out")
 
 # %% ../nbs/11_commands.ipynb #8e98cee5
+@contextmanager
+def _json_array():
+    "Print a JSON array element by element; it is closed whatever ends it."
+    from json import dumps
+    separator = ''
+    def add(element):
+        nonlocal separator
+        print(f'{separator}\n  {dumps(element, ensure_ascii=False)}', end='', flush=True)
+        separator = ','
+    try:
+        print('[', end='', flush=True)
+        yield add
+    finally: print('\n]', flush=True)
+
+def _print_captions(row):
+    "Print what `caption_files` says of an image, a line for each caption."
+    def as_list(value): return value if isinstance(value, list) else [value]
+    texts = as_list(row['caption'])
+    scores = [f'  ({score:.3f})' for score in as_list(row['score'])] if 'score' in row else ['']*len(texts)
+    for text,score in zip(texts, scores, strict=True): print(f"{row['file']}: {text}{score}", flush=True)
+
 @command
 def caption_command(
-    images:Param('Pictures: files, folders or patterns such as "holiday/*.jpg"', any_path, opt=False, nargs='+'),
+    images:Param('Images: files, folders or patterns such as "holiday/*.jpg"', any_path, opt=False, nargs='+'),
     checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path)=None,
     folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
     best:Param(BEST, store_true)=False,
-    json:Param('Print a JSON list of objects with file and caption', store_true)=False,
+    json:Param('Print a JSON array of objects with file and caption, or file and error', store_true)=False,
     num_beams:Number('Width of the beam; 1 is greedy')=1,
+    num_return_sequences:Number('Captions of each image, best first: up to num_beams, or any number with --do_sample')=1,
+    do_sample:Param('Draw the words by lot', store_true)=False,
+    temperature:Number('With --do_sample: below 1 for likelier words, above 1 for others', float)=None,
+    top_p:Number('With --do_sample: share of the probability that is drawn from, the likeliest words first', float, hi=1)=None,
+    seed:Number('With --do_sample: fixes what is drawn', lo=0)=None,
+    scores:Param('Say how sure the model is of each caption: its mean log-probability per token', store_true)=False,
     int8:Param('Write with 8-bit integers, on the CPU: faster, and some captions come out differently', store_true)=False,
 ):
-    "Caption pictures with a trained model."
-    from json import dumps
+    "Caption images with a trained model; each caption is printed as soon as it is written."
+    from torch import manual_seed
     from capnb.captioner import load_model_from_checkpoint
-    from capnb.decoder import use_int8
+    from capnb.decoder import check_options, use_int8
     from capnb.images import find_images
     from capnb.inference import caption_files
-    files, good, bad = find_images(images), [], []
-    model,_,_ = load_model_from_checkpoint(find_checkpoint(checkpoint, folder, best), 'cpu' if int8 else None)
-    if int8: use_int8(model.decoder)
-    for r in caption_files(model, files, progress=len(files)>32, num_beams=num_beams):
-        if 'error' in r: bad.append(r['error']); continue
-        good.append(r)
-        if not json: print(f"{r['file']}: {r['caption']}", flush=True)
-    if json: print(dumps(good, indent=2, ensure_ascii=False))
+    options = check_options(dict(num_beams=num_beams, num_return_sequences=num_return_sequences,
+                                 do_sample=do_sample, temperature=temperature, top_p=top_p))
+    if seed is not None and not do_sample: raise ValueError('seed has no effect without --do_sample')
+    files, bad = find_images(images), []
+    with _json_array() if json else nullcontext(_print_captions) as add:
+        model,_,_ = load_model_from_checkpoint(find_checkpoint(checkpoint, folder, best), 'cpu' if int8 else None)
+        if int8: use_int8(model.decoder)
+        if seed is not None: manual_seed(seed)
+        for row in caption_files(model, files, progress=len(files)>32, scores=scores, **options):
+            if 'error' in row: bad.append(row['error'])
+            if json or 'error' not in row: add(row)
     if bad: raise ValueError('; '.join(bad))
 
 # %% ../nbs/11_commands.ipynb #50ea6a09

@@ -203,10 +203,10 @@ def _mostly_utf8(raw):
     wrong = text.count('\ufffd')
     return len(text)-len(text.encode('ascii', 'ignore'))-wrong > wrong
 
-def _encoding_error(file, raw, codec, at, why, guesses, setting):
-    "The error for a file whose byte `at` is not text in `codec`; `setting` as for `read_text`."
-    before = raw[:at].decode(codec, 'ignore').replace('\r\n', '\n').replace('\r', '\n')
-    said = f"{file}: line {before.count(chr(10))+1}, byte {at} (0x{raw[at]:02x}): {why}; nothing was read"
+def _encoding_error(file, raw, at, why, guesses, setting):
+    "The error for a file whose byte `at` is no text; `setting` as for `read_text`."
+    line = (raw.count(b'\n', 0, at) or raw.count(b'\r', 0, at)) + 1 # of two bytes a letter, too
+    said = f"{file}: line {line}, byte {at} (0x{raw[at]:02x}): {why}; nothing was read"
     if not guesses:
         return ValueError(f"{said}; save the file as UTF-8" + (f", or name its encoding with --{setting}" if setting else ''))
     lines = [raw.decode(g, 'replace').splitlines() for g in guesses]
@@ -218,9 +218,10 @@ def _encoding_error(file, raw, codec, at, why, guesses, setting):
 # %% ../nbs/00_core.ipynb #7e870004
 def _read_bytes(file, limit):
     "The content of a file that is not too large."
-    size = os.stat(file).st_size
-    with open(file, 'rb') as f: raw = f.read(min(size or limit, limit)+1) # a pipe has no size
-    if len(raw) > limit: raise ValueError(f"{file} is larger than {limit>>20} MiB; nothing was read")
+    size, raw = os.stat(file).st_size, b''
+    if size <= limit:
+        with open(file, 'rb') as f: raw = f.read((size or limit)+1) # a pipe has no size
+    if max(size, len(raw)) > limit: raise ValueError(f"{file} is larger than {limit>>20} MiB; nothing was read")
     return raw
 
 def read_text(
@@ -234,7 +235,7 @@ def read_text(
     mark = _marked_encoding(raw)
     codec = encoding or 'utf-8'
     if mark and (mark!='utf-32' or encoding): codec = mark
-    fault = lambda at, why, guess: _encoding_error(file, raw, codec, at, why, [] if encoding else guess, setting)
+    fault = lambda at, why, guess: _encoding_error(file, raw, at, why, [] if encoding else guess, setting)
     try: text = raw.decode(codec)
     except UnicodeDecodeError as e:
         guess = [] if codec=='utf-8' and b'\0' not in raw and _mostly_utf8(raw) else guess_encodings(raw)

@@ -9,17 +9,16 @@ __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_d
            'generate_ids', 'captions_of', 'generate_captions', 'split_scores', 'use_int8', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
-import difflib, inspect, math, torch, warnings
+import difflib, inspect, torch, warnings
 from collections import deque
 from importlib.util import find_spec
-from numbers import Real
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .core import default_device, hub_errors, load_whole, model_config, model_source
+from .core import check_value, default_device, hub_errors, limits, load_whole, model_config, model_source
 from .data import one_line
 
 # %% ../nbs/05_decoder.ipynb #0da7b031
@@ -75,6 +74,11 @@ def decoder_config(
     check_decoder(name, config)
     return config
 
+_PER_LAYER = 'adds what it knows of a token to each layer, and a vector is no token' # would write as it never read
+_REFUSED = dict(gemma3n=_PER_LAYER, gemma3n_text=_PER_LAYER,
+                git='has an image encoder of its own', # its loss leaves out as many tokens as an image has
+                rwkv='mixes up the captions of a batch when it writes') # in transformers 5.23
+
 def check_decoder(
     name:str, # For the message
     config, # Its configuration
@@ -83,6 +87,7 @@ def check_decoder(
     kind = config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES: raise ValueError(f"decoder {name!r} is a {kind!r} model, which cannot write text")
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind in _REFUSED: raise ValueError(f"decoder {name!r} ({cls.__name__}) {_REFUSED[kind]}; take another one")
     reads, writes = (inspect.signature(getattr(cls, method)).parameters for method in ('forward', 'prepare_inputs_for_generation'))
     if 'inputs_embeds' in reads and not ('inputs_embeds' in writes and 'logits_to_keep' in reads): raise ValueError(f"decoder {name!r} ({cls.__name__}) cannot write from vectors; take a model for text only")
     if 'inputs_embeds' not in reads: raise ValueError(f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a prefix made of a picture")
@@ -105,6 +110,37 @@ def _check_vocabulary(tokenizer, name, tokenizer_name, config):
     for token,i in tokenizer.get_vocab().items():
         if own.get(token, i)!=i: raise ValueError(f"tokenizer {tokenizer_name!r} is not that of decoder {name!r}: token {token!r} is number {i} there and {own[token]} here; set tokenizer_name and decoder_name together")
 
+def _alike(a, b, half=.02):
+    "Whether two tensors hold the same numbers, up to rounding: 1e-4 of the largest in float32, else `half`."
+    if a.shape!=b.shape: return False
+    tolerance = 1e-4 if a.dtype==b.dtype==torch.float32 else half
+    a, b = a.float(), b.float()
+    return bool((a-b).abs().max() <= tolerance*b.abs().max()) # false also for what is not a number
+
+def _random_ids(decoder, *shape):
+    "Random tokens, always the same ones."
+    rows = decoder.get_input_embeddings().num_embeddings
+    return torch.randint(rows, shape, generator=torch.Generator().manual_seed(0)).to(decoder.device)
+
+# what models make of inputs that they don't know
+_CANNOT_READ = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
+
+@torch.no_grad()
+def _check_reading(name, decoder):
+    "Raise a `ValueError` unless a decoder reads vectors, and each only with those before it."
+    ids, who = _random_ids(decoder, 2, 6), f"decoder {name!r} ({type(decoder).__name__})"
+    ids[1,:3] = ids[0,:3]
+    vectors = decoder.get_input_embeddings()(ids)
+    try: logits = decoder(inputs_embeds=vectors, use_cache=False).logits
+    except torch.OutOfMemoryError: raise
+    except _CANNOT_READ as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{who} cannot read vectors in place of tokens: {reason}") from e
+    if not logits.isfinite().any(-1).all(): raise ValueError(f"{who} computes no numbers (NaN): are its weights whole?")
+    if _alike(logits[0,:3], logits[1,:3], half=.1): return
+    raise ValueError(f"{who} looks at what comes after a token, too, so it cannot write; "
+                     "is is_decoder set in its config.json?")
+
 def load_decoder(
     name:str, # A shipped model, a hub id, a folder with a causal language model, or a file in GGUF format, `FOLDER/FILE.gguf`
     tokenizer_name:str=None, # Its tokenizer; None for the one in the same place
@@ -119,6 +155,7 @@ def load_decoder(
     if tokenizer_name not in (None, name): _check_vocabulary(tokenizer, name, tokenizer_name, config)
     if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name or name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
     use_onednn(model)
+    _check_reading(name, model)
     model.generation_config = GenerationConfig() # its makers' habits, such as a penalty for repeating, are not ours
     return model, tokenizer
 
@@ -220,25 +257,30 @@ def _attention(
 
 # %% ../nbs/05_decoder.ipynb #5a000004
 @torch.no_grad()
+def _compare_head(decoder):
+    "Whether the head gets the last hidden states as they are, and nothing changes the logits that it makes of others."
+    base, head, given = decoder.base_model, decoder.get_output_embeddings(), []
+    if base is decoder or not isinstance(head, nn.Linear): return False
+    inputs = dict(inputs_embeds=decoder.get_input_embeddings()(_random_ids(decoder, 2, 4)), use_cache=False)
+    last = base(**inputs).last_hidden_state
+    states = torch.randn(last.shape, generator=torch.Generator().manual_seed(0)).to(last)
+    states *= 100/head(states).float().std().clamp(min=.01) # logits of about 100 show every cap
+    expected = head(states)
+    def replace(module, args):
+        given.append(args[0])
+        return states
+    hook = head.register_forward_pre_hook(replace)
+    try: logits = decoder(**inputs).logits
+    finally: hook.remove()
+    return len(given)==1 and _alike(given[0], last, half=.1) and _alike(logits, expected)
+
 def head_is_plain(
     decoder, # Causal language model
 ) -> bool:
-    "Whether the logits are the last hidden state times the head's matrix, with nothing done to them after; found out by one token, once."
-    if not hasattr(decoder, '_head_is_plain'):
-        one = dict(input_ids=torch.zeros(1, 1, dtype=torch.long, device=decoder.device), use_cache=False)
-        hidden, head = decoder.base_model(**one).last_hidden_state, decoder.get_output_embeddings()
-        decoder._head_is_plain = isinstance(head, nn.Linear) and torch.allclose(decoder(**one).logits.float(), head(hidden).float(), rtol=1e-3, atol=1e-4)
+    "Whether the logits are the last hidden state times the head's matrix, and nothing else is done; tried once."
+    if decoder.device.type=='meta': return True # what has no content cannot be tried
+    if not hasattr(decoder, '_head_is_plain'): decoder._head_is_plain = _compare_head(decoder)
     return decoder._head_is_plain and not decoder.get_output_embeddings().weight.requires_grad
-
-def takes_positions(
-    decoder, # Causal language model
-    length:int, # Positions of a caption, its prefix included
-) -> bool:
-    "Whether each position of a row can be told where it stands and what it sees: the decoder is told positions, and every layer sees all that was read."
-    config = decoder.config.get_text_config()
-    full = set(getattr(config, 'layer_types', None) or ()) <= {'full_attention','sliding_attention'} and not getattr(config, 'alibi', False) # alibi counts positions itself
-    return full and length <= (getattr(config, 'sliding_window', None) or length) and not decoder._is_stateful and config._attn_implementation in ('eager','sdpa') and 'position_ids' in inspect.signature(decoder.forward).parameters
-
 
 # %% ../nbs/05_decoder.ipynb #5a000014
 class _HeadNats(torch.autograd.Function):
@@ -261,9 +303,9 @@ class _HeadNats(torch.autograd.Function):
 
 
 # %% ../nbs/05_decoder.ipynb #5a000015
-def _inputs(decoder, prefix, input_ids, lengths):
-    "What the decoder is given to read; and of each token where it is predicted (row, column) and where it stands in `input_ids`."
-    many = takes_positions(decoder, prefix.shape[1]+input_ids.shape[1])
+def _inputs(decoder, prefix, input_ids, lengths, many):
+    """What the decoder is given to read, `many` captions in a row or each in its own; and of each token
+    where it is predicted (row, column) and where it stands in `input_ids`."""
     if not many: prefix = prefix.repeat_interleave(len(input_ids)//len(prefix), 0)
     (batch, k, width), captions, device = prefix.shape, len(input_ids)//len(prefix), prefix.device
     vectors, tokens = _layout(lengths.view(batch, captions), k, apart=not many)
@@ -279,6 +321,36 @@ def _inputs(decoder, prefix, input_ids, lengths):
         inputs |= dict(attention_mask=joined.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(joined.dtype).min), position_ids=spread(t+k*(piece>0), 0))
     return inputs, [v.to(device) for v in tokens]
 
+@torch.no_grad()
+def _compare_rows(decoder):
+    "Whether captions that share a row get the logits that they get in rows of their own, for random tokens."
+    ids = _random_ids(decoder, 6, 5)
+    prefix = decoder.get_input_embeddings()(ids[:2,:3])
+    def read(many):
+        inputs, (row, column, caption, t) = _inputs(decoder, prefix, ids, torch.tensor([5,3,4,2,5,3]), many)
+        return decoder(**inputs).logits[row,column]
+    return _alike(read(True), read(False), half=.1)
+
+def _reads_rows(decoder):
+    "What `_compare_rows` finds, tried once."
+    if decoder.device.type=='meta': return True # what has no content cannot be tried
+    if not hasattr(decoder, '_shares_rows'): decoder._shares_rows = _compare_rows(decoder)
+    return decoder._shares_rows
+
+def takes_positions(
+    decoder, # Causal language model
+    length:int, # Positions of a caption, its prefix included
+) -> bool:
+    """Whether each position of a row can be told where it stands and what it sees: the decoder heeds positions,
+    and every layer sees all that was read."""
+    config = decoder.config.get_text_config()
+    layers = set(getattr(config, 'layer_types', None) or ())
+    if decoder._is_stateful or not layers <= {'full_attention','sliding_attention'}: return False
+    if getattr(config, 'alibi', False): return False # it counts positions itself
+    if config._attn_implementation not in ('eager','sdpa'): return False
+    fits = length <= (getattr(config, 'sliding_window', None) or length)
+    return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and _reads_rows(decoder)
+
 def caption_nats(
     decoder, # Causal language model
     prefix, # (batch, prefix, width): what stands before a caption
@@ -286,7 +358,8 @@ def caption_nats(
     attention_mask, # (batch*k, n); a row without a token is no caption
 ) -> torch.Tensor: # (batch*k, n), nats: minus the log-probability of each token, 0 at padding
     "Say how surprised the decoder is by each token of each caption, given the prefix."
-    inputs, (row, column, caption, t) = _inputs(decoder, prefix, input_ids, attention_mask.sum(1).cpu())
+    many = takes_positions(decoder, prefix.shape[1]+input_ids.shape[1])
+    inputs, (row, column, caption, t) = _inputs(decoder, prefix, input_ids, attention_mask.sum(1).cpu(), many)
     labels = input_ids[caption, t]
     if head_is_plain(decoder): nats = _HeadNats.apply(decoder.base_model(**inputs).last_hidden_state[row,column], decoder.get_output_embeddings(), labels)
     else: nats = F.cross_entropy(decoder(**inputs).logits[row,column].float(), labels, reduction='none')
@@ -295,7 +368,6 @@ def caption_nats(
 def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
     "Mean nats per caption token, end-of-text included; the arguments are those of `caption_nats`."
     return caption_nats(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
-
 
 # %% ../nbs/05_decoder.ipynb #5a000006
 class _RowsLayer(DynamicLayer):
@@ -318,12 +390,13 @@ class _Rows(Cache):
         for layer in self.layers: layer.position, layer.upto = position, int(position.max())+1
 
     def fill(self, rows, read): # What was read into a `DynamicCache` becomes the beginning of some rows
-        for mine,its in zip(self.layers, read.layers):
+        for mine,its in zip(self.layers, read.layers): # layers that take the keys of others have none
             mine.make_room(its.keys, its.values, self.rows, n := its.keys.shape[2])
             mine.keys[rows,:,:n], mine.values[rows,:,:n] = its.keys, its.values
 
     def keep(self, rows):
-        for layer in self.layers: layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for layer in self.layers:
+            if layer.is_initialized: layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 # %% ../nbs/05_decoder.ipynb #5a000008
 @torch.no_grad()
@@ -376,24 +449,15 @@ _INSTEAD = dict(
     return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
     output_hidden_states=_FORM, generation_config='pass what it holds as single options',
     max_length='use max_new_tokens', min_length='use min_new_tokens')
-_LEAST = dict(batch_size=1, num_beams=1, num_return_sequences=1, max_new_tokens=1, min_new_tokens=0, top_k=0)
-_MOST = dict(temperature=math.inf, top_p=1, repetition_penalty=math.inf, max_time=math.inf)
-
-def _refuse(name, value, allowed): raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+_NUMBERS = {name: (int, limits(lo=1)) for name in ('batch_size', 'num_beams', 'num_return_sequences', 'max_new_tokens')}
+_NUMBERS |= {name: (int, limits(lo=0)) for name in ('min_new_tokens', 'top_k', 'no_repeat_ngram_size')}
+_NUMBERS |= {name: (float, limits(lo=0)) for name in ('temperature', 'repetition_penalty', 'max_time')}
+_NUMBERS |= dict(top_p=(float, limits(lo=0, hi=1)), do_sample=(bool, limits()))
 
 def _checked_option(name, value):
-    "The value of an option, numbers as `int` or `float`; raises `ValueError` for one that is out of range."
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if name in _LEAST:
-        if not (number and value==int(value) and value >= _LEAST[name]):
-            _refuse(name, value, f'a whole number of {_LEAST[name]} or more')
-        return int(value)
-    if name in _MOST:
-        if not (number and 0 < value <= _MOST[name]):
-            _refuse(name, value, 'a number above 0' + ('' if _MOST[name]==math.inf else f' and up to {_MOST[name]}'))
-        return float(value)
-    if name=='do_sample' and not isinstance(value, bool): _refuse(name, value, 'true or false')
-    return value
+    "The value of an option; raises `ValueError` if it is out of range."
+    kind, allowed = _NUMBERS.get(name, (None, None))
+    return kind(check_value(name, value, kind, allowed)) if kind else value
 
 def _check_name(name):
     "Raise a `ValueError` that says what to do about a name which is no option."
@@ -413,9 +477,10 @@ def check_options(
     for names,met,need in (_SAMPLING, sample, 'do_sample=True'), (_BEAMS, beams > 1, 'num_beams above 1'):
         idle = [name for name in names if name in found and not met]
         if idle: raise ValueError(f"{idle[0]} has no effect without {need}; set that too, or leave {idle[0]} out")
-    if n > 1 and one: _refuse('num_return_sequences', n, f'1, since {one}')
+    if n > 1 and one: raise ValueError(f"num_return_sequences is {n}; allowed: 1, since {one}")
     if n > beams and not (sample and beams==1):
-        _refuse('num_return_sequences', n, f'up to num_beams, which is {beams}, or any number with do_sample=True')
+        more = f'up to num_beams, which is {beams}, or any number with do_sample=True'
+        raise ValueError(f"num_return_sequences is {n}; allowed: {more}")
     if 'streamer' in found and max(beams, n) > 1:
         raise ValueError('streamer follows one caption per image; leave it out, or num_beams and num_return_sequences')
     return found
@@ -514,6 +579,7 @@ def generate_captions(
     if scores: found = list(zip(found, values, strict=True))
     n = len(found)//max(1, len(prefix))
     return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
+
 def split_scores(
     found, # What `scores=True` gives for an image: (text, score), or a list of them
 ) -> tuple: # Text and score, or a list of texts and a list of scores
@@ -528,6 +594,7 @@ def use_int8(
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     if decoder.device.type!='cpu': raise ValueError(f"8-bit integers are for a CPU, and the decoder is on {decoder.device}; set the device to 'cpu', or leave int8 out")
     if any('.lora_' in name for name,_ in decoder.named_parameters()): raise ValueError('a decoder with LoRA cannot be put into 8-bit integers; leave int8 out')
+    _reads_rows(decoder) # tried while it is exact
     for layer in decoder.modules():
         if type(layer) is FrozenLinear: layer.__class__ = nn.Linear
     with warnings.catch_warnings():
@@ -535,7 +602,6 @@ def use_int8(
         warnings.filterwarnings('ignore', message='.*deprecat.*', module='torch')
         quantize_dynamic(decoder, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
     decoder._head_is_plain = False # its matrix is no longer one of numbers
-
 
 # %% ../nbs/05_decoder.ipynb #0da7b035
 @torch.no_grad()

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIX', 'image_formats', 'image_format', 'TooManyPixels', 'ImageFile', 'open_image', 'measure_image',
-           'walk_files', 'passed_over', 'find_images', 'decode_requests', 'DecodingPool', 'decoding_pool',
-           'image_opener', 'open_images']
+           'walk_files', 'passed_over', 'images_below', 'find_images', 'decode_requests', 'DecodingPool',
+           'decoding_pool', 'image_opener', 'open_images']
 
 # %% ../nbs/01b_images.ipynb #1b000003
 import atexit, glob, io, json, os, queue, signal, stat, struct, subprocess, sys, threading, time
+from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 import capnb
 import numpy as np
-from collections import Counter, deque
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/01b_images.ipynb #1b000021
@@ -263,12 +263,17 @@ def passed_over(
     install = f" ({' and '.join(packages)} would open some: pip install 'capnb[formats]')" if packages else ''
     return ', '.join(f'{n} {suffix}' for suffix,n in counts.most_common()) + install
 
-def _images_below(folder):
-    "The images in a folder; says what else is there."
-    errors, found, others = [], [], []
-    for path in walk_files(folder, errors.append):
-        if path.is_file(): (found if image_format(path) in image_formats() else others).append(path)
-    for error in errors: print(f'{error.filename} cannot be read: {error.strerror}', file=sys.stderr)
+def images_below(
+    folder, # Where to look
+) -> tuple: # Paths of images, and of other files
+    "Find the images in a folder and below it; a folder that cannot be read is told."
+    told = lambda error: print(f'{error.filename} cannot be read: {error.strerror}', file=sys.stderr)
+    files = [path for path in walk_files(folder, told) if path.is_file()]
+    found = [path for path in files if image_format(path) in image_formats()]
+    return found, sorted(set(files).difference(found))
+
+def _found_below(folder):
+    found, others = images_below(folder)
     passed = passed_over(others)
     if not found: raise FileNotFoundError(f"no picture at {folder!r} or below it" + (f'; passed over: {passed}' if passed else ''))
     if passed: print(f'{folder}: passed over {passed}', file=sys.stderr)
@@ -280,7 +285,7 @@ def find_images(
     "List the image files that `paths` name, and say what was passed over in folders; raises `FileNotFoundError` for a name with nothing behind it."
     files = []
     for path in map(str, paths):
-        if Path(path).is_dir(): found = _images_below(path)
+        if Path(path).is_dir(): found = _found_below(path)
         elif Path(path).is_file(): found = [Path(path)]
         else:
             matches = {os.path.realpath(p): Path(p) for p in sorted(glob.glob(path, recursive=True), reverse=True)} # a loop of links matches again and again
@@ -566,6 +571,7 @@ def open_images(
     ahead:int=None, # As for `DecodingPool.map`
 ): # Yields an image, or a `ValueError`, for each source, in order
     "Open images one after the other, many of them in child processes."
+    sources = list(sources)
     if sum(not isinstance(source, Image.Image) for source in sources) >= _FEW:
         yield from decoding_pool().map(sources, ahead, min_side=min_side)
         return

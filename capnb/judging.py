@@ -19,9 +19,10 @@ from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
-from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, say, write_json
+from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, parse_json, read_text, say, write_json
 from .data import one_line, words
 from .sources import load_for
+from .tables import NameIndex
 from .decoder import use_int8
 from .encoder import EncodedData, encode_data, features_folder, load_encoder
 from .evaluation import BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
@@ -34,7 +35,7 @@ def clip_scores(
 ) -> dict: # 'clipscore' and 'refclipscore': tensors (pictures,)
     "CLIPScore and RefCLIPScore of each picture (Hessel et al. 2021)."
     seen = 2.5*(images*captions).sum(-1).clamp(min=0)
-    said = torch.stack([(r @ c).max() for r,c in zip(references, captions)]).clamp(min=0)
+    said = torch.stack([(r @ c).max() for r,c in zip(references, captions, strict=True)]).clamp(min=0)
     return dict(clipscore=seen, refclipscore=2*seen*said/(seen+said).clamp(min=1e-12))
 
 # %% ../nbs/21_judging.ipynb #jd210010
@@ -89,7 +90,7 @@ def clip_parts(
     read = scorer.embed_texts([r for refs in references for r in refs])
     people = [read[a:b] for a,b in zip(ends, ends[1:])]
     found, other = clip_scores(images, said, people), clip_scores(images.roll(-1, 0), said, people[1:]+people[:1])
-    ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images)]
+    ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images, strict=True)]
     return {name: mean_parts(each) for name,each in dict(found, **{f'{k}_floor': v for k,v in other.items()}, clipscore_ceiling=ceiling).items()}
 
 # %% ../nbs/21_judging.ipynb #jd210021
@@ -107,13 +108,14 @@ def write_predictions(
     captions, # One per picture
 ):
     "Write captions as COCO results."
-    write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions)])
+    write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions, strict=True)])
 
 # %% ../nbs/21_judging.ipynb #jd210022
 def _entries(path):
     "Id, as a text, and caption, as one line, of each entry of a file of COCO results."
-    try: found = json.loads(Path(path).read_text(encoding='utf-8-sig'))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON: {e}") from None
+    text = read_text(path)
+    try: found = parse_json(text)
+    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(found, list): raise ValueError(f"{path} must hold a list of objects with image_id and caption, as COCO results do")
     for n,entry in enumerate(found):
         i, caption = (entry.get('image_id'), entry.get('caption')) if isinstance(entry, dict) else (None, None)
@@ -121,17 +123,33 @@ def _entries(path):
         if re.search('[\ud800-\udfff]', caption): raise ValueError(f"{path}: the caption of entry {n} holds half a character (a surrogate), which no text can")
         yield str(i), one_line(caption)
 
+class _ImageFinder:
+    "Finds the number of the image that an id means: the id itself, COCO's number of it, or another spelling of its name."
+    def __init__(self, image_ids):
+        self.where = {str(i): n for ids in (coco_ids(image_ids), image_ids) for n,i in enumerate(ids)}
+        self.image_ids, self.index = image_ids, NameIndex(image_ids)
+    def __call__(self, i):
+        if i not in self.where and i.isdecimal(): i = str(int(i)) if str(int(i)) in self.where else i
+        if i in self.where: return self.where[i]
+        try: return self.where[self.index.find(i)]
+        except KeyError: pass
+        near = self.index.nearest(i)
+        raise ValueError(f"image_id {i!r} is none of the {len(self.image_ids)} pictures, such as {near or self.image_ids[0]!r}; "
+                         "name the data and the split that the captions are of")
+
 def read_predictions(
     path, # JSON file of COCO results
     image_ids, # Texts, as in the data
 ) -> list: # One caption per id, in their order
     "Read captions for these pictures; raises `ValueError` that names the file and the id that is missing, is there twice or is not known."
-    where = {str(i): n for ids in (coco_ids(image_ids), image_ids) for n,i in enumerate(ids)}
-    captions = {}
+    find, captions = _ImageFinder(image_ids), {}
     for i,caption in _entries(path):
-        if i not in where: raise ValueError(f"{path}: image_id {i!r} is none of the {len(image_ids)} pictures, such as {image_ids[0]!r}; name the data and the split that the captions are of")
-        if where[i] in captions: raise ValueError(f"{path}: image_id {i!r} has two captions")
-        captions[where[i]] = caption
+        try: n = find(i)
+        except ValueError as e: raise ValueError(f"{path}: {e}") from None
+        if n in captions: raise ValueError(f"{path}: image_id {i!r} has two captions")
+        captions[n] = caption
+    for given,real in list(find.index.respelt.items())[:1]:
+        say(f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as {given!r} for {real!r}")
     missing = [i for n,i in enumerate(image_ids) if n not in captions]
     if missing: raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is {missing[0]!r}; captions of one split are judged with --split")
     return [captions[n] for n in range(len(image_ids))]
@@ -232,7 +250,7 @@ def each_score(
     "The scores of each picture by itself."
     own = {name: p for name,p in judged.parts.items() if not name.endswith(('_floor','_ceiling'))}
     empty = {name: p.each[:,1:].sum(1)==0 if name in FACTS else np.zeros(len(p.each), bool) for name,p in own.items()} # neither said nor there
-    return {name: [None if e else float(v) for v,e in zip(p.score(p.each), empty[name])] for name,p in own.items()}
+    return {name: [None if e else float(v) for v,e in zip(p.score(p.each), empty[name], strict=True)] for name,p in own.items()}
 
 # %% ../nbs/21_judging.ipynb #jd210037
 def write_csv(
@@ -243,7 +261,7 @@ def write_csv(
     found = {split: each_score(j) for split,j in judged.items()}
     names = list(dict.fromkeys(name for scores in found.values() for name in scores))
     rows = [[split, i, c, ' | '.join(r['captions']), *('' if (v := found[split].get(name)) is None or v[n] is None else f'{v[n]:.4f}' for name in names)]
-            for split,j in judged.items() for n,(i,c,r) in enumerate(zip(j.ids, j.captions, j.data.rows))]
+            for split,j in judged.items() for n,(i,c,r) in enumerate(zip(j.ids, j.captions, j.data.rows, strict=True))]
     with atomic_write(path) as f: csv.writer(f, lineterminator='\n').writerows([['split', 'image_id', 'caption', 'references', *names], *rows])
 
 # %% ../nbs/21_judging.ipynb #jd210040
@@ -520,6 +538,10 @@ def eval_command(
     predictions:Param('Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of with --data or --preset', any_path)=None,
     data:Param('Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', any_path)=None,
     preset:Param('Preset whose data the predictions are of', str, choices=list(PRESETS))=None,
+    image_column:Param('Of the data of predictions: column of images, as for capnb_train', str)=None,
+    caption_column:Param('Of the data of predictions: column of captions, as for capnb_train', str)=None,
+    encoding:Param('Of the data of predictions: encoding of its tables, as for capnb_train', str)=None,
+    outside_files:Param('Of the data of predictions: also read images that a table names outside of its folder', store_true)=False,
     split:Param('Split to score; without it every split that training did not see', str)=None,
     coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
     clipscore:Param('Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own encoder, which flatters', any_path)=None,
@@ -531,7 +553,9 @@ def eval_command(
     int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
 ):
     "Score a checkpoint on the data it was trained for, or captions of any origin: ROUGE-L between floors and ceiling, facts, and the image gain, with 95% intervals."
-    h, path = _settings(predictions, checkpoint, data, preset), predictions or find_checkpoint(checkpoint, folder, best)
+    columns = dict(image_column=image_column, caption_column=caption_column, encoding=encoding, outside_files=outside_files or None)
+    about = {k: v for k,v in dict(data=data, **columns).items() if v is not None}
+    h, path = _settings(predictions, checkpoint, preset, about), predictions or find_checkpoint(checkpoint, folder, best)
     if coco: coco_tools() # what is missing should be known before captions are written
     scorer = ClipScorer(clipscore, 'cpu' if int8 else None) if clipscore else None
     if predictions: metadata, model, found = {}, None, _predicted(path, h, split)
@@ -548,12 +572,15 @@ def eval_command(
     if report: _write(report, report_page(Path(path).stem, _about(h, metadata), judged, compared, against, [] if predictions else training_charts(path)))
 
 # %% ../nbs/21_judging.ipynb #jd210061
-def _settings(predictions, checkpoint, data, preset):
+def _settings(predictions, checkpoint, preset, about):
     "The hyperparameters that name the data of predictions; None where a checkpoint knows its own."
     if predictions and checkpoint: raise ValueError("judge either a checkpoint or predictions; give one of them")
-    if not predictions and (data or preset): raise ValueError("--data and --preset say what --predictions are of; a checkpoint knows its data")
-    if predictions and not (data or preset): raise ValueError(f"say what {predictions} has captions of, with --data or --preset")
-    return as_hyperparameters(preset=preset or ('storybook' if data=='storybook' else None), **(dict(data=data) if data else {})) if predictions else None
+    if not predictions and (preset or about):
+        said = [f'--{name}' for name in ['preset']*bool(preset) + list(about)]
+        raise ValueError(f"{' and '.join(said)} say what --predictions are of; a checkpoint knows its data")
+    if not predictions: return None
+    if not (preset or 'data' in about): raise ValueError(f"say what {predictions} has captions of, with --data or --preset")
+    return as_hyperparameters(preset=preset or ('storybook' if about.get('data')=='storybook' else None), **about)
 
 def _warn(judged, name):
     "Note and say that the scoring CLIP is the captioner's own."

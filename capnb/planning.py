@@ -70,7 +70,6 @@ def blank_captioner(
         if h.lora_rank: add_lora(decoder, h)
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
-    if device=='meta': decoder._head_is_plain = True # what has no content cannot be asked
     model = Captioner(encoder, adapter, decoder, None, h.max_caption_length).train()
     thaw(model, h, h.unfreeze_epoch)
     return model
@@ -156,7 +155,7 @@ def planned_data(
 ) -> dict: # Name of split: `CaptionData`; empty for `KNOWN_DATA`
     "Load the data of a run, if nothing has to be downloaded for it; raises `ValueError` for data that would have to be, and are not known."
     if h.data in KNOWN_DATA: return {}
-    if h.data=='storybook' or Path(h.data).is_dir(): return load_for(h)
+    if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
     raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
 
 def picture_counts(
@@ -323,12 +322,12 @@ def dry_run(
     say(f'captions     {captions_text(plan)}', flush=True)
     free, wanted = free_memory(plan.hardware.device) if free is None else free, plan.memory_needed-PROCESS_GB
     if wanted > free:
-        print(f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less")
+        say(f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less")
         return
-    print(f"\nOne step on made-up data with random weights, in at most {wanted:.2f} GB ...", flush=True)
+    say(f"\nOne step on made-up data with random weights, in at most {wanted:.2f} GB ...", flush=True)
     seconds = time_phases(h, plan.hardware)
     parts = run_seconds(plan, seconds)
-    print(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
+    say(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
 
 # %% ../nbs/13_planning.ipynb #13a00039
 FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_pictures', 'first_loss', 'last_loss', 'validation_loss', 'split', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain', 'seconds', 'device', 'date')
@@ -354,7 +353,7 @@ def result_row(
     scores, stamp = m.get('test') or dict(m, loss=m['validation_loss']), Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0]
     epochs = [read_metadata(Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth')) for e in range(1, m['epoch']+1)]
     return dict(zip(FIELDS, (settings_name(h), m['encoder'], m['decoder'], m['data']['name'], m['data']['train'], sum(losses[:10])/len(losses[:10]), m['training_loss'], m['validation_loss'], split,
-                             *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')), sum(e['seconds'] for e in epochs), hardware or m['device'], f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}')))
+                             *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')), sum(e['seconds'] for e in epochs), hardware or m['device'], f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}'), strict=True))
 
 # %% ../nbs/13_planning.ipynb #13a0003a
 def _is_same(a, b): return all(a[k]==b[k] for k in ('settings', 'encoder', 'decoder', 'data')) and (a['device']==b['device'] or None in (a['device'], b['device']))
@@ -394,4 +393,4 @@ def results_command(
     rows = add_row(rows, result_row(checkpoint, hardware))
     write_json(path, rows)
     with atomic_write(path.with_suffix('.md')) as f: f.write(results_table(rows)+'\n')
-    print(results_table(rows))
+    say(results_table(rows))

@@ -19,6 +19,7 @@ from fastcore.script import Param, store_true
 from PIL import Image
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, Number, any_path, command, find_checkpoint
+from .core import say
 from .images import TooManyPixels, image_formats, measure_image, open_image
 from .decoder import captions_of
 from .inference import explain
@@ -490,7 +491,7 @@ def serve(
     api.setup = worker.setup
     server = litserve.LitServer(api, timeout=limits.seconds, restart_workers=True)
     server.uvicorn_graceful_timeout = math.ceil(limits.seconds)
-    def ready(): state.value = SERVING; print(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
+    def ready(): state.value = SERVING; say(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
     server.app = make_app(server, limits, key, running, state, ready)
     came = _on_signal(server, running, state, limits)
     try: server.run(host, port, num_api_servers=1, log_level='warning', generate_client_file=False, server_header=False)

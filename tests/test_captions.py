@@ -1,12 +1,14 @@
 "Several captions of an image belong to that image, best first, everywhere; options are checked by name; captions are printed as they come."
-import json, signal
+import json, os, signal
 import numpy as np, pyarrow as pa, pytest, torch
-from capnb.captioner import load_model_from_checkpoint
-from capnb.commands import train
+from capnb.captioner import Captioner, load_model_from_checkpoint
+from capnb.commands import caption_command, train
 from capnb.decoder import check_options, generate_ids
 from capnb.encoder import EncodedData
-from capnb.evaluation import write_captions_for
+from capnb.evaluation import draw_samples, fact_counts, facts_scores, write_captions_for
+from capnb.images import open_images
 from capnb.inference import caption_files, explain
+from capnb.judging import clip_scores, write_predictions
 from capnb.scale import ROW, CaptionWorker
 from capnb.storybook import Storybook
 
@@ -139,3 +141,77 @@ def test_numbers_of_other_types(model, images):
 
 def test_streamer_of_more_than_a_batch(model, images):
     with pytest.raises(ValueError, match='^streamer follows one batch'): model.caption(images, batch_size=2, streamer=object())
+
+# --- The command prints captions as they come
+
+@pytest.fixture(scope='module')
+def folder(checkpoint, images):
+    "Where the command finds a checkpoint, two images and a broken one."
+    here = checkpoint.parent.parent
+    for i in range(2): images[i].save(here/f'{i}.png')
+    (here/'bad.png').write_bytes(b'no image')
+    return here
+
+def test_several_captions_from_the_command(call, model, folder, images):
+    flags = ('--num_beams', 3, '--num_return_sequences', 2, '--scores')
+    done = call('capnb_caption', '0.png', 'bad.png', '1.png', *flags, '--json', cwd=folder)
+    rows = json.loads(done.stdout)
+    assert done.returncode == 1 and [r['file'] for r in rows] == ['0.png', 'bad.png', '1.png'] and set(rows[1]) == {'file','error'}
+    assert [r['caption'] for r in rows if 'caption' in r] == model.caption(images[:2], **BEAMS)
+    lines = call('capnb_caption', '0.png', 'bad.png', '1.png', *flags, cwd=folder).stdout.splitlines()
+    assert lines == [f"{r['file']}: {text}  ({score:.3f})" for r in rows if 'caption' in r for text,score in zip(r['caption'], r['score'], strict=True)]
+    assert call('capnb_caption', '0.png', cwd=folder).stdout == f'0.png: {model.caption(images[0])}\n'
+
+def test_drawn_captions_from_the_command(call, model, folder, images):
+    flags = ('--do_sample', '--num_return_sequences', 3, '--temperature', .8, '--top_p', .95, '--seed', 3)
+    lines = call('capnb_caption', '0.png', *flags, cwd=folder).stdout.splitlines()
+    torch.manual_seed(3)
+    assert lines == [f'0.png: {text}' for text in model.caption(images[0], temperature=.8, top_p=.95, **DRAWN)]
+
+@pytest.mark.parametrize('command', [('capnb_caption', '0.png'), ('capnb_scale', '.', 'out')])
+@pytest.mark.parametrize('flags', [('--num_beams', 0), ('--num_beams', -5), ('--num_return_sequences', 0), ('--num_return_sequences', 2)], ids=str)
+def test_number_that_is_not_allowed_is_one_line(call, folder, command, flags):
+    done = call(*command, *flags, cwd=folder)
+    assert done.returncode != 0 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert f'{flags[0][2:]} is {flags[1]}; allowed: ' in done.stderr and not (folder/'out').exists()
+
+@pytest.mark.parametrize('flags', [(), ('--json',)])
+def test_error_does_not_lose_the_captions_before_it(model, folder, monkeypatch, capsys, flags):
+    first = model.caption_features
+    def fail_later(self, features, *args, **kwargs):
+        monkeypatch.setattr(Captioner, 'caption_features', fail)
+        return first(features, *args, **kwargs)
+    def fail(self, *args, **kwargs): raise RuntimeError('out of memory')
+    monkeypatch.setattr(Captioner, 'caption_features', fail_later)
+    monkeypatch.chdir(folder)
+    with pytest.raises(RuntimeError): caption_command(['0.png']*40 + [*flags])
+    out = capsys.readouterr().out
+    assert len(json.loads(out) if flags else out.splitlines()) == 32
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+def test_interrupt_leaves_whole_json(start, folder):
+    with start('capnb_caption', *['0.png', 'bad.png']*4000, '--json', cwd=folder) as process:
+        try:
+            begun = process.stdout.readline() + process.stdout.readline() # while it is at work
+            process.send_signal(signal.SIGINT)
+            rows, err = json.loads(begun + process.stdout.read()), process.stderr.read()
+        finally: process.kill()
+    assert process.returncode == 130 and err.splitlines()[-1] == 'stopped', err[-3000:]
+    assert 1 <= len(rows) < 8000 and [r['file'] for r in rows] == ['0.png', 'bad.png']*(len(rows)//2) + ['0.png']*(len(rows)%2)
+
+# --- Lists that do not belong together are an error, not cut to the shorter one
+
+FACTS = [Storybook('test')[i]['facts'] for i in range(3)]
+UNEQUAL = {'facts': lambda images, file: fact_counts(['A red cat.']*2, FACTS),
+           'mistakes': lambda images, file: facts_scores(['A red cat.']*4, FACTS),
+           'predictions': lambda images, file: write_predictions(file, ['1', '2', '3'], ['A red cat.']*2),
+           'drawing': lambda images, file: draw_samples(images[:3], ['A red cat.']*2, file),
+           'CLIPScore': lambda images, file: clip_scores(torch.ones(1, 4), torch.ones(1, 4), [torch.ones(2, 4)]*3),
+           'names': lambda images, file: list(open_images(images, ['first', 'second']))}
+
+@pytest.mark.parametrize('what', UNEQUAL)
+def test_unequal_lists_are_refused(images, tmp_path, what):
+    with pytest.raises(ValueError, match='zip|belong'): UNEQUAL[what](images, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_sources_of_images_may_come_one_by_one(images): assert len(list(open_images(iter(images)))) == 5

@@ -1,5 +1,5 @@
 "Captions at scale: a worker is killed, a whole job is killed, and still every picture is captioned exactly once."
-import os, signal, subprocess, sys, time
+import ipaddress, os, signal, subprocess, sys, time
 from collections import Counter
 import psutil, pytest
 import pyarrow.parquet as pq
@@ -55,11 +55,21 @@ def wait_for(process, ready, seconds=120):
         time.sleep(.02)
     return found
 
+def listening(process):
+    "The addresses at which a job and its processes listen."
+    found = set()
+    for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        try: found |= {c.laddr.ip for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN}
+        except psutil.Error: pass
+    return {getattr(ip, 'ipv4_mapped', None) or ip for ip in map(ipaddress.ip_address, found)}
+
 def kill_worker(process, out):
     "Kill one of the two workers in the middle of a job, and wait for a new one in its place."
     wait_for(process, lambda: list(out.glob('*.parquet')))
     first = workers(process)
     assert len(first) == 2
+    listens = listening(process)
+    assert listens and all(ip.is_loopback for ip in listens), listens # nobody else can reach what runs whatever it is sent
     first[0].send_signal(signal.SIGKILL)
     written = SHARD*len(list(out.glob('*.parquet'))) # at most: one of them may be half written
     assert written < N - 5*SHARD, 'the kill came too late to mean anything'

@@ -1,0 +1,342 @@
+"Tables of captions as people have them: the right captions, or an error that says what to do."
+import csv, io, json, os
+from pathlib import Path
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+from capnb.core import Hyperparameters, as_hyperparameters, read_text
+from capnb.data import read_folder
+from capnb.judging import read_predictions
+from capnb.sources import check_data, load_data
+import capnb.core as core
+
+NAMES = [f'{n:03}.png' for n in range(12)]
+SAID = [f'a {color} dog runs past a house' for color in 'red blue green black white pink brown grey tan gold teal plum'.split()]
+OTHER = [f'machine caption {n}' for n in range(12)]
+
+def album(folder, text, name='captions.csv', encoding='utf-8', files=NAMES):
+    "A folder with empty files and one table."
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        (folder/file).parent.mkdir(parents=True, exist_ok=True)
+        (folder/file).touch()
+    (folder/name).write_text(text, encoding=encoding, newline='')
+    return folder
+
+def lines(*columns, header=None, separator=','):
+    "A table as Python's csv writes it."
+    file = io.StringIO()
+    csv.writer(file, delimiter=separator).writerows([header]*bool(header) + list(zip(*columns)))
+    return file.getvalue()
+
+def captions(folder, **options):
+    "The captions of each file of a folder."
+    return {name: rows.captions[name] for rows in read_folder(folder, **options).tables for name in rows.names}
+
+RIGHT = {name: [said] for name,said in zip(NAMES, SAID)}
+
+# --- Columns with names
+
+HEADERS = '''filepath,title image_path,caption path,caption img,caption image_id,caption Image,Caption image,label file_path,text filename,prompt
+image,alt_text url,caption image,caption_en image,captions image,blip_caption img_path,sentence foto,beschreibung'''.split()
+
+@pytest.mark.parametrize('header', HEADERS)
+def test_names_of_columns(tmp_path, header):
+    assert captions(album(tmp_path, lines(NAMES, SAID, header=header.split(',')))) == RIGHT
+
+@pytest.mark.parametrize('first', ['file_name,caption_0,caption_1', 'file_name,caption1,caption2', 'id,sentence 1,sentence 2'])
+def test_several_columns_of_captions(tmp_path, first):
+    found = captions(album(tmp_path, lines(NAMES, SAID, [*OTHER[:-1], ''], header=first.split(','))))
+    assert found == {name: [said, *filter(None, [other])] for name,said,other in zip(NAMES, SAID, [*OTHER[:-1], ''])}
+
+JSON = [dict(image=n, caption=c, caption_human=o) for n,c,o in zip(NAMES, SAID, OTHER)]
+COCO = dict(images=[dict(id=i, file_name=n, title='x') for i,n in enumerate(NAMES)],
+            annotations=[dict(image_id=i, caption=c, caption_human=o) for i,(c,o) in enumerate(zip(SAID, OTHER))])
+FORMS = {'captions.csv': lines(NAMES, SAID, OTHER, header=('image','caption','caption_human')),
+         'captions.tsv': lines(NAMES, SAID, OTHER, header=('image','caption','caption_human'), separator='\t'),
+         'captions.json': json.dumps(JSON), 'captions.jsonl': '\n'.join(map(json.dumps, JSON)), 'captions_x.json': json.dumps(COCO)}
+
+@pytest.mark.parametrize('name', FORMS)
+def test_columns_that_are_asked_for(tmp_path, name):
+    folder = album(tmp_path, FORMS[name], name)
+    assert captions(folder) == RIGHT
+    assert captions(folder, caption_column='caption_human') == {n: [o] for n,o in zip(NAMES, OTHER)}
+    both = captions(folder, caption_column='caption, caption_human')
+    assert both == {n: [c, o] for n,c,o in zip(NAMES, SAID, OTHER)}
+    for column in ('image_column', 'caption_column'):
+        with pytest.raises(ValueError, match=rf"there is no column 'nonsense' \(asked for as {column}\); there is .*(caption_human|file_name)"):
+            captions(folder, **{column: 'nonsense'})
+
+PAINTED = Image.fromarray(np.zeros((8,8,3), np.uint8))
+
+@pytest.mark.parametrize('make', [Dataset.from_list, list])
+def test_columns_of_data_in_python(make):
+    rows = make([dict(photo=PAINTED, caption=c, note=o) for c,o in zip(SAID, OTHER)])
+    for data in (rows, dict(train=rows, validation=rows)):
+        found = load_data(data, image_column='photo', caption_column='note')['validation']
+        assert all(row['captions'][0] in OTHER for row in found) and len(found)
+        for columns in (dict(image_column='photo', caption_column='nonsense'), dict(image_column='nonsense', caption_column='note')):
+            with pytest.raises(ValueError, match="there is no column 'nonsense'; there is photo, caption, note"): load_data(data, **columns)
+    with pytest.raises(ValueError, match='the storybook has no columns'): load_data('storybook', caption_column='caption')
+
+def test_two_columns_of_equal_right_are_asked_for(tmp_path):
+    folder = album(tmp_path, lines(NAMES, SAID, OTHER, header=('file','title','prompt')))
+    with pytest.raises(ValueError, match=r"captions.csv: which column holds the captions\? Name it, as in --caption_column title, .* title \('a red dog.*prompt \('machine"):
+        captions(folder)
+    assert captions(folder, caption_column='title') == RIGHT
+
+def test_a_better_name_is_said(tmp_path, capsys):
+    "`caption` beside another column of sentences: taken, and said with two captions."
+    assert captions(album(tmp_path, lines(NAMES, OTHER, SAID, header=('file','text','caption')))) == RIGHT
+    assert f"captions are taken from column caption: '{SAID[0]}' / '{SAID[1]}'; images from column file;" in capsys.readouterr().out
+    assert captions(album(tmp_path, lines(NAMES, SAID, header=('file','caption')))) == RIGHT
+    assert capsys.readouterr().out == ''
+
+# --- Columns without names
+
+SPLITS = ['train']*9 + ['val','val','test']
+WITHOUT = { # columns, and the number of the captions' column
+    'caption, split': ((NAMES, SAID, SPLITS), '2'), 'score': ((NAMES, SAID, [n/37 for n in range(12)]), '2'), 'number first': ((NAMES, range(12), SAID), '3'),
+    'address': ((NAMES, SAID, [f'http://example.org/{n}.jpg' for n in range(12)]), '2'), 'sizes': ((NAMES, [80]*12, [60]*12, SAID), '4'),
+    'licence': ((NAMES, SAID, ['CC-BY']*12), '2'), 'caption first': ((SAID, NAMES), ''), 'two columns': ((NAMES, SAID), '')}
+
+@pytest.mark.parametrize('kind', WITHOUT)
+@pytest.mark.parametrize('separator', [',', '\t', ';'])
+def test_without_a_header(tmp_path, capsys, kind, separator):
+    columns, at = WITHOUT[kind]
+    folder = album(tmp_path, lines(*columns, separator=separator))
+    assert captions(folder) == RIGHT
+    said = capsys.readouterr().out
+    assert f"captions are taken from column {at}: '{SAID[0]}' / '{SAID[1]}'; images from column 1" in said if at else said == ''
+    if kind=='caption, split':
+        assert {split: len(rows) for split,rows in read_folder(folder).splits.items()} == dict(train=9, validation=2, test=1)
+
+def test_without_a_header_two_captions_are_asked_for(tmp_path):
+    folder = album(tmp_path, lines(NAMES, SAID, OTHER))
+    with pytest.raises(ValueError, match=r"--caption_column 2, or several with commas between. Candidates: 2 \(.*; 3 \(.*All columns: 1, 2, 3"): captions(folder)
+    assert captions(folder, caption_column='2') == RIGHT
+    assert captions(folder, caption_column='2,3')['000.png'] == [SAID[0], OTHER[0]]
+    with pytest.raises(ValueError, match="there is no column '4' .*there is 1, 2, 3"): captions(folder, caption_column='4')
+    assert captions(album(tmp_path, lines([n[:-4] for n in NAMES], SAID)), image_column='1', caption_column='2') == {n[:-4]: [c] for n,c in zip(NAMES, SAID)}
+
+def test_a_comma_in_captions_without_quotes_is_never_cut_off(tmp_path):
+    with pytest.raises(ValueError, match='which column holds the captions'): captions(album(tmp_path, ''.join(f'{n},{c}, and more\n' for n,c in zip(NAMES, SAID))))
+    with pytest.raises(ValueError, match='line 1 has 3 fields, most lines 2'):
+        captions(album(tmp_path, f'{NAMES[0]},first, and second\n' + lines(NAMES[1:], SAID[1:])))
+
+@pytest.mark.parametrize('start', ['sep=;\n', '\n \n', '\ufeff'])
+def test_what_spreadsheets_write_first(tmp_path, start):
+    assert captions(album(tmp_path, start + lines(NAMES, SAID, header=('file','caption'), separator=';'))) == RIGHT
+    with pytest.raises(ValueError, match=f"line {14+start.count(chr(10))}: there is no picture 'no.png'"):
+        captions(album(tmp_path, start + lines([*NAMES, 'no.png'], [*SAID, 'x']*1, header=('file','caption'), separator=';')))
+
+def test_an_index_column(tmp_path):
+    assert captions(album(tmp_path, lines(range(12), NAMES, SAID, header=('','file_name','caption')))) == RIGHT
+
+# --- Cells
+
+TWO = ["a dog's bed", 'a "big" house']
+
+@pytest.mark.parametrize('write', [repr, json.dumps, lambda two: str(np.array(two)), lambda two: str(tuple(two))])
+def test_a_list_in_a_cell_is_several_captions(tmp_path, write):
+    assert captions(album(tmp_path, lines(NAMES, [write(TWO)]*12, header=('image','caption'))))[NAMES[3]] == TWO
+    rows = [dict(image=PAINTED, caption=write(TWO))]*12
+    assert load_data(Dataset.from_list(rows))['train'][0]['captions'] == TWO == load_data(rows)['train'][0]['captions']
+
+BAD_CELLS = [("['a', nan]", 'cannot be read as one'), ("['a', 'b'", None), ('[1, 2]', 'cannot be read as one'),
+    ("{'raw': 'a'}", 'cannot be read as one'), ('[' + '"a",'*40_000 + '"a"]', None), ('[' * 9000 + ']' * 9000, 'cannot be read'), ('nan', "'nan' stands for an empty cell"), ('NaN', 'stands for'), ('None', 'stands for'), ('', '')]
+
+@pytest.mark.parametrize('cell,why', BAD_CELLS, ids=range(len(BAD_CELLS)))
+def test_a_cell_that_is_no_caption_is_named(tmp_path, cell, why):
+    folder = album(tmp_path, lines(NAMES, SAID[:4] + [cell] + SAID[5:], header=('image','caption')))
+    if why is None: # a plain text that begins with a bracket, and a field that is too large
+        if len(cell) < 99: assert captions(folder)[NAMES[4]] == [cell]
+        else:
+            with pytest.raises(ValueError, match='line 6: field larger than'): captions(folder)
+        return
+    with pytest.raises(ValueError, match=f"captions.csv: line 6: no caption for '004.png'.*{why}"): captions(folder)
+    assert captions(folder, bad_rows='skip') == {n: c for n,c in RIGHT.items() if n!='004.png'}
+
+def test_half_a_letter_is_named(tmp_path):
+    folder = album(tmp_path, json.dumps([dict(image=n, caption=c) for n,c in zip(NAMES, [*SAID[:-1], '\ud83d dog'])]), 'captions.json')
+    with pytest.raises(ValueError, match="object 11: no caption for '011.png': .*half a letter"): captions(folder)
+
+# --- JSON by its content
+
+@pytest.mark.parametrize('name,text', [('captions.jsonl', json.dumps(JSON, indent=1)), ('captions.json', '\n'.join(map(json.dumps, JSON)))])
+def test_json_by_content(tmp_path, name, text): assert captions(album(tmp_path, text, name)) == RIGHT
+
+def test_coco_ids_as_texts(tmp_path, capsys):
+    mixed = dict(COCO, annotations=[dict(a, image_id=str(a['image_id'])) for a in COCO['annotations']])
+    assert captions(album(tmp_path, json.dumps(mixed), 'captions_x.json')) == RIGHT
+    assert '12 annotations have an id that is a text where the image\'s is a number' in capsys.readouterr().out
+
+# --- Encodings
+
+LANGUAGES = { # a caption, and the encodings that spreadsheets and scripts write it in
+    'English': ('a dog “runs” – fast…', 'cp1252 mac_roman'), 'German': ('ein größeres Mädchen läuft', 'cp1252 latin-1 iso8859-15 mac_roman cp850 cp437'),
+    'French': ('un garçon à vélo, œuvre', 'cp1252 iso8859-15 mac_roman'), 'Polish': ('żółty pies biegnie przez łąkę', 'cp1250 iso8859-2'),
+    'Czech': ('žlutý kůň', 'cp1250 iso8859-2'), 'Turkish': ('ışıklı küçük köpek', 'cp1254 iso8859-9'),
+    'Russian': ('собака бежит по траве', 'cp1251 koi8-r iso8859-5 mac_cyrillic'), 'Greek': ('ένας σκύλος τρέχει', 'cp1253 iso8859-7'), 'Hebrew': ('כלב רץ', 'cp1255'),
+    'Arabic': ('كلب يجري', 'cp1256'), 'Chinese': ('一只红色的狗', 'gbk gb18030 gb2312'), 'Traditional': ('一隻紅色的狗', 'big5 cp950'),
+    'Japanese': ('赤い犬が走る', 'cp932 shift_jis euc_jp iso2022_jp'), 'Korean': ('빨간 개가 달린다', 'cp949 euc_kr'), 'Thai': ('หมาวิ่ง', 'cp874'),
+    'Vietnamese': ('con chó chạy nhanh', '')}
+UNMARKED = 'utf-16-le utf-16-be utf-32 utf-32-le utf-32-be utf-7'
+PAIRS = [(language, encoding) for language,(_,usual) in LANGUAGES.items() for encoding in f'{usual} {UNMARKED}'.split()]
+
+@pytest.mark.parametrize('language,encoding', PAIRS)
+def test_an_encoding_stops_and_with_the_flag_is_read(tmp_path, language, encoding):
+    said = [f'{LANGUAGES[language][0]} {n}' for n in range(12)]
+    folder = album(tmp_path, lines(NAMES, said, header=('file_name','caption')), encoding=encoding)
+    with pytest.raises(ValueError, match=r'captions.csv: line [12], byte \d+ \(0x..\): .*; nothing was read; ') as stopped: captions(folder)
+    assert '--encoding' in str(stopped.value)
+    assert captions(folder, encoding=encoding) == {name: [c] for name,c in zip(NAMES, said)}
+
+@pytest.mark.parametrize('language', LANGUAGES)
+def test_unicode_is_read_without_a_flag(tmp_path, language):
+    said = [f'{LANGUAGES[language][0]} {n}' for n in range(12)]
+    for encoding in ('utf-8', 'utf-8-sig', 'utf-16'):
+        folder = album(tmp_path, lines(NAMES, said, header=('file_name','caption')), encoding=encoding)
+        assert captions(folder) == captions(folder, encoding='cp1252' if encoding!='utf-8' else None) == {name: [c] for name,c in zip(NAMES, said)}
+
+def test_one_bad_byte_is_named(tmp_path):
+    folder = album(tmp_path, lines(NAMES, ['un garçon à vélo']*12, header=('file_name','caption')))
+    raw = (folder/'captions.csv').read_bytes()
+    at = raw.index(b'005.png,') + 8
+    (folder/'captions.csv').write_bytes(raw[:at] + b'\xe9' + raw[at:])
+    with pytest.raises(ValueError, match=rf'captions.csv: line 7, byte {at} \(0xe9\): this is not UTF-8; nothing was read; save the file as UTF-8'): captions(folder, bad_rows='skip')
+
+def test_zeros_and_noise_are_no_text(tmp_path):
+    for raw,place in ((b'file_name,caption\n000.png,a\0b\n', r'line 2, byte 27 \(0x00\): there is a zero'), (b'\xff\xfe' + 'a\0b'.encode('utf-16-le'), r'line 1, byte 4 .*a zero')):
+        (album(tmp_path, '')/'captions.csv').write_bytes(raw)
+        with pytest.raises(ValueError, match=place): captions(tmp_path)
+    (tmp_path/'captions.csv').write_bytes(np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes())
+    with pytest.raises(ValueError, match='captions.csv: line .*nothing was read'): captions(tmp_path)
+
+def test_plus_signs_are_no_utf7(tmp_path):
+    said = ['a phone with the number +100 on it', '1 + 1 = 2', 'C++ and a +size dress', 'blood of type AB+', *SAID[4:]]
+    assert captions(album(tmp_path, lines(NAMES, said, header=('file','caption')))) == {n: [c] for n,c in zip(NAMES, said)}
+
+def test_encoding_is_a_setting_of_the_commands(call, tmp_path):
+    folder = album(tmp_path/'album', '', files=[])
+    for n in range(12): Image.new('RGB', (64,64), (20*n,0,0)).save(folder/NAMES[n])
+    (folder/'captions.csv').write_text(lines(NAMES, [f'un garçon à vélo {n}' for n in range(12)], header=('file_name','caption')), encoding='cp1252')
+    done = call('capnb_data', 'check', folder, cwd=tmp_path)
+    assert done.returncode == 1 and 'line 2, byte' in done.stderr and len(done.stderr.splitlines()) == 1
+    done = call('capnb_data', 'check', folder, '--encoding', 'cp1252', cwd=tmp_path)
+    assert done.returncode == 0 and 'un garçon à vélo 1' in done.stdout
+    done = call('capnb_train', '--data', folder, '--encoding', 'cp1252', '--max_steps', 1, '--evaluation_enabled', False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'encoding' in call('capnb_train', '--help', cwd=tmp_path).stdout
+    (tmp_path/'said.json').write_text(json.dumps([dict(image_id=n, caption='a boy') for n in NAMES]))
+    for more,code in (((), 1), (('--encoding', 'cp1252'), 0)):
+        done = call('capnb_eval', '--predictions', 'said.json', '--data', folder, *more, cwd=tmp_path)
+        assert done.returncode == 1 and ('line 2, byte' in done.stderr) == (code == 1), done.stderr[-3000:]
+
+def test_encodings_that_do_not_exist(tmp_path):
+    for name in ('klingon', 'hex', 'rot13', ''):
+        with pytest.raises(ValueError, match=f"encoding '{name}' is not known"): Hyperparameters(encoding=name)
+
+def test_settings_and_predictions_are_text_too(tmp_path):
+    file = tmp_path/'settings.yaml'
+    file.write_text('seed: 3 # été', encoding='utf-16')
+    assert as_hyperparameters(file).seed == 3
+    file.write_text('seed: 3 # été', encoding='cp1252')
+    with pytest.raises(ValueError, match='settings.yaml: line 1, byte 10 .* please save the file as UTF-8'): as_hyperparameters(file)
+    said = tmp_path/'said.json'
+    said.write_text(json.dumps([dict(image_id='a.png', caption='été')], ensure_ascii=False), encoding='cp1252')
+    with pytest.raises(ValueError, match='said.json: line 1, byte'): read_predictions(said, ['a.png'])
+    for name,read in (('s.json', as_hyperparameters), ('p.json', lambda f: read_predictions(f, ['a.png']))):
+        (tmp_path/name).write_text('['*100_000)
+        with pytest.raises(ValueError, match=f'{name} is .*nested too deeply'): read(tmp_path/name)
+
+# --- Names that almost fit
+
+SPELLINGS = { # the file, and how the table writes it
+    'backslash': ('images/one.png', 'images\\one.png'), 'drive': ('images/one.png', '.\\IMAGES\\one.png'), 'capitals': ('one.png', 'One.PNG'), 'accents': ('caf\u00e9.png', 'cafe\u0301.png'),
+    'accents apart': ('cafe\u0301.png', 'caf\u00e9.png'), 'no suffix': ('one.png', 'one'), 'no suffix, number': ('0001.jpg', '0001')}
+
+@pytest.mark.parametrize('kind', SPELLINGS)
+def test_another_spelling_is_taken_and_counted(tmp_path, capsys, kind):
+    file, written = SPELLINGS[kind]
+    folder = album(tmp_path, lines([*NAMES, written], [*SAID, 'one more'], header=('file_name','caption')), files=[*NAMES, file])
+    found = read_folder(folder)
+    assert found.tables[0].paths[written] == folder/file and len(found.tables[0]) == 13
+    assert f"captions.csv: 1 names are spelt otherwise than their files, such as {written!r} for {file!r}" in capsys.readouterr().out
+
+def test_spellings_that_fit_two_files_or_none(tmp_path):
+    folder = album(tmp_path, lines([*NAMES, 'ONE', 'One.png', '0111.png', 'b\\two.png'], [*SAID, *'abcd'], header=('file_name','caption')),
+                   files=[*NAMES, 'one.png', 'one.jpg', 'oNe.png', 'a/two.png', 'b/two.png'])
+    with pytest.raises(ValueError) as stopped: read_folder(folder)
+    message = str(stopped.value)
+    assert "line 14: picture 'ONE' may be " in message and "line 15: picture 'One.png' may be 'oNe.png' or 'one.png'" in message
+    assert "line 16: there is no picture '0111.png' (the nearest is '011.png')" in message and 'line 17' not in message
+
+def test_rows_of_one_file_by_several_spellings_are_one_image(tmp_path):
+    "Or it would be in two splits at once."
+    folder = album(tmp_path, lines([*NAMES, '000.PNG', './000.png'], [*SAID, 'a', 'b'], header=('file','caption')))
+    assert captions(folder) == {**RIGHT, '000.png': [SAID[0], 'a', 'b']}
+    with pytest.raises(ValueError, match="line 3: '000.png' is in train already, not in test"):
+        captions(album(tmp_path, lines(['000.png','000.PNG'], ['a','b'], ['train','test'], header=('file','caption','split'))))
+
+def test_ids_of_predictions(tmp_path, capsys):
+    ids = ['images/COCO_val2014_000000000139.jpg', 'images/COCO_val2014_000000000285.jpg', 'images/COCO_val2014_000000000632.jpg']
+    (tmp_path/'p.json').write_text(json.dumps([dict(image_id=i, caption=c) for i,c in zip(('000000000139', 'Images\\COCO_VAL2014_000000000285', 632), 'abc')]))
+    assert read_predictions(tmp_path/'p.json', ids) == ['a', 'b', 'c']
+    assert '1 ids are spelt otherwise than in the data, such as' in capsys.readouterr().out
+    (tmp_path/'p.json').write_text(json.dumps([dict(image_id='COCO_val2014_000000000631.jpg', caption='a')]))
+    with pytest.raises(ValueError, match="'COCO_val2014_000000000631.jpg' is none of the 3 pictures, such as 'images/COCO_val2014_000000000632.jpg'"): read_predictions(tmp_path/'p.json', ids)
+
+# --- What leads out, and what is no file
+
+@pytest.mark.parametrize('written', ['../secret/private.png', '{}/secret/private.png', 'x/../../secret/private.png', '..\\secret\\private.png', 'link/../private.png', 'C:\\private.png'])
+def test_rows_do_not_lead_out(tmp_path, written):
+    (tmp_path/'secret'/'in').mkdir(parents=True); (tmp_path/'secret'/'private.png').touch()
+    written = written.format(tmp_path)
+    folder = album(tmp_path/'album', lines([*NAMES, written], [*SAID, 'a secret'], header=('file','caption')))
+    (folder/'link').symlink_to(tmp_path/'secret'/'in')
+    with pytest.raises(ValueError, match='line 14: .*' + ('no picture' if written[0]=='l' else 'leads out of the folder; `--outside_files True` allows that')): read_folder(folder)
+    if written[0] in 'lC': return # leads nowhere
+    assert read_folder(folder, outside=True).tables[0].paths[written].samefile(tmp_path/'secret'/'private.png')
+
+def test_outside_files_is_a_setting(call, tmp_path):
+    (tmp_path/'elsewhere').mkdir()
+    for n in range(12): Image.new('RGB', (64,64), (20*n,0,0)).save(tmp_path/'elsewhere'/NAMES[n])
+    folder = album(tmp_path/'album', lines([f'../elsewhere/{n}' for n in NAMES], SAID, header=('file','caption')), files=['stray.png'])
+    assert call('capnb_data', 'check', folder, cwd=tmp_path).returncode == 1
+    assert call('capnb_data', 'check', folder, '--outside_files', cwd=tmp_path).returncode == 0
+    done = call('capnb_train', '--data', folder, '--outside_files', True, '--max_steps', 1, '--evaluation_enabled', False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+def test_links_in_the_folder_are_followed(tmp_path):
+    (tmp_path/'other').mkdir(); (tmp_path/'other'/'far.png').touch()
+    folder = album(tmp_path/'album', lines([*NAMES, 'link.png', 'out/far.png', 'FAR.png', str(tmp_path/'album'/'000.png')], [*SAID, *'abcd'], header=('file','caption')))
+    (folder/'link.png').symlink_to(folder/'001.png'); (folder/'out').symlink_to(tmp_path/'other'); (folder/'out'/'loop').symlink_to(folder)
+    found = captions(folder)
+    assert found['link.png'] == ['a'] and found['out/far.png'] == ['b', 'c'] and found['000.png'] == [SAID[0], 'd']
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes in folders')
+def test_pipes_and_devices_are_no_images_and_no_tables(tmp_path):
+    folder = album(tmp_path, lines([*NAMES, 'pipe.png', 'zero.png', 'sub.png', 'a\0b.png', 'a'*5000 + '.png'], [*SAID, *'abcde'], header=('file','caption')).replace('\0', ''))
+    os.mkfifo(folder/'pipe.png'); (folder/'zero.png').symlink_to('/dev/zero'); (folder/'sub.png').mkdir()
+    with pytest.raises(ValueError) as stopped: read_folder(folder)
+    message = str(stopped.value)
+    assert "line 14: 'pipe.png' is no regular file" in message and "line 15: 'zero.png' is no regular file" in message and 'line 18: ' in message
+    (folder/'captions.csv').unlink(); os.mkfifo(folder/'captions.csv')
+    with pytest.raises(ValueError, match='captions.csv: it is no regular file'): read_folder(folder)
+
+def test_tables_have_limits(tmp_path, monkeypatch):
+    folder = album(tmp_path, lines(NAMES, SAID, header=('file','caption')))
+    with open(folder/'captions.csv', 'ab') as f: f.truncate(core.TEXT_LIMIT+1) # holds no blocks
+    with pytest.raises(ValueError, match='captions.csv is larger than 1024 MiB; nothing was read'): read_folder(folder)
+    (folder/'captions.csv').unlink()
+    for name in ('captions.json', 'captions.jsonl'):
+        album(tmp_path, '['*100_000, name)
+        with pytest.raises(ValueError, match=f'{name}: .*nested too deeply'): read_folder(folder)
+        (folder/name).unlink()
+
+def test_hostile_documents_are_named(tmp_path):
+    for text,said in (('{"images":[{"id":[1],"file_name":{}}],"annotations":[{"image_id":[1],"caption":3}]}', 'annotation 0: there is no picture'),
+                      ('[{"file_name":["0.png"],"caption":"x"},{"file_name":null,"caption":"x"},{"file_name":true,"caption":"x","split":[1]}]', 'object 1: there is no picture None')):
+        with pytest.raises(ValueError, match=f'captions.json: .*{said}'): read_folder(album(tmp_path, text, 'captions.json'))
