@@ -238,20 +238,34 @@ def measure_image(
     return _named(measure, source, name)
 
 # %% ../nbs/01b_images.ipynb #76049b6d
+def _walk(folder, onerror=None):
+    "Yield a folder and those below it, with their files; linked folders are followed, each folder once."
+    start, seen, later = os.path.realpath(folder), set(), deque([Path(folder)])
+    while later: # links come after all folders that are here, which keep their names
+        for root,folders,files in os.walk(later.popleft(), onerror=onerror):
+            real = os.path.realpath(root)
+            leads_up = real!=start and Path(start).is_relative_to(real)
+            if real in seen or leads_up: folders.clear(); continue
+            seen.add(real)
+            later += [Path(root)/name for name in sorted(folders) if os.path.islink(f'{root}/{name}')]
+            yield Path(root), files
+
 def walk_files(
     folder, # Where to begin
     onerror=None, # Called with the `OSError` of a folder that cannot be read
 ) -> list: # Of `Path`, sorted
     "List all files in a folder and below it; linked folders are followed, each folder once."
-    start, seen, found, later = os.path.realpath(folder), set(), [], deque([Path(folder)])
-    while later: # links come after all folders that are here, which keep their names
-        for root,folders,files in os.walk(later.popleft(), onerror=onerror):
-            real = os.path.realpath(root)
-            if real in seen or real!=start and Path(start).is_relative_to(real): folders.clear(); continue # been there, or it leads above us
-            seen.add(real)
-            later += [Path(root)/name for name in sorted(folders) if os.path.islink(f'{root}/{name}')]
-            found += [Path(root)/name for name in files]
-    return sorted(found)
+    return sorted(root/name for root,files in _walk(folder, onerror) for name in files)
+
+def _matches(pattern):
+    "What a pattern names; where it has `**`, which `glob` would follow through loops of links, each folder is visited once."
+    parts = Path(pattern).parts
+    if '**' not in parts: return set(map(Path, glob.glob(pattern)))
+    at = parts.index('**')
+    rest, found = os.path.join(*parts[at+1:] or ('*',)), set()
+    for top in glob.glob(os.path.join(*parts[:at])) if at else ['.']:
+        for folder,_ in _walk(top): found |= _matches(os.path.join(glob.escape(str(folder)), rest))
+    return found
 
 def passed_over(
     files, # Paths of files that are no images here
@@ -287,9 +301,7 @@ def find_images(
     for path in map(str, paths):
         if Path(path).is_dir(): found = _found_below(path)
         elif Path(path).is_file(): found = [Path(path)]
-        else:
-            matches = {os.path.realpath(p): Path(p) for p in sorted(glob.glob(path, recursive=True), reverse=True)} # a loop of links matches again and again
-            found = sorted(p for p in matches.values() if p.is_file())
+        else: found = sorted(p for p in _matches(path) if p.is_file())
         if not found: raise FileNotFoundError(f"no picture at {path!r}")
         files += found
     return files
