@@ -8,7 +8,7 @@ __all__ = ['SAMPLERS', 'PLOTS', 'read_vary', 'classic_grid', 'Lab', 'Prune', 'op
            'sweep_command']
 
 # %% ../nbs/19_sweeps.ipynb #19a00002
-import json, time, warnings
+import json, os, time, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from itertools import product
@@ -299,7 +299,7 @@ def sweep(
     **changes, # Single hyperparameters, over everything else
 ): # `optuna.Study`
     "Search for the settings with the least validation loss; called again, or elsewhere at the same time, it goes on with the study in `output_dir`."
-    if isinstance(data, str): data, changes = None, dict(changes, data=data)
+    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
     if data is not None: changes = dict(changes, data=OWN_DATA)
     h, space, trials = _settings(settings, preset, vary, sampler, trials, changes)
     study, lab = open_study(h.output_dir, h, space, sampler), Lab(data)
