@@ -9,7 +9,7 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from .core import read_text
+from .core import read_text, say
 from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
 from .images import images_below
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
@@ -248,6 +248,7 @@ def read_path(
     if suffix=='.parquet' or not files and (files := _below(path, '.parquet')): return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
     if suffix=='.tar' or not files and (files := _below(path, '.tar')): return read_tars(files, folder, bad_rows, **is_tar)
     if not files and not folder_tables(path):
+        if _has_texts_beside(path) and any(columns): raise ValueError(f"{path}: images with a text beside each have no columns; leave image_column and caption_column out")
         if _has_texts_beside(path): return read_texts_beside(path, bad_rows, encoding)
         if packed := [f for f in sorted(path.iterdir()) if f.name.lower().endswith(('.zip', '.tar.gz', '.tgz'))]: _refuse_packed(path, packed)
     return read_folder(path, bad_rows, *columns, encoding, outside)

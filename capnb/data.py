@@ -166,6 +166,7 @@ def named_rows(
     "Give rows the names that `CaptionData` knows: always for a `datasets.Dataset`, for other rows where a column is named."
     if hasattr(rows, 'cast_column'):
         from datasets import Image
+        if rows.format['type'] not in (None, 'custom'): rows = rows.with_format(None) # arrays and tensors of texts help nobody
         image, captions = tell_columns(rows.features, image_column, caption_column)
         if isinstance(rows.features[image], Image): rows = rows.cast_column(image, Image(decode=False))
         elif kind := _array_type(rows.features[image]): rows = rows.with_format('numpy', columns=[image], output_all_columns=True, dtype=kind)

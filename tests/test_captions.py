@@ -10,6 +10,7 @@ from capnb.images import open_images
 from capnb.inference import caption_files, explain
 from capnb.judging import clip_scores, write_predictions
 from capnb.scale import ROW, CaptionWorker
+from capnb.serving import answer_batch
 from capnb.storybook import Storybook
 
 BEAMS = dict(num_beams=3, num_return_sequences=2)
@@ -109,6 +110,20 @@ def test_where_only_one_fits(model, images):
         with pytest.raises(ValueError, match='num_return_sequences is 2; allowed: 1, since'): ask(**BEAMS)
         ask(num_beams=3)
 
+def test_requests_have_their_captions(model, images):
+    "Of several, the best one stands where one would, and all beside it; none is streamed, as beams weigh whole sentences."
+    said = []
+    asked = [(f'request {i}', image, i==1) for i,image in enumerate(images)]
+    best = answer_batch(model, asked, lambda uid, answer: said.append((uid, answer)), BEAMS)
+    several = model.caption(images, scores=True, **BEAMS)
+    assert [uid for uid,_ in said] == [uid for uid,_,_ in asked] and list(best.values()) == [found[0][0] for found in several]
+    for (_, answer),found in zip(said, several, strict=True):
+        assert answer['caption'] == found[0][0] and [c['caption'] for c in answer['captions']] == [text for text,_ in found]
+        assert [c['score'] for c in answer['captions']] == pytest.approx([score for _,score in found], abs=1e-3)
+    said.clear()
+    answer_batch(model, asked, lambda uid, answer: said.append(answer), dict(num_beams=3))
+    assert said == [dict(caption=caption) for caption in model.caption(images, num_beams=3)]
+
 # --- Options
 
 FORM = ['return_dict_in_generate', 'output_scores', 'output_logits', 'output_attentions', 'output_hidden_states']
@@ -138,6 +153,11 @@ def test_numbers_of_other_types(model, images):
     assert type(check_options(dict(num_beams=np.float32(3)))['num_beams']) is int
     assert model.caption(images[0], max_new_tokens=None) == model.caption(images[0])
     assert model.caption(images[0], max_new_tokens=np.int64(3)) == model.caption(images[0], max_new_tokens=3) == ' '.join(model.caption(images[0]).split()[:3])
+
+def test_more_tokens_than_positions(model, images):
+    room = model.decoder.config.max_position_embeddings - model.prefix(model.encoder.encode(images[:1])).shape[1]
+    with pytest.raises(ValueError, match=f'^max_new_tokens is {room+1}; allowed: .* up to {room}, as'): model.caption(images[0], max_new_tokens=room+1)
+    assert model.caption(images[0], max_new_tokens=room) == model.caption(images[0])
 
 def test_streamer_of_more_than_a_batch(model, images):
     with pytest.raises(ValueError, match='^streamer follows one batch'): model.caption(images, batch_size=2, streamer=object())

@@ -125,6 +125,18 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
     anew = {r['id'] for f in out.glob('*.parquet') if f not in before for r in pq.read_table(f).to_pylist()}
     assert anew == set(wanted) - (finished - undone)
 
+@pytest.mark.slow # it waits for Ray to start
+def test_several_captions_belong_to_their_image(run, made, tmp_path):
+    here, _ = made
+    model = load_model_from_checkpoint(next((here/'saved_models').glob('*.pth')), 'cpu')[0]
+    wanted = {os.path.basename(r['file']): r.get('caption') for r in
+              caption_files(model, find_images([here/'pages']), batch_size=SHARD, num_beams=3, num_return_sequences=2)}
+    done = run('capnb_scale', 'pages', tmp_path/'out', *JOB, '--num_beams', 3, '--num_return_sequences', 2, cwd=here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {r['id']: r for r in rows(tmp_path/'out')}
+    assert {name: r['caption'] for name,r in found.items()} == wanted and len(wanted) == N
+    assert all(len(r['score']) == 2 and r['score'][0] >= r['score'][1] for r in found.values() if r['caption'])
+
 WRONG = {'no pictures': (['nothing'], 'there are no pictures'), 'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'), 'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
          'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
 
