@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from .core import read_text, say
 from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
-from .images import find_images
+from .images import images_below
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
 
 # %% ../nbs/02a_archives.ipynb #02a00006
@@ -170,8 +170,7 @@ def visible_images(
 ) -> list: # Of paths
     "List the images in a folder and below, without what is hidden or left there by a Mac."
     hidden = lambda part: part.startswith('.') or part=='__MACOSX'
-    try: return [file for file in find_images([folder]) if not any(map(hidden, file.relative_to(folder).parts))]
-    except FileNotFoundError: return []
+    return [file for file in images_below(folder)[0] if not any(map(hidden, file.relative_to(folder).parts))]
 
 class TextsBeside:
     "Images in a folder and below, each with a text file of its name beside it that has a caption on each line."
