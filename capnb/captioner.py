@@ -9,7 +9,7 @@ __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_capt
            'check_frozen', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
-import io, json, math, pickle, re, struct, warnings
+import io, math, pickle, re, struct, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from zlib import crc32
@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint, write_json
-from .images import open_image
+from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, parse_json, read_text, weights_fingerprint, write_json
+from .images import open_images
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
 
@@ -137,7 +137,7 @@ def caption_features(self:Captioner,
 
 @patch
 def caption(self:Captioner,
-    images, # A PIL image or a list of them, of any size and mode; or paths of images
+    images, # A PIL image or a list of them, of any size and mode; or paths of images, of which large ones are made smaller as they are opened
     scores:bool=False, # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3`; what `check_options` takes
 ): # A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of these
@@ -145,7 +145,8 @@ def caption(self:Captioner,
 
     Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without effect."""
     if isinstance(images, (Image.Image, str, Path)): return self.caption([images], scores, **kwargs)[0]
-    opened = [open_image(image) for image in images]
+    opened = list(open_images(images, self.encoder.min_side))
+    if bad := [error for error in opened if isinstance(error, ValueError)]: raise bad[0]
     return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []
 
 # %% ../nbs/06_captioner.ipynb #0da7b051
@@ -277,8 +278,8 @@ def read_metadata(
     "Read the metadata beside a file of weights; raises `ValueError` or `FileNotFoundError` that names the file."
     file = _metadata_path(Path(path))
     if not file.exists() or file==Path(path): raise FileNotFoundError(f"{path} has no metadata beside it ({file.name}); is it a checkpoint of capnb?")
-    try: metadata = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError): metadata = None
+    try: metadata = parse_json(read_text(file, limit=SMALL_TEXT))
+    except ValueError: metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
     if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")

@@ -200,7 +200,7 @@ def find_checkpoint(
 @command
 def data_command(
     action:Param('What to do', str, opt=False, choices=['check']),
-    data:Param('Folder with pictures and a captions.csv, hub id, or name of a data set', any_path, opt=False),
+    data:Param('File or folder with captioned images, hub id, or name of a data set', any_path, opt=False),
     limit:Number('Look at the first N training pictures only, and download no more than they need')=None,
     image_column:Param('Column that holds the image or its file name: a name, or its number from 1 in a table without a header', str)=None,
     caption_column:Param('Column that holds the captions, named likewise, or several with commas between', str)=None,
@@ -208,7 +208,7 @@ def data_command(
     outside_files:Param('Also read images that a table names outside of its folder', store_true)=False,
     data_revision:Param('Branch, tag or commit of a hub data set', str)=None,
     preset:Param('Preset that the data are for, storybook if not said: its tokenizer and max_caption_length say which captions are cut', str)=None,
-    tokenizer_name:Param('Tokenizer to count with instead', str)=None,
+    tokenizer_name:Param('Tokenizer to count with instead', any_path)=None,
     max_caption_length:Number('Tokens kept of a caption instead')=None,
     json_file:Param('Write what is found to this JSON file', new_file)=None,
 ):

@@ -9,7 +9,7 @@ __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA',
            'captions_text', 'dry_run', 'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
 
 # %% ../nbs/13_planning.ipynb #13a00003
-import json, shutil, time, weakref
+import shutil, time, weakref
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import any_path, command, new_file
-from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, say, write_json
+from .core import Hyperparameters, PRESETS, SMALL_TEXT, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, parse_json, read_text, say, write_json
 from .sources import held_back, load_for
 from .decoder import caption_loss, caption_nats, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
 from .encoder import ImageEncoder, tower_class
@@ -387,7 +387,7 @@ def results_command(
     "Put what a checkpoint came to into the table of results."
     path = Path(file)
     if path.suffix!='.json': raise ValueError(f"{file} must end in .json; the table is written beside it as .md")
-    try: rows = json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
+    try: rows = parse_json(read_text(path, limit=SMALL_TEXT)) if path.exists() else []
     except ValueError: rows = None
     if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows): raise ValueError(f"{file} is no file of results")
     rows = add_row(rows, result_row(checkpoint, hardware))

@@ -7,7 +7,7 @@ __all__ = ['IMAGE_TOKEN', 'without_paths', 'CapnbConfig', 'config_of', 'CapnbFor
            'share', 'as_checkpoint', 'llava_config', 'as_llava', 'save_llava', 'share_command']
 
 # %% ../nbs/15_sharing.ipynb #0da7c003
-import copy, json, re, tempfile
+import copy, re, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path, PureWindowsPath
 import torch
@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from fastcore.script import Param, store_true
 from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, save_checkpoint, thaw, trained_state
 from .commands import BEST, any_path, command, find_checkpoint, new_folder
-from .core import Hyperparameters, as_hyperparameters, atomic_write, hub_errors, model_path, say, write_json
+from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, hub_errors, model_path, parse_json, read_text, say, write_json
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
 
@@ -224,7 +224,7 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     thaw(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
     load_trained(captioner, load_file(cached_file(name, 'model.safetensors', **hub)), name)
-    return cls(config, captioner, json.loads(Path(cached_file(name, 'training_metadata.json', **hub)).read_text(encoding='utf-8'))).eval()
+    return cls(config, captioner, parse_json(read_text(cached_file(name, 'training_metadata.json', **hub), limit=SMALL_TEXT))).eval()
 
 @patch
 def push_to_hub(self:CapnbForImageCaptioning,
