@@ -50,7 +50,7 @@ class Hyperparameters(Mapping):
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
     encoder_name: str = _setting('openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True)
     decoder_name: str = _setting(None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name', optional=True, path=True)
-    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a folder with pictures and a captions.csv', path=True)
+    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a file or folder with captioned images', path=True)
     features: str = _setting('pooled', 'What the encoder says of a picture: one vector (pooled), or one for each of its patches (patch)', choices=('pooled','patch'))
     prefix_length: int = _setting(1, 'Prefix tokens that the adapter makes of pooled features; of patch features it makes one per patch', lo=1)
     adapter_width: int = _setting(1024, 'Hidden units of the adapter for pooled features', lo=1)

@@ -1,5 +1,5 @@
 "Data as people have it: what `capnb_data check` finds in it, and each format read to the letter."
-import io, json, os, re, tarfile
+import io, json, os, re, shutil, tarfile, zipfile
 import numpy as np
 import pytest
 import torch
@@ -274,6 +274,10 @@ def test_what_cannot_be_read_is_one_line(name, call, tmp_path):
     done = call('capnb_train', '--data', tmp_path/'set', cwd=tmp_path)
     assert done.returncode == 1 and re.search(said, done.stderr) and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
 
+def test_a_pipe_is_no_data_set(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    with pytest.raises(ValueError, match='pipe is no regular file and no folder'): load_data(tmp_path/'pipe')
+
 def test_nothing_leads_out_of_an_archive(tmp_path):
     "A tar with links and names that lead out writes nothing, and shows nothing of what they point to; names in parquet are refused."
     (tmp_path/'set').mkdir()
@@ -312,9 +316,45 @@ def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
     assert found['bad'] == [] and 'images_without_row' not in warned(found)
     assert '2 rows are not used: their images are neither here nor in a list of a split' in capsys.readouterr().out
 
+@pytest.mark.parametrize('packed', ['Flickr8k_Dataset', 'Flickr8k_text'])
+def test_one_zip_that_is_not_unpacked_is_named(packed, tmp_path):
+    flickr8k(tmp_path)
+    with zipfile.ZipFile(tmp_path/f'{packed}.zip', 'w') as out: out.writestr('readme.txt', '')
+    assert load_data(tmp_path)
+    if packed=='Flickr8k_text': [file.unlink() for file in tmp_path.glob('*.txt')]
+    else: shutil.rmtree(tmp_path/'Flicker8k_Dataset'); shutil.rmtree(tmp_path/'__MACOSX')
+    with pytest.raises(ValueError, match=f"unzip -q '.*{packed}.zip' -d"): load_data(tmp_path)
+
 @pytest.mark.parametrize('write', [parquet_file, webdataset, flickr8k])
 def test_formats_train(write, call, tmp_path):
     (tmp_path/'set').mkdir()
     write(tmp_path/'set')
     done = call('capnb_train', '--data', tmp_path/'set', '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+
+def test_columns_are_named_for_every_form(tmp_path):
+    for form in ('tar', 'beside', 'parquet', 'saved'): (tmp_path/form).mkdir()
+    tarred(tmp_path/'tar'/'a.tar', range(20), ['txt', 'caption', 'json'])
+    assert load_data(tmp_path/'tar', caption_column='url')['train'][0]['captions'] == ['https://a.org/b.png']
+    with pytest.raises(ValueError, match='a.tar: 1000_a0: there is no image, only png, txt'): load_data(tmp_path/'tar', image_column='jpg')
+    with pytest.raises(ValueError, match='its .json names no caption'): load_data(tmp_path/'tar', caption_column='says')
+    beside(tmp_path/'beside')
+    with pytest.raises(ValueError, match='have no columns; leave image_column and caption_column out'): load_data(tmp_path/'beside', caption_column='txt')
+    parquet_file(tmp_path/'parquet')
+    for path in (tmp_path/'parquet', saved(tmp_path/'saved')):
+        assert load_data(path, caption_column='filename')['train'][0]['captions'][0].endswith('.png')
+        with pytest.raises(ValueError, match="there is no column 'photo'"): load_data(path, image_column='photo')
+
+def test_texts_in_other_encodings_stop(tmp_path):
+    beside(tmp_path)
+    (tmp_path/NAMES[3]).with_suffix('.txt').write_bytes('un garçon sous la pluie'.encode('cp1252'))
+    with pytest.raises(ValueError, match='1003_a3.txt: line 1, byte 6'): load_data(tmp_path)
+    assert 'un garçon sous la pluie' in {c for rows in load_data(tmp_path, encoding='cp1252').values() for row in rows for c in row['captions']}
+
+@pytest.mark.parametrize('kind', ['numpy', 'torch', None])
+def test_formats_and_paths_of_datasets(kind, tmp_path):
+    write_images(tmp_path, NAMES)
+    named = Dataset.from_dict(dict(image=[str(tmp_path/name) for name in NAMES], caption=list(SAID.values()), image_id=NAMES))
+    for rows in (named, stored()):
+        found = load_data(rows.with_format(kind) if kind else rows)
+        assert {row['image_id']: (row['captions'], row['image'].tobytes()) for part in found.values() for row in part} == {name: (SAID[name], colour(n).tobytes()) for n,name in enumerate(NAMES)}
