@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .commands import command
-from .core import atomic_write, read_model
+from .core import atomic_write, read_model, say
 from .decoder import (caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions,
                            tokenize_captions)
 
@@ -265,4 +265,4 @@ def decoders_command(
     versions = {m.__name__: m.__version__ for m in (torch, transformers)}
     with atomic_write(output) as f: json.dump(dict(versions=versions, families=rows), f, indent=1)
     good, refused = sum(map(agrees, rows.values())), sum('refused' in row for row in rows.values())
-    print(f'📋 {len(rows)} families: {good} agree, {refused} are refused, {len(rows)-good-refused} neither; {output}')
+    say(f'📋 {len(rows)} families: {good} agree, {refused} are refused, {len(rows)-good-refused} neither; {output}')

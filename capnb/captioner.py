@@ -9,7 +9,7 @@ __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_capt
            'check_frozen', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
-import io, json, math, pickle, re, struct, warnings
+import io, math, pickle, re, struct, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from zlib import crc32
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, as_hyperparameters, atomic_write, default_device, model_config, weights_fingerprint, write_json
+from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, parse_json, read_text, weights_fingerprint, write_json
 from .images import open_image
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
@@ -277,8 +277,8 @@ def read_metadata(
     "Read the metadata beside a file of weights; raises `ValueError` or `FileNotFoundError` that names the file."
     file = _metadata_path(Path(path))
     if not file.exists() or file==Path(path): raise FileNotFoundError(f"{path} has no metadata beside it ({file.name}); is it a checkpoint of capnb?")
-    try: metadata = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError): metadata = None
+    try: metadata = parse_json(read_text(file, limit=SMALL_TEXT))
+    except ValueError: metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
     if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")

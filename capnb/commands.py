@@ -62,7 +62,7 @@ def train(
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
     "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
-    if isinstance(data, str): data, changes = None, dict(changes, data=data)
+    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
     if data is not None: changes = dict(changes, data=OWN_DATA)
     h = as_hyperparameters(settings, preset or 'storybook', **changes) # before anything heavy is imported: a mistake is told at once
     state = None
@@ -200,7 +200,7 @@ def find_checkpoint(
 @command
 def data_command(
     action:Param('What to do', str, opt=False, choices=['check']),
-    data:Param('Folder with pictures and a captions.csv, hub id, or name of a data set', any_path, opt=False),
+    data:Param('File or folder with captioned images, hub id, or name of a data set', any_path, opt=False),
     limit:Number('Look at the first N training pictures only, and download no more than they need')=None,
     image_column:Param('Column that holds the image or its file name: a name, or its number from 1 in a table without a header', str)=None,
     caption_column:Param('Column that holds the captions, named likewise, or several with commas between', str)=None,

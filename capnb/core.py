@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', 'allowed', 'check_value', 'check_encoding',
            'guess_encodings', 'read_text', 'parse_json', 'chosen_settings', 'as_hyperparameters', 'model_path',
-           'model_source', 'revision_of', 'no_loading_bar', 'hub_errors', 'one_line', 'read_model', 'Hardware',
+           'model_source', 'revision_of', 'no_loading_bar', 'hub_errors', 'error_line', 'read_model', 'Hardware',
            'choose_dtype', 'choose_mixed_precision', 'choose_attention', 'default_device', 'describe_hardware',
            'default_dtype', 'default_mixed_precision', 'default_attention', 'memory_in_use', 'model_config',
            'weights_fingerprint', 'load_whole', 'atomic_write', 'check_writable', 'free_lock', 'shell_line',
@@ -51,7 +51,7 @@ class Hyperparameters(Mapping):
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
     encoder_name: str = _setting('openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True)
     decoder_name: str = _setting(None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name', optional=True, path=True)
-    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a folder with pictures and a captions.csv', path=True)
+    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a file or folder with captioned images', path=True)
     features: str = _setting('pooled', 'What the encoder says of a picture: one vector (pooled), or one for each of its patches (patch)', choices=('pooled','patch'))
     prefix_length: int = _setting(1, 'Prefix tokens that the adapter makes of pooled features; of patch features it makes one per patch', lo=1)
     adapter_width: int = _setting(1024, 'Hidden units of the adapter for pooled features', lo=1)
@@ -190,12 +190,13 @@ def guess_encodings(
     if b'\0' in raw: return ['utf-32'] if _marked_encoding(raw)=='utf-32' else _unmarked_encodings(raw)
     odd = b'\n'.join([line for line in raw[:2**24].splitlines() if not line.isascii()][:500])[:100_000]
     found = {}
-    usual = lambda m: (round(m.chaos, 2), -round(m.coherence, 1), _USUAL.index(m.encoding))
-    for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=usual) or from_bytes(odd):
+    rank = lambda name: _USUAL.index(name) if name in _USUAL else len(_USUAL)
+    likely = lambda match: (round(match.chaos, 2), -round(match.coherence, 1), rank(match.encoding))
+    for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=likely) or from_bytes(odd):
         try: text = raw.decode(match.encoding)
         except UnicodeDecodeError: continue
-        if match.encoding not in ('ascii','utf_8'): found.setdefault(text, match.encoding)
-        if len(found)==most: break
+        if match.encoding in ('ascii','utf_8') or len(found)==most and text not in found: continue
+        found[text] = min(found.get(text, match.encoding), match.encoding, key=rank) # the best known of equals
     return list(found.values())
 
 def _mostly_utf8(raw):
@@ -379,7 +380,7 @@ def hub_errors(
         raise error(f"{kind} {name}: {advice}") from e
 
 # %% ../nbs/00_core.ipynb #0da7b109
-def one_line(
+def error_line(
     error, # An exception
 ) -> str:
     "Say in one line what an exception says in many."
@@ -399,7 +400,7 @@ def read_model(
     except OSError: raise
     except Exception as e: # a broken file may raise anything
         own_code = 'trust_remote_code' in str(e)
-        reason = 'it needs Python code from its own folder, and no such code is run' if own_code else one_line(e)
+        reason = 'it needs Python code from its own folder, and no such code is run' if own_code else error_line(e)
         raise ValueError(f"{what} cannot be read: {reason}") from e
 
 # %% ../nbs/00_core.ipynb #5a1e0003

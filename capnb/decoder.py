@@ -530,12 +530,20 @@ def score_ids(
         scores += (-nats.sum(1)/mask.sum(1)**length_penalty).tolist()
     return scores
 
+def _check_room(decoder, prefix, most):
+    "Raise a `ValueError` if the decoder has not that many positions."
+    room = getattr(decoder.config.get_text_config(), 'max_position_embeddings', None)
+    if not room or prefix+most <= room: return
+    why = f'the decoder has {room} positions and an image takes {prefix}'
+    raise ValueError(f"max_new_tokens is {most}; allowed: a whole number of 1 or more and up to {room-prefix}, as {why}")
+
 @torch.no_grad()
 def _write(decoder, tokenizer, prefix, most, batch_size, scores, options):
     "Of each caption the tokens, and a list of scores or None; the captions of an image one after another, best first."
     options = check_options(options | dict(batch_size=batch_size))
     batch_size, n = options.pop('batch_size'), options.get('num_return_sequences', 1)
     if not len(prefix): return [], []
+    if 'max_new_tokens' in options: _check_room(decoder, prefix.shape[1], options['max_new_tokens'])
     prefix = prefix.to(decoder.get_input_embeddings().weight.dtype)
     rows = _generate(decoder, tokenizer, prefix, options.get('max_new_tokens', most), batch_size, options)
     sort = n > 1 and options.get('num_beams', 1)==1                            # beams come in order
@@ -578,6 +586,7 @@ def generate_captions(
     if scores: found = list(zip(found, values, strict=True))
     n = len(found)//max(1, len(prefix))
     return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
+
 def split_scores(
     found, # What `scores=True` gives for an image: (text, score), or a list of them
 ) -> tuple: # Text and score, or a list of texts and a list of scores

@@ -352,18 +352,17 @@ def _looked_at(encoder, data, i, cache):
 def _encoded(encoder, data, which, cache, taken, alone):
     "Some rows without their pictures, the digests of the pictures, and features, in half precision, by digest for those that neither the cache has nor another batch has `taken`; raises `ValueError` if that cannot hold them."
     rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache) for i in which])
-    new = {digest: (row, p) for row,digest,p in zip(rows, digests, pixels) if p is not None and taken.setdefault(digest, which)==which}
+    new = {digest: (row, p) for row,digest,p in zip(rows, digests, pixels, strict=True) if p is not None and taken.setdefault(digest, which)==which}
     if not new: return rows, digests, {}
     cache.check_writable() # before a picture is encoded, not after
     with alone: features = encoder(torch.stack([p for _,p in new.values()])).half().cpu().numpy()
-    for (row,_),f in zip(new.values(), features):
+    for (row,_),f in zip(new.values(), features, strict=True):
         if not np.isfinite(f).all(): raise ValueError(f"the features of {row['image_id']} are not numbers up to 65,504, which is what half precision holds")
-    return rows, digests, dict(zip(new, features))
+    return rows, digests, dict(zip(new, features, strict=True))
 
 def _say_size(name, n, cache, where):
     each = 2*int(np.prod(cache.shape))
     say(f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all, {where}", flush=True)
-
 
 # %% ../nbs/03_encoder.ipynb #0788551f
 class EncodedData:

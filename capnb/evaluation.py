@@ -102,7 +102,7 @@ def fact_counts(
     facts, # For each picture its facts, as `capnb.storybook.facts_of` gives them
 ) -> dict: # The names in `FACTS`: of each picture how many are said truly, are said, are there
     "Count what captions claim and what is true. A relation is found if one true relation is named, since all of them follow from where things stand."
-    each = [_claims(c, f) for c,f in zip(captions, facts)]
+    each = [_claims(c, f) for c,f in zip(captions, facts, strict=True)]
     return {name: [claims[name] for claims in each] for name in FACTS}
 
 def facts_scores(
@@ -111,7 +111,6 @@ def facts_scores(
 ) -> dict: # The names in `FACTS`, each with precision, recall and f1
     "Compare what captions claim with what is true."
     return {name: _prf(*map(sum, zip(*each))) for name,each in fact_counts(captions, facts).items()}
-
 
 # %% ../nbs/08_evaluation.ipynb #ca000002
 @dataclass
@@ -380,7 +379,9 @@ def draw_samples(
     fig = Figure(figsize=(2.6*cols, 3*rows), layout='tight')
     axs = fig.subplots(rows, cols, squeeze=False)
     for ax in axs.flat: ax.axis('off')
-    for ax,image,caption in zip(axs.flat, images, captions): ax.imshow(image); ax.set_title('\n'.join(textwrap.wrap(caption, 30)[:3]), fontsize=8, parse_math=False)
+    for ax,image,caption in zip(axs.flat[:len(images)], images, captions, strict=True):
+        ax.imshow(image)
+        ax.set_title('\n'.join(textwrap.wrap(caption, 30)[:3]), fontsize=8, parse_math=False)
     with atomic_write(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 
 # %% ../nbs/08_evaluation.ipynb #242b549c
@@ -472,7 +473,8 @@ def _files(tracker, name, *paths):
 
 def _captioned(tracker, rows, images, captions, step):
     "Show captions beside their pictures: MLflow as a drawing and a list, Weights & Biases as a table."
-    table = [dict(image_id=r['image_id'], caption=c, references=r['captions']) for r,c in zip(rows, captions)]
+    shown = zip(rows[:len(captions)], captions, strict=True)
+    table = [dict(image_id=r['image_id'], caption=c, references=r['captions']) for r,c in shown]
     if tracker.name=='mlflow':
         with tempfile.TemporaryDirectory() as folder:
             draw_samples(images, captions, f'{folder}/step-{step:06}.png')
@@ -480,7 +482,9 @@ def _captioned(tracker, rows, images, captions, step):
             _files(tracker, 'samples', *sorted(Path(folder).iterdir()))
     elif tracker.name=='wandb':
         import wandb
-        tracker.log_table('samples', ['image_id', 'picture', 'caption', 'references'], [[r['image_id'], wandb.Image(image), r['caption'], ' / '.join(r['references'])] for r,image in zip(table, images)], step=step)
+        cells = [[r['image_id'], wandb.Image(image), r['caption'], ' / '.join(r['references'])]
+                 for r,image in zip(table, images, strict=True)]
+        tracker.log_table('samples', ['image_id', 'picture', 'caption', 'references'], cells, step=step)
 
 # %% ../nbs/08_evaluation.ipynb #08c0a004
 def _numbers(values): return {k: v for k,v in values.items() if isinstance(v, (int,float)) and not isinstance(v, bool)}

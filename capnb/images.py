@@ -7,7 +7,7 @@ __all__ = ['IMAGE_NAME', 'image_formats', 'image_format', 'TooManyPixels', 'open
            'decode_requests', 'DecodingPool', 'decoding_pool', 'open_images']
 
 # %% ../nbs/01b_images.ipynb #1b000003
-import atexit, glob, io, itertools, json, os, queue, signal, stat, struct, subprocess, sys, threading, time
+import atexit, glob, io, json, os, queue, signal, stat, struct, subprocess, sys, threading, time
 from collections import deque
 from concurrent.futures import Future
 from functools import cache
@@ -460,7 +460,7 @@ class DecodingPool:
         "Open images one after the other."
         waiting = deque()
         try:
-            for source,name in zip(sources, names or itertools.repeat(None)):
+            for source,name in _with_names(sources, names):
                 waiting.append(self.submit(source, name, **how))
                 if len(waiting) > (ahead or 2*self.workers): yield _result(waiting.popleft())
             while waiting: yield _result(waiting.popleft())
@@ -476,6 +476,10 @@ class DecodingPool:
         for _ in range(self.idle.qsize()):
             if child := self.idle.get(): child.kill()
             self.idle.put(None)
+
+def _with_names(sources, names):
+    "Each source with its name, or None where there are no names."
+    return ((source, None) for source in sources) if names is None else zip(sources, names, strict=True)
 
 def _result(future):
     try: return future.result()
@@ -499,9 +503,10 @@ def open_images(
     ahead:int=None, # As for `DecodingPool.map`
 ): # Yields an image, or a `ValueError`, for each source, in order
     "Open images one after the other, many of them in child processes."
+    sources = list(sources)
     if sum(not isinstance(source, Image.Image) for source in sources) >= _FEW:
         yield from decoding_pool().map(sources, names, ahead, min_side=min_side)
         return
-    for source,name in zip(sources, names or itertools.repeat(None)):
+    for source,name in _with_names(sources, names):
         try: yield open_image(source, name, min_side)
         except ValueError as e: yield e

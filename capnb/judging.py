@@ -35,7 +35,7 @@ def clip_scores(
 ) -> dict: # 'clipscore' and 'refclipscore': tensors (pictures,)
     "CLIPScore and RefCLIPScore of each picture (Hessel et al. 2021)."
     seen = 2.5*(images*captions).sum(-1).clamp(min=0)
-    said = torch.stack([(r @ c).max() for r,c in zip(references, captions)]).clamp(min=0)
+    said = torch.stack([(r @ c).max() for r,c in zip(references, captions, strict=True)]).clamp(min=0)
     return dict(clipscore=seen, refclipscore=2*seen*said/(seen+said).clamp(min=1e-12))
 
 # %% ../nbs/21_judging.ipynb #jd210010
@@ -90,7 +90,7 @@ def clip_parts(
     read = scorer.embed_texts([r for refs in references for r in refs])
     people = [read[a:b] for a,b in zip(ends, ends[1:])]
     found, other = clip_scores(images, said, people), clip_scores(images.roll(-1, 0), said, people[1:]+people[:1])
-    ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images)]
+    ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images, strict=True)]
     return {name: mean_parts(each) for name,each in dict(found, **{f'{k}_floor': v for k,v in other.items()}, clipscore_ceiling=ceiling).items()}
 
 # %% ../nbs/21_judging.ipynb #jd210021
@@ -108,7 +108,7 @@ def write_predictions(
     captions, # One per picture
 ):
     "Write captions as COCO results."
-    write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions)])
+    write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions, strict=True)])
 
 # %% ../nbs/21_judging.ipynb #jd210022
 def _entries(path):
@@ -250,7 +250,7 @@ def each_score(
     "The scores of each picture by itself."
     own = {name: p for name,p in judged.parts.items() if not name.endswith(('_floor','_ceiling'))}
     empty = {name: p.each[:,1:].sum(1)==0 if name in FACTS else np.zeros(len(p.each), bool) for name,p in own.items()} # neither said nor there
-    return {name: [None if e else float(v) for v,e in zip(p.score(p.each), empty[name])] for name,p in own.items()}
+    return {name: [None if e else float(v) for v,e in zip(p.score(p.each), empty[name], strict=True)] for name,p in own.items()}
 
 # %% ../nbs/21_judging.ipynb #jd210037
 def write_csv(
@@ -261,7 +261,7 @@ def write_csv(
     found = {split: each_score(j) for split,j in judged.items()}
     names = list(dict.fromkeys(name for scores in found.values() for name in scores))
     rows = [[split, i, c, ' | '.join(r['captions']), *('' if (v := found[split].get(name)) is None or v[n] is None else f'{v[n]:.4f}' for name in names)]
-            for split,j in judged.items() for n,(i,c,r) in enumerate(zip(j.ids, j.captions, j.data.rows))]
+            for split,j in judged.items() for n,(i,c,r) in enumerate(zip(j.ids, j.captions, j.data.rows, strict=True))]
     with atomic_write(path) as f: csv.writer(f, lineterminator='\n').writerows([['split', 'image_id', 'caption', 'references', *names], *rows])
 
 # %% ../nbs/21_judging.ipynb #jd210040

@@ -9,7 +9,7 @@ __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA',
            'captions_text', 'dry_run', 'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
 
 # %% ../nbs/13_planning.ipynb #13a00003
-import json, shutil, time, weakref
+import shutil, time, weakref
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
 from .commands import any_path, command, new_file
-from .core import PRESETS, Hyperparameters, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, say, write_json
+from .core import Hyperparameters, PRESETS, SMALL_TEXT, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, parse_json, read_text, say, write_json
 from .sources import held_back, load_for
 from .decoder import caption_loss, caption_nats, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
 from .encoder import ImageEncoder, tower_class
@@ -156,7 +156,7 @@ def planned_data(
 ) -> dict: # Name of split: `CaptionData`; empty for `KNOWN_DATA`
     "Load the data of a run, if nothing has to be downloaded for it; raises `ValueError` for data that would have to be, and are not known."
     if h.data in KNOWN_DATA: return {}
-    if h.data=='storybook' or Path(h.data).is_dir(): return load_for(h)
+    if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
     raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
 
 def picture_counts(
@@ -324,12 +324,12 @@ def dry_run(
     say(f'captions     {captions_text(plan)}', flush=True)
     free, wanted = free_memory(plan.hardware.device) if free is None else free, plan.memory_needed-PROCESS_GB
     if wanted > free:
-        print(f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less")
+        say(f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less")
         return
-    print(f"\nOne step on made-up data with random weights, in at most {wanted:.2f} GB ...", flush=True)
+    say(f"\nOne step on made-up data with random weights, in at most {wanted:.2f} GB ...", flush=True)
     seconds = time_phases(h, plan.hardware)
     parts = run_seconds(plan, seconds)
-    print(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
+    say(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
 
 # %% ../nbs/13_planning.ipynb #13a00039
 FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_pictures', 'first_loss', 'last_loss', 'validation_loss', 'split', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain', 'seconds', 'device', 'date')
@@ -355,7 +355,7 @@ def result_row(
     scores, stamp = m.get('test') or dict(m, loss=m['validation_loss']), Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0]
     epochs = [read_metadata(Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth')) for e in range(1, m['epoch']+1)]
     return dict(zip(FIELDS, (settings_name(h), m['encoder'], m['decoder'], m['data']['name'], m['data']['train'], sum(losses[:10])/len(losses[:10]), m['training_loss'], m['validation_loss'], split,
-                             *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')), sum(e['seconds'] for e in epochs), hardware or m['device'], f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}')))
+                             *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')), sum(e['seconds'] for e in epochs), hardware or m['device'], f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}'), strict=True))
 
 # %% ../nbs/13_planning.ipynb #13a0003a
 def _is_same(a, b): return all(a[k]==b[k] for k in ('settings', 'encoder', 'decoder', 'data')) and (a['device']==b['device'] or None in (a['device'], b['device']))
@@ -389,10 +389,10 @@ def results_command(
     "Put what a checkpoint came to into the table of results."
     path = Path(file)
     if path.suffix!='.json': raise ValueError(f"{file} must end in .json; the table is written beside it as .md")
-    try: rows = json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
+    try: rows = parse_json(read_text(path, limit=SMALL_TEXT)) if path.exists() else []
     except ValueError: rows = None
     if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows): raise ValueError(f"{file} is no file of results")
     rows = add_row(rows, result_row(checkpoint, hardware))
     write_json(path, rows)
     with atomic_write(path.with_suffix('.md')) as f: f.write(results_table(rows)+'\n')
-    print(results_table(rows))
+    say(results_table(rows))

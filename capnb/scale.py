@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
-from .core import as_hyperparameters
+from .core import as_hyperparameters, say
 from .images import open_image
 from .decoder import check_options, split_scores
 from .encoder import load_encoder
@@ -144,6 +144,17 @@ def _ray():
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     return ray
 
+_SINGLE = 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER' # Ray's switch: on those systems it takes a machine for one of a single node, unless this is set
+
+@contextmanager
+def _on_loopback():
+    "Let a Ray that is started here listen on loopback only, as it does on systems where it knows of no other nodes; by default every interface is open to everybody. Who sets Ray's own switch decides otherwise."
+    from ray._private import ray_constants
+    if _SINGLE in os.environ: yield; return
+    known, os.environ[_SINGLE], ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, '0', False
+    try: yield
+    finally: ray_constants.ENABLE_RAY_CLUSTER = known; del os.environ[_SINGLE]
+
 @contextmanager
 def cluster(
     workers:int, # Processes with a model each
@@ -151,7 +162,7 @@ def cluster(
     gpus:float=0, # GPUs for each worker: 0, 1, or a share of one
     address:str=None, # Of a running Ray cluster, or 'auto'; None starts one on this machine
 ):
-    "Join a cluster or start one, and leave it at the end; raises `ValueError` if it has no room for the workers."
+    "Join a cluster or start one, which only this machine can reach, and leave it at the end; raises `ValueError` if it has no room for the workers."
     ray, started = _ray(), False
     def check(there):
         for what,needed in (('GPU', workers*gpus), ('CPU', workers*threads+4)):
@@ -160,7 +171,10 @@ def cluster(
     try:
         if not ray.is_initialized():
             started, quiet = True, dict(log_to_driver=False, logging_level='ERROR')
-            try: ray.init(address, **quiet) if address else ray.init('local', num_cpus=workers*threads+4, include_dashboard=False, object_store_memory=STORE, **quiet)
+            try:
+                if address: ray.init(address, **quiet)
+                else:
+                    with _on_loopback(): ray.init('local', num_cpus=workers*threads+4, include_dashboard=False, object_store_memory=STORE, **quiet)
             except ConnectionError as e: raise ValueError(f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}") from None
         check(ray.cluster_resources())
         yield ray
@@ -289,4 +303,4 @@ def scale_command(
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
         found = caption_pictures(source, out, checkpoint, options=options, **settings)
-    print(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")
+    say(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")

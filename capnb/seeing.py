@@ -109,5 +109,5 @@ def pointing_scores(
     pictures = [p for p in pictures if p]
     each = lambda key: [np.mean(v) for p in pictures if (v := [w[key] for w in p if w[key] is not None])]
     scores = {key: each(key) for key in ('hit','chance','share','other','own')}
-    scores['gain'] = [h-c for h,c in zip(scores['hit'], scores['chance'])]
+    scores['gain'] = [h-c for h,c in zip(scores['hit'], scores['chance'], strict=True)]
     return {key: (parts.value, *interval(parts)) for key,values in scores.items() if values for parts in [mean_parts(values)]} | dict(words=sum(map(len, pictures)), pictures=len(pictures))

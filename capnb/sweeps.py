@@ -8,7 +8,7 @@ __all__ = ['SAMPLERS', 'PLOTS', 'read_vary', 'classic_grid', 'Lab', 'Prune', 'op
            'sweep_command']
 
 # %% ../nbs/19_sweeps.ipynb #19a00002
-import json, time, warnings
+import json, os, time, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from itertools import product
@@ -138,7 +138,7 @@ def open_study(
         if other: raise ValueError(f"{folder} holds a sweep of other settings: its {other[0]} was {saved.get(other[0])}, not {job.get(other[0])}; choose another output_dir")
         study.set_user_attr('job', job)
         if sampler=='grid':
-            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values)), skip_if_exists=True)
+            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
     return study
 
 # %% ../nbs/19_sweeps.ipynb #19a00017
@@ -299,7 +299,7 @@ def sweep(
     **changes, # Single hyperparameters, over everything else
 ): # `optuna.Study`
     "Search for the settings with the least validation loss; called again, or elsewhere at the same time, it goes on with the study in `output_dir`."
-    if isinstance(data, str): data, changes = None, dict(changes, data=data)
+    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
     if data is not None: changes = dict(changes, data=OWN_DATA)
     h, space, trials = _settings(settings, preset, vary, sampler, trials, changes)
     study, lab = open_study(h.output_dir, h, space, sampler), Lab(data)

@@ -300,12 +300,20 @@ def read_columns(
 # %% ../nbs/01c_tables.ipynb #7ab00023
 def _record_rows(records, place, image_column, caption_column):
     "The table of some numbered objects, all with the same names in them; an error stands for one that could not be read."
-    records = iter(records)
+    records = ((n, _answered(record)) for n,record in records)
     head = list(islice(records, _SAMPLE))
     objects = [r for _,r in head if isinstance(r, dict)]
     names = list(dict.fromkeys(name for r in objects for name in r))
     columns = infer_columns(names, [[r.get(n) for n in names] for r in objects], image_column, caption_column) if names else None
     return Table(_records(chain(head, records), place, names, columns), [columns.guess if columns else ''])
+
+def _answered(record):
+    "A record of LLaVA's form with the only answer of its conversation as its caption; any other record as it is."
+    turns = record.get('conversations') if isinstance(record, dict) else None
+    if not isinstance(turns, list): return record
+    answers = [turn.get('value') for turn in turns if isinstance(turn, dict) and turn.get('from') in ('gpt','assistant')]
+    if len(answers)!=1: return ValueError(f"has a conversation with {len(answers)} answers; only one that is the answer to one question is a caption")
+    return {**{k: v for k,v in record.items() if k!='conversations'}, 'caption': answers[0]}
 
 def _records(records, place, names, columns):
     "Place, image, captions and split of each object."
@@ -358,13 +366,21 @@ def _karpathy_rows(images):
         texts = [s.get('raw') if isinstance(s, dict) else None for s in sentences] if isinstance(sentences, list) else []
         yield f'image {n}', name and str(Path(str(image.get('filepath') or ''))/name), texts, image.get('split')
 
+def _is_mapping(found):
+    "Whether a document gives the captions of each image by its name."
+    if not isinstance(found, dict) or not found or 'images' in found or 'annotations' in found: return False
+    return all(isinstance(said, (str, list)) for said in found.values()) and any(map(looks_like_image, found))
+
 def read_document(
     found, # What a JSON document holds
     image_column:str=None, # As for `infer_columns`
     caption_column:str=None, # As for `infer_columns`
 ) -> Table:
-    "Read a JSON document that is laid out as COCO, as Karpathy, or as a list of objects; raises `ValueError` if it is none of these."
+    "Read a JSON document that is laid out as COCO, as Karpathy, as a list of objects (also with LLaVA's conversations), or as captions by name of image; raises `ValueError` if it is none of these."
     if isinstance(found, list): return _record_rows(enumerate(found), 'object', image_column, caption_column)
+    if _is_mapping(found):
+        _asked_columns(['captions'], caption_column, 'caption_column')
+        return Table((f'entry {n}', name, said, None) for n,(name,said) in enumerate(found.items()))
     images, annotations = (found.get(k) if isinstance(found, dict) else None for k in ('images','annotations'))
     for what,rows in (('images', images), ('annotations', annotations or [])):
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
-from .core import (Hyperparameters, as_hyperparameters, atomic_write, check_writable, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
+from .core import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
                         revision_of, say, shell_line)
 from .data import captions_for_epoch
 from .decoder import count_cut, cut_text, text_ids

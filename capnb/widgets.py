@@ -251,7 +251,7 @@ def mistakes(
     "Name what is wrong with captions."
     found, counts = [set() for _ in captions], fact_counts(captions, facts)
     for name,label in _KINDS.items():
-        for kinds,(true,said,there) in zip(found, counts[name]):
+        for kinds,(true,said,there) in zip(found, counts[name], strict=True):
             if true < said: kinds.add(f'{label} said wrongly')
             if true < there: kinds.add(f'{label} left out')
     return found

@@ -67,12 +67,14 @@ def call(scripts):
     return call
 
 @pytest.fixture(scope='module')
-def browser():
-    "A Chromium of this machine; without one, what needs it is skipped."
+def browser_with():
+    "Start a Chromium of this machine with some flags; without one, what needs it is skipped."
     path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if not path: pytest.skip('there is no Chromium on this machine')
     playwright = pytest.importorskip('playwright.sync_api')
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield browser
-        browser.close()
+    with playwright.sync_playwright() as p, contextlib.ExitStack() as stack:
+        def launch(*flags): return stack.enter_context(contextlib.closing(p.chromium.launch(executable_path=path, args=['--no-sandbox', *flags])))
+        yield launch
+
+@pytest.fixture(scope='module')
+def browser(browser_with): return browser_with()

@@ -5,9 +5,12 @@ from capnb.captioner import Captioner, load_model_from_checkpoint
 from capnb.commands import caption_command, train
 from capnb.decoder import check_options, generate_ids
 from capnb.encoder import EncodedData
-from capnb.evaluation import write_captions_for
+from capnb.evaluation import draw_samples, fact_counts, facts_scores, write_captions_for
+from capnb.images import open_images
 from capnb.inference import caption_files, explain
+from capnb.judging import clip_scores, write_predictions
 from capnb.scale import ROW, CaptionWorker
+from capnb.serving import answer_batch
 from capnb.storybook import Storybook
 
 BEAMS = dict(num_beams=3, num_return_sequences=2)
@@ -107,6 +110,20 @@ def test_where_only_one_fits(model, images):
         with pytest.raises(ValueError, match='num_return_sequences is 2; allowed: 1, since'): ask(**BEAMS)
         ask(num_beams=3)
 
+def test_requests_have_their_captions(model, images):
+    "Of several, the best one stands where one would, and all beside it; none is streamed, as beams weigh whole sentences."
+    said = []
+    asked = [(f'request {i}', image, i==1) for i,image in enumerate(images)]
+    best = answer_batch(model, asked, lambda uid, answer: said.append((uid, answer)), BEAMS)
+    several = model.caption(images, scores=True, **BEAMS)
+    assert [uid for uid,_ in said] == [uid for uid,_,_ in asked] and list(best.values()) == [found[0][0] for found in several]
+    for (_, answer),found in zip(said, several, strict=True):
+        assert answer['caption'] == found[0][0] and [c['caption'] for c in answer['captions']] == [text for text,_ in found]
+        assert [c['score'] for c in answer['captions']] == pytest.approx([score for _,score in found], abs=1e-3)
+    said.clear()
+    answer_batch(model, asked, lambda uid, answer: said.append(answer), dict(num_beams=3))
+    assert said == [dict(caption=caption) for caption in model.caption(images, num_beams=3)]
+
 # --- Options
 
 FORM = ['return_dict_in_generate', 'output_scores', 'output_logits', 'output_attentions', 'output_hidden_states']
@@ -136,6 +153,11 @@ def test_numbers_of_other_types(model, images):
     assert type(check_options(dict(num_beams=np.float32(3)))['num_beams']) is int
     assert model.caption(images[0], max_new_tokens=None) == model.caption(images[0])
     assert model.caption(images[0], max_new_tokens=np.int64(3)) == model.caption(images[0], max_new_tokens=3) == ' '.join(model.caption(images[0]).split()[:3])
+
+def test_more_tokens_than_positions(model, images):
+    room = model.decoder.config.max_position_embeddings - model.prefix(model.encoder.encode(images[:1])).shape[1]
+    with pytest.raises(ValueError, match=f'^max_new_tokens is {room+1}; allowed: .* up to {room}, as'): model.caption(images[0], max_new_tokens=room+1)
+    assert model.caption(images[0], max_new_tokens=room) == model.caption(images[0])
 
 def test_streamer_of_more_than_a_batch(model, images):
     with pytest.raises(ValueError, match='^streamer follows one batch'): model.caption(images, batch_size=2, streamer=object())
@@ -196,3 +218,20 @@ def test_interrupt_leaves_whole_json(start, folder):
         finally: process.kill()
     assert process.returncode == 130 and err.splitlines()[-1] == 'stopped', err[-3000:]
     assert 1 <= len(rows) < 8000 and [r['file'] for r in rows] == ['0.png', 'bad.png']*(len(rows)//2) + ['0.png']*(len(rows)%2)
+
+# --- Lists that do not belong together are an error, not cut to the shorter one
+
+FACTS = [Storybook('test')[i]['facts'] for i in range(3)]
+UNEQUAL = {'facts': lambda images, file: fact_counts(['A red cat.']*2, FACTS),
+           'mistakes': lambda images, file: facts_scores(['A red cat.']*4, FACTS),
+           'predictions': lambda images, file: write_predictions(file, ['1', '2', '3'], ['A red cat.']*2),
+           'drawing': lambda images, file: draw_samples(images[:3], ['A red cat.']*2, file),
+           'CLIPScore': lambda images, file: clip_scores(torch.ones(1, 4), torch.ones(1, 4), [torch.ones(2, 4)]*3),
+           'names': lambda images, file: list(open_images(images, ['first', 'second']))}
+
+@pytest.mark.parametrize('what', UNEQUAL)
+def test_unequal_lists_are_refused(images, tmp_path, what):
+    with pytest.raises(ValueError, match='zip|belong'): UNEQUAL[what](images, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_sources_of_images_may_come_one_by_one(images): assert len(list(open_images(iter(images)))) == 5

@@ -1,5 +1,5 @@
 "The console commands from outside, as a person in a shell meets them: train, judge, caption, and be told what is wrong."
-import ast, importlib, inspect, json, os, re, shutil
+import ast, importlib, inspect, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
@@ -477,3 +477,42 @@ def test_folder_with_a_bad_row_is_told_before_training(call, tmp_path):
     done = call('capnb_train', '--data', tmp_path, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr.strip() == f"train: {tmp_path/'captions.csv'}: line 2: there is no picture 'nowhere.png'"
+
+# --- Output that has no letters for what is said
+
+NARROW = dict(PYTHONUTF8='0', PYTHONIOENCODING='cp1252', LC_ALL='C')
+
+def into_file(words, cwd, environment, encoding):
+    "Run Python with its output in a file, on a system whose encoding is `encoding`."
+    with open(cwd/'out.txt', 'wb') as out:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, stdout=out, stderr=subprocess.PIPE, env=environment(**NARROW | dict(PYTHONIOENCODING=encoding)))
+    return done.returncode, (cwd/'out.txt').read_bytes().decode(encoding), done.stderr.decode(encoding, 'replace')
+
+LIBRARY = """
+from capnb.commands import train
+from capnb.storybook import Storybook
+rows = [dict(image=Storybook()[i]['image'], caption='\\u4e00\\u53ea\\u732b \\U0001f408') for i in range(24)]
+result = train(training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows, output_dir='runs')
+assert result.checkpoint.exists()
+"""
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
+def test_message_never_stops_a_run(environment, tmp_path, encoding):
+    "Neither training in a script of one's own, nor a command."
+    code, out, err = into_file(['-c', LIBRARY], tmp_path, environment, encoding)
+    assert code == 0, err[-3000:]
+    assert '? Model saved successfully!' in out and '? ROUGE-L score: ' in out
+    assert list((tmp_path/'runs').glob('samples_*.png'))
+
+def test_command_writes_to_a_narrow_file(environment, album, tmp_path):
+    "What is a caption or a file name is not lost either: it is escaped."
+    shutil.copytree(album/'saved_models', tmp_path/'saved_models')
+    shutil.copy(album/'one.png', tmp_path/'\u732b.png')
+    code, out, err = into_file(['-c', 'from capnb.commands import caption_command; caption_command()', '\u732b.png'], tmp_path, environment, 'cp1252')
+    assert code == 0 and re.fullmatch(r'(\\u\w{4})+\.png: .+\r?\n', out), (out, err[-3000:])
+
+def test_library_prints_in_one_place():
+    "Nothing but `say` prints, or a message might stop a run again."
+    found = [(path.name, node.lineno) for path in (ROOT/'capnb').rglob('*.py') for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'print' and 'file' not in {k.arg for k in node.keywords}]
+    assert {name for name,_ in found} <= {'core.py', 'commands.py', 'speed.py'} and len([f for f in found if f[0] == 'core.py']) == 1, found

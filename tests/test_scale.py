@@ -1,5 +1,5 @@
 "Captions at scale: a worker is killed, a whole job is killed, and still every picture is captioned exactly once."
-import os, signal, subprocess, sys, time
+import ipaddress, os, signal, subprocess, sys, time
 from collections import Counter
 import psutil, pytest
 import pyarrow.parquet as pq
@@ -55,11 +55,21 @@ def wait_for(process, ready, seconds=120):
         time.sleep(.02)
     return found
 
+def listening(process):
+    "The addresses at which a job and its processes listen."
+    found = set()
+    for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        try: found |= {c.laddr.ip for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN}
+        except psutil.Error: pass
+    return {getattr(ip, 'ipv4_mapped', None) or ip for ip in map(ipaddress.ip_address, found)}
+
 def kill_worker(process, out):
     "Kill one of the two workers in the middle of a job, and wait for a new one in its place."
     wait_for(process, lambda: list(out.glob('*.parquet')))
     first = workers(process)
     assert len(first) == 2
+    listens = listening(process)
+    assert listens and all(ip.is_loopback for ip in listens), listens # nobody else can reach what runs whatever it is sent
     first[0].send_signal(signal.SIGKILL)
     written = SHARD*len(list(out.glob('*.parquet'))) # at most: one of them may be half written
     assert written < N - 5*SHARD, 'the kill came too late to mean anything'
@@ -114,6 +124,18 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
     assert all(f.stat().st_mtime_ns == t for f,t in kept.items())
     anew = {r['id'] for f in out.glob('*.parquet') if f not in before for r in pq.read_table(f).to_pylist()}
     assert anew == set(wanted) - (finished - undone)
+
+@pytest.mark.slow # it waits for Ray to start
+def test_several_captions_belong_to_their_image(run, made, tmp_path):
+    here, _ = made
+    model = load_model_from_checkpoint(next((here/'saved_models').glob('*.pth')), 'cpu')[0]
+    wanted = {os.path.basename(r['file']): r.get('caption') for r in
+              caption_files(model, find_images([here/'pages']), batch_size=SHARD, num_beams=3, num_return_sequences=2)}
+    done = run('capnb_scale', 'pages', tmp_path/'out', *JOB, '--num_beams', 3, '--num_return_sequences', 2, cwd=here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {r['id']: r for r in rows(tmp_path/'out')}
+    assert {name: r['caption'] for name,r in found.items()} == wanted and len(wanted) == N
+    assert all(len(r['score']) == 2 and r['score'][0] >= r['score'][1] for r in found.values() if r['caption'])
 
 WRONG = {'no pictures': (['nothing'], 'there are no pictures'), 'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'), 'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
          'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}

@@ -73,7 +73,7 @@ def test_words_are_the_caption(plain, caption):
 
 def test_a_long_caption_is_cut_as_the_model_cuts_it(plain, picture):
     _, words = explain(plain, picture, 'a red cat and '*40, patches=False)
-    assert 40 < len(words) <= plain.max_caption_length-1 and all(0 <= w.probability <= 1 for w in words)
+    assert 40 < len(words) <= plain.max_caption_length and all(0 <= w.probability <= 1 for w in words)
 
 def test_others_come_in_between(plain, picture):
     "The work has parts between which something else can be done, or which end it."

@@ -1,17 +1,20 @@
 "The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in a browser."
-import base64, http.client, io, json, os, random, re, signal, socket, sys, threading, time, zlib
+import base64, http.client, http.server, io, json, os, random, re, signal, socket, sys, threading, time, warnings, zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from queue import Queue
 from types import SimpleNamespace
 import psutil, pytest
+from bombs import one_colour, scan_bomb, two_in_one
+from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
 from capnb.commands import train
 from capnb.images import open_image
-from capnb.serving import PAGE, Worker, answer_batch, gather, load_report, memory, send_load, serve_command, why
+from capnb.serving import PAGE, Worker, answer_batch, client_of, gather, load_report, memory, send_load, serve_command, why
 from capnb.storybook import Storybook
 
 PAGES = 48
@@ -110,6 +113,19 @@ class Server:
         yield finish
         connection.close()
 
+    @contextmanager
+    def busy(self, picture, number=2, **headers):
+        "A server whose worker does nothing, and whose places are taken; gives a list in which their answers will be."
+        others, worker = [], self.workers()[0]
+        asking = [threading.Thread(target=lambda: others.append(self.caption(picture, **headers))) for _ in range(number)]
+        worker.suspend()
+        try:
+            for t in asking: t.start()
+            time.sleep(.4) # they have arrived
+            yield others
+        finally: worker.resume()
+        for t in asking: t.join()
+
     def workers(self):
         "The processes that hold a model."
         found = []
@@ -121,7 +137,7 @@ class Server:
 @pytest.fixture(scope='module')
 def starting(start, made):
     "The two servers of these tests, which load their models while other things are made ready."
-    found = dict(wide=Server(start, made), narrow=Server(start, made, '--max_waiting', 2, '--timeout', 2, '--max_upload', .1, CAPNB_API_KEY=KEY))
+    found = dict(wide=Server(start, made), narrow=Server(start, made, '--max_waiting', 2, '--max_per_client', 2, '--timeout', 2, '--max_upload', .1, CAPNB_API_KEY=KEY))
     try: yield found
     finally:
         for server in found.values():
@@ -136,6 +152,16 @@ def server(servers): return servers['wide']
 
 @pytest.fixture(scope='module')
 def narrow(servers): return servers['narrow']
+
+class Empty(http.server.BaseHTTPRequestHandler):
+    "An empty page."
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('Content-Type', 'text/html')
+        self.end_headers()
+        self.wfile.write(b'<body>')
+
+    def log_message(self, *args): pass
 
 # --- Captions
 
@@ -201,12 +227,17 @@ def test_gather_is_bounded_in_number_and_time():
     assert gather(queue, 8, .1) == [2, 3, 4] and .09 < time.monotonic()-start < 5
     assert gather(queue, 8, 0) == [] # it never waits for ever
 
-def test_a_broken_picture_is_nobody_elses_trouble(model, pages):
-    said = {}
-    answer_batch(model, [('a', pages[0], False), ('cut', pages[1][:200], True), ('b', pages[2], False)], said.__setitem__)
-    assert said['cut']['status'] == 415 and 'caption' in said['a'] and 'caption' in said['b']
-    answer_batch(model, [('alone', b'', False)], said.__setitem__)
-    assert said['alone']['status'] == 415
+def test_a_model_that_fails_at_one_image_writes_for_the_others(model, pages):
+    "What a model raises for a batch is told to nobody but the request that makes it raise alone."
+    images, said = [open_image(p) for p in pages[:4]], {}
+    def encode(batch):
+        if any(image is images[2] for image in batch): raise RuntimeError('no memory left')
+        return model.encoder.encode(batch)
+    failing = copy(model)
+    object.__setattr__(failing, 'encoder', SimpleNamespace(encode=encode))
+    answer_batch(failing, [(i, image, False) for i,image in enumerate(images)], said.__setitem__)
+    assert said[2] == dict(status=500, detail='the model failed at this image: no memory left')
+    assert [said[i]['caption'] for i in (0, 1, 3)] == model.caption([images[0], images[1], images[3]])
 
 # --- Why a word was said
 
@@ -252,27 +283,40 @@ def test_reasons_have_the_same_limits(narrow, server, pages):
     assert narrow.caption(b'x'*100_000, EXPLAIN, **key)[0] == 413
     assert narrow.caption(pages[0][:100], EXPLAIN, **key)[0] == 415
     assert server.caption(pages[0], '/caption?explain=perhaps')[0] == 422
-    with narrow.half_sent(pages[0], **key) as first, narrow.half_sent(pages[0], **key) as second:
+    with narrow.busy(pages[0], **key) as others:
         assert narrow.caption(pages[0], EXPLAIN, **key)[0] == 429
-        assert first()[0] == second()[0] == 200
+    assert [status for status,_ in others] == [200, 200]
 
 class Done(Exception): pass
 
-class Once:
-    "A queue that gives what it holds, then ends the loop that asks for more."
-    def __init__(self, *requests): self.left = list(requests)
+class Told:
+    "What a worker says, and how it ends: when it asks its empty queue again after having said enough."
+    def __init__(self, model, *requests, then=()):
+        self.said, self.queue, self.then = [], Queue(), list(then)
+        for r in requests: self.queue.put(r)
+        worker = Worker(None, None, None, None, wait=0)
+        worker.model = model
+        api, transport = SimpleNamespace(max_batch_size=1), SimpleNamespace(send=self.send)
+        with pytest.raises(Done): worker(api, 'cpu', 0, self, transport, None, [])
+
+    def send(self, message, consumer_id): self.said.append((message[0], *message[1][0]))
+
     def get(self, timeout=None):
-        if not self.left: raise Done
-        return self.left.pop(0)
+        if self.queue.empty() and self.then and self.said: self.queue.put(self.then.pop(0))
+        if self.queue.empty() and timeout: raise Done # there is nothing to do
+        return self.queue.get_nowait()
 
 def test_what_nobody_waits_for_is_left_undone(model, pages):
-    "A request whose time is over is neither captioned nor explained; the answer of one in time comes."
-    said, worker = [], Worker(None, None, wait=0)
-    worker.model = model
-    api, transport = SimpleNamespace(max_batch_size=1, request_timeout=60), SimpleNamespace(send=lambda message, consumer_id: said.append((message[0], *message[1][0])))
-    now, picture = time.monotonic(), pages[0]
-    with pytest.raises(Done): worker(api, 'cpu', 0, Once((0, 'late', now-61, (picture, False, True)), (0, 'in time', now, (picture, False, False))), transport, None, [])
-    assert said == [('in time', 'caption')]
+    "A request whose time is over is neither captioned nor explained, nor one whose client has left; each is confirmed. The answer of one in time comes."
+    end, image = time.monotonic()+60, open_image(pages[0])
+    told = Told(model, (0, 'late', end-61, (image, False, True)), (0, 'left', end, (image, False, True)), (0, 'in time', end, (image, False, False)), (0, 'left', None, None))
+    assert sorted(told.said) == [('in time', 'caption'), ('late', 'dropped'), ('left', 'dropped')]
+
+def test_an_explanation_ends_when_its_client_leaves(model, pages):
+    image, end = open_image(pages[0]), time.monotonic()+60
+    told = Told(model, (0, 'left', end, (image, False, True)), (0, 'stays', end, (image, False, True)), then=[(0, 'left', None, None)])
+    assert [s for s in told.said if s[0] == 'left'] == [('left', 'caption'), ('left', 'dropped')]
+    assert [s for s in told.said if s[0] == 'stays'] == [('stays', 'caption'), ('stays', 'caption', 'words')]
 
 def test_a_tokenizer_that_cannot_tell(model, pages):
     class Slow: is_fast, name_or_path = False, 'slow/one'
@@ -304,9 +348,9 @@ REFUSED = { # method, path, body, headers -> status, words
     'a data URL without base64': ('POST', '/caption', b'{"image": "data:image/png,abc"}', AS_JSON, 422, 'data:image/png;base64,'),
     'a URL': ('POST', '/caption', b'{"image": "https://example.com/a.png"}', AS_JSON, 422, 'never fetched'),
     'a file URL': ('POST', '/caption', b'{"image": "file:///etc/passwd"}', AS_JSON, 422, 'never fetched'),
-    'text as base64': ('POST', '/caption', json.dumps(dict(image=base64.b64encode(b'a cat').decode())), AS_JSON, 415, 'no picture'),
-    'PostScript': ('POST', '/caption', form(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), AS_FORM, 415, 'no picture'),
-    'an empty file': ('POST', '/caption', form(b''), AS_FORM, 415, 'no picture'),
+    'text as base64': ('POST', '/caption', json.dumps(dict(image=base64.b64encode(b'a cat').decode())), AS_JSON, 415, 'not a readable picture'),
+    'PostScript': ('POST', '/caption', form(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), AS_FORM, 415, 'not a readable picture'),
+    'an empty file': ('POST', '/caption', form(b''), AS_FORM, 415, 'not a readable picture'),
     'a form without a boundary': ('POST', '/caption', form(b'x'), dict(Content_Type='multipart/form-data'), 422, 'boundary'),
     'another boundary': ('POST', '/caption', form(b'x'), dict(Content_Type='multipart/form-data; boundary=abc'), 422, 'form'),
     'a field of another name': ('POST', '/caption', form(b'x', 'picture'), AS_FORM, 422, '"file"'),
@@ -349,7 +393,7 @@ def test_an_upload_without_an_end_is_cut(server):
 
 def test_who_asks_before_sending_is_told_at_once(server):
     with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
-        s.sendall(b'POST /caption HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50000000\r\nExpect: 100-continue\r\n\r\n')
+        s.sendall(b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50000000\r\nExpect: 100-continue\r\n\r\n')
         assert s.recv(100).startswith(b'HTTP/1.1 413')
 
 def test_key(narrow, pages, same):
@@ -359,20 +403,24 @@ def test_key(narrow, pages, same):
     status, answer = narrow.caption(pages[0], Authorization=f'Bearer {KEY}')
     assert status == 200 and same(0, answer['caption'])
     for path in ('/', '/health', '/openapi.json', '/docs'): assert narrow.ask('GET', path)[0] == 200
+    assert narrow.ask('GET', '/redoc')[0] == 404
 
 def test_too_many_are_told_to_come_back(narrow, pages):
     key = dict(Authorization=f'Bearer {KEY}')
-    with narrow.half_sent(pages[0], **key) as one, narrow.half_sent(pages[1], **key) as two:
+    with narrow.busy(pages[0], **key) as others:
         status, answer, headers = narrow.ask('POST', '/caption', b'{}', **AS_JSON, **key)
         assert status == 429 and 'try again' in json.loads(answer)['detail'] and headers['retry-after'] == '1'
-        assert one()[0] == two()[0] == 200
+        status, answer, _ = narrow.ask('GET', '/health')
+        assert (status, json.loads(answer)) == (503, dict(status='overloaded'))
+    assert [status for status,_ in others] == [200, 200]
     assert narrow.caption(pages[0], **key)[0] == 200 # the places are free again
+    assert narrow.ask('GET', '/health')[0] == 200
 
 def test_time_is_limited(narrow, pages):
     key, start = dict(Authorization=f'Bearer {KEY}'), time.monotonic()
     with narrow.half_sent(pages[0], **key) as request:
         status, answer = request(send=False)
-    assert status == 504 and '2 seconds' in answer['detail'] and 1.5 < time.monotonic()-start < 10
+    assert status == 408 and '2 seconds' in answer['detail'] and 1.5 < time.monotonic()-start < 10
     assert narrow.caption(pages[0], **key)[0] == 200
 
 def test_time_is_limited_while_nobody_works(narrow, pages):
@@ -383,7 +431,9 @@ def test_time_is_limited_while_nobody_works(narrow, pages):
         for path in ('/caption', '/caption?stream=true'):
             status, answer = narrow.caption(pages[0], path, **key)
             assert status == 504 and 'try again' in answer['detail']
+        assert json.loads(narrow.ask('GET', '/health')[1]) == dict(status='overloaded')
     finally: worker.resume()
+    while narrow.ask('GET', '/health')[0] != 200: time.sleep(.05) # their places are kept until the worker has let them go
     assert narrow.caption(pages[0], **key)[0] == 200
 
 def test_clients_that_leave_free_their_place(narrow, pages):
@@ -391,10 +441,208 @@ def test_clients_that_leave_free_their_place(narrow, pages):
     for path in ('/caption', '/caption?stream=true')*4:
         with socket.create_connection(('127.0.0.1', narrow.port)) as s:
             body = form(pages[0])
-            s.sendall(f'POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: multipart/form-data; boundary=xyz\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+            s.sendall(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Type: multipart/form-data; boundary=xyz\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
         time.sleep(.3)
     time.sleep(.5)
     with ThreadPoolExecutor(2) as pool: assert {status for status,_ in pool.map(lambda p: narrow.caption(p, **key), pages[:2])} == {200}
+
+def slow_connections(server, number, head, part, seconds):
+    "Open connections that send a little each; gives a list of them, and a function that sends a bit more on each and tells what was answered."
+    made = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(number)]
+    for s in made: s.sendall(head)
+    def go_on():
+        found = []
+        for s in made:
+            try:
+                s.sendall(part)
+                s.setblocking(False)
+                found.append(s.recv(4000)[:12] or b'closed')
+            except BlockingIOError: found.append(None) # it is still open
+            except OSError: found.append(b'closed') # while we were sending
+            s.setblocking(True)
+        return found
+    return made, go_on
+
+SLOW = {'heads': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\n', b'X-A: b\r\n'),
+        'bodies': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n', b'x'),
+        'chunks': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n', b'1\r\nx\r\n')}
+
+@pytest.mark.parametrize('kind', SLOW)
+def test_slow_clients_are_in_nobodys_way(server, pages, kind):
+    "More connections of a byte now and then than there are places; they take none."
+    made, go_on = slow_connections(server, 100, *SLOW[kind], 1)
+    try:
+        for _ in range(2):
+            assert go_on() == [None]*100
+            assert server.caption(pages[0])[0] == 200 and server.ask('GET', '/health')[0] == 200
+    finally:
+        for s in made: s.close()
+
+@pytest.mark.parametrize('kind', SLOW)
+def test_slow_clients_are_told_to_go(narrow, kind):
+    "A head, and a body, have their time, however often a byte comes."
+    head, part = SLOW[kind]
+    made, go_on = slow_connections(narrow, 3, head.replace(b'localhost', f'localhost\r\nAuthorization: Bearer {KEY}'.encode()), part, 1)
+    end, told = time.monotonic()+10, [None]
+    while None in told and time.monotonic() < end:
+        time.sleep(.2)
+        told = [new or old for new,old in zip(go_on(), told*3)]
+    for s in made: s.close()
+    assert b'HTTP/1.1 408' in told and set(told) <= {b'HTTP/1.1 408', b'closed'}, told
+
+def test_a_silent_connection_is_closed(narrow):
+    with socket.create_connection(('127.0.0.1', narrow.port), timeout=10) as s: assert s.recv(100) == b''
+
+def test_an_endless_head_is_cut(server):
+    with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
+        s.sendall(b'GET / HTTP/1.1\r\nHost: localhost\r\nX-A: ')
+        try:
+            for _ in range(1000): s.sendall(b'a'*10_000)
+            raise AssertionError('it took everything')
+        except OSError: pass # the server has closed the door
+
+def test_the_oldest_of_very_many_goes(server, pages):
+    "A client that begins more requests than it may have loses the first ones; whoever comes later gets through."
+    head, part = SLOW['bodies']
+    made, go_on = slow_connections(server, 150, head, part, 1)
+    try:
+        end, told = time.monotonic()+20, go_on()
+        while told.count(None) > 128 and time.monotonic() < end: # until all have arrived
+            time.sleep(.1)
+            told = [new or old for new,old in zip(go_on(), told)]
+        assert 120 <= told.count(None) <= 128 and told[-100:] == [None]*100 and b'HTTP/1.1 408' in told[:10], told
+        assert server.caption(pages[0])[0] == 200
+    finally:
+        for s in made: s.close()
+
+def test_one_client_leaves_places_for_others(server, pages):
+    "Half of the 64 places is the most that a client gets; another one is served meanwhile."
+    with server.busy(pages[0], 32) as others:
+        status, answer = server.caption(pages[0])
+        assert status == 429 and 'of yours' in answer['detail'] and server.ask('GET', '/health')[0] == 200
+        other = http.client.HTTPConnection('127.0.0.1', server.port, timeout=60, source_address=('127.0.0.2', 0))
+        other.request('POST', '/caption', form(pages[1]), {'Content-Type': AS_FORM['Content_Type']})
+    assert other.getresponse().status == 200 and [status for status,_ in others] == [200]*32
+
+def test_clients_by_address():
+    assert client_of('192.0.2.7') == client_of('::ffff:192.0.2.7') != client_of('192.0.2.8')
+    assert client_of('2001:db8::1') == client_of('2001:db8::2') != client_of('2001:db8:0:1::1')
+
+# --- Images made to harm
+
+def test_a_slow_image_is_refused_and_in_nobodys_way(narrow, pages):
+    "A JPEG that goes over its pixels 6,000 times is given up; the image of somebody else is captioned meanwhile."
+    key, found = dict(Authorization=f'Bearer {KEY}'), []
+    with_bomb = threading.Thread(target=lambda: found.append(narrow.ask('POST', '/caption', form(scan_bomb(scans=6000)), **AS_FORM, **key)))
+    with_bomb.start()
+    time.sleep(.2)
+    assert narrow.caption(pages[0], **key)[0] == 200
+    with_bomb.join()
+    status, answer, _ = found[0]
+    assert status == 415 and 'longer than 1 seconds' in json.loads(answer)['detail']
+
+def test_a_file_of_two_formats_is_one_image(server, model):
+    "What is measured is what is decoded: the file is a small TIFF, and as an FLI, which is not taken, it would be 13,000 pixels wide."
+    data = two_in_one()
+    assert server.caption(data) == (200, dict(caption=model.caption(open_image(data))))
+
+def test_no_image_is_opened_where_the_model_is(server, pages):
+    "The processes that open images are children of the one for HTTP, and know nothing of PyTorch."
+    assert server.caption(pages[0])[0] == 200
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    openers = [p for p in family if 'decode_requests' in ' '.join(p.cmdline())]
+    assert len(openers) >= 2 and not any('torch' in m.path for p in openers for m in p.memory_maps())
+
+@pytest.mark.parametrize('path', ['/caption?explain=true&stream=true', '/caption'])
+def test_clients_that_leave_leave_nothing(server, pages, path):
+    "More requests than there are places, each left when its answer begins: the next one is served, and the places are free."
+    body = form(pages[0])
+    for i in range(70):
+        with socket.create_connection(('127.0.0.1', server.port)) as s:
+            s.sendall(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {AS_FORM["Content_Type"]}\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+            if 'stream' in path: assert s.recv(12) in (b'HTTP/1.1 200', b'HTTP/1.1 429')
+    end = time.monotonic()+20
+    while server.ask('GET', '/health')[0] != 200: assert time.monotonic() < end; time.sleep(.05)
+    with ThreadPoolExecutor(30) as pool: assert {status for status,_ in pool.map(server.caption, pages[:30])} == {200}
+
+def processes(server):
+    "The memory of all processes of a server, in MB."
+    return memory(server.process.pid)
+
+def fuzz(server, same, pages, model, number, capsys):
+    "Send damaged images among whole ones; each is answered as `open_image` answers, and no whole one suffers."
+    with ThreadPoolExecutor(8) as pool: before = list(pool.map(server.caption, pages[:8]))
+    assert [status for status,_ in before] == [200]*8
+    counts, first = Counter(), processes(server)
+    def bad(file):
+        status, answer = server.caption(file.data)
+        try: wanted = open_image(file.data)
+        except ValueError: assert status == 415 and answer['detail'], (file.name, status, answer)
+        else: assert status == 200 or file.kind == 'pixels', (file.name, status, answer)
+        counts[file.kind, status] += 1
+        assert status in (200, 413, 415), (file.name, status, answer)
+    def good(i):
+        status, answer = server.caption(pages[i%8])
+        counts['whole', status] += 1
+        assert status == 200 and (answer == before[i%8][1] or same(i%8, answer['caption'])), (status, answer)
+    files = list(damaged(number))
+    with ThreadPoolExecutor(16) as pool, warnings.catch_warnings(action='ignore'):
+        jobs = [pool.submit(*job) for i,file in enumerate(files) for job in ([(bad, file)] + ([(good, i//4)] if i%4 == 0 else []))]
+        for job in jobs: job.result()
+    last = processes(server)
+    with capsys.disabled():
+        print('', *(f'{kind} {status}: {n}' for (kind, status), n in sorted(counts.items())), f'memory of all processes {first:.0f} MB, then {last:.0f} MB', sep='\n  ')
+    assert counts['whole', 200] == -(-number//4) and sum(n for (kind, _), n in counts.items() if kind != 'whole') == number
+    assert counts['pixels', 415] and [server.caption(p) for p in pages[:8]] and last < first + 300
+
+def test_damaged_images_are_nobody_elses_trouble(server, same, pages, model, capsys): fuzz(server, same, pages, model, 200, capsys)
+
+@pytest.mark.slow
+def test_three_thousand_damaged_images(server, same, pages, model, capsys): fuzz(server, same, pages, model, 3000, capsys)
+
+class Peak:
+    "The most memory that a server and all its processes have had, in MB, while this is open."
+    def __init__(self, server): self.server, self.over = server, threading.Event()
+    def __enter__(self):
+        self.first = self.most = processes(self.server)
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.over.wait(.1):
+            try: self.most = max(self.most, processes(self.server))
+            except psutil.Error: pass # one of them has just ended
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()
+
+@pytest.mark.slow
+def test_memory_under_attack(start, made, pages, capsys):
+    "Many large images in small files at once, explanations that are left, slow images: memory stays within bounds, and others are served."
+    server = Server(start, made).wait()
+    large, bomb = one_colour(5000), scan_bomb()
+    def many(data, n, path='/caption'):
+        with ThreadPoolExecutor(n) as pool: return Counter(status for status,_ in pool.map(lambda _: server.caption(data, path), range(n)))
+    def leave(n):
+        body = form(large)
+        for i in range(n):
+            with socket.create_connection(('127.0.0.1', server.port), timeout=60) as s:
+                s.sendall(b'POST /caption?stream=true&explain=true HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=xyz\r\n' + f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
+                s.recv(100)
+    said = []
+    try:
+        for name,attack,most in (('32 of 25 million pixels', lambda: many(large, 32), 1000), ('25 explanations left', lambda: leave(25), 1000), ('6 slow images', lambda: many(bomb, 6), 1000)):
+            with Peak(server) as peak: found = attack()
+            said.append(f'{name}: {dict(found or {})}; memory {peak.first:.0f} MB before, {peak.most:.0f} MB at most')
+            end = time.monotonic()+60
+            while server.ask('GET', '/health')[0] != 200: assert time.monotonic() < end; time.sleep(.1)
+            assert server.caption(pages[0])[0] == 200 and peak.most < peak.first+most, said
+    finally:
+        server.process.terminate()
+        server.process.communicate(timeout=60)
+        with capsys.disabled(): print('', *said, sep='\n  ')
 
 # --- Nonsense
 
@@ -454,7 +702,7 @@ def test_what_is_no_http(server):
     dice = random.Random(0)
     for i in range(50):
         with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
-            s.sendall((b'', b'POST /caption HTTP/1.1\r\nContent-Length: -5\r\n\r\n', b'POST /caption HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n')[i%3] + dice.randbytes(200) + b'\r\n\r\n')
+            s.sendall((b'', b'POST /caption HTTP/1.1\r\nContent-Length: -5\r\n\r\n', b'POST /caption HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n')[i%3] + dice.randbytes(200) + b'\r\n\r\n')
             s.shutdown(socket.SHUT_WR)
             assert not re.match(rb'HTTP/1.1 5', s.recv(200))
     assert server.ask('GET', '/health')[0] == 200
@@ -483,22 +731,86 @@ def test_load(start, made, server, pages, same):
 
 # --- OpenAPI and the page
 
-def test_openapi(server):
+def test_openapi(server, narrow):
     status, found, _ = server.ask('GET', '/openapi.json')
     found = json.loads(found)
     assert status == 200 and set(found['paths']) == {'/caption', '/health'}
-    post = found['paths']['/caption']['post']
+    post, statuses = found['paths']['/caption']['post'], {'200', '400', '403', '408', '413', '415', '422', '429', '500', '503', '504'}
     assert set(post['requestBody']['content']) == {'multipart/form-data', 'application/json'}
-    assert set(post['responses']) == {'200', '400', '401', '413', '415', '422', '429', '503', '504'}
+    assert set(post['responses']) == statuses and all(post['responses'][s]['content']['application/json']['schema']['properties'] == dict(detail=dict(type='string')) for s in statuses - {'200'})
     assert [p['name'] for p in post['parameters']] == ['stream', 'explain']
+    assert set(post['responses']['200']['content']) == {'application/json', 'text/event-stream'}
     assert set(post['responses']['200']['content']['application/json']['schema']['properties']['words']['items']['properties']) == {'text', 'probability', 'alternatives', 'patches'}
-    assert 'data: {"caption"' in post['responses']['200']['content']['text/event-stream']['schema']['description']
-    assert found['components']['securitySchemes']['HTTPBearer']['scheme'] == 'bearer' and post['security']
-    assert server.ask('GET', '/docs')[0] == 200
+    events = post['responses']['200']['content']['text/event-stream']
+    assert events['schema']['type'] == 'string' and [json.loads(e.removeprefix('data: ')) for e in events['example'].split('\n\n') if e][-1]['caption']
+    assert 'security' not in post and 'securitySchemes' not in found.get('components', {}), 'there is no key'
+    assert set(found['paths']['/health']['get']['responses']) == {'200', '503'}
+    with_key = json.loads(narrow.ask('GET', '/openapi.json')[1])
+    assert with_key['components']['securitySchemes']['HTTPBearer']['scheme'] == 'bearer'
+    assert with_key['paths']['/caption']['post']['security'] == [{'HTTPBearer': []}] and '401' in with_key['paths']['/caption']['post']['responses']
+
+def test_docs_load_nothing(server):
+    status, page, headers = server.ask('GET', '/docs')
+    assert status == 200 and "default-src 'none'" in headers['content-security-policy']
+    assert not re.search(rb'https?:|<script|<link|<style|<img|\ssrc=', page)
+    assert b'POST /caption' in page and b'429' in page and b'text/event-stream' in page
+
+# --- Who may ask
+
+ELSEWHERE = { # headers of a request that is not taken
+    'another host': dict(Host='evil.example'), 'another host that begins like ours': dict(Host='localhost.evil.example'),
+    'a name before an at sign': dict(Host='localhost@evil.example'), 'no host': dict(Host=''), 'an address that is not ours': dict(Host='192.0.2.1'),
+    'another origin': dict(Origin='http://evil.example'), 'no origin that can be named': dict(Origin='null'), 'another port': dict(Origin='http://localhost:1'),
+    'a request of another site': dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='no-cors'),
+    'a frame of another site': dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='iframe')}
+
+@pytest.mark.parametrize('case', ELSEWHERE)
+def test_requests_from_elsewhere_are_refused(server, pages, case):
+    for method,path in (('POST', '/caption'), ('GET', '/'), ('GET', '/health'), ('OPTIONS', '/caption')):
+        status, answer, headers = server.ask(method, path, form(pages[0]), **AS_FORM, **ELSEWHERE[case])
+        assert status == 403 and len(json.loads(answer)['detail'].splitlines()) == 1
+        assert not [h for h in headers if h.lower().startswith('access-control')]
+
+def test_requests_from_here_are_taken(server, pages):
+    here = f'localhost:{server.port}'
+    for sent in (dict(Host=here), dict(Host=f'[::1]:{server.port}'), dict(Host=here, Origin=f'http://{here}', Sec_Fetch_Site='same-origin'), dict(Sec_Fetch_Site='none')):
+        assert server.caption(pages[0], **sent)[0] == 200
+    followed = dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='document') # a link on another page
+    assert server.ask('GET', '/', **followed)[0] == 200
+
+def test_all_answers_have_the_headers_of_safety(server):
+    for method,path,more in (('GET', '/', {}), ('GET', '/health', {}), ('GET', '/nothing', {}), ('POST', '/caption', {}), ('GET', '/', dict(Host='evil.example'))):
+        headers = server.ask(method, path, **more)[2]
+        assert headers['x-content-type-options'] == 'nosniff' and headers['cross-origin-resource-policy'] == 'same-origin'
+        assert "frame-ancestors 'none'" in headers['content-security-policy'] and "default-src 'none'" in headers['content-security-policy']
+
+EVIL = """async ([address, data, mode]) => {
+  const form = new FormData()
+  form.append('file', new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))], {type: 'image/png'}), 'a.png')
+  try { const answer = await fetch(address + '/caption', {method: 'POST', body: form, mode}); return [answer.type, answer.status, await answer.text()] }
+  catch (error) { return String(error) }
+}"""
+
+def test_another_web_page_gets_nothing(server, pages, browser_with):
+    "A page of another site in a real browser: posts, reads by DNS rebinding, and puts the page of the server in a frame."
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Empty) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        browser, png = browser_with('--host-resolver-rules=MAP evil.example 127.0.0.1'), base64.b64encode(pages[0]).decode()
+        tab, answered = browser.new_page(), []
+        tab.on('response', lambda r: answered.append((r.url, r.status)))
+        tab.goto(f'http://evil.example:{other.server_port}/')
+        for mode in ('no-cors', 'cors'): assert 'TypeError' in str(tab.evaluate(EVIL, [server.address, png, mode])) # not even an opaque answer
+        tab.evaluate(f"() => new Promise(done => {{ const f = document.createElement('iframe'); f.src = '{server.address}/'; f.onload = done; document.body.append(f) }})")
+        assert not any(server.address in frame.url for frame in tab.frames)
+        assert not [a for a in answered if a[0].startswith(server.address) and a[1] != 403]
+        rebound = browser.new_page() # the name of the other page is now that of this machine
+        assert rebound.goto(f'http://evil.example:{server.port}/').status == 403
+        assert '"caption":' not in str(rebound.evaluate(EVIL, ['', png, 'same-origin']))
+        other.shutdown()
 
 def test_page_is_whole(server):
     status, page, headers = server.ask('GET', '/')
-    assert status == 200 and page.decode() == PAGE and "default-src 'none'" in headers['content-security-policy']
+    assert status == 200 and page.decode() == PAGE
     assert not re.search(r'https?:|//[a-z]|<link|@import|\ssrc="[^"]', PAGE)
 
 WATCH = "() => { window.seen = []; new MutationObserver(() => seen.push(document.getElementById('caption').textContent)).observe(document.getElementById('caption'), {childList: true}) }"
@@ -660,7 +972,8 @@ def test_broken_weights_are_one_line(run, made, tmp_path):
     assert done.stderr.startswith(f'serve: {broken} is not a readable checkpoint')
 
 WRONG = {'no checkpoint': (['no.pth'], 'no.pth'), 'no folder': (['--folder', 'nowhere'], 'nowhere'), 'no batch': (['--batch_size', '0'], 'batch_size is 0; allowed'), 'no time': (['--timeout', 'nan'], 'timeout is nan; allowed'),
-         'a host that it cannot take': (['--host', '203.0.113.7'], '203.0.113.7'), 'a port below 1024': (['--port', '80'], 'port')}
+         'a host that it cannot take': (['--host', '203.0.113.7', '--without_key'], '203.0.113.7'), 'others, and no key': (['--host', '0.0.0.0'], '--without_key'), 'an empty key': (['--api_key', ''], 'the key is empty'),
+         'a key that no header can carry': (['--api_key', 'schlüssel'], 'ASCII'), 'a key of two lines': (['--api_key', 'a\nb'], 'ASCII'), 'a key and none': (['--api_key', 'a', '--without_key'], 'one of the two'), 'a port below 1024': (['--port', '80'], 'port')}
 
 def one_line(capsys, *args):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -676,6 +989,11 @@ def test_wrong_input_is_one_line(made, monkeypatch, capsys, case):
     monkeypatch.chdir(made)
     args, words = WRONG[case]
     assert words in one_line(capsys, *args)
+
+def test_an_empty_key_in_the_environment_is_one_line(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    monkeypatch.setenv('CAPNB_API_KEY', '')
+    assert 'CAPNB_API_KEY' in one_line(capsys)
 
 def test_a_port_that_is_taken_is_one_line(made, server, monkeypatch, capsys):
     monkeypatch.chdir(made)
@@ -708,3 +1026,21 @@ def test_ctrl_c(narrow):
     out, err = narrow.process.communicate(timeout=30)
     assert (narrow.process.returncode, out, err) == (130, '', 'stopped\n')
     assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
+
+# --- Several captions of an image
+
+@pytest.mark.slow # it waits for a server of its own
+def test_server_that_writes_several_captions(start, made, model, pages):
+    several = Server(start, made, '--num_beams', 3, '--num_return_sequences', 2)
+    try:
+        several.wait()
+        with ThreadPoolExecutor(8) as pool: found = list(pool.map(several.caption, pages[:8]))
+        for page,(status, answer) in zip(pages, found):
+            wanted = model.caption(open_image(page), num_beams=3, num_return_sequences=2)
+            assert (status, answer['caption'], [c['caption'] for c in answer['captions']]) == (200, wanted[0], wanted)
+        status, answer = several.caption(pages[0], EXPLAIN)
+        assert status == 200 and answer['caption'] == found[0][1]['caption'] and answer['words']
+        shape = json.loads(several.ask('GET', '/openapi.json')[1])['paths']['/caption']['post']['responses']['200']
+        assert set(shape['content']['application/json']['schema']['properties']) == {'caption','captions','words'}
+    finally:
+        for p in (*psutil.Process(several.process.pid).children(recursive=True), several.process): p.kill()

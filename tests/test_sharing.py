@@ -1,9 +1,11 @@
 "A captioner given away: over a hub to people with capnb, and as a LLaVA to programs without it."
-import json, os, subprocess, sys
+import json, os, shutil, socket, subprocess, sys, tempfile
+from pathlib import Path
 import pytest
 from capnb.captioner import newest_checkpoint, read_metadata
 from capnb.commands import train
 from capnb.core import model_path
+from capnb.sharing import CapnbForImageCaptioning, CapnbProcessor, share
 from capnb.storybook import Storybook
 from hub import Hub
 
@@ -92,3 +94,60 @@ if __name__ == '__main__':
     done = subprocess.run([os.environ['CAPNB_VLLM_PYTHON'], 'serve.py'], capture_output=True, text=True, cwd=tmp_path, timeout=600,
                           env={**{k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}, 'VLLM_CPU_KVCACHE_SPACE': '1', 'HF_HUB_OFFLINE': '1'})
     assert [line.removeprefix('CAPTION ') for line in done.stdout.splitlines() if line.startswith('CAPTION')] == result.model.caption(pages), done.stderr[-3000:]
+
+# --- Nothing of the machine
+
+@pytest.fixture(scope='module', params=['pooled', 'patch'])
+def own(request, tmp_path_factory):
+    "A checkpoint whose data, models, features and outputs all lie in the home of somebody."
+    home = tmp_path_factory.mktemp('homes')/'ada.lovelace'
+    album, book = home/'pictures'/'holiday', Storybook(n=30)
+    album.mkdir(parents=True)
+    for i in range(30): book[i]['image'].save(album/f'{i}.png')
+    (album/'captions.csv').write_text('file_name,caption\n' + '\n'.join(f'{i}.png,"{book.captions(i)[0]}"' for i in range(30)), encoding='utf-8')
+    for name in ('storybook-clip', 'storybook-qwen3'): shutil.copytree(model_path(name), home/'models'/name.replace('storybook', 'my'))
+    places = dict(data=album, encoder_name=home/'models'/'my-clip', tokenizer_name=home/'models'/'my-qwen3', features_dir=home/'features', output_dir=home/'runs')
+    first = train(SHORT, **places | dict(max_steps=1, features=request.param))
+    return home, train(SHORT, **places | dict(max_steps=1, features=request.param, init_from=first.checkpoint, evaluation_enabled=True))
+
+def check_nothing_of(home, folder):
+    "No file holds the home, the working folder, the name of the user or of the machine."
+    known = [str(home), str(home.parent), home.name, os.getcwd(), str(Path.home()), tempfile.gettempdir()+'/', 'host-of-ada']
+    for name,content in files(folder).items():
+        for told in known: assert told.encode() not in content, (name, told)
+
+def test_nothing_of_the_machine_is_shared(own, call, tmp_path, monkeypatch):
+    home, result = own
+    monkeypatch.setenv('HOME', str(home)); monkeypatch.setenv('USER', home.name); monkeypatch.setenv('LOGNAME', home.name)
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'host-of-ada')
+    done = call('capnb_share', tmp_path/'shared', '--checkpoint', result.checkpoint, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith('⚠️')] == ['my-clip', 'my-qwen3']
+    check_nothing_of(home, tmp_path/'shared')
+    config = json.loads((tmp_path/'shared'/'config.json').read_text(encoding='utf-8'))['hyperparameters']
+    assert [config[k] for k in ('data', 'encoder_name', 'tokenizer_name', 'features_dir', 'output_dir')] == ['holiday', 'my-clip', 'my-qwen3', 'features', 'runs']
+    assert config['init_from'].startswith('model_state_dict_')
+    metadata = json.loads((tmp_path/'shared'/'training_metadata.json').read_text(encoding='utf-8'))
+    assert metadata['data']['name'] == 'holiday' and metadata['losses'] == result.metadata['losses']
+    assert 'pictures of holiday' in (tmp_path/'shared'/'README.md').read_text(encoding='utf-8')
+
+def test_models_put_into_the_shared_folder_are_found(own, tmp_path):
+    "Also by the processor, and what is shared on is as free of paths."
+    home, result = own
+    share(result.checkpoint, 'cpu').save_pretrained(tmp_path/'shared')
+    for name in ('my-clip', 'my-qwen3'): shutil.copytree(home/'models'/name, tmp_path/'shared'/name)
+    (tmp_path/'shared').rename(tmp_path/'moved')
+    model = CapnbForImageCaptioning.from_pretrained(tmp_path/'moved', device='cpu')
+    page = Storybook('test')[0]['image']
+    assert model.captioner.caption(page) == result.model.caption(page)
+    assert CapnbProcessor.from_pretrained(tmp_path/'moved')(images=page)['pixel_values'].shape[-1] == 64
+    model.save_pretrained(tmp_path/'again')
+    check_nothing_of(home, tmp_path/'again')
+    assert str(tmp_path).encode() not in b''.join(files(tmp_path/'again').values())
+
+def test_nothing_of_the_machine_in_a_llava(own, call, tmp_path):
+    home, result = own
+    if result.metadata['hyperparameters']['features']=='pooled': pytest.skip('a LLaVA has patch features')
+    done = call('capnb_share', tmp_path/'llava', '--llava', '--checkpoint', result.checkpoint, cwd=home)
+    assert done.returncode == 0, done.stderr
+    check_nothing_of(home, tmp_path/'llava')

@@ -1,17 +1,20 @@
 "Data as people have it: what `capnb_data check` finds in it, and each format read to the letter."
-import json, os, re
+import io, json, os, re, tarfile
 import numpy as np
 import pytest
 import torch
+from datasets import Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List, Value
 from PIL import Image
 from capnb.data import CaptionData
-from capnb.sources import check_data, find_warnings, ScannedImage
+from capnb.sources import ScannedImage, check_data, find_warnings, load_data
+
+NAMES = [f'{1000+n}_a{n}.png' for n in range(20)]
 
 def colour(n): return Image.new('RGB', (16, 16), (n%7*36, n%11*23, n%13*19))
 
 def write_images(folder, names):
     folder.mkdir(parents=True, exist_ok=True)
-    for n,name in enumerate(names): colour(n).save(folder/name)
+    for n,name in enumerate(names): colour(NAMES.index(name) if name in NAMES else n).save(folder/name)
 
 # --- What the check finds
 
@@ -47,6 +50,9 @@ def test_check_counts_what_is_planted(planted):
     assert examples['same_images'] == ['3.png (train) = 7.png (train)']
     assert examples['captions_twice'] == ['1.png: Said two times here .']
     assert examples['images_without_row'] == ['30.png']
+
+def test_check_of_a_table_alone(planted):
+    assert warned(check_data(planted/'captions.csv'))['images_without_row'] == 1
 
 def test_check_command_tells_warnings_apart_from_bad_rows(call, planted, tmp_path):
     done = call('capnb_data', 'check', planted, '--json_file', tmp_path/'found.json', cwd=tmp_path)
@@ -117,3 +123,225 @@ def test_paths_and_bytes(tmp_path):
     os.mkfifo(tmp_path/'pipe.png')
     for missing in ('pipe.png', 'b.png'):
         with pytest.raises(ValueError, match='row 0: there is no image'): CaptionData([dict(image=str(tmp_path/missing), caption='A card.')])[0]
+
+# --- Formats: the same twenty images, with the same captions
+
+SAID = {name: [f'A card, number {n}, of "{k}" kind.' for k in ('one', 'two')] for n,name in enumerate(NAMES)}
+CUT = dict(train=16, validation=2, test=2)
+
+def png(n):
+    file = io.BytesIO()
+    colour(n).save(file, 'PNG')
+    return file.getvalue()
+
+def stored(**more):
+    "The twenty as `datasets` keeps them."
+    rows = dict(image=[dict(bytes=png(n), path=None) for n in range(20)], caption=list(SAID.values()), filename=NAMES, **more)
+    kinds = Features(image=ImageColumn(), caption=List(Value('string')), filename=Value('string'), **{name: Value('string') for name in more})
+    return Dataset.from_dict(rows, features=kinds)
+
+def tarred(path, rows, suffixes, folder=''):
+    with tarfile.open(path, 'w') as tar:
+        for n in rows:
+            said = SAID[NAMES[n]]
+            texts = dict(txt='\n'.join(said), caption='\n'.join(said), json=json.dumps(dict(caption=said, url='https://a.org/b.png')))
+            for suffix,content in [('png', png(n)), *((s, texts[s].encode()) for s in suffixes)]:
+                member = tarfile.TarInfo(f'{folder}{NAMES[n][:-4]}.{suffix}')
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+def write_json(folder, name, found):
+    write_images(folder, NAMES)
+    (folder/name).write_text(json.dumps(found), encoding='utf-8')
+
+def parquet_file(folder): stored().to_parquet(folder/'flickr.parquet')
+def parquet_shards(folder):
+    (folder/'data').mkdir()
+    for split,rows in (('train', range(14)), ('validation', range(14, 17)), ('test', range(17, 20))): stored().select(rows).to_parquet(folder/'data'/f'{split}-00000-of-00001.parquet')
+def parquet_split_column(folder): stored(split=['train']*14+['val']*3+['test']*3).to_parquet(folder/'test.parquet')
+def parquet_binary(folder): Dataset.from_dict(dict(image=[png(n) for n in range(20)], captions=list(SAID.values()), image_id=NAMES)).to_parquet(folder/'a.parquet')
+def parquet_paths(folder):
+    write_images(folder/'photos', NAMES)
+    Dataset.from_dict(dict(image_path=[f'photos/{name}' for name in NAMES], caption=list(SAID.values()), id=NAMES)).to_parquet(folder/'a.parquet')
+def parquet_arrays(folder): Dataset.from_dict(dict(image=[np.asarray(colour(n)).tolist() for n in range(20)], caption=list(SAID.values()), id=NAMES), features=Features(image=Array3D((16,16,3), 'uint8'), caption=List(Value('string')), id=Value('string'))).to_parquet(folder/'a.parquet')
+def saved(folder): stored().save_to_disk(folder/'here'); return folder/'here'
+def saved_splits(folder): DatasetDict(train=stored().select(range(14)), validation=stored().select(range(14, 17)), test=stored().select(range(17, 20))).save_to_disk(folder/'here'); return folder/'here'
+def webdataset(folder):
+    for k in range(2): tarred(folder/f'{k:05}.tar', range(10*k, 10*k+10), ['txt', 'json'])
+def webdataset_caption(folder): tarred(folder/'a.tar', range(20), ['caption'], 'deep/er/')
+def webdataset_json(folder):
+    for split,rows in (('train', range(14)), ('val', range(14, 17)), ('test', range(17, 20))): tarred(folder/f'{split}-000.tar', rows, ['json'])
+def one_tar(folder): tarred(folder/'a.tar', range(20), ['txt']); return folder/'a.tar'
+def by_name_of_image(folder): write_json(folder, 'captions.json', SAID)
+def by_name_one_text(folder): write_json(folder, 'annotations.json', {name: said[0] if n else said for n,(name,said) in enumerate(SAID.items())})
+def llava(folder):
+    ask = [{'from': 'human', 'value': '<image>\nProvide a caption.'}]
+    write_json(folder, 'blip_558k.json', [dict(id=name[:-4], image=name, conversations=[*ask, {'from': 'gpt', 'value': caption}]) for name,said in SAID.items() for caption in said])
+def beside(folder):
+    write_images(folder, NAMES)
+    for name,said in SAID.items(): (folder/name).with_suffix('.txt').write_text('\n'.join(said) + '\n', encoding='utf-8')
+def beside_in_splits(folder):
+    for split,names in (('train', NAMES[:14]), ('val', NAMES[14:17]), ('test', NAMES[17:])):
+        write_images(folder/split, names)
+        for name in names: (folder/split/name).with_suffix('.caption').write_text('\n'.join(SAID[name]), encoding='utf-8')
+def title_table(folder):
+    write_images(folder/'images', NAMES)
+    (folder/'cc3m.tsv').write_text('title\tfilepath\n' + ''.join(f'{caption}\timages/{name}\n' for name,said in SAID.items() for caption in said), encoding='utf-8')
+    return folder/'cc3m.tsv'
+def title_tables(folder):
+    write_images(folder, NAMES)
+    for split,names in (('train', NAMES[:14]), ('val', NAMES[14:17]), ('test', NAMES[17:])):
+        (folder/f'{split}.tsv').write_text('filepath\ttitle\n' + ''.join(f'{name}\t{caption}\n' for name in names for caption in SAID[name]), encoding='utf-8')
+def flickr8k(folder):
+    "As its two zips unpack, with rows of an image that is not there, words without endings, and what a Mac leaves."
+    write_images(folder/'Flicker8k_Dataset', NAMES)
+    write_images(folder/'__MACOSX'/'Flicker8k_Dataset', [f'._{name}' for name in NAMES])
+    rows = [f'{name}#{k}\t{caption}\n' for name,said in SAID.items() for k,caption in enumerate(said)]
+    (folder/'Flickr8k.token.txt').write_text(''.join(rows) + ''.join(f'2258277193_586949ec62.jpg.1#{k}\tNot here .\n' for k in range(2)), encoding='utf-8')
+    (folder/'Flickr8k.lemma.token.txt').write_text(''.join(row.lower() for row in rows), encoding='utf-8')
+    for file,names in (('trainImages', NAMES[:14]), ('devImages', NAMES[14:17]), ('testImages', NAMES[17:])):
+        (folder/f'Flickr_8k.{file}.txt').write_text(''.join(f'{name}\n' for name in names), encoding='utf-8')
+    for other in ('CrowdFlowerAnnotations', 'ExpertAnnotations', 'readme'): (folder/f'{other}.txt').write_text(f'{NAMES[0]}\t{NAMES[1]}#0\t1\n', encoding='utf-8')
+def flickr30k_token(folder):
+    write_images(folder/'flickr30k-images', NAMES)
+    (folder/'results_20130124.token').write_text(''.join(f'{name}#{k}\t{caption}\n' for name,said in SAID.items() for k,caption in enumerate(said)), encoding='utf-8')
+
+OWN = dict(train=14, validation=3, test=3)
+FORMATS = {parquet_file: CUT, parquet_shards: OWN, parquet_split_column: OWN, parquet_binary: CUT, parquet_paths: CUT, parquet_arrays: CUT, saved: CUT, saved_splits: OWN, webdataset: CUT,
+           webdataset_caption: CUT, webdataset_json: OWN, one_tar: CUT, by_name_of_image: CUT, by_name_one_text: CUT, llava: CUT, beside: CUT, beside_in_splits: OWN, title_table: CUT, title_tables: OWN,
+           flickr8k: OWN, flickr30k_token: CUT}
+
+@pytest.mark.parametrize('write', FORMATS)
+def test_format(write, tmp_path):
+    "Exactly the captions of each image, exactly its pixels, and the splits that the format tells."
+    found = load_data(write(tmp_path) or tmp_path)
+    assert {split: len(rows) for split,rows in found.items()} == FORMATS[write]
+    said = {colour(n).tobytes(): SAID[NAMES[n]] for n in range(20)}
+    if write is by_name_one_text: said = {pixels: texts[:1] if n else texts for n,(pixels,texts) in enumerate(said.items())}
+    rows = {split: [row for row in part] for split,part in found.items()}
+    assert {row['image'].tobytes(): row['captions'] for part in rows.values() for row in part} == said
+    if FORMATS[write] == OWN:
+        order = [row['image'].tobytes() for split in OWN for row in rows[split]]
+        assert order == list(said)
+
+def test_objects_of_datasets():
+    whole = stored()
+    ways = dict(dictionary=DatasetDict(train=whole), alone=whole, test_only=DatasetDict(test=whole))
+    for name,way in ways.items():
+        assert {split: len(rows) for split,rows in load_data(way).items()} == CUT, name
+    for way in (DatasetDict(test=stored(split=['train']*14+['val']*3+['test']*3)), stored(split=['train']*14+['val']*3+['test']*3)):
+        assert {split: [row['image_id'] for row in rows] for split,rows in load_data(way).items()} == dict(train=NAMES[:14], validation=NAMES[14:17], test=NAMES[17:])
+    two = load_data(DatasetDict(train=whole, test=whole.select(range(4))))
+    assert {split: len(rows) for split,rows in two.items()} == dict(train=18, validation=2, test=4)
+
+def test_streams(capsys):
+    whole = load_data(stored().to_iterable_dataset())
+    assert sorted(row['image_id'] for rows in whole.values() for row in rows) == NAMES
+    assert {row['image_id']: row['captions'] for rows in whole.values() for row in rows} == SAID
+    splits = IterableDatasetDict({split: stored().to_iterable_dataset() for split in ('train', 'validation', 'test')})
+    part = load_data(splits, limit=3)
+    assert {split: [row['image_id'] for row in rows] for split,rows in part.items()} == dict(train=NAMES[:3], validation=NAMES[:10], test=NAMES[:10])
+    assert 'Reading the stream' in capsys.readouterr().err
+    made = IterableDataset.from_generator(lambda: (dict(image=colour(n), caption=SAID[name]) for n,name in enumerate(NAMES)))
+    assert sum(map(len, load_data(made).values())) == 20
+    with pytest.raises(ValueError, match='the stream is empty'): load_data(IterableDataset.from_generator(lambda: iter([])))
+
+def test_a_stream_is_read_no_further_than_the_limit_needs():
+    read = []
+    def rows():
+        for n in range(1000):
+            read.append(n)
+            yield dict(image=png(n%20), caption=f'A card, number {n}.')
+    found = load_data(IterableDataset.from_generator(rows), limit=20, image_column='image')
+    assert {split: len(part) for split,part in found.items()} == dict(train=20, validation=10, test=10) and len(read) < 250
+
+BAD = {
+    'a.parquet': (lambda path: path.write_bytes(b'PAR1 and no more'), r'a\.parquet is no readable parquet file'),
+    'train-0.parquet': (lambda path: [stored().to_parquet(path), stored().to_parquet(path.with_name('more.parquet'))], r'more\.parquet: its name does not tell a split, as others do'),
+    'state.json': (lambda path: [path.write_text('{}'), path.with_name('dataset_info.json').write_text('{}')], 'is no complete folder of `save_to_disk`'),
+    'cut.tar': (lambda path: [tarred(path, range(20), ['txt']), path.write_bytes(path.read_bytes()[:20_000])], r'cut\.tar: it cannot be read to its end'),
+    'no.tar': (lambda path: tarred(path, range(20), []), r'no\.tar: 1000_a0: there is no caption, only png'),
+    'Flickr8k_Dataset.zip': (lambda path: path.touch(), r"zip archives are not read; unpack them first: unzip -q '.*Flickr8k_Dataset\.zip' -d"),
+    'a.tar.gz': (lambda path: path.touch(), 'compressed tars are not read, .* unpack them first: gunzip'),
+    'annotations.json': (lambda path: write_json(path.parent, path.name, [dict(image=NAMES[0], conversations=[{'from': 'gpt', 'value': 'A card.'}]*2)]), r'annotations\.json: object 0 has a conversation with 2 answers'),
+}
+
+@pytest.mark.parametrize('name', BAD)
+def test_what_cannot_be_read_is_one_line(name, call, tmp_path):
+    spoil, said = BAD[name]
+    (tmp_path/'set').mkdir()
+    spoil(tmp_path/'set'/name)
+    done = call('capnb_train', '--data', tmp_path/'set', cwd=tmp_path)
+    assert done.returncode == 1 and re.search(said, done.stderr) and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
+
+def test_nothing_leads_out_of_an_archive(tmp_path):
+    "A tar with links and names that lead out writes nothing, and shows nothing of what they point to; names in parquet are refused."
+    (tmp_path/'set').mkdir()
+    write_images(tmp_path, ['secret.png'])
+    with tarfile.open(tmp_path/'set'/'a.tar', 'w') as tar:
+        for n in range(12):
+            for name,content in ((f'../{n}.png', png(n)), (f'../{n}.txt', b'A card of ours.')):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        for name,kind in (('link.png', tarfile.SYMTYPE), ('hard.png', tarfile.LNKTYPE), ('pipe.png', tarfile.FIFOTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, str(tmp_path/'secret.png')
+            tar.addfile(member)
+    before = sorted(tmp_path.rglob('*'))
+    rows = [row for part in load_data(tmp_path/'set').values() for row in part]
+    assert len(rows) == 12 and {tuple(row['captions']) for row in rows} == {('A card of ours.',)} and sorted(tmp_path.rglob('*')) == before
+    (tmp_path/'set'/'a.tar').unlink()
+    Dataset.from_dict(dict(image=['../secret.png', str(tmp_path/'secret.png')]*6, caption=['A card.']*12)).to_parquet(tmp_path/'set'/'a.parquet')
+    with pytest.raises(ValueError, match='leads out of the folder; `--outside_files True`'): load_data(tmp_path/'set')['train'][0]
+    assert load_data(tmp_path/'set', outside=True)['train'][0]['image'].size == (16, 16)
+
+def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
+    tarred(tmp_path/'a.tar', range(20), ['txt'])
+    tarred(tmp_path/'b.tar', range(3), [])
+    found = load_data(tmp_path, bad_rows='skip')
+    assert sum(map(len, found.values())) == 20 and found['train'].left_out == 3
+    done = call('capnb_data', 'check', tmp_path, cwd=tmp_path)
+    assert done.returncode == 1 and f'bad: {tmp_path/"b.tar"}: 1000_a0: there is no caption, only png' in done.stdout
+
+def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
+    flickr8k(tmp_path)
+    (tmp_path/'Flickr_8k.testImages.txt').write_text(''.join(f'{name}\n' for name in NAMES[18:]), encoding='utf-8')
+    found = check_data(tmp_path)
+    assert {split: s['images'] for split,s in found['splits'].items()} == dict(train=14, validation=3, test=2) and found['without_split']['images'] == 1
+    assert found['bad'] == [] and 'images_without_row' not in warned(found)
+    assert '2 rows are not used: their images are neither here nor in a list of a split' in capsys.readouterr().out
+
+@pytest.mark.parametrize('write', [parquet_file, webdataset, flickr8k])
+def test_formats_train(write, call, tmp_path):
+    (tmp_path/'set').mkdir()
+    write(tmp_path/'set')
+    done = call('capnb_train', '--data', tmp_path/'set', '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+def test_columns_are_named_for_every_form(tmp_path):
+    for form in ('tar', 'beside', 'parquet', 'saved'): (tmp_path/form).mkdir()
+    tarred(tmp_path/'tar'/'a.tar', range(20), ['txt', 'caption', 'json'])
+    assert load_data(tmp_path/'tar', caption_column='url')['train'][0]['captions'] == ['https://a.org/b.png']
+    with pytest.raises(ValueError, match='a.tar: 1000_a0: there is no image, only png, txt'): load_data(tmp_path/'tar', image_column='jpg')
+    with pytest.raises(ValueError, match='its .json names no caption'): load_data(tmp_path/'tar', caption_column='says')
+    beside(tmp_path/'beside')
+    with pytest.raises(ValueError, match='have no columns; leave image_column and caption_column out'): load_data(tmp_path/'beside', caption_column='txt')
+    parquet_file(tmp_path/'parquet')
+    for path in (tmp_path/'parquet', saved(tmp_path/'saved')):
+        assert load_data(path, caption_column='filename')['train'][0]['captions'][0].endswith('.png')
+        with pytest.raises(ValueError, match="there is no column 'photo'"): load_data(path, image_column='photo')
+
+def test_texts_in_other_encodings_stop(tmp_path):
+    beside(tmp_path)
+    (tmp_path/NAMES[3]).with_suffix('.txt').write_bytes('un garçon sous la pluie'.encode('cp1252'))
+    with pytest.raises(ValueError, match='1003_a3.txt: line 1, byte 6'): load_data(tmp_path)
+    assert 'un garçon sous la pluie' in {c for rows in load_data(tmp_path, encoding='cp1252').values() for row in rows for c in row['captions']}
+
+@pytest.mark.parametrize('kind', ['numpy', 'torch', None])
+def test_formats_and_paths_of_datasets(kind, tmp_path):
+    write_images(tmp_path, NAMES)
+    named = Dataset.from_dict(dict(image=[str(tmp_path/name) for name in NAMES], caption=list(SAID.values()), image_id=NAMES))
+    for rows in (named, stored()):
+        found = load_data(rows.with_format(kind) if kind else rows)
+        assert {row['image_id']: (row['captions'], row['image'].tobytes()) for part in found.values() for row in part} == {name: (SAID[name], colour(n).tobytes()) for n,name in enumerate(NAMES)}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
+from capnb.captioner import read_metadata
 from capnb.core import Hyperparameters, as_hyperparameters, read_text
 from capnb.data import read_folder
 from capnb.judging import read_predictions
@@ -340,3 +341,15 @@ def test_hostile_documents_are_named(tmp_path):
     for text,said in (('{"images":[{"id":[1],"file_name":{}}],"annotations":[{"image_id":[1],"caption":3}]}', 'annotation 0: there is no picture'),
                       ('[{"file_name":["0.png"],"caption":"x"},{"file_name":null,"caption":"x"},{"file_name":true,"caption":"x","split":[1]}]', 'object 1: there is no picture None')):
         with pytest.raises(ValueError, match=f'captions.json: .*{said}'): read_folder(album(tmp_path, text, 'captions.json'))
+
+def test_notes_of_checkpoints_and_results_have_limits(call, tmp_path):
+    weights, notes = tmp_path/'model_state_dict_20260101_120000-1.pth', tmp_path/'training_metadata_20260101_120000-1.json'
+    weights.touch()
+    for write in (lambda file: file.write_text('['*100_000), lambda file: file.write_bytes(b'{"epoch": 1, "x": "\xe9"}'), lambda file: os.truncate(file, core.SMALL_TEXT+1)):
+        write(notes)
+        with pytest.raises(ValueError, match='training_metadata_.*json is not the metadata of a checkpoint'): read_metadata(weights)
+        results = tmp_path/'results.json'
+        results.touch()
+        write(results)
+        done = call('capnb_results', weights, '--file', results, cwd=tmp_path)
+        assert done.returncode == 1 and 'results.json is no file of results' in done.stderr and len(done.stderr.splitlines()) == 1
