@@ -15,7 +15,7 @@ from fastcore.script import Param
 from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from .commands import command
+from .commands import Number, command, new_file
 from .core import atomic_write, read_model, say
 from .decoder import (caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions,
                            tokenize_captions)
@@ -255,9 +255,9 @@ def decoders_table(
 
 @command
 def decoders_command(
-    output:Param('JSON file to write', str, opt=False, nargs='?')='nbs/decoders.json',
-    seconds:Param('Most that one family may take', float)=120.,
-    processes:Param('Families compared at a time', int)=2,
+    output:Param('JSON file to write', new_file, opt=False, nargs='?')='nbs/decoders.json',
+    seconds:Number('Most seconds that one family may take', float)=120.,
+    processes:Number('Families compared at a time')=2,
 ):
     "Compare loss, gradient and greedy text of all families of tiny random models with those of transformers."
     found = compare_families(None, seconds, processes, progress=True)

@@ -208,7 +208,7 @@ def data_command(
     outside_files:Param('Also read images that a table names outside of its folder', store_true)=False,
     data_revision:Param('Branch, tag or commit of a hub data set', str)=None,
     preset:Param('Preset that the data are for, storybook if not said: its tokenizer and max_caption_length say which captions are cut', str)=None,
-    tokenizer_name:Param('Tokenizer to count with instead', str)=None,
+    tokenizer_name:Param('Tokenizer to count with instead', any_path)=None,
     max_caption_length:Number('Tokens kept of a caption instead')=None,
     json_file:Param('Write what is found to this JSON file', new_file)=None,
 ):

@@ -1,5 +1,5 @@
 "Data as people have it: what `capnb_data check` finds in it, and each format read to the letter."
-import io, json, os, re, tarfile
+import io, json, os, re, shutil, tarfile, zipfile
 import numpy as np
 import pytest
 import torch
@@ -274,6 +274,10 @@ def test_what_cannot_be_read_is_one_line(name, call, tmp_path):
     done = call('capnb_train', '--data', tmp_path/'set', cwd=tmp_path)
     assert done.returncode == 1 and re.search(said, done.stderr) and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
 
+def test_a_pipe_is_no_data_set(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    with pytest.raises(ValueError, match='pipe is no regular file and no folder'): load_data(tmp_path/'pipe')
+
 def test_nothing_leads_out_of_an_archive(tmp_path):
     "A tar with links and names that lead out writes nothing, and shows nothing of what they point to; names in parquet are refused."
     (tmp_path/'set').mkdir()
@@ -311,6 +315,15 @@ def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
     assert {split: s['images'] for split,s in found['splits'].items()} == dict(train=14, validation=3, test=2) and found['without_split']['images'] == 1
     assert found['bad'] == [] and 'images_without_row' not in warned(found)
     assert '2 rows are not used: their images are neither here nor in a list of a split' in capsys.readouterr().out
+
+@pytest.mark.parametrize('packed', ['Flickr8k_Dataset', 'Flickr8k_text'])
+def test_one_zip_that_is_not_unpacked_is_named(packed, tmp_path):
+    flickr8k(tmp_path)
+    with zipfile.ZipFile(tmp_path/f'{packed}.zip', 'w') as out: out.writestr('readme.txt', '')
+    assert load_data(tmp_path)
+    if packed=='Flickr8k_text': [file.unlink() for file in tmp_path.glob('*.txt')]
+    else: shutil.rmtree(tmp_path/'Flicker8k_Dataset'); shutil.rmtree(tmp_path/'__MACOSX')
+    with pytest.raises(ValueError, match=f"unzip -q '.*{packed}.zip' -d"): load_data(tmp_path)
 
 @pytest.mark.parametrize('write', [parquet_file, webdataset, flickr8k])
 def test_formats_train(write, call, tmp_path):
