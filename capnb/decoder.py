@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .core import check_value, default_device, hub_errors, limits, load_whole, model_config, model_source
+from .core import check_value, default_device, limits, load_whole, model_config, read_model
 from .data import one_line
 
 # %% ../nbs/05_decoder.ipynb #0da7b031
@@ -97,8 +97,7 @@ def load_tokenizer(
     config, # Of the decoder
 ): # With an end-of-text token
     "Load the tokenizer of a decoder."
-    path, options = model_source(name)
-    with hub_errors('model', path): tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    tokenizer = read_model(AutoTokenizer, name, f'tokenizer {name!r}')
     if not tokenizer('a', add_special_tokens=False)['input_ids']: raise ValueError(f"there is no tokenizer in {name!r}, or one that knows no words; name one with tokenizer_name")
     _settle_end(tokenizer, config)
     return tokenizer

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .core import Hyperparameters, atomic_write, check_writable, default_device, hub_errors, load_whole, model_config, model_source, say
+from .core import Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model, say
 from .data import _picture
 from .images import ImageFile, image_opener
 
@@ -184,9 +184,9 @@ def load_image_processor(
     features:str='pooled', # As for `load_encoder`
 ): # Image processor (PIL backend), the size that it makes, the configuration of the encoder
     "Load what prepares pictures for an encoder; raises `ValueError` as `check_encoder` does."
-    config, (path, options) = model_config(name, 'encoder'), model_source(name)
+    config = model_config(name, 'encoder')
     size, vision = check_encoder(name, config, image_size, features), getattr(config, 'vision_config', config)
-    with hub_errors('model', path): processor = AutoImageProcessor.from_pretrained(path, backend='pil', **options)
+    processor = read_model(AutoImageProcessor, name, f'image processor of encoder {name!r}', backend='pil')
     if _free_size(vision): processor.max_num_patches = (size//vision.patch_size)**2
     elif vision.model_type.startswith('dinov2'): processor.size, processor.crop_size = dict(shortest_edge=size*256//224), dict(height=size, width=size) # a little is cut off at the edges, as in training
     return processor, size, config

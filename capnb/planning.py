@@ -66,7 +66,8 @@ def blank_captioner(
     check_pair(h, sight, language)
     with torch.device(device):
         tower = tower_class(sight.model_type, h.features)._from_config(getattr(sight, 'vision_config', sight), dtype=dtype)
-        decoder = AutoModelForCausalLM.from_config(language, dtype=torch.float32 if h.unfreeze_layers else dtype).requires_grad_(False)
+        number_type = torch.float32 if h.unfreeze_layers else dtype
+        decoder = AutoModelForCausalLM.from_config(language, dtype=number_type, trust_remote_code=False).requires_grad_(False)
         if h.lora_rank: add_lora(decoder, h)
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
@@ -180,7 +181,8 @@ def data_gb(
 def _stored_gb(config):
     "GB of all weights in the number type of their file."
     kind = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
-    with torch.device('meta'): return count(kind.from_config(config))*(config.dtype or torch.float32).itemsize/1e9
+    with torch.device('meta'): model = kind.from_config(config, trust_remote_code=False)
+    return count(model)*(config.dtype or torch.float32).itemsize/1e9
 
 def download_of(
     name:str, # A shipped model, a folder or a hub id
