@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from .core import read_text, say
 from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
-from .images import find_images
+from .images import images_below
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
 
 # %% ../nbs/02a_archives.ipynb #02a00006
@@ -170,8 +170,7 @@ def visible_images(
 ) -> list: # Of paths
     "List the images in a folder and below, without what is hidden or left there by a Mac."
     hidden = lambda part: part.startswith('.') or part=='__MACOSX'
-    try: return [file for file in find_images([folder]) if not any(map(hidden, file.relative_to(folder).parts))]
-    except FileNotFoundError: return []
+    return [file for file in images_below(folder)[0] if not any(map(hidden, file.relative_to(folder).parts))]
 
 class TextsBeside:
     "Images in a folder and below, each with a text file of its name beside it that has a caption on each line."
@@ -239,16 +238,21 @@ def read_path(
 ) -> Source:
     "Read a data set that lies on this machine, in whatever form; raises `ValueError` or `FileNotFoundError` in one line."
     path, columns = Path(path), (image_column, caption_column)
+    if not (path.is_file() or path.is_dir()): raise ValueError(f"{path} is no regular file and no folder")
     folder = path.parent if path.is_file() else path
     files = [path] if path.is_file() else []
     suffix = path.suffix.lower() if files else ''
     is_tar = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
     if suffix in ('.zip', '.gz', '.tgz'): _refuse_packed(path, files)
     if not files and _is_saved(path): return _read_rows(_load_saved(path), path, path, columns, outside)
-    if not files and folder_tables(path, other=False): return read_folder(path, bad_rows, *columns, encoding, outside)
-    if suffix=='.parquet' or not files and (files := _below(path, '.parquet')): return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
-    if suffix=='.tar' or not files and (files := _below(path, '.tar')): return read_tars(files, folder, bad_rows, **is_tar)
-    if not files and not folder_tables(path):
-        if _has_texts_beside(path): return read_texts_beside(path, bad_rows, encoding)
-        if packed := [f for f in sorted(path.iterdir()) if f.name.lower().endswith(('.zip', '.tar.gz', '.tgz'))]: _refuse_packed(path, packed)
+    if files or not folder_tables(path, other=False):
+        if suffix=='.parquet' or not files and (files := _below(path, '.parquet')): return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
+        if suffix=='.tar' or not files and (files := _below(path, '.tar')): return read_tars(files, folder, bad_rows, **is_tar)
+    if path.is_dir():
+        has_table = bool(folder_tables(path))
+        has_texts = not has_table and _has_texts_beside(path)
+        packed = [path/name for name in sorted(os.listdir(path)) if name.lower().endswith(('.zip', '.tar.gz', '.tgz'))]
+        if packed and not (has_texts or has_table and visible_images(path)): _refuse_packed(path, packed)
+        if has_texts and any(columns): raise ValueError(f"{path}: images with a text beside each have no columns; leave image_column and caption_column out")
+        if has_texts: return read_texts_beside(path, bad_rows, encoding)
     return read_folder(path, bad_rows, *columns, encoding, outside)

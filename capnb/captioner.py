@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
 from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, parse_json, read_text, weights_fingerprint, write_json
-from .images import open_image
+from .images import open_images
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
 
@@ -129,15 +129,17 @@ def caption_features(self:Captioner,
     scores:bool=False, # As for `caption`
     **kwargs, # As for `caption`
 ) -> list: # For each row what `caption` gives for an image
-    "Write captions for encoded images, as many at a time as memory holds; raises `ValueError` where it holds none."
+    "Write captions for encoded images, as many at a time as memory holds; raises `ValueError` if not even one."
     def remember(size): self.most = size
-    def write(here): return generate_captions(self.decoder, self.tokenizer, self.prefix(features[here]), self.max_caption_length, scores=scores, **kwargs)
+    def write(here):
+        prefix = self.prefix(features[here])
+        return generate_captions(self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs)
     if 'streamer' in kwargs: return write(slice(None)) # what it was sent cannot be taken back
     return [c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part]
 
 @patch
 def caption(self:Captioner,
-    images, # A PIL image or a list of them, of any size and mode; or paths of images
+    images, # A PIL image or a list of them, of any size and mode; or paths of images, of which large ones are made smaller as they are opened
     scores:bool=False, # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3`; what `check_options` takes
 ): # A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of these
@@ -145,7 +147,8 @@ def caption(self:Captioner,
 
     Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without effect."""
     if isinstance(images, (Image.Image, str, Path)): return self.caption([images], scores, **kwargs)[0]
-    opened = [open_image(image) for image in images]
+    opened = list(open_images(images, self.encoder.min_side))
+    if bad := [error for error in opened if isinstance(error, ValueError)]: raise bad[0]
     return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []
 
 # %% ../nbs/06_captioner.ipynb #0da7b051

@@ -18,12 +18,12 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from .core import read_text, say
-from .images import open_image
+from .images import ImageFile, walk_files
 from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
 # %% ../nbs/02_data.ipynb #02a00002
 def one_line(text:str) -> str:
-    "Join the words of a text by single spaces; line breaks of any kind and control characters count as spaces."
+    "Join the words of a text by single spaces; all line breaks and control characters count as spaces."
     return re.sub(r'[\s\x00-\x1f\x7f-\x9f]+', ' ', text).strip()
 
 # %% ../nbs/02_data.ipynb #02b00001
@@ -42,14 +42,15 @@ def _from_array(pixels):
     return Image.fromarray(np.ascontiguousarray(pixels[...,0] if pixels.ndim==3 and pixels.shape[2]==1 else pixels))
 
 def _picture(image, where):
-    "The image of a row, as `open_image` gives it: PIL, the path or bytes of a file, both as `datasets` stores them, or an array."
+    "The image of a row, not opened yet: PIL, the path or bytes of a file, both as `datasets` stores them, or an array."
+    if isinstance(image, ImageFile): return image
     if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
     if isinstance(image, str): image = Path(image)
     if hasattr(image, 'detach'): image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy() # torch
     try: image = _from_array(image) if isinstance(image, np.ndarray) else image
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
     if isinstance(image, Path) and not image.is_file(): raise ValueError(f"{where}: there is no image {str(image)!r}")
-    if isinstance(image, (Image.Image, bytes, Path)): return open_image(image, f"{where}: the image")
+    if isinstance(image, (Image.Image, bytes, Path)): return ImageFile(image, f"{where}: the image")
     raise ValueError(f"{where}: 'image' must be a PIL image, the path or bytes of a file, or an array, not {type(image).__name__}")
 
 # %% ../nbs/02_data.ipynb #55ba50be
@@ -89,7 +90,7 @@ class CaptionData:
     def __getitem__(self, i:int) -> dict:
         "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
         image, rest, where = self._parts(i)
-        return dict(rest, image=_picture(image, where))
+        return dict(rest, image=_picture(image, where).open())
 
     def texts(self) -> list:
         "All rows without their pictures, which are not decoded; raises `ValueError` as above."
@@ -165,6 +166,7 @@ def named_rows(
     "Give rows the names that `CaptionData` knows: always for a `datasets.Dataset`, for other rows where a column is named."
     if hasattr(rows, 'cast_column'):
         from datasets import Image
+        if rows.format['type'] not in (None, 'custom'): rows = rows.with_format(None) # arrays and tensors of texts help nobody
         image, captions = tell_columns(rows.features, image_column, caption_column)
         if isinstance(rows.features[image], Image): rows = rows.cast_column(image, Image(decode=False))
         elif kind := _array_type(rows.features[image]): rows = rows.with_format('numpy', columns=[image], output_all_columns=True, dtype=kind)
@@ -271,21 +273,11 @@ class PictureFolder:
     def __len__(self): return len(self.names)
     def __getitem__(self, i):
         name = self.names[i]
-        try: return dict(image=open_image(self.paths[name]), captions=self.captions[name], image_id=name)
-        except ValueError as e: raise ValueError(f"{self.table}: {self.where[name]}: {e}") from None
+        image = ImageFile(self.paths[name], f"{self.table}: {self.where[name]}: {self.paths[name]}")
+        return dict(image=image, captions=self.captions[name], image_id=name)
 
 # %% ../nbs/02_data.ipynb #0da7a019
 _NEAREST = 3 # missing files for which the nearest name is looked for, which is slow
-
-def _files_below(folder):
-    "Names of the files in a folder and below it. Links are followed, but no folder is read twice."
-    seen, found = set(), []
-    for place,folders,files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen: folders.clear(); continue
-        seen.add(real)
-        found += [os.path.relpath(os.path.join(place, f), folder).replace(os.sep, '/') for f in files]
-    return sorted(found)
 
 @patch
 def _leads_out(self:PictureFolder, picture):
@@ -305,7 +297,7 @@ def _find(self:PictureFolder, picture):
     file = self.folder/os.path.normpath(picture) # of `link/../x` only `x` is left
     if file.is_file(): return file
     if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file(): return file
-    if self._files is None: self._files = NameIndex(_files_below(self.folder))
+    if self._files is None: self._files = NameIndex([path.relative_to(self.folder).as_posix() for path in walk_files(self.folder)])
     try: found = self.folder/self._files.find(picture)
     except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
     except ValueError as e: raise ValueError(f"picture {e}") from None
@@ -437,13 +429,14 @@ def captions_for_epoch(
 
 
 # %% ../nbs/02_data.ipynb #02a00005
-_SCRIPTS = r'\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Thai}\p{scx=Lao}\p{scx=Khmer}\p{scx=Myanmar}' # without spaces
+# Scripts without spaces between words
+_SCRIPTS = r'\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Thai}\p{scx=Lao}\p{scx=Khmer}\p{scx=Myanmar}'
 _CHARACTER = regex.compile(rf'(?V1)(?=[[{_SCRIPTS}]&&[\p{{L}}\p{{Nl}}]])\X\p{{M}}*')
 _LETTER = rf'[\p{{L}}\p{{Nd}}\p{{Nl}}]--[{_SCRIPTS}&&\p{{L}}\p{{Nl}}]' # or a digit, of a script with spaces
 _WORD = regex.compile(rf'{_CHARACTER.pattern}|[{_LETTER}](?:[{_LETTER}]|[\p{{M}}\u200c\u200d])*')
 
 def word_spans(text:str) -> list: # Of (start, end)
-    "Say where the words of a text are: letters with their marks, and digits; in scripts without spaces each character is a word."
+    "Say where the words of a text are: letters with their marks, digits; without spaces each character."
     return [match.span() for match in _WORD.finditer(text)]
 
 def words(text:str) -> list: # Of texts

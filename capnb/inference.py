@@ -8,13 +8,15 @@ __all__ = ['Word', 'explain', 'caption_files']
 # %% ../nbs/09_inference.ipynb #be5102a7
 import torch
 import numpy as np
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from PIL import Image, ImageStat
 from tqdm.auto import tqdm
 from .captioner import Captioner
 from .data import one_line, word_spans
 from .decoder import check_options, split_scores, tokenize_captions
-from .images import open_image
+from .images import open_image, open_images
 
 # %% ../nbs/09_inference.ipynb #09ee0001
 @dataclass
@@ -28,7 +30,8 @@ class Word:
 def _words(tokenizer, caption, most):
     "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
-    spans, words = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)['offset_mapping'][:most], []
+    found = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    spans, words = found['offset_mapping'][:most], []
     inside = {at for start,end in word_spans(caption) for at in range(start+1, end)}
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
@@ -97,10 +100,6 @@ def explain(
                      for text,tokens in words]
 
 # %% ../nbs/09_inference.ipynb #eaf8fb96
-def _try_open(path):
-    try: return open_image(path), None
-    except ValueError as e: return None, str(e)
-
 def _fields(found, scores):
     "What is said of an image, by name."
     return dict(zip(('caption', 'score'), split_scores(found), strict=True)) if scores else dict(caption=found)
@@ -118,11 +117,12 @@ def caption_files(
     With `num_return_sequences` above 1 `caption` is a list of texts, best first, and `score` a list of their
     scores. Raises `ValueError` for options that `check_options` refuses, before anything is opened."""
     files, kwargs = list(files), check_options(kwargs)
-    with tqdm(total=len(files), disable=not progress, unit='image') as bar:
+    images = open_images(files, model.encoder.min_side, ahead=batch_size)
+    with closing(images), tqdm(total=len(files), disable=not progress, unit='image') as bar:
         for at in range(0, len(files), batch_size):
-            opened = [(str(f), *_try_open(f)) for f in files[at:at+batch_size]]
-            good = [i for i,(_,_,error) in enumerate(opened) if error is None]
-            captions = model.caption([opened[i][1] for i in good], scores, **kwargs)
+            opened = list(islice(images, batch_size))
+            good = [i for i,image in enumerate(opened) if not isinstance(image, ValueError)]
+            captions = model.caption([opened[i] for i in good], scores, **kwargs)
             said = {i: _fields(found, scores) for i,found in zip(good, captions, strict=True)}
-            for i,(file,_,error) in enumerate(opened): yield dict(file=file, **said.get(i, dict(error=error)))
+            for i,file in enumerate(files[at:at+batch_size]): yield dict(file=str(file), **said.get(i, dict(error=str(opened[i]))))
             bar.update(len(opened))

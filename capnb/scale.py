@@ -13,22 +13,23 @@ from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.dataset, pyarrow.parquet as pq, torch
 from fastcore.script import Param, store_true
 from fsspec.core import url_to_fs
-from PIL import Image
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
 from .core import as_hyperparameters, say
-from .images import open_image
+from .images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files
 from .decoder import check_options, split_scores
 from .encoder import load_encoder
 
 # %% ../nbs/18_scale.ipynb #0da18008
-_PICTURES = tuple(suffix for suffix,kind in Image.registered_extensions().items() if kind in Image.OPEN)
-_KINDS = {'parquet files': ('.parquet',), 'tar archives': ('.tar', '.tar.gz', '.tgz'), 'pictures': _PICTURES}
+_KINDS = {'parquet files': ('.parquet',), 'tar archives': ('.tar', '.tar.gz', '.tgz')}
 _UNREADABLE = (ValueError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, PermissionError) # what one bad file raises; a network that fails is another matter
 ROW = pa.schema(dict(id=pa.string(), image=pa.binary(), error=pa.string())) # a picture on its way: its name, and its bytes or what is wrong with it
 
-def _kind(path): return next((kind for kind,ends in _KINDS.items() if path.lower().endswith(ends)), None)
+def _kind(path):
+    if image_format(path) in image_formats(): return 'pictures'
+    return next((kind for kind,ends in _KINDS.items() if path.lower().endswith(ends)), None)
 
 def _in_picture(f, name, column): yield name, f.read()
 
@@ -45,9 +46,14 @@ def _in_parquet(f, name, column):
             yield f'{name}#{at}', image['bytes'] if isinstance(image, dict) else image # `datasets` stores bytes with a path
             at += 1
 
-_READERS = dict(zip(_KINDS, (_in_parquet, _in_tar, _in_picture)))
+_READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'pictures': _in_picture}
 
 # %% ../nbs/18_scale.ipynb #0da18009
+def _listed(fs, root):
+    "All files at a place, with their sizes; on disks of this machine linked folders are followed."
+    if isinstance(fs, LocalFileSystem) and Path(root).is_dir(): return {path.as_posix(): path.stat().st_size for path in walk_files(root)}
+    return {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
+
 class Source:
     "Pictures in a folder, in archives or in parquet files, on a disk or wherever `fsspec` reaches; raises `FileNotFoundError` or `ValueError` if it is not one of these."
     def __init__(self,
@@ -57,9 +63,10 @@ class Source:
         try: self.fs, self.root = url_to_fs(str(place))
         except (ValueError, ImportError) as e: raise ValueError(f"{place}: {e}") from None
         found = {}
-        for path,info in self.fs.find(self.root, detail=True).items(): found.setdefault(_kind(path), {})[path] = info['size'] or 0
-        found.pop(None, None)
-        if not found: raise FileNotFoundError(f"there are no pictures, .tar or .parquet files at {str(place)!r}")
+        for path,size in _listed(self.fs, self.root).items(): found.setdefault(_kind(path), {})[path] = size
+        passed = passed_over(found.pop(None, {}))
+        if not found: raise FileNotFoundError(f"there are no pictures, .tar or .parquet files at {str(place)!r}" + (f'; passed over: {passed}' if passed else ''))
+        if passed: print(f'{place}: passed over {passed}', file=sys.stderr)
         if len(found) > 1: raise ValueError(f"{str(place)!r} holds {' and '.join(sorted(found))}; name a folder with only one of them")
         (self.kind, self.files), self.image_column = *found.items(), image_column
         if self.kind=='parquet files' and (error := next(self.read(next(iter(self.files))))['error'][0].as_py()) and 'no column' in error: raise ValueError(error)
@@ -76,15 +83,13 @@ class Source:
         except _UNREADABLE as e: yield row(name, None, f"{name} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}")
 
 # %% ../nbs/18_scale.ipynb #0da1800e
-def _open_rows(rows):
-    "The pictures that can be opened, and for each row what is wrong with it, or None."
-    images, errors = [], []
-    for row in rows.to_pylist():
-        try:
-            if row['error'] is None: images.append(open_image(row['image'], row['id']))
-            errors.append(row['error'])
-        except ValueError as e: errors.append(str(e))
-    return images, errors
+def _open_rows(rows, pool, min_side):
+    "The images that can be opened, and for each row what is wrong with it, or None."
+    rows = rows.to_pylist()
+    sources = [ImageFile(row['image'], row['id']) if row['error'] is None else ValueError(row['error']) for row in rows]
+    opened = list(pool.map(sources, min_side=min_side))
+    errors = [str(image) if isinstance(image, ValueError) else None for image in opened]
+    return [image for image,error in zip(opened, errors) if error is None], errors
 
 def _spread(values, errors):
     "One value for each row without an error, None for the others."
@@ -103,13 +108,14 @@ class CaptionWorker:
         options:dict, # For `transformers`' `generate`
     ):
         torch.set_num_threads(threads)
+        self.pool = DecodingPool(threads)
         self.model, self.options = load_model_from_checkpoint(checkpoint, device)[0], check_options(options)
         several = self.options.get('num_return_sequences', 1) > 1
         text, number = (pa.list_(kind) if several else kind for kind in (pa.string(), pa.float32()))
         self.schema = pa.schema(dict(id=pa.string(), caption=text, score=number, error=pa.string()))
 
     def __call__(self, rows:pa.Table) -> pa.Table:
-        images, errors = _open_rows(rows)
+        images, errors = _open_rows(rows, self.pool, self.model.encoder.min_side)
         features = self.model.encoder.encode(images) if images else []
         found = self.model.caption_features(features, scores=True, **self.options) if images else []
         captions, scores = zip(*map(split_scores, found), strict=True) if found else ((), ())
@@ -124,12 +130,13 @@ class FeatureWorker:
         encoder:dict, # Arguments of `load_encoder`
     ):
         torch.set_num_threads(threads)
+        self.pool = DecodingPool(threads)
         self.encoder = load_encoder(device=device, **encoder)
         numbers = pa.list_(pa.float16())
         self.schema = pa.schema(dict(id=pa.string(), features=pa.list_(numbers) if self.encoder.features=='patch' else numbers, error=pa.string()))
 
     def __call__(self, rows:pa.Table) -> pa.Table:
-        images, errors = _open_rows(rows)
+        images, errors = _open_rows(rows, self.pool, self.encoder.min_side)
         features = self.encoder.encode(images).half().cpu().numpy() if images else []
         return pa.table([rows['id'], _spread([list(f) for f in features], errors), errors], schema=self.schema)
 

@@ -24,7 +24,7 @@ from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, Number, any_path, command, find_checkpoint
 from .core import say
 from .images import DecodingPool, TooManyPixels, image_formats
-from .decoder import captions_of
+from .decoder import captions_of, check_options
 from .inference import explain
 
 # %% ../nbs/12_serving.ipynb #0da1200c
@@ -61,24 +61,34 @@ class Words:
     def end(self): pass
 
 # %% ../nbs/12_serving.ipynb #0da12011
-def _write(model, asked, send):
-    "Caption the images of several requests in one go."
+def _as_answer(found):
+    "What a request is told of its image: its caption or, of several, the best one and all of them with their scores."
+    if isinstance(found, str): return dict(caption=found)
+    return dict(caption=found[0][0], captions=[dict(caption=text, score=round(score, 4)) for text,score in found])
+
+def _write(model, asked, send, options):
+    "Caption the images of several requests in one go; words are sent as they are written where there is one beam."
     uids, images, streams = zip(*asked)
+    beams, several = (options.get(name, 1) > 1 for name in ('num_beams', 'num_return_sequences'))
     rows, words = [i for i,stream in enumerate(streams) if stream], {}
-    if rows: words = dict(streamer=Words(model.tokenizer, rows, lambda row, text: send(uids[row], dict(text=text))))
-    captions = model.caption_features(model.encoder.encode(list(images)), batch_size=len(images), **words)
-    for uid,caption in zip(uids, captions): send(uid, dict(caption=caption))
-    return dict(zip(uids, captions))
+    if rows and not (beams or several):
+        words = dict(streamer=Words(model.tokenizer, rows, lambda row, text: send(uids[row], dict(text=text))))
+    features = model.encoder.encode(list(images))
+    found = model.caption_features(features, several, batch_size=len(images), **options, **words)
+    answers = dict(zip(uids, map(_as_answer, found), strict=True))
+    for uid,answer in answers.items(): send(uid, answer)
+    return {uid: answer['caption'] for uid,answer in answers.items()}
 
 def answer_batch(
     model, # `Captioner`
     asked:list, # Of (id, PIL image, whether to send words)
     send, # Called with (id, answer): {'text'} for what is written so far, {'caption'} or {'status', 'detail'} at the end
-) -> dict: # Id: caption, of those that have one
+    options:dict=None, # For `transformers`' `generate`; of several captions an answer has all, best first, in 'captions'
+) -> dict: # Id: caption, the best of several, of those that have one
     "Caption the images of several requests together; one by one if that fails."
-    try: return _write(model, asked, send)
+    try: return _write(model, asked, send, options or {})
     except (RuntimeError, ValueError) as e: # PyTorch and transformers raise these, for want of memory too
-        if len(asked) > 1: return {k: v for one in asked for k,v in answer_batch(model, [one], send).items()}
+        if len(asked) > 1: return {k: v for one in asked for k,v in answer_batch(model, [one], send, options).items()}
         send(asked[0][0], dict(status=500, detail=f'the model failed at this image: {_first_line(e)}'))
         return {}
 
@@ -112,8 +122,10 @@ class Worker:
         started, # Shared number of workers that have begun
         min_side, # Shared number of pixels that the encoder needs of an image, which is told here
         wait:float=.005, # Seconds that a batch waits for more
+        options:dict=None, # As for `answer_batch`
     ):
-        self.checkpoint, self.failure, self.started, self.min_side, self.wait = checkpoint, failure, started, min_side, wait
+        self.checkpoint, self.failure, self.started, self.min_side = checkpoint, failure, started, min_side
+        self.wait, self.options = wait, options or {}
 
     def pre_setup(self, api): pass # LitServe asks each loop whether the rest suits it
 
@@ -158,7 +170,7 @@ class Worker:
         self.take_in(seconds)
         batch = {uid: self.captioning[uid] for uid in list(self.captioning)[:self.most]}
         if not batch: return
-        captions = answer_batch(self.model, [(uid, image, stream) for uid,(_,image,stream,_) in batch.items()], self.send)
+        captions = answer_batch(self.model, [(uid, image, stream) for uid,(_,image,stream,_) in batch.items()], self.send, self.options)
         for uid,(end,image,_,explained) in batch.items():
             del self.captioning[uid]
             if explained and uid in captions: self.explaining[uid] = (end, image, captions[uid])
@@ -673,6 +685,11 @@ _WORD = dict(type='object', required=['text','probability','alternatives','patch
     alternatives=_list(_list({}, minItems=2, maxItems=2), description='What else could have stood at its beginning, best first: text and probability'),
     patches=_list(_list(_number), description='Rows of a grid over the image: nats that the word loses when that part is covered')))
 _WITH_WORDS = _text(caption={})
+_WITH_SCORE = _text(caption={})
+_WITH_SCORE['required'].append('score')
+_WITH_SCORE['properties']['score'] = _number
+_WITH_WORDS['properties']['captions'] = _list(
+    _WITH_SCORE, description='Of a server that writes several: all, best first, with the mean log-probability of their tokens')
 _WITH_WORDS['properties']['words'] = _list(_WORD, description='With `explain=true`: why each word was said')
 _EVENTS = """With `stream=true`, server-sent events, each a line `data: ` with JSON: {"text": the caption so far}, again and again, then {"caption": ...},
 and with `explain=true` at last {"caption": ..., "words": ...}. If it fails on the way, the last event is {"status": ..., "detail": ...}."""
@@ -960,16 +977,18 @@ def serve(
     batch_size:int=32, # Most captions written together
     without_key:bool=False, # At a host that others reach: let all of them ask
     allowed_hosts:tuple=(), # Names by which the server is reached, beside those of this machine
+    options:dict=None, # How captions are written: what `check_options` takes, such as dict(num_beams=3)
 ):
     "Serve captions over HTTP until SIGTERM, after which it returns, or Ctrl-C; raises `ValueError` if it cannot begin."
     check_key(key, host, without_key)
+    options = check_options(options or {})
     litserve, limits = _litserve(), limits or Limits()
     read_metadata(checkpoint)
     _check_port(host, port)
     shared = multiprocessing.get_context('spawn') # what a worker gets must be made for processes that are spawned
     started, min_side, failure = shared.Value('i'), shared.Value('i'), shared.SimpleQueue()
     running, state = multiprocessing.Value('i'), multiprocessing.Value('i', STARTING)
-    worker = Worker(str(checkpoint), failure, started, min_side)
+    worker = Worker(str(checkpoint), failure, started, min_side, options=options)
     api = litserve.LitAPI(max_batch_size=batch_size, stream=True, api_path='/caption', loop=worker)
     api.setup = worker.setup
     server = _server_class()(api, timeout=limits.seconds, restart_workers=True)
@@ -1005,12 +1024,15 @@ def serve_command(
     max_per_client:Number('Most requests at a time of one client; without it half of max_waiting')=None,
     timeout:Number('Most seconds for a request to come, and then for its answer', float)=Limits.seconds,
     batch_size:Number('Most captions written together')=32,
+    num_beams:Number('Width of the beam; 1 is greedy, and only then words can be sent as they are written')=1,
+    num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
     names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
     limits = Limits(max_upload, max_pixels, max_waiting, timeout, max_per_client)
-    serve(find_checkpoint(checkpoint, folder, best), host, port, key, limits, batch_size, without_key, names)
+    options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
+    serve(find_checkpoint(checkpoint, folder, best), host, port, key, limits, batch_size, without_key, names, options)
 
 # %% ../nbs/12_serving.ipynb #0da1203b
 def send_load(

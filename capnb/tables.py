@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 from .core import parse_json, read_text
+from .images import IMAGE_SUFFIX
 
 # %% ../nbs/01c_tables.ipynb #7ab00006
 _NOTHING = {'nan', 'none', 'null', 'na', 'n/a', '<na>', '#n/a'} # what programs write into an empty cell
@@ -63,8 +64,7 @@ IMAGE_COLUMNS = ('file_name', 'filename', 'image_name', 'image_file', 'image_fil
 CAPTION_COLUMNS = ('caption', 'captions', 'sentence', 'sentences', 'comment', 'text', 'texts', 'description', 'title', 'prompt',
                    'alt_text', 'raw')
 _ID_COLUMNS = ('image_id', 'img_id', 'id', 'key')
-_SUFFIX = r'\.(jpe?g|jfif|png|gif|webp|tiff?|bmp|jp2|j2k|jxl|avif|heic|heif|ppm|pgm|tga)'
-_IMAGE_NAME = re.compile(rf'[^\t|;]*{_SUFFIX}(#\d+)?', re.I)
+_IMAGE_NAME = re.compile(rf'[^\t|;]*{IMAGE_SUFFIX}(#\d+)?', re.I)
 
 def looks_like_image(
     name:str,
@@ -421,7 +421,7 @@ def _folded(name):
     "A name without what people do not see in it: kind of slash, capitals, and how accents are stored."
     return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name.replace('\\', '/')).casefold())
 
-def _without_suffix(name): return re.sub(rf'{_SUFFIX}$', '', name)
+def _without_suffix(name): return re.sub(rf'{IMAGE_SUFFIX}$', '', name)
 
 class NameIndex:
     "Names of files or images, found by names that mean them."

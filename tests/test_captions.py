@@ -10,6 +10,7 @@ from capnb.images import open_images
 from capnb.inference import caption_files, explain
 from capnb.judging import clip_scores, write_predictions
 from capnb.scale import ROW, CaptionWorker
+from capnb.serving import answer_batch
 from capnb.storybook import Storybook
 
 BEAMS = dict(num_beams=3, num_return_sequences=2)
@@ -108,6 +109,20 @@ def test_where_only_one_fits(model, images):
     for ask in (lambda **o: write_captions_for(model, data, **o), lambda **o: explain(model, images[0], patches=False, **o)):
         with pytest.raises(ValueError, match='num_return_sequences is 2; allowed: 1, since'): ask(**BEAMS)
         ask(num_beams=3)
+
+def test_requests_have_their_captions(model, images):
+    "Of several, the best one stands where one would, and all beside it; none is streamed, as beams weigh whole sentences."
+    said = []
+    asked = [(f'request {i}', image, i==1) for i,image in enumerate(images)]
+    best = answer_batch(model, asked, lambda uid, answer: said.append((uid, answer)), BEAMS)
+    several = model.caption(images, scores=True, **BEAMS)
+    assert [uid for uid,_ in said] == [uid for uid,_,_ in asked] and list(best.values()) == [found[0][0] for found in several]
+    for (_, answer),found in zip(said, several, strict=True):
+        assert answer['caption'] == found[0][0] and [c['caption'] for c in answer['captions']] == [text for text,_ in found]
+        assert [c['score'] for c in answer['captions']] == pytest.approx([score for _,score in found], abs=1e-3)
+    said.clear()
+    answer_batch(model, asked, lambda uid, answer: said.append(answer), dict(num_beams=3))
+    assert said == [dict(caption=caption) for caption in model.caption(images, num_beams=3)]
 
 # --- Options
 

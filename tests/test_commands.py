@@ -428,7 +428,7 @@ def test_home_folder(call, album, newest, tmp_path, monkeypatch):
 
 # flags that take a text which is no path
 TEXTS = {'preset', 'action', 'split', 'only', 'vary', 'sampler', 'push', 'hardware', 'address', 'host', 'api_key', 'image_column', 'caption_column', 'data_revision',
-         'encoding', 'features', 'mixed_precision', 'bad_rows', 'report_to'}
+         'encoding', 'features', 'mixed_precision', 'bad_rows', 'report_to', 'allowed_hosts'}
 
 @pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
 def test_every_path_flag_knows_the_home_folder(script, monkeypatch):

@@ -1,10 +1,10 @@
 "Image files as they come: with damage, of odd kinds, many and large."
-import random, warnings
+import random, sys, warnings
 from collections import Counter
 import pytest
 from PIL import Image
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
-from capnb.images import open_image
+from capnb.images import find_images, image_formats, open_image
 
 def outcome(file):
     "What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused' by name."
@@ -69,3 +69,49 @@ def test_check_takes_an_odd_photograph(holiday, call):
     (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
     done = call('capnb_data', 'check', holiday, cwd=holiday.parent)
     assert done.returncode == 1 and '7.jpg is not a readable picture' in done.stdout and '1 bad' in done.stderr
+
+@pytest.fixture
+def linked(tmp_path):
+    "A folder with a linked one on another disk, which links back, and a link to what is above."
+    album, disk = tmp_path/'album', tmp_path/'disk'
+    (album/'a').mkdir(parents=True)
+    disk.mkdir()
+    for path in (album/'a'/'0.png', disk/'1.png'): path.write_bytes(saved(scene(random.Random(0)), 'PNG'))
+    for link, target in ((album/'b', disk), (album/'0', album/'a'), (disk/'back', album), (album/'up', tmp_path), (disk/'self', disk)):
+        link.symlink_to(target, target_is_directory=True)
+    return album
+
+def test_linked_folders_are_followed_once(linked):
+    assert [p.relative_to(linked).as_posix() for p in find_images([linked])] == ['a/0.png', 'b/1.png']
+    assert [p.relative_to(linked).as_posix() for p in find_images([linked/'b'])] == ['b/1.png', 'b/back/a/0.png'] or sys.platform == 'win32'
+    assert {p.name for p in find_images([f'{linked}/**/*.png'])} == {'0.png', '1.png'} and len(find_images([f'{linked}/**/*.png'])) == 2
+
+def test_rows_find_images_in_linked_folders(linked, call):
+    for i in range(12): (linked/'b'/f'p{i}.png').write_bytes(saved(scene(random.Random(i)), 'PNG'))
+    (linked/'captions.csv').write_text('file_name,caption\n' + ''.join(f'p{i}.png,A flag.\n' for i in range(12)))
+    done = call('capnb_data', 'check', linked, cwd=linked.parent)
+    assert 'bad' not in done.stdout and 'train: 10 ' in done.stdout, done.stdout
+
+@pytest.fixture
+def phone(tmp_path, monkeypatch):
+    "A folder of a phone's images, on a machine without the packages for some of them."
+    for name in ('pillow_heif', 'pillow_jxl'): monkeypatch.setitem(sys.modules, name, None)
+    image_formats.cache_clear()
+    folder = tmp_path/'phone'
+    folder.mkdir()
+    for name in ('a.png', 'b.PNG'): (folder/name).write_bytes(saved(scene(random.Random(0)), 'PNG'))
+    for i in range(3): (folder/f'IMG_{i}.HEIC').write_bytes(b'\0\0\0\x18ftypheic' + bytes(12))
+    for name, head in (('x.jxl', b'\xff\x0a'), ('notes.txt', b'a'), ('.DS_Store', b'')): (folder/name).write_bytes(head)
+    yield folder
+    image_formats.cache_clear()
+
+def test_what_is_passed_over_is_told_by_suffix(phone, capsys):
+    assert [p.name for p in find_images([phone])] == ['a.png', 'b.PNG']
+    wanted = f"{phone}: passed over 3 .heic, 1 .txt, 1 .jxl (pillow-heif and pillow-jxl-plugin would open some: pip install 'capnb[formats]')\n"
+    assert capsys.readouterr().err == wanted
+
+def test_packages_are_named_where_they_are_missing(phone):
+    for name, format, package in (('IMG_0.HEIC', 'HEIF', 'pillow-heif'), ('x.jxl', 'JXL', 'pillow-jxl-plugin')):
+        with pytest.raises(ValueError, match=f"{name} is not a readable picture: it is {format}, which needs the package {package}; install it with: pip install 'capnb.formats.'"): open_image(phone/name)
+    for name in ('a.png', 'b.PNG'): (phone/name).unlink()
+    with pytest.raises(FileNotFoundError, match='no picture at .* or below it; passed over: 3 .heic, .*pillow-heif'): find_images([phone])

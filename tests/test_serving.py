@@ -1026,3 +1026,21 @@ def test_ctrl_c(narrow):
     out, err = narrow.process.communicate(timeout=30)
     assert (narrow.process.returncode, out, err) == (130, '', 'stopped\n')
     assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
+
+# --- Several captions of an image
+
+@pytest.mark.slow # it waits for a server of its own
+def test_server_that_writes_several_captions(start, made, model, pages):
+    several = Server(start, made, '--num_beams', 3, '--num_return_sequences', 2)
+    try:
+        several.wait()
+        with ThreadPoolExecutor(8) as pool: found = list(pool.map(several.caption, pages[:8]))
+        for page,(status, answer) in zip(pages, found):
+            wanted = model.caption(open_image(page), num_beams=3, num_return_sequences=2)
+            assert (status, answer['caption'], [c['caption'] for c in answer['captions']]) == (200, wanted[0], wanted)
+        status, answer = several.caption(pages[0], EXPLAIN)
+        assert status == 200 and answer['caption'] == found[0][1]['caption'] and answer['words']
+        shape = json.loads(several.ask('GET', '/openapi.json')[1])['paths']['/caption']['post']['responses']['200']
+        assert set(shape['content']['application/json']['schema']['properties']) == {'caption','captions','words'}
+    finally:
+        for p in (*psutil.Process(several.process.pid).children(recursive=True), several.process): p.kill()

@@ -1,5 +1,5 @@
 "Data as people have it: what `capnb_data check` finds in it, and each format read to the letter."
-import io, json, os, re, tarfile
+import io, json, os, re, shutil, tarfile, zipfile
 import numpy as np
 import pytest
 import torch
@@ -177,6 +177,10 @@ def by_name_one_text(folder): write_json(folder, 'annotations.json', {name: said
 def llava(folder):
     ask = [{'from': 'human', 'value': '<image>\nProvide a caption.'}]
     write_json(folder, 'blip_558k.json', [dict(id=name[:-4], image=name, conversations=[*ask, {'from': 'gpt', 'value': caption}]) for name,said in SAID.items() for caption in said])
+def llava_lines(folder):
+    write_images(folder, NAMES)
+    turns = lambda caption: [dict([('from', 'user'), ('value', 'What is it?')]), dict([('from', 'assistant'), ('value', caption)])]
+    (folder/'chat.jsonl').write_text(''.join(json.dumps(dict(image=name, conversations=turns(caption))) + '\n' for name,said in SAID.items() for caption in said), encoding='utf-8')
 def beside(folder):
     write_images(folder, NAMES)
     for name,said in SAID.items(): (folder/name).with_suffix('.txt').write_text('\n'.join(said) + '\n', encoding='utf-8')
@@ -208,7 +212,7 @@ def flickr30k_token(folder):
 
 OWN = dict(train=14, validation=3, test=3)
 FORMATS = {parquet_file: CUT, parquet_shards: OWN, parquet_split_column: OWN, parquet_binary: CUT, parquet_paths: CUT, parquet_arrays: CUT, saved: CUT, saved_splits: OWN, webdataset: CUT,
-           webdataset_caption: CUT, webdataset_json: OWN, one_tar: CUT, by_name_of_image: CUT, by_name_one_text: CUT, llava: CUT, beside: CUT, beside_in_splits: OWN, title_table: CUT, title_tables: OWN,
+           webdataset_caption: CUT, webdataset_json: OWN, one_tar: CUT, by_name_of_image: CUT, by_name_one_text: CUT, llava: CUT, llava_lines: CUT, beside: CUT, beside_in_splits: OWN, title_table: CUT, title_tables: OWN,
            flickr8k: OWN, flickr30k_token: CUT}
 
 @pytest.mark.parametrize('write', FORMATS)
@@ -223,6 +227,12 @@ def test_format(write, tmp_path):
     if FORMATS[write] == OWN:
         order = [row['image'].tobytes() for split in OWN for row in rows[split]]
         assert order == list(said)
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    "The cache of `datasets` must not give what lay there before."
+    for words in ('first', 'other'):
+        Dataset.from_dict(dict(image=[png(n) for n in range(20)], caption=[f'A card of the {words} kind']*20)).to_parquet(tmp_path/'a.parquet')
+        assert {c for rows in load_data(tmp_path).values() for row in rows for c in row['captions']} == {f'A card of the {words} kind'}
 
 def test_objects_of_datasets():
     whole = stored()
@@ -245,6 +255,12 @@ def test_streams(capsys):
     made = IterableDataset.from_generator(lambda: (dict(image=colour(n), caption=SAID[name]) for n,name in enumerate(NAMES)))
     assert sum(map(len, load_data(made).values())) == 20
     with pytest.raises(ValueError, match='the stream is empty'): load_data(IterableDataset.from_generator(lambda: iter([])))
+
+def test_rows_of_no_split_in_a_stream_are_told(capsys):
+    rows = stored(split=['train']*14 + ['val']*3 + ['test']*2 + [''])
+    for way in (rows.to_iterable_dataset(), rows, DatasetDict(test=rows)):
+        assert {split: len(part) for split,part in load_data(way).items()} == dict(train=14, validation=3, test=2)
+        assert 'ℹ️ 1 images have no split and are not used' in capsys.readouterr().out
 
 def test_a_stream_is_read_no_further_than_the_limit_needs():
     read = []
@@ -273,6 +289,10 @@ def test_what_cannot_be_read_is_one_line(name, call, tmp_path):
     spoil(tmp_path/'set'/name)
     done = call('capnb_train', '--data', tmp_path/'set', cwd=tmp_path)
     assert done.returncode == 1 and re.search(said, done.stderr) and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
+
+def test_a_pipe_is_no_data_set(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    with pytest.raises(ValueError, match='pipe is no regular file and no folder'): load_data(tmp_path/'pipe')
 
 def test_nothing_leads_out_of_an_archive(tmp_path):
     "A tar with links and names that lead out writes nothing, and shows nothing of what they point to; names in parquet are refused."
@@ -312,9 +332,45 @@ def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
     assert found['bad'] == [] and 'images_without_row' not in warned(found)
     assert '2 rows are not used: their images are neither here nor in a list of a split' in capsys.readouterr().out
 
+@pytest.mark.parametrize('packed', ['Flickr8k_Dataset', 'Flickr8k_text'])
+def test_one_zip_that_is_not_unpacked_is_named(packed, tmp_path):
+    flickr8k(tmp_path)
+    with zipfile.ZipFile(tmp_path/f'{packed}.zip', 'w') as out: out.writestr('readme.txt', '')
+    assert load_data(tmp_path)
+    if packed=='Flickr8k_text': [file.unlink() for file in tmp_path.glob('*.txt')]
+    else: shutil.rmtree(tmp_path/'Flicker8k_Dataset'); shutil.rmtree(tmp_path/'__MACOSX')
+    with pytest.raises(ValueError, match=f"unzip -q '.*{packed}.zip' -d"): load_data(tmp_path)
+
 @pytest.mark.parametrize('write', [parquet_file, webdataset, flickr8k])
 def test_formats_train(write, call, tmp_path):
     (tmp_path/'set').mkdir()
     write(tmp_path/'set')
     done = call('capnb_train', '--data', tmp_path/'set', '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+
+def test_columns_are_named_for_every_form(tmp_path):
+    for form in ('tar', 'beside', 'parquet', 'saved'): (tmp_path/form).mkdir()
+    tarred(tmp_path/'tar'/'a.tar', range(20), ['txt', 'caption', 'json'])
+    assert load_data(tmp_path/'tar', caption_column='url')['train'][0]['captions'] == ['https://a.org/b.png']
+    with pytest.raises(ValueError, match='a.tar: 1000_a0: there is no image, only png, txt'): load_data(tmp_path/'tar', image_column='jpg')
+    with pytest.raises(ValueError, match='its .json names no caption'): load_data(tmp_path/'tar', caption_column='says')
+    beside(tmp_path/'beside')
+    with pytest.raises(ValueError, match='have no columns; leave image_column and caption_column out'): load_data(tmp_path/'beside', caption_column='txt')
+    parquet_file(tmp_path/'parquet')
+    for path in (tmp_path/'parquet', saved(tmp_path/'saved')):
+        assert load_data(path, caption_column='filename')['train'][0]['captions'][0].endswith('.png')
+        with pytest.raises(ValueError, match="there is no column 'photo'"): load_data(path, image_column='photo')
+
+def test_texts_in_other_encodings_stop(tmp_path):
+    beside(tmp_path)
+    (tmp_path/NAMES[3]).with_suffix('.txt').write_bytes('un garçon sous la pluie'.encode('cp1252'))
+    with pytest.raises(ValueError, match='1003_a3.txt: line 1, byte 6'): load_data(tmp_path)
+    assert 'un garçon sous la pluie' in {c for rows in load_data(tmp_path, encoding='cp1252').values() for row in rows for c in row['captions']}
+
+@pytest.mark.parametrize('kind', ['numpy', 'torch', None])
+def test_formats_and_paths_of_datasets(kind, tmp_path):
+    write_images(tmp_path, NAMES)
+    named = Dataset.from_dict(dict(image=[str(tmp_path/name) for name in NAMES], caption=list(SAID.values()), image_id=NAMES))
+    for rows in (named, stored()):
+        found = load_data(rows.with_format(kind) if kind else rows)
+        assert {row['image_id']: (row['captions'], row['image'].tobytes()) for part in found.values() for row in part} == {name: (SAID[name], colour(n).tobytes()) for n,name in enumerate(NAMES)}
