@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .commands import Number, command, new_file
-from .core import atomic_write, model_source, say
+from .core import atomic_write, read_model, say
 from .decoder import (caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions,
                            tokenize_captions)
 
@@ -105,8 +105,7 @@ def save_random_model(
         layer.weight.data[layer.padding_idx] = 0
     model.save_pretrained(folder)
     if not own: config.save_pretrained(folder)
-    path, options = model_source('storybook-qwen3')
-    AutoTokenizer.from_pretrained(path, **options).save_pretrained(folder)
+    read_model(AutoTokenizer, 'storybook-qwen3', 'tokenizer').save_pretrained(folder)
 
 # families that want labels shifted already, by their documentation
 _UNSHIFTED = ('bigbird_pegasus', 'blenderbot', 'blenderbot-small', 'marian', 'pegasus', 'plbart')

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', 'allowed', 'check_value', 'check_encoding',
            'guess_encodings', 'read_text', 'parse_json', 'chosen_settings', 'as_hyperparameters', 'model_path',
-           'model_source', 'revision_of', 'no_loading_bar', 'hub_errors', 'Hardware', 'choose_dtype',
-           'choose_mixed_precision', 'choose_attention', 'default_device', 'describe_hardware', 'default_dtype',
-           'default_mixed_precision', 'default_attention', 'memory_in_use', 'model_config', 'weights_fingerprint',
-           'load_whole', 'atomic_write', 'check_writable', 'free_lock', 'shell_line', 'write_json', 'say']
+           'model_source', 'revision_of', 'no_loading_bar', 'hub_errors', 'error_line', 'read_model', 'Hardware',
+           'choose_dtype', 'choose_mixed_precision', 'choose_attention', 'default_device', 'describe_hardware',
+           'default_dtype', 'default_mixed_precision', 'default_attention', 'memory_in_use', 'model_config',
+           'weights_fingerprint', 'load_whole', 'atomic_write', 'check_writable', 'free_lock', 'shell_line',
+           'write_json', 'say']
 
 # %% ../nbs/00_core.ipynb #74982778
 import codecs, errno, json, os, re, shlex, subprocess, sys, tempfile
@@ -378,6 +379,30 @@ def hub_errors(
         error, advice = _advice(list(_causes(e)), kind, name) or (OSError, (str(e) or type(e).__name__).splitlines()[0])
         raise error(f"{kind} {name}: {advice}") from e
 
+# %% ../nbs/00_core.ipynb #0da7b109
+def error_line(
+    error, # An exception
+) -> str:
+    "Say in one line what an exception says in many."
+    return ' '.join(str(error).split())[:300] or type(error).__name__
+
+def read_model(
+    cls, # Class of `transformers` that has `from_pretrained`
+    name:str, # As for `model_source`
+    what:str, # What is read, for the message: "decoder 'gpt2'"
+    **more, # For `from_pretrained`
+): # What `from_pretrained` gives
+    """Read a model, or a part of it, and run no code from its folder.
+    Raises `OSError` for what the hub or the disk refuse, and `ValueError` for what is broken, in one line."""
+    path, options = model_source(name)
+    try:
+        with hub_errors('model', path): return cls.from_pretrained(path, trust_remote_code=False, **options, **more)
+    except OSError: raise
+    except Exception as e: # a broken file may raise anything
+        own_code = 'trust_remote_code' in str(e)
+        reason = 'it needs Python code from its own folder, and no such code is run' if own_code else error_line(e)
+        raise ValueError(f"{what} cannot be read: {reason}") from e
+
 # %% ../nbs/00_core.ipynb #5a1e0003
 @dataclass(frozen=True)
 class Hardware:
@@ -466,17 +491,28 @@ def _check_published(name):
     sizes = _QWEN3[found[3] or '']
     if not found[1] or found[2] not in sizes: raise ValueError(f"there is no model {name!r}; Qwen3 was published as {', '.join(f'Qwen/Qwen3-{s}{found[3] or str()}' for s in sizes)}")
 
+_MOST = dict(num_hidden_layers=1000, hidden_size=2**17, intermediate_size=2**20, vocab_size=2**24)
+
+def _check_numbers(what, config):
+    "Raise a `ValueError` if a number of a configuration is larger than that of any model, before anything is built of it."
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        numbers = {k: v for k,v in vars(part).items() if isinstance(v, int) and k.startswith(('n_','num_'))} if part else {}
+        numbers |= {k: getattr(part, k, None) for k in _MOST}
+        for k,v in numbers.items():
+            if isinstance(v, int) and v > _MOST.get(k, 100_000): raise ValueError(f"{what} cannot be read: {k} is {v:,}")
+
 def model_config(
     name:str, # As for `model_source`
     role:str, # What it is wanted for, for the message: 'encoder' or 'decoder'
 ): # A `transformers` configuration
-    "Read what kind of model a name stands for, before anything large is read; raises `ValueError` or `OSError` that says in one line why not."
+    """Read what kind of model a name stands for, before anything large is read.
+    Raises `ValueError` or `OSError` that says in one line why not."""
     from transformers import AutoConfig
-    path, options = model_source(name)
-    _check_published(path)
-    try:
-        with hub_errors('model', path): return AutoConfig.from_pretrained(path, **options)
-    except ValueError as e: raise ValueError(f"{role} {name!r} cannot be read: {str(e).splitlines()[0]}") from None
+    _check_published(model_source(name)[0])
+    what = f'{role} {name!r}'
+    config = read_model(AutoConfig, name, what)
+    _check_numbers(what, config)
+    return config
 
 # %% ../nbs/00_core.ipynb #0da7b005
 def weights_fingerprint(
@@ -496,15 +532,13 @@ def load_whole(
 ): # The model, frozen and in evaluation mode; `stored` is the fingerprint of its weights as they are in the file
     "Load a model whose weights must all be there; what else the file holds is left unread. Raises `ValueError` that names what is missing."
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
-    (path, options), level, dtype = model_source(name), logging.get_verbosity(), dtype or default_dtype(device)
+    level, dtype = logging.get_verbosity(), dtype or default_dtype(device)
     flash = cls._supports_flash_attn and dtype!=torch.float32 and default_attention(device)=='flash_attention_2'
+    options = dict(output_loading_info=True, dtype='auto', attn_implementation='flash_attention_2' if flash else None)
     logging.set_verbosity_error() # we read the report ourselves
     try:
-        with no_loading_bar(), hub_errors('model', path):
-            model, report = cls.from_pretrained(path, output_loading_info=True, dtype='auto', attn_implementation='flash_attention_2' if flash else None, **options)
-    except (SafetensorError, RuntimeError) as e: raise ValueError(f"{role} {name!r}: its weights cannot be read: {str(e).splitlines()[0]}") from None
+        with no_loading_bar(): model, report = read_model(cls, name, f'{role} {name!r}: its weights', **options)
     finally: logging.set_verbosity(level)
     if missing := sorted(report['missing_keys']): raise ValueError(f"{role} {name!r} has no weights for {missing[0]}" + (f' and {len(missing)-1} more' if len(missing)>1 else ''))
     model.stored = weights_fingerprint(model)
@@ -567,7 +601,7 @@ def write_json(
     path, # File to write or to replace
     value, # Plain data
 ):
-    "Write plain data as JSON, atomically. Raises `ValueError` that names the file for a number such as NaN, which JSON has not."
+    "Write plain data as JSON, atomically; raises `ValueError` that names the file for NaN, which JSON lacks."
     try: text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as e: raise ValueError(f"{path} is not written: {e}") from None
     with atomic_write(path) as f: f.write(text + '\n')

@@ -19,7 +19,7 @@ from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from .captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
-from .core import PRESETS, as_hyperparameters, atomic_write, hub_errors, load_whole, model_config, model_source, parse_json, read_text, say, write_json
+from .core import PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text, say, write_json
 from .data import one_line, words
 from .sources import load_for
 from .tables import NameIndex
@@ -48,11 +48,11 @@ class ClipScorer:
         name:str, # A shipped model, a hub id or a folder
         device=None, # Where to put it; None for the best device
     ):
-        config, (path, options) = model_config(name, 'scorer'), model_source(name)
+        config = model_config(name, 'scorer')
         if config.model_type not in _TEXT_HALF: raise ValueError(f"scorer {name!r} is a {config.model_type!r} model, and captions need one that reads texts, too: {', '.join(_TEXT_HALF)}")
         self.name, self.encoder = name, load_encoder(name, device)
         self.texts = load_whole(getattr(transformers, _TEXT_HALF[config.model_type]), name, 'scorer', self.encoder.model.device)
-        with hub_errors('model', path): self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        self.tokenizer = read_model(AutoTokenizer, name, f'tokenizer of scorer {name!r}')
         self.length, self.padded = config.text_config.max_position_embeddings, config.model_type!='clip'
 
 @patch

@@ -470,8 +470,8 @@ def describe_decoder(
     folder:Path, # With a saved language model
 ) -> dict: # What was measured
     "Measure a saved language model and write its card."
-    with no_loading_bar(): lm = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with no_loading_bar(): lm = Qwen3ForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     p, f1, new = perplexity(lm, tokenizer), retell_f1(lm, tokenizer, 400), retell_f1(lm, tokenizer, 400, 'compositional')
     _write_card(folder, 'A small Qwen3 that has read picture books: the frozen decoder of the capnb course.',
         'Next-token prediction on text alone: pages of two lines on one drawn scene, the first a caption or a note in key words, the second a caption; the embeddings of notes are added up, bleed into each other and are noisy; other words stand for some colours and kinds (capnb, notebook 10). '
@@ -486,8 +486,8 @@ def describe_encoder(
     folder:Path, # With a saved CLIP
 ) -> dict: # What was measured
     "Measure a saved CLIP and write its card."
-    with no_loading_bar(): clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with no_loading_bar(): clip = CLIPModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip)
     found = lambda d: f"{d['found']:.1%} (chance {d['chance']:.1%})"
     _write_card(folder, 'A small CLIP that has seen picture books: the frozen encoder of the capnb course. Pictures of 64 pixels, features of 512 numbers.',
