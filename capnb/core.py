@@ -601,7 +601,7 @@ def write_json(
     path, # File to write or to replace
     value, # Plain data
 ):
-    "Write plain data as JSON, atomically. Raises `ValueError` that names the file for a number such as NaN, which JSON has not."
+    "Write plain data as JSON, atomically; raises `ValueError` that names the file for NaN, which JSON lacks."
     try: text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as e: raise ValueError(f"{path} is not written: {e}") from None
     with atomic_write(path) as f: f.write(text + '\n')

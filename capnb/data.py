@@ -23,7 +23,7 @@ from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, capti
 
 # %% ../nbs/02_data.ipynb #02a00002
 def one_line(text:str) -> str:
-    "Join the words of a text by single spaces; line breaks of any kind and control characters count as spaces."
+    "Join the words of a text by single spaces; all line breaks and control characters count as spaces."
     return re.sub(r'[\s\x00-\x1f\x7f-\x9f]+', ' ', text).strip()
 
 # %% ../nbs/02_data.ipynb #02b00001
@@ -429,13 +429,14 @@ def captions_for_epoch(
 
 
 # %% ../nbs/02_data.ipynb #02a00005
-_SCRIPTS = r'\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Thai}\p{scx=Lao}\p{scx=Khmer}\p{scx=Myanmar}' # without spaces
+# Scripts without spaces between words
+_SCRIPTS = r'\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Thai}\p{scx=Lao}\p{scx=Khmer}\p{scx=Myanmar}'
 _CHARACTER = regex.compile(rf'(?V1)(?=[[{_SCRIPTS}]&&[\p{{L}}\p{{Nl}}]])\X\p{{M}}*')
 _LETTER = rf'[\p{{L}}\p{{Nd}}\p{{Nl}}]--[{_SCRIPTS}&&\p{{L}}\p{{Nl}}]' # or a digit, of a script with spaces
 _WORD = regex.compile(rf'{_CHARACTER.pattern}|[{_LETTER}](?:[{_LETTER}]|[\p{{M}}\u200c\u200d])*')
 
 def word_spans(text:str) -> list: # Of (start, end)
-    "Say where the words of a text are: letters with their marks, and digits; in scripts without spaces each character is a word."
+    "Say where the words of a text are: letters with their marks, digits; without spaces each character."
     return [match.span() for match in _WORD.finditer(text)]
 
 def words(text:str) -> list: # Of texts

@@ -163,14 +163,16 @@ def text_ids(
     tokenizer, # Of the decoder
     texts, # List of texts
 ) -> list: # Of lists of whole numbers
-    "Turn texts into tokens without any mark at their ends; a special token that is written in a text is text."
+    "Turn texts into tokens without marks at their ends; a special token that is written in a text is text."
     if not texts: return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)['input_ids']
+    found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                      verbose=False) # which would warn of what is cut later
+    return found['input_ids']
 
 def tokenize_captions(
     tokenizer, # Of the decoder
     captions, # List of texts
-    max_caption_length:int=128, # Most tokens per caption, end-of-text included; what is longer is cut and has no end
+    max_caption_length:int=128, # Most tokens per caption, its end included; what is longer has none
 ): # `input_ids` and `attention_mask`, both (batch, longest); padded on the right
     "Turn captions into tokens, each closed by end-of-text unless it is cut."
     end = tokenizer.eos_token_id
@@ -192,7 +194,7 @@ def count_cut(
     tokenizer, # Of the decoder
     rows, # Of a data set, with `captions` and `image_id`
     max_caption_length:int, # As for `tokenize_captions`
-) -> dict: # Plain data: number of `captions`, of those that are `cut`, `longest` (tokens), `image_id` (of that caption), `max_caption_length`
+) -> dict: # Plain data: numbers of `captions` and of those `cut`, the `longest` (tokens), its `image_id`, the limit
     "Count the captions that are too long, and find the longest."
     named = [(c, row.get('image_id', n)) for n,row in enumerate(rows) for c in row['captions']]
     lengths = caption_lengths(tokenizer, [c for c,_ in named])
@@ -203,11 +205,12 @@ def count_cut(
 def cut_text(
     found:dict, # From `count_cut`
 ) -> str: # One line
-    "Say how many captions are cut; where it is more than one in a hundred, as a warning with the flag that helps."
+    "Say how many captions are cut; more than one in a hundred are a warning, with the flag that helps."
     cut, captions, most = found['cut'], found['captions'], found['max_caption_length']
     longest = f"the longest, of {found['image_id']}, has {found['longest']} tokens"
     if not cut: return f"✂️ No caption is cut: {longest}, and max_caption_length is {most}"
-    many = f"{cut:,} of {captions:,} captions are longer than max_caption_length, {most} tokens, and are cut; {longest}"
+    many = (f"{cut:,} of {captions:,} captions are longer than max_caption_length, {most} tokens, "
+            f"and are cut; {longest}")
     if 100*cut <= captions: return f"✂️ {many}"
     return f"⚠️ {many}. To keep all of them whole: --max_caption_length {found['longest']}"
 

@@ -41,11 +41,17 @@ def tower_class(
     return getattr(transformers, _TOWERS[kind][features=='patch'])
 
 # %% ../nbs/03_encoder.ipynb #0da7e021
-ADVICE = 'a smaller batch_size (4, then 2, then 1), fewer samples (training_size_limit), and closing other processes that use the GPU'
-_NO_MEMORY = ('out of memory', 'outofmemory', "can't allocate memory", 'not enough memory', 'memory not available', 'alloc_failed', 'allocfailed', # CUDA, HIP, XPU, MPS; CPU; MIOpen, cuBLAS, cuDNN
-              'allocation failed', 'allocation_failed', 'out_of_device_memory', 'out_of_host_memory', 'invalid buffer size')
-_PERHAPS_NO_MEMORY = ('cudnn_status_internal_error', 'cudnn_status_not_supported', 'cudnn_status_not_initialized', 'cudnn_status_execution_failed',
-                      'cublas_status_not_initialized', 'miopenstatusinternalerror', 'miopenstatusunknownerror', 'unable to find an engine')
+ADVICE = ('a smaller batch_size (4, then 2, then 1), fewer samples (training_size_limit), and closing other '
+          'processes that use the GPU')
+_NO_MEMORY = (
+    'out of memory', 'outofmemory', 'invalid buffer size', # CUDA, HIP, MPS
+    "can't allocate memory", 'not enough memory', # CPU
+    'alloc_failed', 'allocfailed', 'allocation_failed', 'memory not available', # cuBLAS, cuDNN, MIOpen
+    'allocation failed', 'out_of_device_memory', 'out_of_host_memory') # HPU, XPU
+_PERHAPS_NO_MEMORY = (
+    'cudnn_status_internal_error', 'cudnn_status_not_supported', 'cudnn_status_not_initialized',
+    'cudnn_status_execution_failed', 'cublas_status_not_initialized',
+    'miopenstatusinternalerror', 'miopenstatusunknownerror', 'unable to find an engine')
 
 def memory_ran_out(
     error, # What was raised
@@ -53,8 +59,8 @@ def memory_ran_out(
 ) -> bool:
     "Whether an error says that there is no memory left, on any kind of device."
     if isinstance(error, torch.OutOfMemoryError): return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(m in said for m in _NO_MEMORY + (() if alone else _PERHAPS_NO_MEMORY))
+    messages, said = _NO_MEMORY if alone else _NO_MEMORY+_PERHAPS_NO_MEMORY, str(error).lower()
+    return isinstance(error, RuntimeError) and any(m in said for m in messages)
 
 def in_slices(
     do, # Function of a slice of rows
@@ -62,7 +68,7 @@ def in_slices(
     size:int, # Rows at a time; half as many where memory runs out
     on_less=None, # Called with the new size where memory ran out
 ): # Yields what `do` gives for each slice, in order
-    "Do something for many rows, some at a time; raises `ValueError` with advice if memory does not hold a single one."
+    "Do something for many rows, some at a time; raises `ValueError` with advice if memory holds not even one."
     at = 0
     while at < n:
         size = min(size, n-at)
@@ -74,8 +80,10 @@ def in_slices(
             yield out
             at += size
             continue
-        clear_device_cache(garbage_collection=True) # out here, where the error no longer holds the tensors of the attempt
-        if size==1: raise ValueError(f'out of memory with a single image; what helps: a smaller model, shorter captions (max_caption_length), and {ADVICE}')
+        clear_device_cache(garbage_collection=True) # out here the error no longer holds the attempt's tensors
+        if size==1:
+            raise ValueError('out of memory with a single image; what helps: a smaller model, shorter captions '
+                             f'(max_caption_length), and {ADVICE}')
         say(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}')
         size //= 2
         if on_less: on_less(size)

@@ -144,7 +144,7 @@ def _meteor(s):
     kinds = np.array([1, .6, .8, .6])
     found = np.einsum('...kfs,k,f->...s', matched, kinds, [.75, .25])          # content words count three times as much as function words
     there = .75*(length-functions)+.25*functions
-    precision, recall = np.moveaxis(found/np.where(there, there, 1), -1, 0)    # without words nothing is found
+    precision, recall = np.moveaxis(found/np.where(there, there, 1), -1, 0)    # no words, nothing found
     chunks, pieces = s[...,20], s[...,20]*2/np.maximum(s[...,21]+s[...,22], 1)
     pieces = np.where((chunks==1) & (s[...,21:23]==length).all(-1), 0, pieces)  # all matched in one piece
     return precision*recall/np.maximum(.85*precision+.15*recall, 1e-12)*(1-.6*pieces**.2)
@@ -162,7 +162,8 @@ def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`
 
 def _coco_words(texts, ptbtokenizer):
     "Some texts of each image, in the words of the tool, which reads a text per line."
-    return ptbtokenizer.PTBTokenizer().tokenize({i: [dict(caption=space_characters(t)) for t in each] for i,each in enumerate(texts)})
+    plain = {i: [dict(caption=space_characters(t)) for t in each] for i,each in enumerate(texts)}
+    return ptbtokenizer.PTBTokenizer().tokenize(plain)
 
 def coco_parts(
     captions, # One generated caption per picture
@@ -263,7 +264,7 @@ def text_statistics(
 def score(
     captions, # One per picture
     data, # As for `fact_parts`
-) -> dict: # Plain data; `by_character`: whether there is text without spaces, each character of which counts as a word
+) -> dict: # Plain data; `by_character`: whether there is text whose characters count as words
     "Score captions: ROUGE-L with floor and ceiling, facts where the data has them, 95% intervals, length and variety."
     parts = score_parts(captions, data)
     facts = {name: _prf(*parts[name].each.sum(0).tolist()) for name in FACTS} if 'pairs' in parts else None

@@ -30,7 +30,8 @@ class Word:
 def _words(tokenizer, caption, most):
     "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
-    spans, words = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)['offset_mapping'][:most], []
+    found = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    spans, words = found['offset_mapping'][:most], []
     inside = {at for start,end in word_spans(caption) for at in range(start+1, end)}
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))

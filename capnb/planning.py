@@ -154,7 +154,7 @@ KNOWN_DATA = { # GB of parquet files on the hub, and pictures of Karpathy's spli
 def planned_data(
     h:Hyperparameters,
 ) -> dict: # Name of split: `CaptionData`; empty for `KNOWN_DATA`
-    "Load the data of a run, if nothing has to be downloaded for it; raises `ValueError` for data that would have to be, and are not known."
+    "Load the data of a run, if that downloads nothing; raises `ValueError` for what would, and is not known."
     if h.data in KNOWN_DATA: return {}
     if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
     raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
@@ -166,7 +166,8 @@ def picture_counts(
     "Count the pictures of a run; raises `ValueError` as `planned_data`."
     limit, splits = h.training_size_limit, planned_data(h) if splits is None else splits
     counts = {split: len(d) for split,d in splits.items()} or KNOWN_DATA[h.data]['pictures']
-    if limit and not splits: counts = {split: min(n, limit if split=='train' else held_back(limit)) for split,n in counts.items()}
+    if limit and not splits:
+        counts = {split: min(n, limit if split=='train' else held_back(limit)) for split,n in counts.items()}
     return counts if h.evaluation_enabled else dict(train=counts['train'])
 
 def data_gb(
@@ -308,9 +309,11 @@ def _clock(seconds):
     return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} minutes' if seconds < 7200 else f'{seconds/3600:.1f} hours'
 
 def captions_text(plan:Plan) -> str:
-    "Say how many training captions will be cut; where data or tokenizer are still to be downloaded, that nobody knows."
+    "Say how many training captions will be cut, unless data or tokenizer are still to be downloaded."
     h = plan.h
-    if not plan.splits or download_of(h.tokenizer_name)[0]: return f'how many are longer than max_caption_length, {h.max_caption_length} tokens, is counted when data and tokenizer are here'
+    if not plan.splits or download_of(h.tokenizer_name)[0]:
+        return (f'how many are longer than max_caption_length, {h.max_caption_length} tokens, '
+                'is counted when data and tokenizer are here')
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
     return cut_text(count_cut(tokenizer, plan.splits['train'].texts(), h.max_caption_length))
 

@@ -138,7 +138,7 @@ class Worker:
         except (ValueError, OSError) as e:
             self.failure.put(str(e))
             raise
-        self.min_side.value = getattr(self.model.encoder, 'min_side', 0)
+        self.min_side.value = self.model.encoder.min_side
         self.started.value += 1
 
     def __call__(self, api, device, worker_id, requests, transport, status, callbacks):
@@ -949,7 +949,8 @@ def _server_class():
 
 def _check_port(host, port):
     with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        exclusive = getattr(socket, 'SO_EXCLUSIVEADDRUSE', socket.SO_REUSEADDR) # on Windows the latter takes a port from another
+        s.setsockopt(socket.SOL_SOCKET, exclusive, 1)
         try: s.bind((host, port))
         except OSError as e: raise ValueError(f"port {port} of {host} cannot be listened at: {e.strerror}; choose another with --port") from None
 

@@ -31,7 +31,7 @@ def _missing(names):
     known = {_split_name(n) for n in names}
     return ('validation','test') if len(names)==1 else ('validation',) if 'validation' not in known else ()
 
-def _split_name(name): return SPLIT_NAMES.get(str(name).lower(), str(name))
+def _split_name(name): return SPLIT_NAMES.get(str(name).lower(), str(name)) if name else None # some rows have none
 
 def _assigned(rows, name, start, missing):
     "The split of each row of the hub's split `name`, of which `rows` (a `datasets.Dataset`) begin at number `start`."
@@ -119,7 +119,7 @@ def load_hub(
     repo:str, # 'owner/name' on the hub
     revision:str=None, # Branch, tag or commit; None for the main one
     limit:int=None, # Download only what this many training pictures need; None for everything
-) -> dict: # Name of split: `datasets.Dataset`
+) -> dict: # Name of split (None for rows of no split among others): `datasets.Dataset`
     "Load a data set of the hub with the splits that it brings; raises `OSError` with one line that says what to do, see `capnb.core.hub_errors`."
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
@@ -164,7 +164,8 @@ def read_streams(
                 bar.update()
                 if all(have[split] >= need(split) for split in given): break
     if not found: raise ValueError("the stream is empty")
-    return Source({split: _NamedRows(rows, image, captions) for split,rows in found.items()})
+    without_split = _NamedRows(found.pop(None, []), image, captions)
+    return Source({split: _NamedRows(rows, image, captions) for split,rows in found.items()}, without_split=without_split)
 
 # %% ../nbs/02b_sources.ipynb #0da7b502
 CHECKED_SIDE = 256 # pixels: a look over needs no more of an image
@@ -207,9 +208,10 @@ def skip_bad(self:CaptionData,
 def _hub_rows(repo, revision, limit, columns):
     "A data set of the hub, with a line that says what was taken."
     found = load_hub(repo, revision, limit)
+    without_split = found.pop(None, [])
     image, captions = tell_columns(next(iter(found.values())).features, *columns)
     say(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
-    return Source({split: named_rows(rows, *columns) for split,rows in found.items()})
+    return Source({split: named_rows(rows, *columns) for split,rows in found.items()}, without_split=without_split and named_rows(without_split, *columns))
 
 def _own_rows(data, limit, columns):
     "Data that is here already: a dictionary of splits, or one data set, which is cut; a `DatasetDict` is cut where splits are missing."
@@ -343,7 +345,7 @@ def _scan(rows, split, samples, bad, scanned):
         image = row['image']
         sizes.append(image.info.get('original_size', image.size))
         captions.append(len(row['captions']))
-        pixels = blake2b(b'%d %d ' % image.size + image.tobytes(), digest_size=16).digest()
+        pixels = blake2b(b'%d %d ' % sizes[-1] + image.tobytes(), digest_size=16).digest()
         scanned.append(ScannedImage(row['image_id'], split, pixels, row['captions']))
         if len(first) < samples: first.append(dict(image_id=row['image_id'], captions=row['captions']))
     return dict(images=len(sizes), captions=sum(captions), captions_per_image=dict(sorted(Counter(captions).items())),

@@ -307,3 +307,10 @@ def test_a_bad_picture_of_the_hub_is_named(hub, load):
     (stopped, _), (skipped, _) = load(dict(data='me/flickr'), dict(data='me/flickr', bad_rows='skip'))
     assert stopped.startswith('ValueError: row 3 (1005.jpg): the image is not a readable picture')
     assert ids(skipped)['train'] == [f'{1000+i}.jpg' for i in range(40) if KARPATHY[i%10]=='train' and i!=5]
+
+def test_rows_of_no_split_on_the_hub_are_not_used(hub, load):
+    rows = flickr30k(0, 40)
+    rows[5]['split'] = rows[6]['split'] = ''
+    hub.add('me/some', {'data/test-00000-of-00001.parquet': parquet(rows, FLICKR30K)})
+    for found,_ in load(dict(data='me/some'), dict(data='me/some', limit=25)):
+        assert set(found) == {'train', 'validation', 'test'} and not {'1005.jpg', '1006.jpg'} & {name for names in ids(found).values() for name in names}

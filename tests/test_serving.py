@@ -1,5 +1,5 @@
 "The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in a browser."
-import base64, http.client, http.server, io, json, os, random, re, signal, socket, sys, threading, time, warnings, zlib
+import base64, http.client, http.server, io, json, os, random, re, signal, socket, subprocess, sys, threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -959,6 +959,29 @@ def test_stop_before_it_is_ready(start, made):
     out, err = server.process.communicate(timeout=30)
     assert server.process.returncode == 0 and not out, err
     assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
+
+THREADED = """
+import functools, litserve
+litserve.LitServer.run = functools.partialmethod(litserve.LitServer.run, api_server_worker_type='thread')
+from capnb.serving import serve_command
+if __name__ == '__main__': serve_command()
+"""
+
+@pytest.mark.slow
+def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
+    "As on Windows, which has no fork: a caption, and an end."
+    (tmp_path/'serve.py').write_text(THREADED)
+    def start(name, *args, cwd, env): return subprocess.Popen([sys.executable, tmp_path/'serve.py', *map(str, args)], cwd=cwd, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = Server(start, made).wait()
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    try:
+        assert server.caption(pages[0])[0] == 200
+        server.process.send_signal(signal.SIGTERM)
+        out, err = server.process.communicate(timeout=60)
+        assert server.process.returncode == 0 and 'Traceback' not in out+err, out+err
+        assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
+    finally:
+        for p in (server.process, *family): p.kill()
 
 @pytest.mark.slow
 def test_broken_weights_are_one_line(run, made, tmp_path):

@@ -177,6 +177,10 @@ def by_name_one_text(folder): write_json(folder, 'annotations.json', {name: said
 def llava(folder):
     ask = [{'from': 'human', 'value': '<image>\nProvide a caption.'}]
     write_json(folder, 'blip_558k.json', [dict(id=name[:-4], image=name, conversations=[*ask, {'from': 'gpt', 'value': caption}]) for name,said in SAID.items() for caption in said])
+def llava_lines(folder):
+    write_images(folder, NAMES)
+    turns = lambda caption: [dict([('from', 'user'), ('value', 'What is it?')]), dict([('from', 'assistant'), ('value', caption)])]
+    (folder/'chat.jsonl').write_text(''.join(json.dumps(dict(image=name, conversations=turns(caption))) + '\n' for name,said in SAID.items() for caption in said), encoding='utf-8')
 def beside(folder):
     write_images(folder, NAMES)
     for name,said in SAID.items(): (folder/name).with_suffix('.txt').write_text('\n'.join(said) + '\n', encoding='utf-8')
@@ -208,7 +212,7 @@ def flickr30k_token(folder):
 
 OWN = dict(train=14, validation=3, test=3)
 FORMATS = {parquet_file: CUT, parquet_shards: OWN, parquet_split_column: OWN, parquet_binary: CUT, parquet_paths: CUT, parquet_arrays: CUT, saved: CUT, saved_splits: OWN, webdataset: CUT,
-           webdataset_caption: CUT, webdataset_json: OWN, one_tar: CUT, by_name_of_image: CUT, by_name_one_text: CUT, llava: CUT, beside: CUT, beside_in_splits: OWN, title_table: CUT, title_tables: OWN,
+           webdataset_caption: CUT, webdataset_json: OWN, one_tar: CUT, by_name_of_image: CUT, by_name_one_text: CUT, llava: CUT, llava_lines: CUT, beside: CUT, beside_in_splits: OWN, title_table: CUT, title_tables: OWN,
            flickr8k: OWN, flickr30k_token: CUT}
 
 @pytest.mark.parametrize('write', FORMATS)
@@ -223,6 +227,12 @@ def test_format(write, tmp_path):
     if FORMATS[write] == OWN:
         order = [row['image'].tobytes() for split in OWN for row in rows[split]]
         assert order == list(said)
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    "The cache of `datasets` must not give what lay there before."
+    for words in ('first', 'other'):
+        Dataset.from_dict(dict(image=[png(n) for n in range(20)], caption=[f'A card of the {words} kind']*20)).to_parquet(tmp_path/'a.parquet')
+        assert {c for rows in load_data(tmp_path).values() for row in rows for c in row['captions']} == {f'A card of the {words} kind'}
 
 def test_objects_of_datasets():
     whole = stored()
@@ -245,6 +255,12 @@ def test_streams(capsys):
     made = IterableDataset.from_generator(lambda: (dict(image=colour(n), caption=SAID[name]) for n,name in enumerate(NAMES)))
     assert sum(map(len, load_data(made).values())) == 20
     with pytest.raises(ValueError, match='the stream is empty'): load_data(IterableDataset.from_generator(lambda: iter([])))
+
+def test_rows_of_no_split_in_a_stream_are_told(capsys):
+    rows = stored(split=['train']*14 + ['val']*3 + ['test']*2 + [''])
+    for way in (rows.to_iterable_dataset(), rows, DatasetDict(test=rows)):
+        assert {split: len(part) for split,part in load_data(way).items()} == dict(train=14, validation=3, test=2)
+        assert 'ℹ️ 1 images have no split and are not used' in capsys.readouterr().out
 
 def test_a_stream_is_read_no_further_than_the_limit_needs():
     read = []

@@ -165,7 +165,8 @@ def test_half_a_letter_is_named(tmp_path):
 
 # --- JSON by its content
 
-@pytest.mark.parametrize('name,text', [('captions.jsonl', json.dumps(JSON, indent=1)), ('captions.json', '\n'.join(map(json.dumps, JSON)))])
+@pytest.mark.parametrize('name,text', [('captions.jsonl', json.dumps(JSON, indent=1)), ('captions.json', '\n'.join(map(json.dumps, JSON))),
+    ('captions.json', json.dumps(dict(version=1, data=JSON)))])
 def test_json_by_content(tmp_path, name, text): assert captions(album(tmp_path, text, name)) == RIGHT
 
 def test_coco_ids_as_texts(tmp_path, capsys):
@@ -215,8 +216,9 @@ def test_zeros_and_noise_are_no_text(tmp_path):
     (tmp_path/'captions.csv').write_bytes(np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes())
     with pytest.raises(ValueError, match='captions.csv: line .*nothing was read'): captions(tmp_path)
 
-def test_plus_signs_are_no_utf7(tmp_path):
-    said = ['a phone with the number +100 on it', '1 + 1 = 2', 'C++ and a +size dress', 'blood of type AB+', *SAID[4:]]
+@pytest.mark.parametrize('text', ['a phone with the number +100 on it', '1 + 1 = 2', 'C++ and a +size dress', 'blood of type AB+'])
+def test_plus_signs_are_no_utf7(tmp_path, text):
+    said = [text, *SAID[1:]]
     assert captions(album(tmp_path, lines(NAMES, said, header=('file','caption')))) == {n: [c] for n,c in zip(NAMES, said)}
 
 def test_encoding_is_a_setting_of_the_commands(call, tmp_path):
