@@ -139,9 +139,11 @@ def caption_features(self:Captioner,
     scores:bool=False, # As for `caption`
     **kwargs, # As for `caption`
 ) -> list: # For each row what `caption` gives for an image
-    "Write captions for encoded images, as many at a time as memory holds; raises `ValueError` where it holds none."
+    "Write captions for encoded images, as many at a time as memory holds; raises `ValueError` if not even one."
     def remember(size): self.most = size
-    def write(here): return generate_captions(self.decoder, self.tokenizer, self.prefix(features[here]), self.max_caption_length, scores=scores, **kwargs)
+    def write(here):
+        prefix = self.prefix(features[here])
+        return generate_captions(self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs)
     if 'streamer' in kwargs: return write(slice(None)) # what it was sent cannot be taken back
     return [c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part]
 

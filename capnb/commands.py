@@ -209,7 +209,7 @@ def data_command(
     encoding:Param('Encoding of tables of captions, such as cp1252; else UTF-8 or marked UTF-16', str)=None,
     outside_files:Param('Also read images that a table names outside of its folder', store_true)=False,
     data_revision:Param('Branch, tag or commit of a hub data set', str)=None,
-    preset:Param('Preset that the data are for, storybook if not said: its tokenizer and max_caption_length say which captions are cut', str)=None,
+    preset:Param('Preset whose tokenizer and max_caption_length say which captions are cut', str)='storybook',
     tokenizer_name:Param('Tokenizer to count with instead', any_path)=None,
     max_caption_length:Number('Tokens kept of a caption instead')=None,
     json_file:Param('Write what is found to this JSON file', new_file)=None,
@@ -220,13 +220,13 @@ def data_command(
     from capnb.decoder import count_cut, cut_text, decoder_config, load_tokenizer
     from capnb.sources import check_data, report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
-    h = as_hyperparameters(preset=preset or 'storybook', **{k: v for k,v in chosen.items() if v is not None})
+    h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
     report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision,
                         encoding=encoding, outside=outside_files,
                         count_cut=partial(count_cut, tokenizer, max_caption_length=h.max_caption_length))
     report_data(report)
-    if report['cut']: say(f"{cut_text(report['cut'])} (preset {preset or 'storybook'}, tokenizer {h.tokenizer_name})")
+    if report['cut']: say(f"{cut_text(report['cut'])} (preset {preset}, tokenizer {h.tokenizer_name})")
     if json_file: write_json(json_file, report)
     if report['bad']: raise ValueError(f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out")
 

@@ -79,7 +79,9 @@ def validate(
     data:EncodedData, # Each picture is taken with its first caption
     batch_size:int=64, # Pictures at a time
 ): # Mean nats per token; image gain in nats per caption (None for a single picture)
-    "The loss on unseen pictures, and how much it grows when every picture is swapped for another; raises `ValueError` where it is no number."
+    """The loss on unseen images, and how much it grows when every image is swapped for another.
+
+    Raises `ValueError` where it is no number."""
     was_training = model.training
     model.eval()
     captions = [r['captions'][0] for r in data.rows]
@@ -89,7 +91,8 @@ def validate(
         return nats.sum().item(), other.sum().item(), mask.sum().item()
     total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size)))
     model.train(was_training)
-    if not math.isfinite(total+swapped): raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at the features')
+    if not math.isfinite(total+swapped):
+        raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at the features')
     return total/tokens, (swapped-total)/len(data) if len(data)>1 else None
 
 # %% ../nbs/07_training.ipynb #9ed3c45f
