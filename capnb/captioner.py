@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_captioner', 'parameter_groups', 'thaw', 'add_lora',
            'frozen_fingerprint', 'trained_state', 'weights_path', 'save_metadata', 'save_tensors', 'save_checkpoint',
-           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'read_metadata', 'read_tensors', 'load_trained',
-           'check_frozen', 'load_model_from_checkpoint', 'start_from']
+           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'read_metadata', 'read_tensors',
+           'check_weights', 'check_trained', 'load_trained', 'check_frozen', 'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
 import io, math, pickle, re, struct, warnings
@@ -60,6 +60,15 @@ def new_adapter(
         if h.features=='patch': return PatchAdapter(encoder.width, width, size)
         return Adapter(encoder.width, width, h.prefix_length, h.adapter_width, size)
 
+def _check_size(h, text):
+    "Raise a `ValueError` for an adapter or a LoRA larger than any that makes sense, before memory is taken for it."
+    numbers = h.adapter_width*h.prefix_length*text.hidden_size
+    if h.features=='pooled' and numbers > 2**32:
+        raise ValueError(f"adapter_width {h.adapter_width:,} and prefix_length {h.prefix_length:,} "
+                         f"make an adapter of {numbers:,} numbers")
+    if (h.lora_rank or 0) > text.hidden_size:
+        raise ValueError(f"lora_rank is {h.lora_rank:,}, but the decoder is only {text.hidden_size:,} wide")
+
 def check_pair(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     encoder, # Configuration of the encoder
@@ -74,6 +83,7 @@ def check_pair(
     if longest and longest < prefix+h.max_caption_length: raise ValueError(f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest} positions of decoder {name!r}")
     if h.unfreeze_layers > text.num_hidden_layers: raise ValueError(f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers} layers")
     if h.unfreeze_layers and h.unfreeze_epoch > h.num_epochs: raise ValueError(f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs): nothing would thaw")
+    _check_size(h, text)
     if h.lora_rank and h.unfreeze_layers: raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
 def check_models(h:Hyperparameters):
@@ -302,15 +312,47 @@ def read_tensors(
     if not isinstance(state, dict): raise ValueError(f"{path} is not a readable checkpoint: it holds no tensors by name")
     return state
 
+def check_weights(
+    state:dict, # Name: tensor
+    source, # Named in the error
+):
+    "Raise a `ValueError` unless a dictionary holds whole tensors of finite fractions, by name."
+    for name,t in state.items():
+        plain = isinstance(name, str) and isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout==torch.strided
+        if not plain: raise ValueError(f"{source} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions")
+        whole = not t.is_meta and t.untyped_storage().nbytes() >= t.numel()*t.element_size()
+        if not whole: raise ValueError(f"{source} is not a checkpoint of weights: {name!r:.60} has a shape, but not its numbers")
+        if not t.isfinite().all(): raise ValueError(f"{source}: {name!r:.60} holds what is no number (NaN or infinity)")
+
 def _read_weights(path):
     state = read_tensors(path)
-    for name,t in state.items():
-        if not (isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout==torch.strided): raise ValueError(f"{path} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions")
+    check_weights(state, path)
     return state
 
 def _check_shapes(wanted, state, source):
     for name in wanted.keys() & state.keys():
         if wanted[name].shape!=state[name].shape: raise ValueError(f"{source}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(wanted[name].shape)}")
+
+def check_trained(
+    h:Hyperparameters,
+    state:dict, # From `trained_state`
+    source, # Named in the error
+):
+    """Raise a `ValueError` if weights are not of the shapes that the hyperparameters ask for.
+    Nothing is built, so that no memory is taken for what does not fit."""
+    shapes = {name: t.shape for name,t in state.items()}
+    first, last = ('linear_1', 'linear_2') if h.features=='patch' else ('layers.1', 'layers.3')
+    names = f'adapter.{first}.weight', f'adapter.{last}.weight'
+    for name in names:
+        if len(shapes.get(name, ())) != 2: raise ValueError(f"{source}: {name} is missing")
+    if h.features=='pooled':
+        width, rows = shapes[names[0]][0], shapes[names[1]][0]
+        if width!=h.adapter_width: raise ValueError(f"{source}: adapter_width is {h.adapter_width:,}, the weights' is {width:,}")
+        if rows % h.prefix_length: raise ValueError(f"{source}: prefix_length is {h.prefix_length:,}, and the weights are of {rows:,} rows")
+    ranks = {shape[-1 if '.lora_B.' in name else 0] for name,shape in shapes.items() if '.lora_' in name and shape}
+    if ranks!={h.lora_rank}-{None}:
+        asked, found = (', '.join(f'{rank:,}' for rank in some if rank) or 'none' for some in ([h.lora_rank], sorted(ranks)))
+        raise ValueError(f"{source}: lora_rank is {asked}, the weights' is {found}")
 
 def load_trained(
     model:Captioner,
@@ -341,6 +383,7 @@ def load_model_from_checkpoint(
     state, metadata = _read_weights(path), read_metadata(path)
     try: h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
     except ValueError as e: raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
+    check_trained(h, state, path)
     model = build_captioner(h, device)
     thaw(model, h, metadata.get('epoch', 1))
     check_frozen(model, metadata.get('frozen'), path)

@@ -381,6 +381,9 @@ def read_document(
     if _is_mapping(found):
         _asked_columns(['captions'], caption_column, 'caption_column')
         return Table((f'entry {n}', name, said, None) for n,(name,said) in enumerate(found.items()))
+    if isinstance(found, dict) and not {'images','annotations'} & set(found):
+        lists = [v for v in found.values() if isinstance(v, list)]
+        if len(lists)==1: return _record_rows(enumerate(lists[0]), 'object', image_column, caption_column)
     images, annotations = (found.get(k) if isinstance(found, dict) else None for k in ('images','annotations'))
     for what,rows in (('images', images), ('annotations', annotations or [])):
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):

@@ -28,7 +28,7 @@ from accelerate.utils import LoggerType, broadcast_object_list, patch_environmen
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
+from .captioner import (Captioner, _last_layers, check_weights, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
 from .core import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
                         revision_of, say, shell_line)
@@ -402,6 +402,7 @@ def read_state(
     if isinstance(cut, dict): kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | cut)] + [('cut: rates', cut.get('rates'), list)]
     for name,value,kind in kinds + [('cut', cut, (dict, type(None)))]:
         if not isinstance(value, kind): raise ValueError(f"{path} is not the state of a training run: {name} is missing or of another kind")
+    check_weights(state['weights'], path)
     if path.name!=f"training_state_{state['position']['stamp']}.pt": raise ValueError(f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name")
     return dict(state, path=path)
 
