@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from .core import read_text, say
-from .images import ImageFile, walk_files
+from .images import ImageFile, open_image, walk_files # open_image: scripts import it from here
 from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
 # %% ../nbs/02_data.ipynb #02a00002
