@@ -150,3 +150,29 @@ print(len(sizes), *sizes[0], peak/1e6)
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     n, width, height, peak = done.stdout.split() or pytest.fail(done.stderr)
     assert (n, width, height) == ('16', '1000', '750') and float(peak) < 400, done.stdout
+
+def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
+    import pyarrow as pa
+    from capnb.scale import ROW, _open_rows
+    files = [(holiday/'5.jpg').read_bytes(), (holiday/'6.jpg').read_bytes()[:300], (holiday/'7.jpg').read_bytes(), None]
+    rows = pa.table([['odd', 'half', 'good', 'gone'], files, [None, None, None, 'gone is empty']], schema=ROW)
+    with DecodingPool(1) as pool: images, errors = _open_rows(rows, pool, 64)
+    assert [image.tobytes() for image in images] == [open_image(file).tobytes() for file in (files[0], files[2])]
+    assert errors[1].startswith('half is not a readable picture: ') and errors == [None, errors[1], None, 'gone is empty']
+
+def test_scale_follows_links_and_tells_what_it_passes_over(linked, phone, capsys):
+    from capnb.scale import Source
+    source = Source(str(linked))
+    assert sorted(source.files) == [f'{linked.as_posix()}/a/0.png', f'{linked.as_posix()}/b/1.png']
+    assert [row['id'][0].as_py() for file in sorted(source.files) for row in source.read(file)] == ['a/0.png', 'b/1.png']
+    assert len(Source(str(phone)).files) == 2 and f'{phone}: passed over 3 .heic, ' in capsys.readouterr().err
+
+def test_captions_of_files_name_the_broken_ones(holiday):
+    from types import SimpleNamespace
+    from capnb.inference import caption_files
+    (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
+    model = SimpleNamespace(encoder=SimpleNamespace(min_side=64), caption=lambda images, scores, **kwargs: [f'{image.size}' for image in images])
+    found = list(caption_files(model, find_images([holiday]), batch_size=5))
+    assert [f['file'] for f in found] == [str(p) for p in find_images([holiday])] and sum('error' in f for f in found) == 1
+    assert [f['caption'] for f in found if f['file'].endswith(('5.jpg', '6.jpg'))] == ['(32, 48)', '(48, 32)'] # upright
+    assert 'is not a readable picture' in next(f['error'] for f in found if f['file'].endswith('7.jpg'))
