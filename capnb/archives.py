@@ -27,7 +27,7 @@ def from_datasets(
     caption_column:str=None, # As for `capnb.data.tell_columns`
     find=None, # As for `capnb.data.named_rows`
 ) -> Source:
-    "Take rows of `datasets` with the splits that they bring, else cut; raises `ValueError` if columns are not clear."
+    "Take rows of `datasets` with the splits that they bring; raises `ValueError` if columns are not clear."
     known = found if isinstance(found, dict) else {'train': found}
     parts = {}
     for key,rows in known.items():
@@ -54,7 +54,7 @@ def _load_saved(folder):
         raise ValueError(f"{folder} is no complete folder of `save_to_disk`: {why}") from None
 
 def _by_split(files, folder):
-    "Files by the split that their names tell, in 'train' if none does; raises `ValueError` where only some do."
+    "Files by the split that their names tell, 'train' if none does; raises `ValueError` where only some do."
     splits = {file: split_of_name(file.relative_to(folder).with_suffix('')) for file in files}
     unclear = [str(file) for file,split in splits.items() if not split]
     if unclear and len(unclear) < len(files):
@@ -149,7 +149,9 @@ def _image_of(sample, image_column):
     return sample[found[0]]
 
 # %% ../nbs/02a_archives.ipynb #02a0000c
-def _bad_rows(bad): return ValueError('; '.join(bad[:5]) + (f'; and {len(bad)-5} more' if len(bad) > 5 else ''))
+def _bad_rows(bad):
+    "The error for rows that do not fit."
+    return ValueError('; '.join(bad[:5]) + (f'; and {len(bad)-5} more' if len(bad) > 5 else ''))
 
 class TarRows:
     "Rows of WebDataset tars: images, read from the tar when they are asked for, and the texts beside them."
@@ -163,7 +165,8 @@ class TarRows:
         for tar in tars:
             for key,sample in _samples(tar, self.bad).items():
                 try:
-                    image, captions = _image_of(sample, image_column), _texts_of(sample, caption_column, encoding)
+                    image = _image_of(sample, image_column)
+                    captions = _texts_of(sample, caption_column, encoding)
                     self.rows.append((f'{tar.stem}/{key}', image, captions))
                 except ValueError as e: self.bad.append(f"{tar}: {key}: {e}")
 
@@ -178,7 +181,7 @@ def read_tars(
     bad_rows:str='stop', # 'skip' to leave out samples that do not fit
     **columns, # As for `TarRows`
 ) -> Source:
-    "Read WebDataset tars with the splits that their names tell, else cut; raises `ValueError` that names bad samples."
+    "Read WebDataset tars with the splits that their names tell; raises `ValueError` that names bad samples."
     parts, bad = {}, []
     by_split = _by_split(tars, folder)
     for split,files in by_split.items():
@@ -264,14 +267,14 @@ def _read_rows(found, path, folder, columns, outside):
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
 def read_path(
-    path, # Folder with a table of captions, parquet, tars or texts beside images, or of `save_to_disk`; or one such file
+    path, # Folder with a table, parquet, tars or texts beside images, or of `save_to_disk`; or one such file
     bad_rows:str='stop', # As for `capnb.data.read_folder`, as are the others
     image_column:str=None,
     caption_column:str=None,
     encoding:str=None,
     outside:bool=False,
 ) -> Source:
-    "Read a data set on this machine, in whatever form; raises `ValueError` or `FileNotFoundError` in one line."
+    "Read a data set on this machine, in whatever form; raises `ValueError` or `FileNotFoundError`."
     path, columns = Path(path), (image_column, caption_column)
     if not (path.is_file() or path.is_dir()): raise ValueError(f"{path} is no regular file and no folder")
     folder = path.parent if path.is_file() else path

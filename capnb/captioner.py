@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_captioner', 'parameter_groups', 'thaw', 'add_lora',
            'frozen_fingerprint', 'trained_state', 'weights_path', 'save_metadata', 'save_tensors', 'save_checkpoint',
-           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'read_metadata', 'read_tensors',
-           'check_weights', 'check_trained', 'load_trained', 'check_frozen', 'load_model_from_checkpoint', 'start_from']
+           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'model_places', 'find_models', 'read_metadata',
+           'read_tensors', 'check_weights', 'check_trained', 'load_trained', 'check_frozen',
+           'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
-import io, math, pickle, re, struct, warnings
+import io, math, os, pickle, re, struct, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from zlib import crc32
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, parse_json, read_text, weights_fingerprint, write_json
+from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path, parse_json, read_text, weights_fingerprint, write_json
 from .images import open_images
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
@@ -284,6 +285,35 @@ def best_checkpoint(
     if not known: raise ValueError(f"no checkpoint of the run of {run} in {str(folder)!r} knows its validation loss: it was trained with evaluation_enabled set to False")
     return min(known, key=lambda pair: pair[0])[1] # of equals the first
 
+_NAMES = ('encoder_name', 'tokenizer_name', 'decoder_name')
+
+def model_places(
+    h:Hyperparameters,
+    folder, # Of the checkpoints
+) -> dict: # Name of the hyperparameter: path
+    "Say where those models lie that are folders or files here, as seen from the checkpoints."
+    folder, places = Path(folder).resolve(), {}
+    for name in _NAMES:
+        if not h[name] or model_path(h[name])!=h[name] or not Path(h[name]).exists(): continue # it ships, or is the hub's
+        path = Path(h[name]).absolute()
+        try: places[name] = Path(os.path.relpath(path, folder)).as_posix()
+        except ValueError: places[name] = path.as_posix() # on another drive of Windows
+    return places
+
+def find_models(
+    hyperparameters:dict, # Of a checkpoint or a training state
+    places:dict, # From `model_places`; None where it was not written
+    folder, # That the checkpoint lies in now
+) -> dict: # The hyperparameters, in which each model is named so that it is found from here
+    "Find models again that were named by a folder, from any working directory, and where they moved with the checkpoint."
+    found, places = dict(hyperparameters), places if isinstance(places, dict) else {}
+    for name in _NAMES:
+        place, now = places.get(name), found.get(name)
+        if not isinstance(place, str) or not isinstance(now, str): continue
+        path = Path(os.path.normpath(Path(folder).resolve()/place))
+        if path.exists() and not (Path(now).exists() and path.samefile(now)): found[name] = str(path)
+    return found
+
 def read_metadata(
     path, # Of the weights
 ) -> dict:
@@ -295,7 +325,8 @@ def read_metadata(
     if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
     if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")
-    return metadata
+    hyperparameters = find_models(metadata['hyperparameters'], metadata.pop('places', None), file.parent)
+    return metadata | dict(hyperparameters=hyperparameters)
 
 # %% ../nbs/06_captioner.ipynb #b5765eb5
 _NOT_A_CHECKPOINT = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, struct.error) # what `torch.load` makes of other bytes
