@@ -27,18 +27,22 @@ def from_datasets(
     caption_column:str=None, # As for `capnb.data.tell_columns`
     find=None, # As for `capnb.data.named_rows`
 ) -> Source:
-    "Take the rows of `datasets` with the splits that they bring, else cut as a folder is; raises `ValueError` if columns are not clear."
+    "Take rows of `datasets` with the splits that they bring; raises `ValueError` if columns are not clear."
     known = found if isinstance(found, dict) else {'train': found}
     parts = {}
     for key,rows in known.items():
         whole = None if len(known)==1 else SPLIT_NAMES.get(str(key).lower(), str(key))
         splits = _split_column(rows) or [whole]*len(rows)
         rows = named_rows(rows, image_column, caption_column, find)
-        for i,split in enumerate(splits): parts.setdefault(split and SPLIT_NAMES.get(split.lower(), split) or None, []).append((rows, i))
+        for i,split in enumerate(splits):
+            parts.setdefault(split and SPLIT_NAMES.get(split.lower(), split) or None, []).append((rows, i))
     return as_source(parts, name)
 
 # %% ../nbs/02a_archives.ipynb #02a00009
-def _is_saved(folder): return (folder/'dataset_dict.json').is_file() or (folder/'state.json').is_file() and (folder/'dataset_info.json').is_file()
+def _is_saved(folder):
+    "Whether a folder was written by `save_to_disk`."
+    has = lambda name: (folder/name).is_file()
+    return has('dataset_dict.json') or has('state.json') and has('dataset_info.json')
 
 def _load_saved(folder):
     "What `save_to_disk` wrote."
@@ -46,13 +50,16 @@ def _load_saved(folder):
     import pyarrow as pa
     try: return load_from_disk(str(folder))
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as e:
-        raise ValueError(f"{folder} is no complete folder of `save_to_disk`: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{folder} is no complete folder of `save_to_disk`: {why}") from None
 
 def _by_split(files, folder):
-    "Files by the split that their names below `folder` tell; all in 'train' if none does. Raises `ValueError` where only some do."
+    "Files by the split that their names tell, 'train' if none does; raises `ValueError` where only some do."
     splits = {file: split_of_name(file.relative_to(folder).with_suffix('')) for file in files}
     unclear = [str(file) for file,split in splits.items() if not split]
-    if unclear and len(unclear) < len(files): raise ValueError(f"{unclear[0]}: its name does not tell a split, as others do; call it train-..., validation-... or test-...")
+    if unclear and len(unclear) < len(files):
+        said = 'its name does not tell a split, as others do; call it train-..., validation-... or test-...'
+        raise ValueError(f'{unclear[0]}: {said}')
     parts = {}
     for file,split in splits.items(): parts.setdefault(split or 'train', []).append(file)
     return parts
@@ -64,17 +71,22 @@ def _load_parquet(files, folder):
     import pyarrow as pa, pyarrow.parquet as pq
     for file in files:
         try: pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as e: raise ValueError(f"{file} is no readable parquet file: {str(e).splitlines()[0]}") from None
-    parts = _by_split(files, folder)
-    try: return dict(load_dataset('parquet', data_files={split: [glob.escape(str(f)) for f in part] for split,part in parts.items()}))
-    except DatasetGenerationError as e: raise ValueError(f"{folder}: its parquet files do not go together: {str(e.__cause__ or e).splitlines()[0]}") from None
+        except (pa.ArrowInvalid, OSError) as e:
+            raise ValueError(f"{file} is no readable parquet file: {str(e).splitlines()[0]}") from None
+    names = {split: [glob.escape(str(f)) for f in part] for split,part in _by_split(files, folder).items()}
+    try:
+        return dict(load_dataset('parquet', data_files=names))
+    except DatasetGenerationError as e:
+        why = str(e.__cause__ or e).splitlines()[0]
+        raise ValueError(f"{folder}: its parquet files do not go together: {why}") from None
 
 def _finder(folder, outside):
     "A function that gives the path of an image named in rows that lie in `folder`."
     root = os.path.abspath(folder)
     def find(name):
         path = os.path.abspath(os.path.join(root, name))
-        if not outside and os.path.commonpath([root, path])!=root: raise ValueError(f"{name!r} leads out of the folder; `--outside_files True` allows that")
+        if not outside and os.path.commonpath([root, path])!=root:
+            raise ValueError(f"{name!r} leads out of the folder; `--outside_files True` allows that")
         return path
     return find
 
@@ -101,22 +113,28 @@ def _samples(tar, bad):
             for m in members:
                 folder, _, name = m.name.rpartition('/')
                 key, dot, suffix = name.partition('.')
-                if m.isreg() and not m.issparse() and key and dot: samples.setdefault(f'{folder}/{key}'.lstrip('/'), {})[suffix.lower()] = _Member(tar, m.offset_data, m.size)
+                if m.isreg() and not m.issparse() and key and dot:
+                    sample = samples.setdefault(f'{folder}/{key}'.lstrip('/'), {})
+                    sample[suffix.lower()] = _Member(tar, m.offset_data, m.size)
     except (tarfile.TarError, OSError, EOFError) as e: bad.append(f"{tar}: it cannot be read to its end: {e}")
     return samples
 
 def _texts_of(sample, caption_column, encoding):
-    "The captions of a sample: lines of a text, or what a JSON object holds; raises `ValueError` if there are none."
+    "The captions of a sample: lines of a text, or of a JSON object; raises `ValueError` if there are none."
     def text(suffix):
-        if sample[suffix].size > _MOST_TEXT: raise ValueError(f"its .{suffix} is larger than {_MOST_TEXT>>20} MiB")
+        if sample[suffix].size > _MOST_TEXT:
+            raise ValueError(f"its .{suffix} is larger than {_MOST_TEXT>>20} MiB")
         try: return sample[suffix].read().decode(encoding or 'utf-8-sig')
-        except UnicodeDecodeError as e: raise ValueError(f"its .{suffix} is not {(encoding or 'utf-8').upper()} (byte {e.start})") from None
+        except UnicodeDecodeError as e:
+            said = (encoding or 'utf-8').upper()
+            raise ValueError(f"its .{suffix} is not {said} (byte {e.start})") from None
     known = [caption_column.lower()] if caption_column else _TEXT_SUFFIXES
     suffix = next((s for s in known if s in sample), None)
     if suffix: return caption_texts([line for line in text(suffix).splitlines() if line.strip()])
     if 'json' not in sample: raise ValueError(f"there is no caption, only {', '.join(sample)}")
     try: found = json.loads(text('json'))
-    except (json.JSONDecodeError, RecursionError) as e: raise ValueError(f"its .json is not JSON: {e}") from None
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"its .json is not JSON: {e}") from None
     known = [caption_column] if caption_column else CAPTION_COLUMNS
     name = next((n for n in known if isinstance(found, dict) and found.get(n)), None)
     if not name: raise ValueError("its .json names no caption")
@@ -125,12 +143,18 @@ def _texts_of(sample, caption_column, encoding):
 def _image_of(sample, image_column):
     "The image of a sample; raises `ValueError` if there is none, or more than one."
     found = [s for s in sample if (s==image_column.lower() if image_column else looks_like_image(f'a.{s}'))]
-    if len(found)!=1: raise ValueError(f"there are {len(found)} images ({', '.join(found)}); name one with image_column" if found else f"there is no image, only {', '.join(sample)}")
+    if len(found)!=1:
+        several = f"there are {len(found)} images ({', '.join(found)}); name one with image_column"
+        raise ValueError(several if found else f"there is no image, only {', '.join(sample)}")
     return sample[found[0]]
 
 # %% ../nbs/02a_archives.ipynb #02a0000c
+def _bad_rows(bad):
+    "The error for rows that do not fit."
+    return ValueError('; '.join(bad[:5]) + (f'; and {len(bad)-5} more' if len(bad) > 5 else ''))
+
 class TarRows:
-    "Rows of WebDataset tars: an image and the texts beside it. Images are read from the tar when they are asked for."
+    "Rows of WebDataset tars: images, read from the tar when they are asked for, and the texts beside them."
     def __init__(self,
         tars, # Paths
         image_column:str=None, # Suffix of the images, such as jpg; None for the only image of a sample
@@ -140,7 +164,10 @@ class TarRows:
         self.rows, self.bad = [], []
         for tar in tars:
             for key,sample in _samples(tar, self.bad).items():
-                try: self.rows.append((f'{tar.stem}/{key}', _image_of(sample, image_column), _texts_of(sample, caption_column, encoding)))
+                try:
+                    image = _image_of(sample, image_column)
+                    captions = _texts_of(sample, caption_column, encoding)
+                    self.rows.append((f'{tar.stem}/{key}', image, captions))
                 except ValueError as e: self.bad.append(f"{tar}: {key}: {e}")
 
     def __len__(self): return len(self.rows)
@@ -154,14 +181,15 @@ def read_tars(
     bad_rows:str='stop', # 'skip' to leave out samples that do not fit
     **columns, # As for `TarRows`
 ) -> Source:
-    "Read WebDataset tars with the splits that their names tell, else cut as a folder is; raises `ValueError` that names samples that do not fit."
+    "Read WebDataset tars with the splits that their names tell; raises `ValueError` that names bad samples."
     parts, bad = {}, []
     by_split = _by_split(tars, folder)
     for split,files in by_split.items():
         rows = TarRows(files, **columns)
         bad += rows.bad
         parts.setdefault(split if len(by_split) > 1 else None, []).extend((rows, i) for i in range(len(rows)))
-    if bad and (bad_rows=='stop' or not any(parts.values())): raise ValueError('; '.join(bad[:5]) + (f'; and {len(bad)-5} more' if len(bad) > 5 else ''))
+    if bad and (bad_rows=='stop' or not any(parts.values())):
+        raise _bad_rows(bad)
     return as_source(parts, folder, bad)
 
 # %% ../nbs/02a_archives.ipynb #02a0000f
@@ -173,7 +201,7 @@ def visible_images(
     return [file for file in images_below(folder)[0] if not any(map(hidden, file.relative_to(folder).parts))]
 
 class TextsBeside:
-    "Images in a folder and below, each with a text file of its name beside it that has a caption on each line."
+    "Images in a folder and below, each with a text file beside it that has a caption on each line."
     def __init__(self,
         folder,
         encoding:str=None, # Of the texts; None for UTF-8
@@ -183,7 +211,8 @@ class TextsBeside:
             text = next((t for t in (file.with_suffix(s) for s in ('.txt', '.caption')) if t.is_file()), None)
             try:
                 if not text: raise ValueError(f"there is no {file.stem}.txt beside it")
-                captions = caption_texts([line for line in read_text(text, encoding, 'encoding').split('\n') if line.strip()])
+                lines = read_text(text, encoding, 'encoding').split('\n')
+                captions = caption_texts([line for line in lines if line.strip()])
                 self.rows.append((file, captions))
             except ValueError as e: self.bad.append(f"{file}: {e}")
 
@@ -194,7 +223,8 @@ class TextsBeside:
 
 def _has_texts_beside(folder):
     "Whether the first images of a folder have a text beside them."
-    return any(file.with_suffix(suffix).is_file() for file in visible_images(folder)[:100] for suffix in ('.txt', '.caption'))
+    images = visible_images(folder)[:100]
+    return any(file.with_suffix(suffix).is_file() for file in images for suffix in ('.txt', '.caption'))
 
 def read_texts_beside(
     folder, # With images; in sub-folders train, validation and test if there are splits
@@ -204,23 +234,31 @@ def read_texts_beside(
     "Read images with a text beside each; raises `ValueError` that names images without one."
     rows, parts = TextsBeside(folder, encoding), {}
     below = [SPLIT_NAMES.get(file.relative_to(folder).parts[0].lower()) for file,_ in rows.rows]
-    if rows.bad and (bad_rows=='stop' or not rows.rows): raise ValueError('; '.join(rows.bad[:5]) + (f'; and {len(rows.bad)-5} more' if len(rows.bad) > 5 else ''))
+    if rows.bad and (bad_rows=='stop' or not rows.rows):
+        raise _bad_rows(rows.bad)
     for i,split in enumerate(below): parts.setdefault(split, []).append((rows, i))
     return as_source(parts, folder, rows.bad)
 
 # %% ../nbs/02a_archives.ipynb #02a00012
-def _below(folder, suffix): return sorted(f for f in folder.rglob(f'*{suffix}') if f.is_file() and not any(part.startswith('.') for part in f.relative_to(folder).parts))
+def _below(folder, suffix):
+    "The files of a suffix in a folder and below, without hidden ones."
+    hidden = lambda file: any(part.startswith('.') for part in file.relative_to(folder).parts)
+    return sorted(f for f in folder.rglob(f'*{suffix}') if f.is_file() and not hidden(f))
 
 def _refuse_packed(path, files):
     "The error for archives that would have to be unpacked to be read."
     zips = [f for f in files if f.suffix.lower()=='.zip']
-    if zips: raise ValueError(f"{path}: zip archives are not read; unpack them first: " + ' && '.join(f"unzip -q '{f}' -d '{f.parent}'" for f in zips[:5]))
-    raise ValueError(f"{path}: compressed tars are not read, as nothing can be found in them without unpacking all; unpack them first: gunzip '{files[0]}'")
+    if zips:
+        commands = ' && '.join(f"unzip -q '{f}' -d '{f.parent}'" for f in zips[:5])
+        raise ValueError(f"{path}: zip archives are not read; unpack them first: {commands}")
+    why = 'as nothing can be found in them without unpacking all'
+    raise ValueError(f"{path}: compressed tars are not read, {why}; unpack them first: gunzip '{files[0]}'")
 
 def _told(name, source, rows, columns):
     "A line that says what is read."
     image, captions = tell_columns(rows.features, *columns)
-    say(f"📦 {name}: {', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())} images; from column {image}, with captions from {', '.join(captions)}")
+    sizes = ', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())
+    say(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
     return source
 
 def _read_rows(found, path, folder, columns, outside):
@@ -229,14 +267,14 @@ def _read_rows(found, path, folder, columns, outside):
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
 def read_path(
-    path, # A folder with a table of captions, parquet, WebDataset tars, a text beside each image, or written by `save_to_disk`; or one such file
+    path, # Folder with a table, parquet, tars or texts beside images, or of `save_to_disk`; or one such file
     bad_rows:str='stop', # As for `capnb.data.read_folder`, as are the others
     image_column:str=None,
     caption_column:str=None,
     encoding:str=None,
     outside:bool=False,
 ) -> Source:
-    "Read a data set that lies on this machine, in whatever form; raises `ValueError` or `FileNotFoundError` in one line."
+    "Read a data set on this machine, in whatever form; raises `ValueError` or `FileNotFoundError`."
     path, columns = Path(path), (image_column, caption_column)
     if not (path.is_file() or path.is_dir()): raise ValueError(f"{path} is no regular file and no folder")
     folder = path.parent if path.is_file() else path
@@ -246,13 +284,17 @@ def read_path(
     if suffix in ('.zip', '.gz', '.tgz'): _refuse_packed(path, files)
     if not files and _is_saved(path): return _read_rows(_load_saved(path), path, path, columns, outside)
     if files or not folder_tables(path, other=False):
-        if suffix=='.parquet' or not files and (files := _below(path, '.parquet')): return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
-        if suffix=='.tar' or not files and (files := _below(path, '.tar')): return read_tars(files, folder, bad_rows, **is_tar)
+        if suffix=='.parquet' or not files and (files := _below(path, '.parquet')):
+            return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
+        if suffix=='.tar' or not files and (files := _below(path, '.tar')):
+            return read_tars(files, folder, bad_rows, **is_tar)
     if path.is_dir():
         has_table = bool(folder_tables(path))
         has_texts = not has_table and _has_texts_beside(path)
-        packed = [path/name for name in sorted(os.listdir(path)) if name.lower().endswith(('.zip', '.tar.gz', '.tgz'))]
+        packed = sorted(path/n for n in os.listdir(path) if n.lower().endswith(('.zip', '.tar.gz', '.tgz')))
         if packed and not (has_texts or has_table and visible_images(path)): _refuse_packed(path, packed)
-        if has_texts and any(columns): raise ValueError(f"{path}: images with a text beside each have no columns; leave image_column and caption_column out")
+        if has_texts and any(columns):
+            said = 'images with a text beside each have no columns; leave image_column and caption_column out'
+            raise ValueError(f'{path}: {said}')
         if has_texts: return read_texts_beside(path, bad_rows, encoding)
     return read_folder(path, bad_rows, *columns, encoding, outside)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Captioner', 'new_adapter', 'check_pair', 'check_models', 'build_captioner', 'parameter_groups', 'thaw', 'add_lora',
            'frozen_fingerprint', 'trained_state', 'weights_path', 'save_metadata', 'save_tensors', 'save_checkpoint',
-           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'read_metadata', 'read_tensors', 'load_trained',
-           'check_frozen', 'load_model_from_checkpoint', 'start_from']
+           'delete_checkpoint', 'newest_checkpoint', 'best_checkpoint', 'model_places', 'find_models', 'read_metadata',
+           'read_tensors', 'check_weights', 'check_trained', 'load_trained', 'check_frozen',
+           'load_model_from_checkpoint', 'start_from']
 
 # %% ../nbs/06_captioner.ipynb #0a81f544
-import io, math, pickle, re, struct, warnings
+import io, math, os, pickle, re, struct, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from zlib import crc32
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, parse_json, read_text, weights_fingerprint, write_json
+from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path, parse_json, read_text, weights_fingerprint, write_json
 from .images import open_images
 from .decoder import begin_ids, caption_nats, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
@@ -60,6 +61,15 @@ def new_adapter(
         if h.features=='patch': return PatchAdapter(encoder.width, width, size)
         return Adapter(encoder.width, width, h.prefix_length, h.adapter_width, size)
 
+def _check_size(h, text):
+    "Raise a `ValueError` for an adapter or a LoRA larger than any that makes sense, before memory is taken for it."
+    numbers = h.adapter_width*h.prefix_length*text.hidden_size
+    if h.features=='pooled' and numbers > 2**32:
+        raise ValueError(f"adapter_width {h.adapter_width:,} and prefix_length {h.prefix_length:,} "
+                         f"make an adapter of {numbers:,} numbers")
+    if (h.lora_rank or 0) > text.hidden_size:
+        raise ValueError(f"lora_rank is {h.lora_rank:,}, but the decoder is only {text.hidden_size:,} wide")
+
 def check_pair(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     encoder, # Configuration of the encoder
@@ -74,6 +84,7 @@ def check_pair(
     if longest and longest < prefix+h.max_caption_length: raise ValueError(f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest} positions of decoder {name!r}")
     if h.unfreeze_layers > text.num_hidden_layers: raise ValueError(f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers} layers")
     if h.unfreeze_layers and h.unfreeze_epoch > h.num_epochs: raise ValueError(f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs): nothing would thaw")
+    _check_size(h, text)
     if h.lora_rank and h.unfreeze_layers: raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
 def check_models(h:Hyperparameters):
@@ -274,6 +285,35 @@ def best_checkpoint(
     if not known: raise ValueError(f"no checkpoint of the run of {run} in {str(folder)!r} knows its validation loss: it was trained with evaluation_enabled set to False")
     return min(known, key=lambda pair: pair[0])[1] # of equals the first
 
+_NAMES = ('encoder_name', 'tokenizer_name', 'decoder_name')
+
+def model_places(
+    h:Hyperparameters,
+    folder, # Of the checkpoints
+) -> dict: # Name of the hyperparameter: path
+    "Say where those models lie that are folders or files here, as seen from the checkpoints."
+    folder, places = Path(folder).resolve(), {}
+    for name in _NAMES:
+        if not h[name] or model_path(h[name])!=h[name] or not Path(h[name]).exists(): continue # it ships, or is the hub's
+        path = Path(h[name]).absolute()
+        try: places[name] = Path(os.path.relpath(path, folder)).as_posix()
+        except ValueError: places[name] = path.as_posix() # on another drive of Windows
+    return places
+
+def find_models(
+    hyperparameters:dict, # Of a checkpoint or a training state
+    places:dict, # From `model_places`; None where it was not written
+    folder, # That the checkpoint lies in now
+) -> dict: # The hyperparameters, in which each model is named so that it is found from here
+    "Find models again that were named by a folder, from any working directory, and where they moved with the checkpoint."
+    found, places = dict(hyperparameters), places if isinstance(places, dict) else {}
+    for name in _NAMES:
+        place, now = places.get(name), found.get(name)
+        if not isinstance(place, str) or not isinstance(now, str): continue
+        path = Path(os.path.normpath(Path(folder).resolve()/place))
+        if path.exists() and not (Path(now).exists() and path.samefile(now)): found[name] = str(path)
+    return found
+
 def read_metadata(
     path, # Of the weights
 ) -> dict:
@@ -285,7 +325,8 @@ def read_metadata(
     if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
     if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")
-    return metadata
+    hyperparameters = find_models(metadata['hyperparameters'], metadata.pop('places', None), file.parent)
+    return metadata | dict(hyperparameters=hyperparameters)
 
 # %% ../nbs/06_captioner.ipynb #b5765eb5
 _NOT_A_CHECKPOINT = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, struct.error) # what `torch.load` makes of other bytes
@@ -302,15 +343,47 @@ def read_tensors(
     if not isinstance(state, dict): raise ValueError(f"{path} is not a readable checkpoint: it holds no tensors by name")
     return state
 
+def check_weights(
+    state:dict, # Name: tensor
+    source, # Named in the error
+):
+    "Raise a `ValueError` unless a dictionary holds whole tensors of finite fractions, by name."
+    for name,t in state.items():
+        plain = isinstance(name, str) and isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout==torch.strided
+        if not plain: raise ValueError(f"{source} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions")
+        whole = not t.is_meta and t.untyped_storage().nbytes() >= t.numel()*t.element_size()
+        if not whole: raise ValueError(f"{source} is not a checkpoint of weights: {name!r:.60} has a shape, but not its numbers")
+        if not t.isfinite().all(): raise ValueError(f"{source}: {name!r:.60} holds what is no number (NaN or infinity)")
+
 def _read_weights(path):
     state = read_tensors(path)
-    for name,t in state.items():
-        if not (isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout==torch.strided): raise ValueError(f"{path} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions")
+    check_weights(state, path)
     return state
 
 def _check_shapes(wanted, state, source):
     for name in wanted.keys() & state.keys():
         if wanted[name].shape!=state[name].shape: raise ValueError(f"{source}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(wanted[name].shape)}")
+
+def check_trained(
+    h:Hyperparameters,
+    state:dict, # From `trained_state`
+    source, # Named in the error
+):
+    """Raise a `ValueError` if weights are not of the shapes that the hyperparameters ask for.
+    Nothing is built, so that no memory is taken for what does not fit."""
+    shapes = {name: t.shape for name,t in state.items()}
+    first, last = ('linear_1', 'linear_2') if h.features=='patch' else ('layers.1', 'layers.3')
+    names = f'adapter.{first}.weight', f'adapter.{last}.weight'
+    for name in names:
+        if len(shapes.get(name, ())) != 2: raise ValueError(f"{source}: {name} is missing")
+    if h.features=='pooled':
+        width, rows = shapes[names[0]][0], shapes[names[1]][0]
+        if width!=h.adapter_width: raise ValueError(f"{source}: adapter_width is {h.adapter_width:,}, the weights' is {width:,}")
+        if rows % h.prefix_length: raise ValueError(f"{source}: prefix_length is {h.prefix_length:,}, and the weights are of {rows:,} rows")
+    ranks = {shape[-1 if '.lora_B.' in name else 0] for name,shape in shapes.items() if '.lora_' in name and shape}
+    if ranks!={h.lora_rank}-{None}:
+        asked, found = (', '.join(f'{rank:,}' for rank in some if rank) or 'none' for some in ([h.lora_rank], sorted(ranks)))
+        raise ValueError(f"{source}: lora_rank is {asked}, the weights' is {found}")
 
 def load_trained(
     model:Captioner,
@@ -341,6 +414,7 @@ def load_model_from_checkpoint(
     state, metadata = _read_weights(path), read_metadata(path)
     try: h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
     except ValueError as e: raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
+    check_trained(h, state, path)
     model = build_captioner(h, device)
     thaw(model, h, metadata.get('epoch', 1))
     check_frozen(model, metadata.get('frozen'), path)

@@ -28,9 +28,11 @@ class TrainingResult:
 
 def _resumed(resume, wanted, has_data):
     "The state of the run to go on with, and its hyperparameters with what was asked for now."
+    from capnb.captioner import check_trained
     from capnb.training import find_state, read_state, resumed_hyperparameters
     state = read_state(find_state(wanted.get('output_dir', Hyperparameters.output_dir) if resume is True else resume))
     h = resumed_hyperparameters(state, wanted)
+    check_trained(h, state['weights'], state['path'])
     if h.data==OWN_DATA and not has_data: raise ValueError(f"the run of {state['position']['stamp']} learned from data that was passed in Python; pass it again: train(data=..., resume={str(state['path'])!r})")
     return state, h
 

@@ -12,7 +12,7 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', '
            'write_json', 'say']
 
 # %% ../nbs/00_core.ipynb #74982778
-import codecs, errno, json, os, re, shlex, subprocess, sys, tempfile
+import errno, json, os, re, shlex, subprocess, sys, tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from .core import read_text, say
-from .images import ImageFile, walk_files
+from .images import ImageFile, open_image, walk_files # open_image: scripts import it from here
 from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
 
 # %% ../nbs/02_data.ipynb #02a00002
@@ -31,27 +31,39 @@ def _from_array(pixels):
     "The image of an array; raises `ValueError` where it is not clear what its axes or numbers mean."
     first, last = (pixels.ndim==3 and pixels.shape[axis] in (1,3,4) for axis in (0,2))
     if not pixels.size or pixels.ndim!=2 and not (first or last):
-        raise ValueError(f"an array of shape {pixels.shape} is no image; (height, width) is needed, with 1, 3 or 4 channels first or last")
-    if first and last: raise ValueError(f"an array of shape {pixels.shape} may have its channels first or last; give a PIL image")
+        needed = '(height, width) is needed, with 1, 3 or 4 channels first or last'
+        raise ValueError(f"an array of shape {pixels.shape} is no image; {needed}")
+    if first and last:
+        told = 'may have its channels first or last; give a PIL image'
+        raise ValueError(f"an array of shape {pixels.shape} {told}")
     if first: pixels = pixels.transpose(1, 2, 0)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
-        if not 0 <= low <= high <= 1: raise ValueError(f"an array of {pixels.dtype} from {low:.3g} to {high:.3g} is no image; 0 to 1 is needed")
+        if not 0 <= low <= high <= 1:
+            told = f'from {low:.3g} to {high:.3g} is no image; 0 to 1 is needed'
+            raise ValueError(f"an array of {pixels.dtype} {told}")
         pixels = (pixels*255).round().astype(np.uint8)
-    if pixels.dtype!=np.uint8: raise ValueError(f"an array of {pixels.dtype} is no image; uint8, or floating point from 0 to 1, is needed")
-    return Image.fromarray(np.ascontiguousarray(pixels[...,0] if pixels.ndim==3 and pixels.shape[2]==1 else pixels))
+    if pixels.dtype!=np.uint8:
+        needed = 'uint8, or floating point from 0 to 1, is needed'
+        raise ValueError(f"an array of {pixels.dtype} is no image; {needed}")
+    if pixels.ndim==3 and pixels.shape[2]==1: pixels = pixels[...,0]
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 def _picture(image, where):
     "The image of a row, not opened yet: PIL, the path or bytes of a file, both as `datasets` stores them, or an array."
     if isinstance(image, ImageFile): return image
-    if isinstance(image, Mapping): image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
+    if isinstance(image, Mapping):
+        image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
     if isinstance(image, str): image = Path(image)
-    if hasattr(image, 'detach'): image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy() # torch
+    if hasattr(image, 'detach'):
+        image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy() # torch
     try: image = _from_array(image) if isinstance(image, np.ndarray) else image
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
-    if isinstance(image, Path) and not image.is_file(): raise ValueError(f"{where}: there is no image {str(image)!r}")
+    if isinstance(image, Path) and not image.is_file():
+        raise ValueError(f"{where}: there is no image {str(image)!r}")
     if isinstance(image, (Image.Image, bytes, Path)): return ImageFile(image, f"{where}: the image")
-    raise ValueError(f"{where}: 'image' must be a PIL image, the path or bytes of a file, or an array, not {type(image).__name__}")
+    needed = 'a PIL image, the path or bytes of a file, or an array'
+    raise ValueError(f"{where}: 'image' must be {needed}, not {type(image).__name__}")
 
 # %% ../nbs/02_data.ipynb #55ba50be
 def _captions(row, where):
@@ -111,27 +123,31 @@ def tell_columns(
     texts = [n for n,f in features.items() if is_text(f)]
     captions = [n.strip() for n in caption_column.split(',')] if caption_column else _named_captions(texts)
     for name in [*images, *captions]:
-        if name not in features: raise ValueError(f"there is no column {name!r}; there is {', '.join(features)}")
-    if len(images)!=1: raise ValueError(f"which column holds the picture? Name it with image_column; of type image: {', '.join(images) or 'none'}; all columns: {', '.join(features)}")
-    if not captions: raise ValueError(f"which column holds the captions? Name it with caption_column; there are texts in: {', '.join(texts) or 'none'}")
+        if name not in features:
+            raise ValueError(f"there is no column {name!r}; there is {', '.join(features)}")
+    if len(images)!=1:
+        raise ValueError(f"which column holds the picture? Name it with image_column; of type image: {', '.join(images) or 'none'}; all columns: {', '.join(features)}")
+    if not captions:
+        raise ValueError(f"which column holds the captions? Name it with caption_column; there are texts in: {', '.join(texts) or 'none'}")
     return images[0], captions
 
 def _image_features(features):
-    "The columns that hold images by their type: images, else arrays, else bytes or texts with the usual name of a column of images."
+    "The columns that hold images: of that type, else arrays, else bytes or texts by their usual names."
     from datasets import Image, Value
     stored = lambda f: isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)
-    named = lambda n,f: isinstance(f, Value) and (f.dtype in ('binary','large_binary') or 'string' in f.dtype) and n.lower() in IMAGE_COLUMNS
+    named = lambda n,f: isinstance(f, Value) and re.search('binary|string', f.dtype) and n.lower() in IMAGE_COLUMNS
     found = [n for n,f in features.items() if stored(f)] or [n for n,f in features.items() if _array_type(f)]
-    by_name = sorted((n for n,f in features.items() if named(n, f)), key=lambda n: IMAGE_COLUMNS.index(n.lower()))
+    by_name = [n for n,f in features.items() if named(n, f)]
+    by_name.sort(key=lambda n: IMAGE_COLUMNS.index(n.lower()))
     return found or by_name[:1]
 
 def _array_type(feature):
-    "The type of the numbers of a column of arrays that may be images, in two or three axes; None for any other column."
+    "The type of the numbers of a column of arrays of two or three axes; None for any other column."
     from datasets import Array2D, Array3D, LargeList, List, Value
     axes = 0
     while isinstance(feature, (List, LargeList)): feature, axes = feature.feature, axes+1
-    numbers = isinstance(feature, (Array2D, Array3D)) or axes in (2,3) and isinstance(feature, Value) and re.search('int|float', feature.dtype)
-    return feature.dtype if numbers else None
+    numbers = isinstance(feature, Value) and re.search('int|float', feature.dtype)
+    return feature.dtype if isinstance(feature, (Array2D, Array3D)) or axes in (2,3) and numbers else None
 
 def _named_captions(names):
     "The names that tell of captions, if it is clear which."
@@ -187,20 +203,23 @@ _OTHER_TABLE = r'[^.].*\.(csv|tsv|jsonl|json)' # any name; taken if there is no 
 def _tables(folder, other=True):
     "The tables of captions in a folder: those of the usual names, else, with `other`, all that may be one."
     names = os.listdir(folder) if folder.is_dir() else []
-    files = sorted(folder/n for n in names if n.lower().endswith(('.csv','.tsv','.txt','.jsonl','.json','.token')) and not (folder/n).is_dir())
-    usual = [f for f in files if re.fullmatch(_TABLE, f.name) and '.lemma.' not in f.name] # Flickr8k's words without their endings
+    names = [n for n in names if n.lower().endswith(('.csv','.tsv','.txt','.jsonl','.json','.token'))]
+    files = sorted(folder/n for n in names if not (folder/n).is_dir())
+    usual = [f for f in files if re.fullmatch(_TABLE, f.name) and '.lemma.' not in f.name] # words without endings
     return usual or [f for f in files if other and re.fullmatch(_OTHER_TABLE, f.name, re.I)]
 
 def _only_table(folder):
     tables = _tables(folder)
     if len(tables)==1: return tables[0]
-    raise FileNotFoundError(f"{folder} needs one table of captions, such as captions.csv with the columns file_name and caption; it has {', '.join(t.name for t in tables) or 'none'}"
-                            + (f"; name one, as in --data {tables[0]}" if tables else '; parquet, WebDataset tars and a .txt beside each image are read, too'))
+    usual = 'one table of captions, such as captions.csv with the columns file_name and caption'
+    others = 'parquet, WebDataset tars and a .txt beside each image are read, too'
+    found, help = (', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}') if tables else ('none', others)
+    raise FileNotFoundError(f"{folder} needs {usual}; it has {found}; {help}")
 
 def split_of_name(
     name, # Of a file, with or without folders
 ) -> str: # 'train', 'validation' or 'test'; None if there is no such word in it
-    "Tell the split from the name of a file, such as captions_train2017.json or val-00000.parquet. Raises `ValueError` if it names several."
+    "Tell the split from a name such as captions_train2017.json; raises `ValueError` if it names several."
     words = re.findall('[a-z]+', str(name).lower())
     found = list(dict.fromkeys(SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES))
     if len(found) > 1: raise ValueError(f"{name}: its name tells {len(found)} splits: {', '.join(found)}")
@@ -216,28 +235,33 @@ def folder_tables(
     below = [(SPLIT_NAMES[f.name.lower()], f, _only_table(f)) for f in split_folders if _tables(f, other)]
     if below: return below
     tables = _tables(folder, other) or _tables(folder/'annotations', other)
-    coco = [t for t in _tables(folder, other)+_tables(folder/'annotations', other) if re.fullmatch('captions_.*json', t.name)]
+    both = _tables(folder, other) + _tables(folder/'annotations', other)
+    coco = [t for t in both if re.fullmatch('captions_.*json', t.name)]
     if coco: return [(_coco_split(t) if len(coco) > 1 else None, folder, t) for t in coco]
-    if len(tables) > 1 and all(split_of_name(t.stem) for t in tables): return [(split_of_name(t.stem), folder, t) for t in tables]
+    if len(tables) > 1 and all(split_of_name(t.stem) for t in tables):
+        return [(split_of_name(t.stem), folder, t) for t in tables]
     return [(None, folder, _only_table(folder))] if _tables(folder, other) else []
 
 def _coco_split(table):
     "The split that the name of a table tells, such as captions_train2017.json."
     split = split_of_name(table.stem)
-    if not split: raise ValueError(f"{table}: its name does not tell a split; call it captions_train.json, captions_val.json or captions_test.json")
+    if not split:
+        names = 'captions_train.json, captions_val.json or captions_test.json'
+        raise ValueError(f"{table}: its name does not tell a split; call it {names}")
     return split
 
 # %% ../nbs/02_data.ipynb #02b00010
 _LISTS = r'(?:.*[._-])?(train|dev|val|test)_?images\.txt'
 
 def _split_lists(table):
-    "The split of each image that files such as Flickr_8k.trainImages.txt, a name on each line, tell beside a table."
+    "The split of each image as files such as Flickr_8k.trainImages.txt, a name on each line, tell it."
     splits = {}
     for file in sorted(table.parent/n for n in os.listdir(table.parent) if n.lower().endswith('images.txt')):
         if not (kind := re.fullmatch(_LISTS, file.name, re.I)) or not file.is_file(): continue
         for name in filter(None, map(str.strip, read_text(file).split('\n'))):
             split = SPLIT_NAMES[kind[1].lower()]
-            if splits.setdefault(name, split)!=split: raise ValueError(f"{file}: {name!r} is in the list of {splits[name]}, too")
+            if splits.setdefault(name, split)!=split:
+                raise ValueError(f"{file}: {name!r} is in the list of {splits[name]}, too")
     return splits
 
 # %% ../nbs/02_data.ipynb #0da7a015

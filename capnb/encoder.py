@@ -251,8 +251,12 @@ class FeatureCache:
 
     def check_writable(self):
         "Raise an `OSError` if nothing can be written to the folder; asks once."
-        if not self.writable: check_writable(self.folder)
+        try: self.writable or check_writable(self.folder)
+        except OSError as e: raise self._advised(e) from None
         self.writable = True
+
+    def _advised(self, error, path=None):
+        return type(error)(error.errno, f'{error.strerror}; features are written there: make room, or name another folder with features_dir', str(error.filename or path))
 
     def _open(self, path):
         "Map a shard into memory; raises `ValueError` if it is not whole."
@@ -309,7 +313,7 @@ def flush(self:FeatureCache):
         with atomic_write(path, 'wb') as f:
             np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=(1,)))
             f.write(raw)
-    except OSError as e: raise type(e)(e.errno, f'{e.strerror}; features are written there: make room, or name another folder with features_dir', str(e.filename or path)) from None
+    except OSError as e: raise self._advised(e, path) from None
     self.waiting = []
     self._open(path)
 

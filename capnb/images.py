@@ -321,13 +321,17 @@ def _read(file, n):
     if len(data)!=n: raise EOFError("it ended")
     return data
 
-def _receive(file, most):
-    "Read a message with a body of at most so many bytes; raises `EOFError` at the end, `ValueError` for what is no message."
+def _receive(file, most, buffer=None):
+    "Read a message with a body of at most so many bytes, into `buffer` if there is one; raises `EOFError` at the end, `ValueError` for what is no message."
     size, length = struct.unpack('>IQ', _read(file, 12))
     if size > _MOST_HEAD or length > most: raise ValueError("a message is too long")
     head = json.loads(_read(file, size))
     if not isinstance(head, dict): raise ValueError("a message has no head")
-    return head, _read(file, length)
+    if buffer is None: return head, _read(file, length)
+    if length > len(buffer): buffer.extend(bytes(length-len(buffer)))
+    body = memoryview(buffer)[:length]
+    if file.readinto(body)!=length: raise EOFError("it ended")
+    return head, body
 
 def _limit_memory(most):
     "Limit this process to so many bytes; tells whether the system can do that."
@@ -394,14 +398,18 @@ def decode_requests(
 _CHILD = "import json, sys; root, path, memory, seconds = json.loads(sys.argv[1]); sys.path.insert(0, root); " \
          "sys.path += [p for p in path if p not in sys.path]; from capnb.images import decode_requests; decode_requests(memory, seconds)"
 
+_ENVIRONMENT = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', # one image at a time
+                    PILLOW_BLOCKS_MAX='4', MALLOC_MMAP_THRESHOLD_=str(2**26), MALLOC_TRIM_THRESHOLD_=str(2**27)) # memory is used again
+_KEPT = 2**24 # bytes for pixels that are kept for the next image
+
 class _Decoder:
     "A child process that decodes one image at a time."
     def __init__(self, memory, seconds):
         root = str(Path(capnb.__file__).resolve().parent.parent)
         arguments = json.dumps([root, [p for p in sys.path if p], memory, seconds])
-        self.seconds, self.deadline, self.late = seconds, None, False
+        self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
         self.process = subprocess.Popen([sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'), creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
+            env=os.environ | _ENVIRONMENT, creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
         try: self.limited = _receive(self.process.stdout, 0)[0]['limited']
         except (EOFError, ValueError, KeyError):
             self.process.kill()
@@ -419,17 +427,17 @@ class _Decoder:
         self.process.wait()
 
     def ask(self, request, body, large):
-        "What the child answers: a head, and pixels. Raises `ValueError` that says why if there is no answer; then the child is gone."
+        "What the child answers: a head, and an image if all is well. Raises `ValueError` that says why if there is no answer; then the child is gone."
         try:
             self.deadline = time.monotonic() + self.seconds
             _send(self.process.stdin, request, body)
-            head, pixels = _receive(self.process.stdout, 2**32)
-            if 'wait' not in head: return self._checked(head, pixels)
+            head, image = self._answer()
+            if 'wait' not in head: return head, image
             self.deadline = None
             with large:
                 self.deadline = time.monotonic() + self.seconds
                 _send(self.process.stdin, {})
-                return self._checked(*_receive(self.process.stdout, 2**32))
+                return self._answer()
         except (EOFError, OSError, ValueError, KeyError, TypeError):
             self.kill()
             raise ValueError(f"decoding it took longer than {self.seconds:g} seconds" if self.late else "its decoder died") from None
@@ -438,9 +446,16 @@ class _Decoder:
             raise
         finally: self.deadline = None
 
-    def _checked(self, head, pixels):
-        if 'error' not in head and len(pixels) != 3*head['size'][0]*head['size'][1]: raise ValueError("the pixels do not fit")
-        return head, pixels
+    def _answer(self):
+        head, pixels = _receive(self.process.stdout, 2**32, self.buffer)
+        image = None
+        if 'size' in head:
+            if len(pixels) != 3*head['size'][0]*head['size'][1]: raise ValueError("the pixels do not fit")
+            image = Image.frombytes('RGB', tuple(head['size']), pixels)
+            image.info['original_size'] = tuple(head['original_size'])
+        elif 'error' not in head and 'wait' not in head: raise ValueError("it is no answer")
+        if len(self.buffer) > _KEPT: self.buffer = bytearray()
+        return head, image
 
 # %% ../nbs/01b_images.ipynb #1b000037
 _FREE = 2**24 # pixels that every child may decode at any time; larger images come one after the other
@@ -510,11 +525,9 @@ class DecodingPool:
         request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), source if isinstance(source, bytes) else b''
         if not isinstance(source, bytes): request['path'] = os.path.abspath(source)
         if len(body) > _MOST_FILE: raise ValueError(f"{name} is not a readable picture: it has more than {_MOST_FILE>>20} MB")
-        try: head, found = self._ask(request, body)
+        try: head, image = self._ask(request, body)
         except ValueError as e: raise ValueError(f"{name} is not a readable picture: {e}") from None
         if 'error' in head: raise (TooManyPixels if 'too_many' in head else ValueError)(str(head['error']))
-        image = Image.frombytes('RGB', tuple(head['size']), found)
-        image.info['original_size'] = tuple(head['original_size'])
         return image
 
     def submit(self, *args, **kwargs): # `Future`

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .captioner import Captioner
 from .data import one_line, word_spans
 from .decoder import check_options, split_scores, tokenize_captions
-from .images import open_image, open_images
+from .images import find_images, open_image, open_images # find_images: scripts import it from here
 
 # %% ../nbs/09_inference.ipynb #09ee0001
 @dataclass

@@ -132,7 +132,7 @@ def load_hub(
 def _is_stream(data): return hasattr(data, 'cast_column') and not hasattr(data, '__len__')
 
 def _undecoded(stream, columns):
-    "A stream of `datasets` whose images are left as bytes, and the names of its columns of images and captions."
+    "A stream whose images are left as bytes, and the names of its columns of images and captions."
     from datasets import Dataset, Image
     features = stream.features
     if features is None:
@@ -140,7 +140,8 @@ def _undecoded(stream, columns):
         if not first: raise ValueError("the stream is empty")
         features = Dataset.from_list(first).features
     image, captions = tell_columns(features, *columns)
-    if stream.features is not None and isinstance(features[image], Image): stream = stream.cast_column(image, Image(decode=False))
+    if stream.features is not None and isinstance(features[image], Image):
+        stream = stream.cast_column(image, Image(decode=False))
     return stream, image, captions
 
 def read_streams(
@@ -149,7 +150,7 @@ def read_streams(
     image_column:str=None, # As for `tell_columns`
     caption_column:str=None, # As for `tell_columns`
 ) -> Source:
-    "Read streams of `datasets` into memory; raises `ValueError` if they are empty or their columns are not clear."
+    "Read streams into memory; raises `ValueError` if they are empty or their columns are not clear."
     streams = data if isinstance(data, Mapping) else dict(train=data)
     missing, have, found = _missing(streams), Counter(), {}
     need = lambda split: float('inf') if limit is None else limit if split=='train' else held_back(limit)
@@ -158,14 +159,16 @@ def read_streams(
             stream, image, captions = _undecoded(stream, (image_column, caption_column))
             for n,row in enumerate(stream):
                 given = _given('split' in row, name, missing)
-                split = _split_name(row['split']) if 'split' in row else _split_name(name) if len(given)==1 else _drawn(n, missing)
+                split = _split_name(name) if len(given)==1 else _drawn(n, missing)
+                if 'split' in row: split = _split_name(row['split'])
                 have[split] += 1
                 if have[split] <= need(split): found.setdefault(split, []).append(row)
                 bar.update()
                 if all(have[split] >= need(split) for split in given): break
     if not found: raise ValueError("the stream is empty")
     without_split = _NamedRows(found.pop(None, []), image, captions)
-    return Source({split: _NamedRows(rows, image, captions) for split,rows in found.items()}, without_split=without_split)
+    splits = {split: _NamedRows(rows, image, captions) for split,rows in found.items()}
+    return Source(splits, without_split=without_split)
 
 # %% ../nbs/02b_sources.ipynb #0da7b502
 CHECKED_SIDE = 256 # pixels: a look over needs no more of an image
@@ -211,11 +214,13 @@ def _hub_rows(repo, revision, limit, columns):
     without_split = found.pop(None, [])
     image, captions = tell_columns(next(iter(found.values())).features, *columns)
     say(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
-    return Source({split: named_rows(rows, *columns) for split,rows in found.items()}, without_split=without_split and named_rows(without_split, *columns))
+    splits = {split: named_rows(rows, *columns) for split,rows in found.items()}
+    return Source(splits, without_split=without_split and named_rows(without_split, *columns))
 
 def _own_rows(data, limit, columns):
-    "Data that is here already: a dictionary of splits, or one data set, which is cut; a `DatasetDict` is cut where splits are missing."
-    if any(map(_is_stream, data.values() if isinstance(data, Mapping) else [data])): return read_streams(data, limit, *columns)
+    "Data that is here already: a dictionary of splits, one data set, which is cut, or a `DatasetDict`, as a folder."
+    if any(map(_is_stream, data.values() if isinstance(data, Mapping) else [data])):
+        return read_streams(data, limit, *columns)
     if type(data).__module__.startswith('datasets.'): return from_datasets(data, 'the data', *columns)
     if not isinstance(data, Mapping): return Source(split_rows(named_rows(data, *columns)))
     return Source({_split_name(split): named_rows(rows, *columns) for split,rows in data.items()})
@@ -234,11 +239,14 @@ def find_source(
     "Find what a data set holds, whatever names or holds it; raises as `load_data`."
     name, columns = str(data), (image_column, caption_column)
     if not isinstance(data, (str, Path)): return _own_rows(data, limit, columns)
-    if name=='storybook' and any(columns): raise ValueError("the storybook has no columns to choose from; leave image_column and caption_column out")
+    if name=='storybook' and any(columns):
+        raise ValueError("the storybook has no columns to choose from; leave image_column and caption_column out")
     if name=='storybook': return Source({split: Storybook(split, size=image_size) for split in SPLITS})
     if name in HUB_DATA: return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns)
     if Path(name).exists(): return read_path(name, bad_rows, *columns, encoding, outside)
-    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name): raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or a file or folder with captioned images, such as one with a captions.csv")
+    if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
+        own = 'a file or folder with captioned images, such as one with a captions.csv'
+        raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or {own}")
     try: return _hub_rows(name, revision, limit, columns)
     except OSError as e: raise type(e)(f"{e}; and there is no file or folder {name}") from None
 
@@ -282,7 +290,8 @@ class ScannedImage(NamedTuple):
     captions: list
 
 NO_SPLIT = 'without a split'
-_NO_SENTENCE = r'\[.*\]|\{.*\}|[^\W\d]+(, ?[^\W\d]+){2,}|nan|none|null|n/a|true|false|https?://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)'
+_NO_SENTENCE = '|'.join([r'\[.*\]', r'\{.*\}', r'[^\W\d]+(, ?[^\W\d]+){2,}', 'nan|none|null|n/a|true|false', r'https?://\S+',
+                         r'\S+\.(jpe?g|png|gif|webp|bmp|tiff?)'])
 
 def _is_short(caption): return len(caption.split()) < 3 and not counts_characters([caption])
 
@@ -299,12 +308,14 @@ def _is_garbled(caption):
 # %% ../nbs/02b_sources.ipynb #0da7b604
 _CAPTION_CHECKS = { # kind of warning: what is said of such captions, and which they are
     'short_captions': ('captions of fewer than three words', _is_short),
-    'space_before_stop': ("captions that end in ' .', which a model learns to write", lambda caption: caption.endswith(' .')),
+    'space_before_stop': ("captions that end in ' .', which a model learns to write", lambda c: c.endswith(' .')),
     'no_sentences': ('captions that are numbers, lists or names instead of sentences', _is_no_sentence),
     'garbled_captions': ('captions that look like text read in the wrong encoding', _is_garbled),
 }
 
-def _warning(kind, about, examples): return dict(kind=kind, count=len(examples), about=about, examples=examples[:3])
+def _warning(kind, about, examples):
+    "A warning with the first examples."
+    return dict(kind=kind, count=len(examples), about=about, examples=examples[:3])
 
 def _same_images(scanned):
     "Warnings about images that are in the data more than once."
@@ -313,17 +324,21 @@ def _same_images(scanned):
     groups = [group for group in groups.values() if len(group) > 1]
     across = [group for group in groups if len({image.split for image in group}) > 1]
     within = [group for group in groups if group not in across]
-    told = lambda groups: [' = '.join(f'{image.image_id} ({image.split})' for image in group) for group in groups]
-    yield _warning('images_in_several_splits', 'images that are in several splits, so that what was learned is tested', told(across))
-    yield _warning('same_images', 'images that are more than once in their split', told(within))
+    names = lambda group: ' = '.join(f'{image.image_id} ({image.split})' for image in group)
+    leak = 'images that are in several splits, so that what was learned is tested'
+    yield _warning('images_in_several_splits', leak, list(map(names, across)))
+    yield _warning('same_images', 'images that are more than once in their split', list(map(names, within)))
 
 def _same_captions(scanned):
     "Warnings about captions that are there more than once."
-    twice = [f'{image.image_id}: {caption}' for image in scanned for caption,n in Counter(image.captions).items() if n > 1]
+    counts = ((image, Counter(image.captions)) for image in scanned)
+    twice = [f'{image.image_id}: {caption}' for image,count in counts for caption,n in count.items() if n > 1]
     yield _warning('captions_twice', 'captions that are more than once on the same image', twice)
-    (caption, n), = Counter(caption for image in scanned for caption in set(image.captions)).most_common(1) or [('', 0)]
+    on_images = Counter(caption for image in scanned for caption in set(image.captions))
+    (caption, n), = on_images.most_common(1) or [('', 0)]
     everywhere = [caption]*n if n >= 5 and n > len(scanned)/10 else []
-    yield _warning('same_caption', 'images with one and the same caption', everywhere) | dict(examples=everywhere[:1])
+    warning = _warning('same_caption', 'images with one and the same caption', everywhere)
+    yield warning | dict(examples=everywhere[:1])
 
 def find_warnings(
     scanned:list, # Of `ScannedImage`
@@ -331,7 +346,8 @@ def find_warnings(
     "Find what is readable in a data set and still teaches the wrong thing."
     found = [*_same_images(scanned), *_same_captions(scanned)]
     for kind,(about,is_so) in _CAPTION_CHECKS.items():
-        found.append(_warning(kind, about, [f'{image.image_id}: {c}' for image in scanned for c in image.captions if is_so(c)]))
+        such = [f'{image.image_id}: {c}' for image in scanned for c in image.captions if is_so(c)]
+        found.append(_warning(kind, about, such))
     return [warning for warning in found if warning['count']]
 
 # %% ../nbs/02b_sources.ipynb #cfc3d1b0
@@ -348,8 +364,10 @@ def _scan(rows, split, samples, bad, scanned):
         pixels = blake2b(b'%d %d ' % sizes[-1] + image.tobytes(), digest_size=16).digest()
         scanned.append(ScannedImage(row['image_id'], split, pixels, row['captions']))
         if len(first) < samples: first.append(dict(image_id=row['image_id'], captions=row['captions']))
-    return dict(images=len(sizes), captions=sum(captions), captions_per_image=dict(sorted(Counter(captions).items())),
-                smallest=min(sizes, key=np.prod, default=None), largest=max(sizes, key=np.prod, default=None), samples=first)
+    per_image = dict(sorted(Counter(captions).items()))
+    smallest, largest = (which(sizes, key=np.prod, default=None) for which in (min, max))
+    return dict(images=len(sizes), captions=sum(captions), captions_per_image=per_image, smallest=smallest, largest=largest,
+                samples=first)
 
 def _without_row(path, tables):
     "A warning about the images of a folder that its tables do not name."
@@ -393,7 +411,8 @@ def report_data(
         per = ', '.join(f'{n:,} images with {k}' for k,n in s['captions_per_image'].items())
         say(f"{split}: {s['images']:,} images, {s['captions']:,} captions ({per}); from {size(s['smallest'])} to {size(s['largest'])} pixels")
         for row in s['samples']: say(f"  {row['image_id']}: {' / '.join(row['captions'])}")
-    if s := report['without_split']: say(f"{NO_SPLIT}, not used: {s['images']:,} images, {s['captions']:,} captions")
+    if s := report['without_split']:
+        say(f"{NO_SPLIT}, not used: {s['images']:,} images, {s['captions']:,} captions")
     for warning in report['warnings']:
         say(f"warning: {warning['about']}: {warning['count']:,}, such as {'; '.join(warning['examples'])}")
     for problem in report['bad']: say(f"bad: {problem}")

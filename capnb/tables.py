@@ -32,7 +32,8 @@ def _listed(text):
         try: tokens = [t for t in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if t.string.strip()]
         except (tokenize.TokenError, SyntaxError): raise refused from None
         texts = [t.string for t in tokens if t.type==tokenize.STRING] # NumPy puts no commas between them
-        if not re.fullmatch(r'[\[(],*[\])]', ''.join(t.string for t in tokens if t.type!=tokenize.STRING)): raise refused from None
+        between = ''.join(t.string for t in tokens if t.type!=tokenize.STRING)
+        if not re.fullmatch(r'[\[(],*[\])]', between): raise refused from None
         try: found = [ast.literal_eval(t) for t in texts]
         except (ValueError, SyntaxError): raise refused from None
     if not isinstance(found, list) or not all(isinstance(f, str) for f in found): raise refused
@@ -80,7 +81,7 @@ def column_kind(
     texts = [v.strip() for v in values if isinstance(v, str)]
     most = lambda fits, share=.9: sum(bool(fits(t)) for t in texts) >= share*len(texts)
     if not values: return 'empty'
-    if len(texts) < .9*len(values): return 'number' if all(isinstance(v, (int, float)) for v in values if not isinstance(v, str)) else 'other'
+    if len(texts) < .9*len(values): return 'number' if all(isinstance(v, (int, float, str)) for v in values) else 'other'
     if most(looks_like_image): return 'image'
     if most(lambda t: t.lower() in SPLIT_NAMES, 1): return 'split'
     if most(lambda t: re.fullmatch(r'[-+\d.,:/eE%\[\]() ]*\d[-+\d.,:/eE%\[\]() ]*', t)): return 'number'
@@ -120,12 +121,13 @@ def _ask(what, names, positions, rows):
     which = f"as in --{what.rstrip('s')}_column {names[positions[0]] if positions else 'NAME'}"
     if what=='captions': which += ', or several with commas between'
     candidates = '; '.join(map(example, positions)) or 'none looks like it'
-    return ValueError(f"which column holds the {what}? Name it, {which}. Candidates: {candidates}. All columns: {', '.join(names)}")
+    return ValueError(f"which column holds the {what}? Name it, {which}. Candidates: {candidates}. "
+                      f"All columns: {', '.join(names)}")
 
 # %% ../nbs/01c_tables.ipynb #7ab00013
 def _image_column(names, kinds, rows, free):
     "Position of the column of file names, and whether that is a guess."
-    named = sorted((p for p in free if names[p].lower() in IMAGE_COLUMNS), key=lambda p: IMAGE_COLUMNS.index(names[p].lower()))
+    named = [p for known in IMAGE_COLUMNS for p in free if names[p].lower()==known]
     files = [p for p in free if kinds[p]=='image']
     found = [p for p in named if p in files] or files or named or [p for p in free if names[p].lower() in _ID_COLUMNS]
     last = lambda p: [re.split(r'[/\\]', str(row[p]))[-1] for row in rows]
@@ -168,10 +170,12 @@ def infer_columns(
 ) -> Columns:
     "Choose the columns of a table by their names and what they hold. Raises `ValueError` that asks where that is not clear."
     kinds = [column_kind(row[p] for row in rows) for p in range(len(names))]
-    image, captions = _asked_columns(names, image_column, 'image_column'), _asked_columns(names, caption_column, 'caption_column')
+    image = _asked_columns(names, image_column, 'image_column')
+    captions = _asked_columns(names, caption_column, 'caption_column')
     numbered = names==[str(i+1) for i in range(len(names))]
-    splits = [p for p,n in enumerate(names) if p not in image+captions and (kinds[p]=='split' if numbered else n.lower()=='split')]
-    if len(splits) > 1: raise ValueError(f"there are {len(splits)} columns with a split: {', '.join(names[p] for p in splits)}; leave one")
+    is_split = lambda p: kinds[p]=='split' if numbered else names[p].lower()=='split'
+    splits = [p for p in range(len(names)) if p not in image+captions and is_split(p)]
+    if len(splits) > 1: raise ValueError(f"several columns hold a split: {', '.join(names[p] for p in splits)}; leave one")
     free = [p for p in range(len(names)) if p not in splits+captions]
     (at, unsure) = (image[0], False) if image else _image_column(names, kinds, rows, free)
     free = [p for p in free if p!=at]
@@ -183,8 +187,10 @@ def _told_columns(names, rows, image, captions, splits):
     "What was guessed, with two captions."
     shown = [str(row[captions[0]]) for row in rows if row[captions[0]]][:2]
     name = lambda positions: 'column ' + ', '.join(names[p] for p in positions)
-    return (f"captions are taken from {name(captions)}: {' / '.join(f'{t!r:.80}' for t in shown)}; images from {name([image])}"
-            + (f", the split from {name(splits)}" if splits else '') + "; if that is wrong, use --caption_column and --image_column")
+    examples = ' / '.join(f'{t!r:.80}' for t in shown)
+    split = f", the split from {name(splits)}" if splits else ''
+    return (f"captions are taken from {name(captions)}: {examples}; images from {name([image])}{split}; "
+            "if that is wrong, use --caption_column and --image_column")
 
 # %% ../nbs/01c_tables.ipynb #7ab00018
 _SAMPLE, _HEAD = 1000, 2**20 # rows, and characters, by which columns are chosen
@@ -192,8 +198,8 @@ _TOKEN = re.compile(r'[^\t\n]+#\d+\t') # a line of Flickr8k's and Flickr30k's ow
 
 def _csv_rows(text, separator, quoted):
     "Line and fields of each row; raises `ValueError` that names the line where the quotes are not even."
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    rows, line = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True, quoting=quoting, strict=quoted), 1
+    how = dict(quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted, skipinitialspace=True)
+    rows, line = csv.reader(io.StringIO(text, newline=''), delimiter=separator, **how), 1
     try:
         for row in rows:
             yield line, row
@@ -204,10 +210,11 @@ def _sample_rows(text, separator):
     "The first rows of a table, as far as they can be read, without spaces around the cells."
     rows = []
     try:
-        for _,row in islice(_csv_rows(text[:_HEAD], separator, separator!='|' and not _TOKEN.match(text)), _SAMPLE): rows.append(row)
+        quoted = separator!='|' and not _TOKEN.match(text)
+        for _,row in islice(_csv_rows(text[:_HEAD], separator, quoted), _SAMPLE): rows.append(row)
     except ValueError:
         if separator=='\t': rows = [row for _,row in islice(_csv_rows(text[:_HEAD], separator, False), _SAMPLE)]
-    if len(text) > _HEAD: del rows[1:][-1:] # may be cut
+    if len(text) > _HEAD and len(rows) > 1: del rows[-1] # may be cut
     return [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
 
 def _has_header(first, rest, asked):
@@ -255,7 +262,10 @@ def _layout(text, separators, image_column, caption_column):
 # %% ../nbs/01c_tables.ipynb #7ab00020
 class Table:
     "Rows of a table, read as they are asked for, and what people should know about them."
-    def __init__(self, rows, notes=()): # Place, image, captions and split of each row; an error in place of the image where a row does not fit
+    def __init__(self,
+        rows, # Place, image, captions and split of each row; an error in place of the image where a row does not fit
+        notes=(), # Texts for people
+    ):
         self.rows, self.notes = rows, [note for note in notes if note]
     def __iter__(self): return iter(self.rows)
 
@@ -278,7 +288,8 @@ def _text_rows(text, layout, skipped):
             row += ['']*(width-len(row))
         name = row[image].strip()
         said = row[caption].strip() if caption is not None else [t for c in captions if (t := row[c].strip())]
-        yield f'line {line+skipped}', name.rpartition('#')[0] or name if token else name, said, None if split is None else row[split].strip()
+        if token: name = name.rpartition('#')[0] or name
+        yield f'line {line+skipped}', name, said, None if split is None else row[split].strip()
 
 def _uneven(fields, layout):
     "What is wrong with a row that has too many fields, or too few where there is no header."
@@ -304,7 +315,8 @@ def _record_rows(records, place, image_column, caption_column):
     head = list(islice(records, _SAMPLE))
     objects = [r for _,r in head if isinstance(r, dict)]
     names = list(dict.fromkeys(name for r in objects for name in r))
-    columns = infer_columns(names, [[r.get(n) for n in names] for r in objects], image_column, caption_column) if names else None
+    rows = [[r.get(n) for n in names] for r in objects]
+    columns = infer_columns(names, rows, image_column, caption_column) if names else None
     return Table(_records(chain(head, records), place, names, columns), [columns.guess if columns else ''])
 
 def _answered(record):
@@ -346,7 +358,8 @@ def _coco_table(images, annotations, image_column, caption_column):
     "The table of a COCO document. An id that is a text in one place and a number in the other is the same id."
     names = lambda rows: list(dict.fromkeys(name for row in rows[:_SAMPLE] for name in row))
     asked = lambda rows, column, what, usual: [names(rows)[p] for p in _asked_columns(names(rows), column, what)] or [usual]
-    file, texts = asked(images, image_column, 'image_column', 'file_name')[0], asked(annotations, caption_column, 'caption_column', 'caption')
+    file = asked(images, image_column, 'image_column', 'file_name')[0]
+    texts = asked(annotations, caption_column, 'caption_column', 'caption')
     known = {i['id']: i.get(file) for i in images if isinstance(i.get('id'), (int, str))}
     as_text, table = {str(i): name for i,name in known.items()}, Table(None)
     def rows():
@@ -355,8 +368,10 @@ def _coco_table(images, annotations, image_column, caption_column):
             id = a.get('image_id') if isinstance(a.get('image_id'), (int, str)) else None
             if id not in known and str(id) in as_text: respelt += 1
             said = [a.get(t) for t in texts]
-            yield f'annotation {n}', as_text.get(str(id)) or f"of id {a.get('image_id')!r:.60}", said if len(texts) > 1 else said[0], None
-        if respelt: table.notes.append(f"{respelt} annotations have an id that is a text where the image's is a number, or the other way round")
+            name = as_text.get(str(id)) or f"of id {a.get('image_id')!r:.60}"
+            yield f'annotation {n}', name, said if len(texts) > 1 else said[0], None
+        if respelt: table.notes.append(f"{respelt} annotations have an id that is a text where the image's is a number, "
+                                       "or the other way round")
     table.rows = rows()
     return table
 
@@ -381,6 +396,9 @@ def read_document(
     if _is_mapping(found):
         _asked_columns(['captions'], caption_column, 'caption_column')
         return Table((f'entry {n}', name, said, None) for n,(name,said) in enumerate(found.items()))
+    if isinstance(found, dict) and not {'images','annotations'} & set(found):
+        lists = [v for v in found.values() if isinstance(v, list)]
+        if len(lists)==1: return _record_rows(enumerate(lists[0]), 'object', image_column, caption_column)
     images, annotations = (found.get(k) if isinstance(found, dict) else None for k in ('images','annotations'))
     for what,rows in (('images', images), ('annotations', annotations or [])):
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
@@ -397,7 +415,8 @@ def read_json(
     lines:bool=None, # Whether each line is an object; None if the content tells
 ) -> Table:
     "Read captions from JSON; raises `ValueError` as `read_document`."
-    if lines and not re.match(r'\s*\[', text) or _is_json_lines(text): return _record_rows(_json_lines(text), 'line', image_column, caption_column)
+    if lines and not re.match(r'\s*\[', text) or _is_json_lines(text):
+        return _record_rows(_json_lines(text), 'line', image_column, caption_column)
     try: found = parse_json(text)
     except ValueError as e: raise ValueError(f"it is not JSON: {e}") from None
     return read_document(found, image_column, caption_column)

@@ -28,7 +28,7 @@ from accelerate.utils import LoggerType, broadcast_object_list, patch_environmen
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from .captioner import (Captioner, _last_layers, delete_checkpoint, frozen_fingerprint, load_trained, parameter_groups, read_tensors, save_checkpoint, save_metadata,
+from .captioner import (Captioner, _last_layers, check_weights, delete_checkpoint, find_models, frozen_fingerprint, load_trained, model_places, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, thaw, weights_path)
 from .core import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
                         revision_of, say, shell_line)
@@ -59,7 +59,6 @@ def epoch_batches(
     captions, rows = [captions_for_epoch(r['captions'], i, epoch, seed, captions_per_picture) for i,r in enumerate(data.rows)], list(range(len(data)))
     random.Random(f'{seed}/{epoch}').shuffle(rows)
     return EpochBatches(data, captions, [rows[at:at+batch_size] for at in range(0, len(rows), batch_size)])
-
 
 # %% ../nbs/07_training.ipynb #4b7f7adc
 def make_optimizer(
@@ -296,7 +295,7 @@ def _new_metadata(run, training_loss, seconds):
     left_out = run.data['train'].left_out
     scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
-                hyperparameters=asdict(run.h), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
+                hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
                 data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), captions=run.captions, device=str(run.model.device), seconds=round(seconds,1),
                 frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
@@ -352,7 +351,7 @@ def training_state(
     run:Run, # With what `fit` gave it: `optimizer`, `scheduler`, `scaler`, `identity`
 ) -> dict: # Tensors and plain data
     "All that a run must remember to go on exactly."
-    return dict(position={k: getattr(run, k) for k in _POSITION}, micro_batch_size=run.micro_batch_size, hyperparameters=asdict(run.h), identity=run.identity,
+    return dict(position={k: getattr(run, k) for k in _POSITION}, micro_batch_size=run.micro_batch_size, hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir), identity=run.identity,
                 metadata=json.dumps(run.metadata, allow_nan=False), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
                 scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks), cut=run.cut)
 
@@ -402,8 +401,10 @@ def read_state(
     if isinstance(cut, dict): kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | cut)] + [('cut: rates', cut.get('rates'), list)]
     for name,value,kind in kinds + [('cut', cut, (dict, type(None)))]:
         if not isinstance(value, kind): raise ValueError(f"{path} is not the state of a training run: {name} is missing or of another kind")
+    check_weights(state['weights'], path)
     if path.name!=f"training_state_{state['position']['stamp']}.pt": raise ValueError(f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name")
-    return dict(state, path=path)
+    found = find_models(state['hyperparameters'], state.get('places'), path.parent)
+    return dict(state, hyperparameters=found, path=path)
 
 # %% ../nbs/07_training.ipynb #6c6f071b
 _DOES_NOT_FIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError) # what `load_state_dict` and the generators make of other content
@@ -687,7 +688,10 @@ def _begin(run, state):
         state = _reopened(state, run.h)
         load_state(run, state)
         say(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
-        if run.main: save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | dict(hyperparameters=asdict(run.h), position={**state['position'], 'done': False}))
+        if run.main:
+            now = dict(hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir))
+            now['position'] = {**state['position'], 'done': False}
+            save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | now)
     else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
     say(cut_text(run.captions))
     for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)

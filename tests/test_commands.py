@@ -496,7 +496,7 @@ result = train(training_size_limit=16, batch_size=8, num_epochs=1, adapter_width
 assert result.checkpoint.exists()
 """
 
-@pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
+@pytest.mark.parametrize('encoding', ['cp1252', pytest.param('ascii', marks=pytest.mark.slow)])
 def test_message_never_stops_a_run(environment, tmp_path, encoding):
     "Neither training in a script of one's own, nor a command."
     code, out, err = into_file(['-c', LIBRARY], tmp_path, environment, encoding)

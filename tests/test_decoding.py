@@ -162,3 +162,13 @@ def test_few_images_start_no_process(monkeypatch):
     monkeypatch.setattr(images, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
     assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD))
     assert all(same(image, source) for image, source in zip(open_images([open_image(b) for b in GOOD]), GOOD))
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='the system stops no processes')
+def test_a_child_that_is_stopped_is_replaced():
+    "Its own timer cannot end it: the pool's watch does."
+    with DecodingPool(1, seconds=1.) as pool:
+        bomb = pool.submit(scan_bomb(), 'bomb')
+        assert until(lambda: pool.children and next(iter(pool.children)).deadline)
+        os.kill(next(iter(pool.children)).process.pid, signal.SIGSTOP)
+        with pytest.raises(ValueError, match='bomb is not a readable picture: decoding it took longer'): bomb.result(timeout=20)
+        assert same(pool.open(GOOD[0]), GOOD[0])

@@ -1,10 +1,10 @@
 "Image files as they come: with damage, of odd kinds, many and large."
-import random, sys, warnings
+import random, subprocess, sys, warnings
 from collections import Counter
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
-from capnb.images import find_images, image_formats, open_image
+from capnb.images import DecodingPool, find_images, image_formats, open_image
 
 def outcome(file):
     "What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused' by name."
@@ -115,3 +115,64 @@ def test_packages_are_named_where_they_are_missing(phone):
         with pytest.raises(ValueError, match=f"{name} is not a readable picture: it is {format}, which needs the package {package}; install it with: pip install 'capnb.formats.'"): open_image(phone/name)
     for name in ('a.png', 'b.PNG'): (phone/name).unlink()
     with pytest.raises(FileNotFoundError, match='no picture at .* or below it; passed over: 3 .heic, .*pillow-heif'): find_images([phone])
+
+@pytest.mark.parametrize('suffix, package', [('heic', 'pillow_heif'), ('jxl', 'pillow_jxl')])
+def test_formats_of_the_extra_are_images_as_others(suffix, package, tmp_path):
+    pytest.importorskip(package)
+    image_formats()
+    image, path = scene(random.Random(5), (64, 48)), tmp_path/f'A.{suffix.upper()}'
+    image.save(path, quality=95)
+    assert find_images([tmp_path]) == [path]
+    with DecodingPool(1) as pool:
+        for found in (open_image(path), open_image(path.read_bytes()), pool.open(path)):
+            assert found.size == (64, 48) and ImageStat.Stat(ImageChops.difference(found, image)).mean < [8]*3
+
+def test_many_large_images_are_never_held_whole(tmp_path):
+    "Sixteen images of 12 megapixels, 48 MB each once they are decoded, in this process and its children together."
+    (tmp_path/'0.jpg').write_bytes(saved(scene(random.Random(0)).resize((4000, 3000)), 'JPEG'))
+    files = [tmp_path/f'{i}.jpg' for i in range(16)]
+    for file in files[1:]: file.write_bytes(files[0].read_bytes())
+    code = f"""
+import psutil, threading
+from pathlib import Path
+from capnb.images import open_images
+me, peak, done = psutil.Process(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(.01): peak = max(peak, sum(p.memory_info().rss for p in [me, *me.children()]))
+thread = threading.Thread(target=watch)
+thread.start()
+sizes = [image.size for image in list(open_images(sorted(Path({str(tmp_path)!r}).glob('*.jpg')), 672, ahead=16))]
+done.set()
+thread.join()
+print(len(sizes), *sizes[0], peak/1e6)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    n, width, height, peak = done.stdout.split() or pytest.fail(done.stderr)
+    assert (n, width, height) == ('16', '1000', '750') and float(peak) < 400, done.stdout
+
+def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
+    import pyarrow as pa
+    from capnb.scale import ROW, _open_rows
+    files = [(holiday/'5.jpg').read_bytes(), (holiday/'6.jpg').read_bytes()[:300], (holiday/'7.jpg').read_bytes(), None]
+    rows = pa.table([['odd', 'half', 'good', 'gone'], files, [None, None, None, 'gone is empty']], schema=ROW)
+    with DecodingPool(1) as pool: images, errors = _open_rows(rows, pool, 64)
+    assert [image.tobytes() for image in images] == [open_image(file).tobytes() for file in (files[0], files[2])]
+    assert errors[1].startswith('half is not a readable picture: ') and errors == [None, errors[1], None, 'gone is empty']
+
+def test_scale_follows_links_and_tells_what_it_passes_over(linked, phone, capsys):
+    from capnb.scale import Source
+    source = Source(str(linked))
+    assert sorted(source.files) == [f'{linked.as_posix()}/a/0.png', f'{linked.as_posix()}/b/1.png']
+    assert [row['id'][0].as_py() for file in sorted(source.files) for row in source.read(file)] == ['a/0.png', 'b/1.png']
+    assert len(Source(str(phone)).files) == 2 and f'{phone}: passed over 3 .heic, ' in capsys.readouterr().err
+
+def test_captions_of_files_name_the_broken_ones(holiday):
+    from types import SimpleNamespace
+    from capnb.inference import caption_files
+    (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
+    model = SimpleNamespace(encoder=SimpleNamespace(min_side=64), caption=lambda images, scores, **kwargs: [f'{image.size}' for image in images])
+    found = list(caption_files(model, find_images([holiday]), batch_size=5))
+    assert [f['file'] for f in found] == [str(p) for p in find_images([holiday])] and sum('error' in f for f in found) == 1
+    assert [f['caption'] for f in found if f['file'].endswith(('5.jpg', '6.jpg'))] == ['(32, 48)', '(48, 32)'] # upright
+    assert 'is not a readable picture' in next(f['error'] for f in found if f['file'].endswith('7.jpg'))

@@ -165,7 +165,8 @@ def test_half_a_letter_is_named(tmp_path):
 
 # --- JSON by its content
 
-@pytest.mark.parametrize('name,text', [('captions.jsonl', json.dumps(JSON, indent=1)), ('captions.json', '\n'.join(map(json.dumps, JSON)))])
+@pytest.mark.parametrize('name,text', [('captions.jsonl', json.dumps(JSON, indent=1)), ('captions.json', '\n'.join(map(json.dumps, JSON))),
+    ('captions.json', json.dumps(dict(version=1, data=JSON)))])
 def test_json_by_content(tmp_path, name, text): assert captions(album(tmp_path, text, name)) == RIGHT
 
 def test_coco_ids_as_texts(tmp_path, capsys):
