@@ -7,7 +7,7 @@ __all__ = ['OWN_DATA', 'BEST', 'TrainingResult', 'prepare', 'train', 'Number', '
            'train_command', 'find_checkpoint', 'data_command', 'caption_command', 'pretrain_command']
 
 # %% ../nbs/11_commands.ipynb #53ce255b
-import inspect, os, re, sys
+import capnb, inspect, os, re, sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
@@ -147,9 +147,8 @@ def command(f):
 
     @cache
     def parser():
-        from capnb import __version__
         parser = anno_parser(run, f'capnb_{name}')
-        parser.add_argument('--version', action='version', version=f'capnb {__version__}')
+        parser.add_argument('--version', action='version', version=f'capnb {capnb.__version__}')
         parser.error = lambda message: parser.exit(2, f'{name}: {message}; see --help\n')
         return parser
 
