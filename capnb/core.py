@@ -15,7 +15,7 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', '
 import errno, json, os, re, shlex, subprocess, sys, tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -97,9 +97,15 @@ class Hyperparameters(Mapping):
 
     def _refuse(self, *args, **changes):
         "Raise a `TypeError` that says what to do instead."
-        raise TypeError("hyperparameters do not change; make others: dataclasses.replace(h, batch_size=4), or pass what changes: train(h, batch_size=4)")
+        raise TypeError(_UNCHANGED)
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+_UNCHANGED = ("hyperparameters do not change; make others: dataclasses.replace(h, batch_size=4), "
+              "or pass what changes: train(h, batch_size=4)")
+
+def _refuse_attribute(self, name, value=None): raise FrozenInstanceError(_UNCHANGED)
+Hyperparameters.__setattr__ = Hyperparameters.__delattr__ = _refuse_attribute # the dataclass's own do not say what to do
 
 # %% ../nbs/00_core.ipynb #416ac924
 def _plain(value, kind, m):

@@ -13,14 +13,16 @@ from pathlib import Path, PureWindowsPath
 import torch
 from fastcore.basics import patch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig,
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers.utils import cached_file
 from fastcore.script import Param, store_true
-from .captioner import Captioner, build_captioner, check_frozen, load_model_from_checkpoint, load_trained, save_checkpoint, thaw, trained_state
+from .captioner import (Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint, load_trained,
+                             save_checkpoint, thaw, trained_state)
 from .commands import BEST, any_path, command, find_checkpoint, new_folder
-from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, hub_errors, model_path, parse_json, read_text, say, write_json
+from .core import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path, parse_json, read_text, say, write_json
 from .decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 from .encoder import load_image_processor, prepare_images
 
@@ -210,20 +212,29 @@ def save_pretrained(self:CapnbForImageCaptioning,
     write_json(Path(folder)/'training_metadata.json', self.metadata)
     with atomic_write(Path(folder)/'README.md') as f: f.write(str(model_card(self.config, self.metadata, name)))
 
+def _shared_weights(path, name, h):
+    "The weights in a file of somebody else's; raises `ValueError` unless they are those that `h` asks for."
+    try: state = load_file(path)
+    except SafetensorError as e: raise ValueError(f"{name}: model.safetensors cannot be read: {error_line(e)}") from None
+    check_weights(state, name)
+    check_trained(h, state, name)
+    return state
+
 @patch(cls_method=True)
 def from_pretrained(cls:CapnbForImageCaptioning,
     name, # Folder or hub id of a shared captioner
     *, device=None, # None for the best device
     **hub, # `revision`, `token`, `cache_dir`, `local_files_only`
 ):
-    "Build the captioner that a folder or a hub repository describes; raises `ValueError` if its frozen parts are not those that it was trained with."
+    "Build the captioner that a folder or a hub repository describes; raises `ValueError` if its weights cannot be used, or its frozen parts are not those that it was trained with."
     hub = _hub_options(hub)
     config = CapnbConfig.from_pretrained(name, **hub)
     h = config.h_in(name)
+    state = _shared_weights(cached_file(name, 'model.safetensors', **hub), name, h) # before anything is built
     captioner = build_captioner(h, device)
     thaw(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
-    load_trained(captioner, load_file(cached_file(name, 'model.safetensors', **hub)), name)
+    load_trained(captioner, state, name)
     return cls(config, captioner, parse_json(read_text(cached_file(name, 'training_metadata.json', **hub), limit=SMALL_TEXT))).eval()
 
 @patch

@@ -39,7 +39,9 @@ def test_a_change_says_what_to_do_instead(change):
     assert H == Hyperparameters()
 
 def test_attributes_do_not_change():
-    with pytest.raises(FrozenInstanceError): H.batch_size = 4
+    with pytest.raises(FrozenInstanceError, match=r'train\(h, batch_size=4\)'): H.batch_size = 4
+    with pytest.raises(FrozenInstanceError, match='do not change'): del H.batch_size
+    assert H == Hyperparameters()
 
 # --- Numbers and paths of other libraries
 

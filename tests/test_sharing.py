@@ -1,7 +1,8 @@
 "A captioner given away: over a hub to people with capnb, and as a LLaVA to programs without it."
 import json, os, shutil, socket, subprocess, sys, tempfile
 from pathlib import Path
-import pytest
+import pytest, torch
+from safetensors.torch import load_file, save_file
 from capnb.captioner import newest_checkpoint, read_metadata
 from capnb.commands import train
 from capnb.core import model_path
@@ -151,3 +152,26 @@ def test_nothing_of_the_machine_in_a_llava(own, call, tmp_path):
     done = call('capnb_share', tmp_path/'llava', '--llava', '--checkpoint', result.checkpoint, cwd=home)
     assert done.returncode == 0, done.stderr
     check_nothing_of(home, tmp_path/'llava')
+
+def _rewrite(file, change):
+    "Change the tensors of a safetensors file."
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+def _cut_off(file): file.write_bytes(file.read_bytes()[:-10])
+def _no_numbers(file): _rewrite(file, lambda state: next(iter(state.values())).fill_(float('nan')))
+def _other_rank(file): _rewrite(file, lambda state: state.update({'decoder.x.lora_A.default.weight': torch.zeros(4, 2)}))
+def _other_width(file): _rewrite(file, lambda state: [state.update({k: v[:-2].clone()}) for k,v in list(state.items()) if v.ndim])
+
+BROKEN_WEIGHTS = {_cut_off: 'model.safetensors cannot be read', _no_numbers: 'holds what is no number', _other_rank: 'lora_rank is none, the weights\' is 4',
+                  _other_width: '(adapter_width is 32, the weights\' is 30|the model needs)'}
+
+@pytest.mark.parametrize('damage', BROKEN_WEIGHTS)
+def test_broken_shared_weights_are_one_line(own, tmp_path, damage):
+    home, result = own
+    share(result.checkpoint, device='cpu').save_pretrained(tmp_path)
+    for name in ('my-clip', 'my-qwen3'): shutil.copytree(home/'models'/name, tmp_path/name)
+    damage(tmp_path/'model.safetensors')
+    with pytest.raises(ValueError, match=BROKEN_WEIGHTS[damage]) as e: CapnbForImageCaptioning.from_pretrained(str(tmp_path), device='cpu')
+    assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)
