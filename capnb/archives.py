@@ -9,9 +9,10 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from .core import read_text, say
-from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
-from .images import images_below
+from .core import read_text, say, zip_files
+from .data import (Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder, split_of_name,
+                        tell_columns)
+from .images import image_format, images_below
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
 
 # %% ../nbs/02a_archives.ipynb #02a00006
@@ -196,7 +197,8 @@ def read_tars(
 def visible_images(
     folder,
 ) -> list: # Of paths
-    "List the images in a folder and below, without what is hidden or left there by a Mac."
+    "List the images in a folder and below, or in a zip, without what is hidden or left there by a Mac."
+    if is_zip(folder): return [file for file in zip_files(folder) if image_format(file)]
     hidden = lambda part: part.startswith('.') or part=='__MACOSX'
     return [file for file in images_below(folder)[0] if not any(map(hidden, file.relative_to(folder).parts))]
 
@@ -245,12 +247,21 @@ def _below(folder, suffix):
     hidden = lambda file: any(part.startswith('.') for part in file.relative_to(folder).parts)
     return sorted(f for f in folder.rglob(f'*{suffix}') if f.is_file() and not hidden(f))
 
+def _with_images(files, image_column):
+    "The parquet files that hold images or name some; others are notes, such as those of img2dataset."
+    from datasets import Features
+    import pyarrow as pa, pyarrow.parquet as pq
+    def has(file):
+        try: features = Features.from_arrow_schema(pq.read_schema(file))
+        except (pa.ArrowInvalid, OSError): return True # what is damaged is told where it is read
+        column, = [image_column] if image_column in features else image_columns(features)[:1] or [None]
+        if getattr(features.get(column), 'dtype', '') not in ('string', 'large_string'): return bool(column)
+        first = next(pq.ParquetFile(file).iter_batches(100, columns=[column]), [[]])[0]
+        return any(looks_like_image(str(name)) for name in first)
+    return [file for file in files if has(file)]
+
 def _refuse_packed(path, files):
     "The error for archives that would have to be unpacked to be read."
-    zips = [f for f in files if f.suffix.lower()=='.zip']
-    if zips:
-        commands = ' && '.join(f"unzip -q '{f}' -d '{f.parent}'" for f in zips[:5])
-        raise ValueError(f"{path}: zip archives are not read; unpack them first: {commands}")
     why = 'as nothing can be found in them without unpacking all'
     raise ValueError(f"{path}: compressed tars are not read, {why}; unpack them first: gunzip '{files[0]}'")
 
@@ -267,7 +278,7 @@ def _read_rows(found, path, folder, columns, outside):
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
 def read_path(
-    path, # Folder with a table, parquet, tars or texts beside images, or of `save_to_disk`; or one such file
+    path, # Folder with a table, parquet, tars or texts beside images, or of `save_to_disk`; or one such file or a zip
     bad_rows:str='stop', # As for `capnb.data.read_folder`, as are the others
     image_column:str=None,
     caption_column:str=None,
@@ -281,17 +292,18 @@ def read_path(
     files = [path] if path.is_file() else []
     suffix = path.suffix.lower() if files else ''
     is_tar = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
-    if suffix in ('.zip', '.gz', '.tgz'): _refuse_packed(path, files)
+    if is_zip(path): return read_folder(path, bad_rows, *columns, encoding, outside)
+    if suffix in ('.gz', '.tgz'): _refuse_packed(path, files)
     if not files and _is_saved(path): return _read_rows(_load_saved(path), path, path, columns, outside)
     if files or not folder_tables(path, other=False):
-        if suffix=='.parquet' or not files and (files := _below(path, '.parquet')):
+        if suffix=='.parquet' or not files and (files := _with_images(_below(path, '.parquet'), image_column)):
             return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
         if suffix=='.tar' or not files and (files := _below(path, '.tar')):
             return read_tars(files, folder, bad_rows, **is_tar)
     if path.is_dir():
         has_table = bool(folder_tables(path))
         has_texts = not has_table and _has_texts_beside(path)
-        packed = sorted(path/n for n in os.listdir(path) if n.lower().endswith(('.zip', '.tar.gz', '.tgz')))
+        packed = sorted(path/n for n in os.listdir(path) if n.lower().endswith(('.tar.gz', '.tgz')))
         if packed and not (has_texts or has_table and visible_images(path)): _refuse_packed(path, packed)
         if has_texts and any(columns):
             said = 'images with a text beside each have no columns; leave image_column and caption_column out'

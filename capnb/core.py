@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', 'allowed', 'check_value', 'check_encoding',
-           'guess_encodings', 'read_text', 'parse_json', 'chosen_settings', 'as_hyperparameters', 'model_path',
-           'model_source', 'revision_of', 'no_loading_bar', 'hub_errors', 'error_line', 'read_model', 'Hardware',
-           'choose_dtype', 'choose_mixed_precision', 'choose_attention', 'default_device', 'describe_hardware',
-           'default_dtype', 'default_mixed_precision', 'default_attention', 'memory_in_use', 'model_config',
-           'weights_fingerprint', 'load_whole', 'atomic_write', 'check_writable', 'free_lock', 'shell_line',
-           'write_json', 'say']
+           'guess_encodings', 'split_zip', 'zip_files', 'is_regular', 'read_zipped', 'read_text', 'parse_json',
+           'chosen_settings', 'as_hyperparameters', 'model_path', 'model_source', 'revision_of', 'no_loading_bar',
+           'hub_errors', 'error_line', 'read_model', 'Hardware', 'choose_dtype', 'choose_mixed_precision',
+           'choose_attention', 'default_device', 'describe_hardware', 'default_dtype', 'default_mixed_precision',
+           'default_attention', 'memory_in_use', 'model_config', 'weights_fingerprint', 'load_whole', 'atomic_write',
+           'check_writable', 'free_lock', 'shell_line', 'write_json', 'say']
 
 # %% ../nbs/00_core.ipynb #74982778
-import errno, json, os, re, shlex, subprocess, sys, tempfile
+import errno, json, os, re, shlex, subprocess, sys, tempfile, zipfile, zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
@@ -223,9 +224,76 @@ def _encoding_error(file, raw, at, why, guesses, setting):
     use = f"name the right one, as in --{setting} {guesses[0]}, or" if setting else 'please'
     return ValueError(f"{said}; it may be {may}; {use} save the file as UTF-8")
 
+# %% ../nbs/00_core.ipynb #7e870007
+def _check_members(members):
+    "Raise a `ValueError` for a zip whose files are encrypted, or named to lie somewhere else."
+    for m in members:
+        parts = m.filename.replace('\\', '/').split('/')
+        if not parts[0] or '..' in parts or re.match('[A-Za-z]:', m.filename):
+            raise ValueError(f"it has a file whose name leads out of it, {m.filename!r:.100}")
+        if m.flag_bits & 1: raise ValueError("it is encrypted; unpack it with its password first")
+
+@lru_cache(16)
+def _opened_zip(file, size, changed, process): # a child process would share the place in the file
+    "A zip, and what is known of its files by name, without folders, links, and what a Mac leaves there."
+    try:
+        archive = zipfile.ZipFile(file)
+        _check_members(archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as e:
+        raise ValueError(f"{file} is no zip that can be read: {e}") from None
+    kept = lambda m: not m.is_dir() and m.external_attr >> 28 in (0, 8) # regular files, where the kind is told
+    hidden = lambda name: any(part.startswith('.') or part=='__MACOSX' for part in name.split('/'))
+    return archive, {m.filename: m for m in archive.infolist() if kept(m) and not hidden(m.filename)}
+
+def _zip(file):
+    "An open zip with its files, as `_opened_zip`."
+    there = os.stat(file)
+    return _opened_zip(str(file), there.st_size, there.st_mtime_ns, os.getpid())
+
+def split_zip(
+    path, # Of a file or a folder, or a path through a zip
+): # Path of the zip, and the name in it, '' for the zip itself; None if there is no zip on the way
+    "Take a path through a zip apart."
+    if '.zip' not in str(path).lower(): return None
+    path = Path(path)
+    zips = (p for p in (path, *path.parents) if p.suffix.lower()=='.zip' and p.is_file())
+    found = next(zips, None)
+    return found and (found, '' if path==found else path.relative_to(found).as_posix())
+
+def zip_files(
+    path, # Of a zip, or of a folder in it
+) -> list: # Of paths through the zip, sorted
+    "List the files in a zip, or in a folder in it, and below; raises `ValueError` that names a zip that cannot be read."
+    archive, name = split_zip(path)
+    return sorted(archive/n for n in _zip(archive)[1] if not name or n.startswith(f'{name}/'))
+
+def is_regular(
+    path, # As for `split_zip`
+) -> bool:
+    "Whether there is a regular file, also in a zip."
+    zipped = split_zip(path)
+    return zipped[1] in _zip(zipped[0])[1] if zipped and zipped[1] else Path(path).is_file()
+
+def read_zipped(
+    path, # Through a zip
+    limit:int, # Bytes, unpacked
+) -> bytes:
+    "Read a file in a zip; raises `ValueError` that names it if it is too large or damaged."
+    name = split_zip(path)[1]
+    archive, files = _zip(split_zip(path)[0])
+    if name not in files: raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if files[name].file_size > limit: raise ValueError(f"{path} is larger than {limit>>20} MiB; nothing was read")
+    if files[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{path} is packed by another method than deflate; unpack the zip first")
+    try:
+        with archive.open(files[name]) as f: return f.read(files[name].file_size) # no more, whatever lies there
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
+        raise ValueError(f"{path} is damaged: {e or type(e).__name__}") from None
+
 # %% ../nbs/00_core.ipynb #7e870004
 def _read_bytes(file, limit):
     "The content of a file that is not too large."
+    if split_zip(file): return read_zipped(file, limit)
     size, raw = os.stat(file).st_size, b''
     if size <= limit:
         with open(file, 'rb') as f: raw = f.read((size or limit)+1) # a pipe has no size
@@ -233,7 +301,7 @@ def _read_bytes(file, limit):
     return raw
 
 def read_text(
-    file, # Path
+    file, # Path, also through a zip
     encoding:str=None, # Its encoding if it bears no mark; None for UTF-8
     setting:str=None, # Name of the setting that tells the encoding, for the message; None if there is none
     limit:int=TEXT_LIMIT, # Bytes

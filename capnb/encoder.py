@@ -25,9 +25,9 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .core import Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model, say
+from .core import Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model, read_zipped, say, split_zip
 from .data import _picture
-from .images import ImageFile, image_opener
+from .images import MOST_FILE, ImageFile, image_opener
 
 # %% ../nbs/03_encoder.ipynb #5597efde
 _TOWERS = dict(clip=('CLIPVisionModelWithProjection','CLIPVisionModel'), siglip=('SiglipVisionModel',)*2, siglip2=('Siglip2VisionModel',)*2, # for pooled and for patch features
@@ -220,6 +220,7 @@ def _file_bytes(image):
     "What lies below an image that is not opened yet: the bytes of its file; None for an image of pixels, and where there is no file."
     if isinstance(image.source, Image.Image): return None
     if isinstance(image.source, bytes): return image.source
+    if split_zip(image.source): return read_zipped(image.source, MOST_FILE)
     return Path(image.source).read_bytes() if Path(image.source).is_file() else None
 
 def _digest(content): return blake2b(content, digest_size=16).hexdigest()

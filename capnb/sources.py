@@ -19,8 +19,9 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .archives import from_datasets, read_path, visible_images
-from .core import atomic_write, hub_errors, say
-from .data import CaptionData, Source, _NamedRows, _picture, counts_characters, named_rows, split_rows, tell_columns
+from .core import atomic_write, hub_errors, say, split_zip
+from .data import (CaptionData, Source, _NamedRows, _picture, counts_characters, is_zip, named_rows, split_rows,
+                        tell_columns)
 from .images import decoding_pool
 from .storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
@@ -371,11 +372,12 @@ def _scan(rows, split, samples, bad, scanned):
 
 def _without_row(path, tables):
     "A warning about the images of a folder that its tables do not name."
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    folder = Path(path) if Path(path).is_dir() else tables[0].folder
     named = {os.path.realpath(path) for table in tables for path in table.paths.values()}
-    others = [path for path in visible_images(folder) if os.path.realpath(path) not in named]
+    zips = {found[0] for path in named if not is_zip(folder) and (found := split_zip(path))}
+    others = [path for place in (folder, *sorted(zips)) for path in visible_images(place) if os.path.realpath(path) not in named]
     about = 'images in the folder that no usable row names'
-    return _warning('images_without_row', about, [str(path.relative_to(folder)) for path in others])
+    return _warning('images_without_row', about, [os.path.relpath(path, folder) for path in others])
 
 def check_data(
     data, # As for `load_data`

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
-from .core import parse_json, read_text
+from .core import is_regular, parse_json, read_text
 from .images import IMAGE_SUFFIX
 
 # %% ../nbs/01c_tables.ipynb #7ab00006
@@ -430,7 +430,7 @@ def read_table(
 ) -> Table:
     "Read a file with a table of captions. Raises `ValueError` where it cannot be read, or where it is not clear what is what."
     file = Path(file)
-    if not file.is_file(): raise ValueError("it is no regular file") # opening a pipe would wait for ever
+    if not is_regular(file): raise ValueError("it is no regular file") # opening a pipe would wait for ever
     text = read_text(file, encoding, 'encoding')
     if file.suffix.lower() not in ('.json','.jsonl'): return read_columns(text, image_column, caption_column)
     return read_json(text, image_column, caption_column, lines=file.suffix.lower()=='.jsonl')

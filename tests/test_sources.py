@@ -1,10 +1,12 @@
 "Data as people have it: what `capnb_data check` finds in it, and each format read to the letter."
-import io, json, os, re, shutil, tarfile, zipfile
+import io, json, os, re, shutil, tarfile, tracemalloc, zipfile
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
 from datasets import Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List, Value
 from PIL import Image
+from capnb.core import read_text
 from capnb.data import CaptionData
 from capnb.sources import ScannedImage, check_data, find_warnings, load_data
 
@@ -277,7 +279,7 @@ BAD = {
     'state.json': (lambda path: [path.write_text('{}'), path.with_name('dataset_info.json').write_text('{}')], 'is no complete folder of `save_to_disk`'),
     'cut.tar': (lambda path: [tarred(path, range(20), ['txt']), path.write_bytes(path.read_bytes()[:20_000])], r'cut\.tar: it cannot be read to its end'),
     'no.tar': (lambda path: tarred(path, range(20), []), r'no\.tar: 1000_a0: there is no caption, only png'),
-    'Flickr8k_Dataset.zip': (lambda path: path.touch(), r"zip archives are not read; unpack them first: unzip -q '.*Flickr8k_Dataset\.zip' -d"),
+    'Flickr8k_Dataset.zip': (lambda path: [flickr8k(path.parent), shutil.rmtree(path.parent/'Flicker8k_Dataset'), path.touch()], r'Flickr8k_Dataset\.zip is no zip that can be read'),
     'a.tar.gz': (lambda path: path.touch(), 'compressed tars are not read, .* unpack them first: gunzip'),
     'annotations.json': (lambda path: write_json(path.parent, path.name, [dict(image=NAMES[0], conversations=[{'from': 'gpt', 'value': 'A card.'}]*2)]), r'annotations\.json: object 0 has a conversation with 2 answers'),
 }
@@ -332,14 +334,141 @@ def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
     assert found['bad'] == [] and 'images_without_row' not in warned(found)
     assert '2 rows are not used: their images are neither here nor in a list of a split' in capsys.readouterr().out
 
-@pytest.mark.parametrize('packed', ['Flickr8k_Dataset', 'Flickr8k_text'])
-def test_one_zip_that_is_not_unpacked_is_named(packed, tmp_path):
+# --- Zips, read where they lie
+
+def zip_up(path, folder, keep=lambda name: True):
+    "Move what is in a folder into a zip."
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as out:
+        for file in sorted(f for f in folder.rglob('*') if f.is_file() and f.suffix != '.zip'):
+            name = file.relative_to(folder).as_posix()
+            if keep(name): out.write(file, name); file.unlink()
+    for left in sorted((f for f in folder.rglob('*') if f.is_dir()), reverse=True):
+        if not any(left.iterdir()): left.rmdir()
+
+def is_image(name): return name.endswith('.png')
+
+def two_zips(folder):
+    zip_up(folder/'Flickr8k_Dataset.zip', folder, is_image)
+    zip_up(folder/'Flickr8k_text.zip', folder)
+def images_zip(folder): zip_up(folder/'Flickr8k_Dataset.zip', folder, is_image)
+def texts_zip(folder): zip_up(folder/'Flickr8k_text.zip', folder, lambda name: not is_image(name))
+def one_zip(folder): zip_up(folder/'archive.zip', folder)
+def the_zip_itself(folder): one_zip(folder); return folder/'archive.zip'
+def text_folder(folder):
+    (folder/'Flickr8k_text').mkdir()
+    for file in folder.glob('*.txt'): file.rename(folder/'Flickr8k_text'/file.name)
+def table_in_folder(folder): text_folder(folder); return folder/'Flickr8k_text'/'Flickr8k.token.txt'
+def zip_beside_what_was_unpacked(folder):
+    with zipfile.ZipFile(folder/'Flickr8k_Dataset.zip', 'w') as out:
+        for name in NAMES: out.write(folder/'Flicker8k_Dataset'/name, f'Flicker8k_Dataset/{name}')
+
+def all_rows(found): return {split: [(row['image_id'], row['captions'], row['image'].tobytes()) for row in rows] for split,rows in found.items()}
+
+@pytest.mark.parametrize('pack', [two_zips, images_zip, texts_zip, one_zip, the_zip_itself, text_folder, table_in_folder, zip_beside_what_was_unpacked])
+def test_flickr8k_packed_is_flickr8k_unpacked(pack, tmp_path):
+    "The same rows and splits, the same report, and nothing is written."
     flickr8k(tmp_path)
-    with zipfile.ZipFile(tmp_path/f'{packed}.zip', 'w') as out: out.writestr('readme.txt', '')
-    assert load_data(tmp_path)
-    if packed=='Flickr8k_text': [file.unlink() for file in tmp_path.glob('*.txt')]
-    else: shutil.rmtree(tmp_path/'Flicker8k_Dataset'); shutil.rmtree(tmp_path/'__MACOSX')
-    with pytest.raises(ValueError, match=f"unzip -q '.*{packed}.zip' -d"): load_data(tmp_path)
+    unpacked, report = all_rows(load_data(tmp_path)), check_data(tmp_path)
+    where = pack(tmp_path) or tmp_path
+    files = sorted(tmp_path.rglob('*'))
+    assert all_rows(load_data(where)) == unpacked and {split: len(rows) for split,rows in unpacked.items()} == OWN
+    assert check_data(where) == report | dict(data=str(where))
+    assert sorted(tmp_path.rglob('*')) == files
+
+def test_kaggles_zip_is_read(tmp_path, call):
+    write_images(tmp_path/'set'/'Images', NAMES)
+    (tmp_path/'set'/'captions.txt').write_text('image,caption\n' + ''.join(f'{name},"{c.replace(chr(34), chr(34)*2)}"\n' for name,said in SAID.items() for c in said), encoding='utf-8')
+    unpacked = all_rows(load_data(tmp_path/'set'))
+    zip_up(tmp_path/'archive.zip', tmp_path/'set')
+    assert all_rows(load_data(tmp_path/'archive.zip')) == unpacked and sum(map(len, unpacked.values())) == 20
+    done = call('capnb_train', '--data', tmp_path/'archive.zip', '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+def test_images_of_a_zip_are_read_by_threads_and_children(tmp_path):
+    "The place in the file of a zip must not be shared by those who read."
+    flickr8k(tmp_path)
+    two_zips(tmp_path)
+    data = load_data(tmp_path)['train']
+    alone = [data[i]['image'].tobytes() for i in range(14)]
+    with ThreadPoolExecutor(8) as pool: assert list(pool.map(lambda i: data[i%14]['image'].tobytes(), range(280))) == alone*20
+    loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=list(range(14))*20, num_workers=4, collate_fn=lambda row: row['image'].tobytes(), multiprocessing_context='fork')
+    assert list(loader) == alone*20
+
+def spoilt_zip(path, spoil):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2 if spoil == 'method' else zipfile.ZIP_STORED) as out:
+        out.writestr('captions.csv', 'file_name,caption\n' + ''.join(f'{name},A card.\n' for name in NAMES))
+        for name in NAMES: out.writestr(f'images/{name}', png(NAMES.index(name)))
+        if spoil == 'out': out.writestr('../evil.png', png(0))
+        if spoil == 'absolute': out.writestr(zipfile.ZipInfo('/evil.png'), png(0))
+    raw = path.read_bytes()
+    if spoil == 'cut': raw = raw[:len(raw)//2]
+    if spoil == 'encrypted': raw = re.sub(rb'(PK\x01\x02.{4})..', lambda found: found[1] + b'\x01\x00', raw, flags=re.S)
+    if spoil == 'damaged': raw = raw.replace(b'A card.', b'A cord.', 1)
+    if spoil == 'empty': raw = b''
+    path.write_bytes(raw)
+
+SPOILT = dict(cut='is no zip that can be read', empty='is no zip that can be read', out="leads out of it, '../evil.png'", absolute="leads out of it, '/evil.png'", encrypted='it is encrypted',
+              damaged='captions.csv is damaged: Bad CRC-32', method='is packed by another method')
+
+@pytest.mark.parametrize('spoil', SPOILT)
+def test_a_spoilt_zip_is_one_line(spoil, call, tmp_path):
+    spoilt_zip(tmp_path/'my.zip', spoil)
+    done = call('capnb_train', '--data', tmp_path/'my.zip', cwd=tmp_path)
+    assert done.returncode == 1 and SPOILT[spoil] in done.stderr and 'my.zip' in done.stderr, done.stderr[-2000:]
+    assert len(done.stderr.strip().splitlines()) == 1
+
+def test_a_bomb_in_a_zip_is_not_unpacked(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path/'my.zip', 'w', zipfile.ZIP_DEFLATED) as out:
+        out.writestr('captions.csv', 'file_name,caption\n' + ''.join(f'{name},A card.\n' for name in NAMES))
+        for name in NAMES: out.writestr(f'images/{name}', bytes(2**20))
+    monkeypatch.setattr('capnb.images.MOST_FILE', 2**20-1)
+    with pytest.raises(ValueError, match=r'my\.zip.*\.png is larger than'): load_data(tmp_path/'my.zip')['train'][0]
+    with pytest.raises(ValueError, match=r'captions\.csv is larger than 0 MiB'): read_text(tmp_path/'my.zip'/'captions.csv', limit=100)
+
+def test_a_zip_that_understates_its_size_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path/'my.zip', 'w', zipfile.ZIP_DEFLATED) as out: out.writestr('a.txt', bytes(2**28))
+    raw = (tmp_path/'my.zip').read_bytes()
+    (tmp_path/'my.zip').write_bytes(raw.replace((2**28).to_bytes(4, 'little'), (100).to_bytes(4, 'little')))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match='a.txt is damaged'): read_text(tmp_path/'my.zip'/'a.txt')
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+# --- Folders as people have them
+
+def test_a_table_named_in_a_folder_of_its_own(tmp_path):
+    "`coco/annotations/captions_train2017.json`, with the images in `coco/train2017`; and VizWiz's one table."
+    write_images(tmp_path/'train2017', NAMES)
+    (tmp_path/'annotations').mkdir()
+    table = tmp_path/'annotations'/'captions_train2017.json'
+    table.write_text(json.dumps(dict(images=[dict(id=n, file_name=name) for n,name in enumerate(NAMES)], annotations=[dict(image_id=n, caption=c) for n,name in enumerate(NAMES) for c in SAID[name]])))
+    unpacked = all_rows(load_data(tmp_path))
+    assert all_rows(load_data(table)) == unpacked and sum(map(len, unpacked.values())) == 20
+    table.rename(tmp_path/'annotations'/'train.json')
+    assert all_rows(load_data(tmp_path)) == unpacked
+
+def img2dataset_notes(folder):
+    "What img2dataset writes beside its images."
+    rows = [dict(url=f'https://a.org/{name}', caption=SAID[name][0], key=name[:-4], status='success', error_message=None, width=16, height=16) for name in NAMES]
+    Dataset.from_list(rows).to_parquet(folder/'00000.parquet')
+    (folder/'00000_stats.json').write_text(json.dumps(dict(count=20, successes=20, status_dict=dict(success=20))))
+
+def img2dataset_tar(folder):
+    tarred(folder/'00000.tar', range(20), ['txt', 'json'])
+    img2dataset_notes(folder)
+def img2dataset_files(folder):
+    write_images(folder/'00000', NAMES)
+    for name,said in SAID.items():
+        (folder/'00000'/name).with_suffix('.txt').write_text('\n'.join(said))
+        (folder/'00000'/name).with_suffix('.json').write_text(json.dumps(dict(url=f'https://a.org/{name}', caption=said[0], key=name[:-4])))
+    img2dataset_notes(folder)
+def img2dataset_one_folder(folder): img2dataset_files(folder); return folder/'00000'
+
+@pytest.mark.parametrize('write', [img2dataset_tar, img2dataset_files, img2dataset_one_folder])
+def test_img2dataset(write, tmp_path):
+    found = load_data(write(tmp_path) or tmp_path)
+    rows = [row for part in found.values() for row in part]
+    assert {row['image'].tobytes(): row['captions'] for row in rows} == {colour(n).tobytes(): SAID[NAMES[n]] for n in range(20)}
 
 @pytest.mark.parametrize('write', [parquet_file, webdataset, flickr8k])
 def test_formats_train(write, call, tmp_path):
