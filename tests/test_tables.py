@@ -412,3 +412,14 @@ def test_ids_of_predictions_in_another_folder(tmp_path):
     said = lambda i: (tmp_path/'p.json').write_text(json.dumps([dict(image_id=i, caption='a')])) and read_predictions(tmp_path/'p.json', ['train/a.jpg'])
     with pytest.raises(ValueError, match="image_id 'val/a.jpg' is none of the 1 pictures, such as 'train/a.jpg'"): said('val/a.jpg')
     assert said('a.jpg') == said('data/train/a.jpg') == ['a']
+
+# --- The likeliest encoding comes first
+
+GUESSED = [('ein größeres Mädchen läuft', 'cp1252'), ('der Hund läuft über die Straße', 'cp1252'), ('a dog “runs” – fast…', 'cp1252'), ('it’s a dog', 'cp1252'),
+           ('un garçon à vélo, œuvre', 'cp1252'), ('un niño pequeño está aquí', 'cp1252'), ('en hund springer på gräset', 'cp1252'), ('um cão não está', 'cp1252'),
+           ('żółty pies biegnie przez łąkę', 'cp1250'), ('žlutý kůň', 'cp1250'), ('žuti pas trči kroz šumu', 'cp1250'), ('собака бежит по траве', 'cp1251')]
+
+@pytest.mark.parametrize('said,encoding', GUESSED)
+def test_the_likeliest_encoding_is_offered_first(said, encoding):
+    text = 'file_name,caption\n' + ''.join(f'{n}.jpg,{said} {n}\n' for n in range(40))
+    assert core.guess_encodings(text.encode(encoding))[0] == encoding
