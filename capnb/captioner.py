@@ -67,7 +67,7 @@ def _check_size(h, text):
     if h.features=='pooled' and numbers > 2**32:
         raise ValueError(f"adapter_width {h.adapter_width:,} and prefix_length {h.prefix_length:,} "
                          f"make an adapter of {numbers:,} numbers")
-    if (h.lora_rank or 0) > text.hidden_size:
+    if h.lora_rank and h.lora_rank > text.hidden_size:
         raise ValueError(f"lora_rank is {h.lora_rank:,}, but the decoder is only {text.hidden_size:,} wide")
 
 def check_pair(

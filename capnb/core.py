@@ -12,7 +12,7 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'PRESETS', 'limits', 'Hyperparameters', '
            'check_writable', 'free_lock', 'shell_line', 'write_json', 'say']
 
 # %% ../nbs/00_core.ipynb #74982778
-import errno, json, os, re, shlex, subprocess, sys, tempfile, zipfile, zlib
+import errno, json, os, re, shlex, subprocess, sys, tempfile, unicodedata, zipfile, zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, replace
@@ -188,6 +188,13 @@ def _unmarked_encodings(raw):
         if '\0' not in text: spaces[name] = sum(text.count(c) for c in ' ,\t\n')
     return sorted(spaces, key=spaces.get, reverse=True)[:1]
 
+def _torn(text):
+    "The share of letters and signs beyond ASCII, in tenths, that no one writes there: a capital or a symbol within a small word."
+    inner = (b for a,b,c in zip(text, text[1:], text[2:]) if not b.isascii() and a.islower() and c.islower())
+    wrong = sum(b.isupper() or unicodedata.category(b) in ('So','Sm','Sc','No') or b in '¿¡‰' for b in inner)
+    return round(wrong/max(1, sum(not c.isascii() for c in text)), 1)
+
+
 def guess_encodings(
     raw:bytes, # What a file holds
     most:int=3, # How many at most
@@ -198,12 +205,14 @@ def guess_encodings(
     odd = b'\n'.join([line for line in raw[:2**24].splitlines() if not line.isascii()][:500])[:100_000]
     found = {}
     rank = lambda name: _USUAL.index(name) if name in _USUAL else len(_USUAL)
-    likely = lambda match: (round(match.chaos, 2), -round(match.coherence, 1), rank(match.encoding))
+    likely = lambda match: (_torn(str(match)), round(match.chaos, 2), -round(match.coherence, 1), best(match))
+    best = lambda match: min(map(rank, match.could_be_from_charset))
     for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=likely) or from_bytes(odd):
-        try: text = raw.decode(match.encoding)
-        except UnicodeDecodeError: continue
-        if match.encoding in ('ascii','utf_8') or len(found)==most and text not in found: continue
-        found[text] = min(found.get(text, match.encoding), match.encoding, key=rank) # the best known of equals
+        for name in sorted(match.could_be_from_charset, key=rank): # all read the same in `odd`
+            try: text = raw.decode(name)
+            except UnicodeDecodeError: continue
+            if name in ('ascii','utf_8') or len(found)==most and text not in found: continue
+            found[text] = min(found.get(text, name), name, key=rank) # the best known of equals
     return list(found.values())
 
 def _mostly_utf8(raw):

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from PIL import Image
 from .core import is_regular, read_text, say, split_zip, zip_files
 from .images import ImageFile, image_format, open_image, walk_files # open_image: scripts import it from here
-from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table
+from .tables import (IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table,
+                          several_texts)
 
 # %% ../nbs/02_data.ipynb #02a00002
 def one_line(text:str) -> str:
@@ -74,6 +75,7 @@ def _captions(row, where):
     except ValueError as e: raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}: {e}") from None
 
 def _check_rows(rows):
+    if hasattr(rows, 'iloc'): raise ValueError("a table of pandas is no list of rows; give df.to_dict('records')")
     if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
 
 class CaptionData:
@@ -166,7 +168,7 @@ class _NamedRows:
     def __getitem__(self, i):
         row = self.rows[i]
         rest = {k:v for k,v in row.items() if k not in (self.image, *self.captions)}
-        texts = [t for name in self.captions for t in ([row.get(name)] if isinstance(row.get(name), str) else row.get(name) or [])]
+        texts = [t for name in self.captions if row.get(name) is not None for t in several_texts(row[name])]
         name = next((row[k] for k in _ID_COLUMNS if k in row), i)
         image = row.get(self.image)
         if isinstance(image, Mapping) and image.get('bytes') is None: image = image.get('path')
@@ -301,6 +303,12 @@ def _split_lists(table):
     return splits
 
 # %% ../nbs/02_data.ipynb #0da7a015
+def _image_folder(folder, table):
+    "Where the images of a table lie: of `captions_val2017.json` in the folder `val2017` or `images/val2017`, if there is one."
+    coco = re.fullmatch(r'captions_(.+)\.json', table.name)
+    places = [folder/coco[1], folder/'images'/coco[1]] if coco else []
+    return next((place for place in places if place.is_dir()), folder)
+
 class PictureFolder:
     "Pictures in a folder, with their captions in a table beside them: `captions` or `metadata` as .csv, .tsv, .txt, .jsonl or .json, `results.csv`, a `.token` file as of Flickr8k, `captions_*.json` as of COCO, `dataset_*.json` as of Karpathy."
     def __init__(self,
@@ -314,6 +322,7 @@ class PictureFolder:
     ): # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not fit
         self.folder, self.outside = Path(folder), outside
         self.table = Path(table) if table else _only_table(self.folder)
+        self.images = _image_folder(self.folder, self.table)
         self.captions, self.paths, self.where, self.splits = {}, {}, {}, {} # by name of the image
         self._known, self._of_file = {}, {} # name of the image by what a row says, and by its file
         self._files, self._zips = None, None # index of the files below, and those in zips, made when first needed
@@ -355,8 +364,9 @@ def _find(self:PictureFolder, picture):
     "The file of a picture: where the table says, or the only one below the folder whose name fits; raises `ValueError` if there is none."
     if not self.outside and self._leads_out(picture):
         raise ValueError(f"{picture!r} leads out of the folder; `--outside_files True` allows that")
-    file = self.folder/os.path.normpath(picture) # of `link/../x` only `x` is left
-    if is_regular(file): return file
+    name = os.path.normpath(picture) # of `link/../x` only `x` is left
+    for place in ([self.images] if name==os.path.basename(name) else [self.images, self.folder]):
+        if is_regular(file := place/name): return file
     if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file(): return file
     try: found = self.folder/self._look_up(picture)
     except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
@@ -368,7 +378,7 @@ def _find(self:PictureFolder, picture):
 def _look_up(self:PictureFolder, picture):
     "The name in the folder that fits; zips are looked into when a name is not outside of them."
     names = lambda files: [path.relative_to(self.folder).as_posix() for path in files]
-    if self._files is None: self._files = NameIndex(names(walk_files(self.folder)))
+    if self._files is None: self._files = NameIndex(names(walk_files(self.images)))
     try: return self._files.find(picture)
     except KeyError:
         if self._zips is not None: raise
@@ -405,7 +415,10 @@ def _add(self:PictureFolder, where, picture, captions, split):
             if not self.lists or split: return f"{where}: {str(e):.300}"
             self.unlisted += 1
             return
-        self._known[picture] = self._of_file.setdefault(str(path), picture) # the first name of the file
+        first = self._of_file.setdefault(str(path), picture) # the first name of the file
+        if self._files and self._files.drops_apart(first, picture):
+            return f"{where}: {picture!r} and {first!r} would both be {path.relative_to(self.folder).as_posix()!r}; write its name"
+        self._known[picture] = first
         self.paths.setdefault(self._known[picture], path)
     picture = self._known[picture]
     try: captions = caption_texts(captions)

@@ -9,7 +9,7 @@ __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_d
            'generate_ids', 'captions_of', 'generate_captions', 'split_scores', 'use_int8', 'embedding_size']
 
 # %% ../nbs/05_decoder.ipynb #b095524c
-import difflib, inspect, torch, warnings
+import difflib, inspect, re, torch, warnings
 from collections import deque
 from importlib.util import find_spec
 from torch import nn
@@ -167,7 +167,17 @@ def text_ids(
     if not texts: return []
     found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
                       verbose=False) # which would warn of what is cut later
-    return found['input_ids']
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return [ids if special.isdisjoint(ids) else _in_parts(tokenizer, text)
+            for text,ids in zip(texts, found['input_ids'], strict=True)]
+
+def _in_parts(tokenizer, text):
+    """The tokens of a text that special tokens are written in, each of them in two parts: where they are words of
+    the vocabulary, as with Unigram, `split_special_tokens` does nothing."""
+    written = '|'.join(map(re.escape, tokenizer.all_special_tokens))
+    parts = re.sub(written, lambda token: f'{token[0][0]}\0{token[0][1:]}', text).split('\0')
+    found = tokenizer(parts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return [i for ids in found['input_ids'] for i in ids]
 
 def tokenize_captions(
     tokenizer, # Of the decoder
@@ -349,6 +359,7 @@ def takes_positions(
     layers = set(getattr(config, 'layer_types', None) or ())
     if decoder._is_stateful or not layers <= {'full_attention','sliding_attention'}: return False
     if getattr(config, 'alibi', False): return False # it counts positions itself
+    if 'local' in (getattr(config, 'attention_layers', None) or ()): return False # GPT-Neo looks back over columns
     if config._attn_implementation not in ('eager','sdpa'): return False
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and _reads_rows(decoder)
@@ -549,16 +560,16 @@ def _write(decoder, tokenizer, prefix, most, batch_size, scores, options):
     if 'max_new_tokens' in options: _check_room(decoder, prefix.shape[1], options['max_new_tokens'])
     prefix = prefix.to(decoder.get_input_embeddings().weight.dtype)
     rows = _generate(decoder, tokenizer, prefix, options.get('max_new_tokens', most), batch_size, options)
-    sort = n > 1 and options.get('num_beams', 1)==1                            # beams come in order
-    if not (scores or sort): return rows, None
+    if not scores and n==1: return rows, None
     values = score_ids(decoder, prefix, rows, options.get('length_penalty', 1.), batch_size)
-    order = sorted(range(len(rows)), key=lambda i: (i//n, -values[i])) if sort else range(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: (i//n, -values[i])) # beams may be in the order of other scores
     return [rows[i] for i in order], [values[i] for i in order]
 
 def generate_ids(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
     prefix, # (images, prefix, width)
+    /, # what comes is an option, whatever its name
     max_caption_length:int=64, # Most tokens per caption
     batch_size:int=32, # Images whose captions are written at a time
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3` or `do_sample=True`
@@ -578,6 +589,7 @@ def generate_captions(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
     prefix, # (images, prefix, width)
+    /, # what comes is an option, whatever its name
     max_caption_length:int=64, # Most tokens per caption
     batch_size:int=32, # Images whose captions are written at a time
     scores:bool=False, # Give (text, score) for each text, with the score of `score_ids`

@@ -10,7 +10,7 @@ __all__ = ['FACTS', 'TOOLS', 'BY_CHARACTER', 'FLOORS', 'rouge_l', 'rouge_each', 
            'Scores', 'Tracker']
 
 # %% ../nbs/08_evaluation.ipynb #687b1382
-import shutil, tempfile, textwrap
+import re, shutil, tempfile, textwrap
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -351,7 +351,7 @@ def score_table(
 ) -> str:
     "Lay scores out side by side as text, each with its 95% interval."
     found = {name: _table_rows(s) for name,s in columns.items()}
-    short = lambda x: f'{x:.3f}'.replace('0.', '.', 1)
+    short = lambda x: re.sub(r'^(-?)0\.', r'\1.', f'{x:.3f}')
     def cell(v):
         value, *between = v if isinstance(v, list) else [v]
         return f"{'-' if value is None else f'{value:.3f}':>9} {'–'.join(map(short, between)):<10}"

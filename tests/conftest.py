@@ -37,7 +37,8 @@ def start(scripts, tmp_path_factory):
     "Start a console command by its name in the folder `cwd`, through a script like the one that pip installs."
     folder = tmp_path_factory.mktemp('scripts')
     for name,(module, function) in scripts.items():
-        (folder/name).write_text(f"import sys\nfrom {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n")
+        (folder/name).write_text('import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler) # a runner in the background has it ignored\n'
+                                 f"from {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n")
     def start(name, *args, cwd, env={}):
         assert name in scripts, f'settings.ini has no console script {name}'
         return subprocess.Popen([sys.executable, folder/name, *map(str, args)], cwd=cwd, env=outside(COLUMNS='200', **env), text=True, encoding='utf-8',

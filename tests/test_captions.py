@@ -71,6 +71,15 @@ def test_drawn_captions_belong_to_their_image_best_first(model, images):
         assert len(scores) == 3 and scores == sorted(scores, reverse=True)
         assert scores == pytest.approx([-nll(model, image, text) for text,_ in of_image], abs=1e-3)
 
+def test_beams_are_best_first_by_the_score_that_is_shown(model, images):
+    "Options that change how beams are ranked leave them in another order."
+    options = dict(num_beams=5, num_return_sequences=5, exponential_decay_length_penalty=(5, 1.5))
+    several = model.caption(images, scores=True, **options)
+    for of_image in several:
+        scores = [score for _,score in of_image]
+        assert scores == sorted(scores, reverse=True)
+    assert model.caption(images, **options) == [[text for text,_ in of_image] for of_image in several]
+
 def test_score_of_a_greedy_caption(model, images):
     text, score = model.caption(images[0], scores=True)
     assert text == model.caption(images[0]) and score == pytest.approx(-nll(model, images[0], text), abs=1e-4)
@@ -129,7 +138,7 @@ def test_requests_have_their_captions(model, images):
 FORM = ['return_dict_in_generate', 'output_scores', 'output_logits', 'output_attentions', 'output_hidden_states']
 REFUSED = {**{name: {name: True} for name in FORM}, 'generation_config': dict(generation_config=object()), 'assistant_model': dict(assistant_model=object()),
            'prompt_lookup_num_tokens': dict(prompt_lookup_num_tokens=3), 'pad_token_id': dict(pad_token_id=7), 'input_ids': dict(input_ids=torch.zeros(1, 1)),
-           'max_length': dict(max_length=9), 'prefix_allowed_tokens_fn': dict(prefix_allowed_tokens_fn=max), 'custom_generate': dict(custom_generate='who/ever'),
+           'max_length': dict(max_length=9), 'tokenizer': dict(tokenizer=object()), 'prefix_allowed_tokens_fn': dict(prefix_allowed_tokens_fn=max), 'custom_generate': dict(custom_generate='who/ever'),
            'num_beam': dict(num_beam=3), 'temperature': dict(temperature=.5), 'top_p': dict(top_p=.9, num_beams=3), 'length_penalty': dict(length_penalty=2.),
            'num_return_sequences': dict(num_return_sequences=2), 'num_return_sequences ': dict(num_beams=2, num_return_sequences=3),
            'num_return_sequences  ': dict(do_sample=True, num_beams=2, num_return_sequences=3), 'streamer': dict(streamer=object(), num_beams=3),

@@ -280,7 +280,7 @@ FAULTS = {
     'checkpoint is a folder': ('capnb_caption', ['one.png', '--checkpoint', 'saved_models'], 'saved_models'),
     'checkpoint has no metadata': ('capnb_eval', ['alone/model_state_dict_20300101_000000-1.pth'], 'metadata'),
     'checkpoint has broken metadata': ('capnb_eval', ['alone/model_state_dict_20300101_000000-2.pth'], 'metadata'),
-    'checkpoint of another shape': ('capnb_eval', ['alone/model_state_dict_20300101_000000-3.pth'], 'shape'),
+    'checkpoint of another shape': ('capnb_eval', ['alone/model_state_dict_20300101_000000-3.pth'], 'prefix_length is 3'),
     'no checkpoint yet': ('capnb_eval', ['--folder', 'empty'], 'empty'),
     'split is not known': ('capnb_eval', ['--split', 'exam'], 'exam'),
     'preset is not known': ('capnb_train', ['--preset', 'quick'], 'quick'),

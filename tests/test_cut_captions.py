@@ -2,7 +2,7 @@
 import csv, json
 import pytest, torch
 from torch.nn import functional as F
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, XGLMTokenizer
 from capnb.captioner import build_captioner
 from capnb.core import as_hyperparameters, model_path
 from capnb.decoder import caption_loss, caption_nats, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
@@ -44,7 +44,7 @@ def test_its_loss_is_that_of_transformers(pair, most):
 
 def test_counting_is_right_and_said():
     class Letters: # one token per character
-        eos_token_id = 0
+        eos_token_id, unk_token_id, all_special_ids = 0, None, [0]
         def __call__(self, texts, **kwargs): return dict(input_ids=[list(map(ord, t)) for t in texts])
     rows = [dict(image_id=f'{i}.png', captions=['a'*9, 'b'*(9 if i else 30)]) for i in range(200)]
     assert count_cut(Letters(), rows, 10) == dict(captions=400, cut=1, longest=31, image_id='0.png', max_caption_length=10)
@@ -111,3 +111,12 @@ def test_words_of_a_caption_in_any_script(pair):
     assert texts('लाल कुत्ता है') == ['लाल', 'कुत्ता', 'है']
     assert texts('красная собака.') == ['красная', 'собака', '.']
     assert texts('红色的狗') == ['红', '色', '的', '狗'] and texts("A man's cat.") == ['A', 'man', "'", 's', 'cat', '.']
+
+def test_a_special_token_that_is_a_word_of_the_vocabulary_is_text():
+    "With Unigram the end is a piece like others, and transformers' own option finds it in the text."
+    pieces = ['<s>', '<pad>', '</s>', '<unk>', '▁a', '▁b', '▁', '<', '/', 's', '>']
+    tokenizer = XGLMTokenizer(vocab=[(piece, 0. if i < 4 else -float(i)) for i,piece in enumerate(pieces)])
+    ids, _ = tokenize_captions(tokenizer, ['a </s> b', 'a b'], 48)
+    assert tokenizer.eos_token_id not in ids[0,:-1] and ids[0,-1] == tokenizer.eos_token_id
+    assert ''.join(tokenizer.convert_ids_to_tokens(ids[0,:-1])).replace('▁', '') == 'a</s>b'
+    assert ids[1].tolist() == [4, 5] + [tokenizer.eos_token_id]*(len(ids[1])-2)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from capnb.another_decoder import agrees, compare_families, compare_family, default_config, tiny_config
 from capnb.core import model_path
-from capnb.decoder import caption_loss, head_is_plain, load_decoder, tokenize_captions
+from capnb.decoder import caption_loss, caption_nats, head_is_plain, load_decoder, tokenize_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()
@@ -95,3 +95,11 @@ def test_every_family_is_in_the_table_and_as_it_says():
     assert [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in said] == [], 'new families: run capnb_decoders'
     what = lambda row: 'agrees' if agrees(row) else '/'.join(row.keys() & {'refused', 'not_built', 'failed'}) or 'differs'
     assert {kind: what(row) for kind, row in compare_families().items()} == {kind: what(row) for kind, row in said.items()}
+
+def test_a_window_over_columns_of_a_row(tokenizer, tmp_path):
+    "GPT-Neo looks back over so many columns of the row it reads, in which other captions may lie between a caption and its image."
+    decoder, tokenizer = saved(tmp_path, tokenizer, 'gpt_neo', window_size=32) # longer than what a decoder is tried with
+    ids, mask = tokenize_captions(tokenizer, [f'A {word} cat in the snow and a dog in the meadow at night.' for word in ('red', 'blue', 'green')])
+    prefix = decoder.get_input_embeddings()(torch.randint(590, (1, 3), generator=torch.Generator().manual_seed(1))).detach()
+    alone = torch.cat([caption_nats(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
+    torch.testing.assert_close(caption_nats(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)

@@ -1,5 +1,5 @@
 "The exercises of each chapter: their answers pass their checks, and no answer at all does not."
-import ast, builtins, json, multiprocessing, os, re, runpy, symtable, sys
+import ast, asyncio, builtins, json, multiprocessing, os, re, symtable, sys, types
 from pathlib import Path
 import pytest
 
@@ -128,7 +128,10 @@ def act(file, said, folder):
     with open(said, 'w', encoding='utf-8') as out: os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     sys.stdout, sys.stderr = (open(fd, 'w', encoding='utf-8', buffering=1, closefd=False) for fd in (1, 2))
     os.chdir(folder)
-    runpy.run_path(file, run_name='__main__')
+    main = sys.modules['__main__'] = types.ModuleType('__main__')
+    code = compile(Path(file).read_text(encoding='utf-8'), file, 'exec', flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    awaited = eval(code, main.__dict__)
+    if awaited is not None: asyncio.run(awaited)
 
 @pytest.fixture(scope='module')
 def processes(environment):

@@ -112,3 +112,9 @@ def test_slices_know_words_of_every_script():
     found = picture_slices([r['captions'][0] for r in rows], rows)
     assert ('word in the references', 'собака') in found[1] and ('word in the references', 'кот') in found[0]
     assert len({v for each in found for k,v in each if k == 'caption length'}) == 2
+
+def test_an_interval_keeps_its_digits():
+    said = ['A red cat.', 'A dog.']
+    found = score(said, EncodedData(None, [dict(captions=[text], image_id=text) for text in said]))
+    table = score_table(dict(test=found | dict(coco=dict(cider=[10., 10., 10.25]), intervals=dict(rouge_l=[-.5, .5]))))
+    assert '10.000–10.250' in table and '-.500–.500' in table

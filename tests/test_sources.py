@@ -503,3 +503,30 @@ def test_formats_and_paths_of_datasets(kind, tmp_path):
     for rows in (named, stored()):
         found = load_data(rows.with_format(kind) if kind else rows)
         assert {row['image_id']: (row['captions'], row['image'].tobytes()) for part in found.values() for row in part} == {name: (SAID[name], colour(n).tobytes()) for n,name in enumerate(NAMES)}
+
+# --- What is no caption, and no list of rows
+
+@pytest.mark.parametrize('said,kind', [({'en': 'a dog runs'}, 'dictionary'), ({'a dog runs'}, 'set'), (frozenset(['a dog']), 'set'), ([{'raw': 'a dog'}], 'dictionary')])
+def test_a_dictionary_is_no_caption(said, kind):
+    from capnb.tables import caption_texts
+    with pytest.raises(ValueError, match=f'a {kind} is not a caption: '): caption_texts(said)
+    rows = [dict(image=Image.new('RGB', (64,64)), caption=said) for _ in range(12)]
+    for options in ({}, dict(caption_column='caption')):
+        with pytest.raises(ValueError, match=f'a {kind} is not a caption: '): load_data(rows, **options)['train'][0]
+    for several in (['a', 'b'], ('a', 'b'), np.array(['a', 'b']), np.array(['a', 'b'], object)):
+        assert caption_texts(several) == ['a', 'b']
+        rows = [dict(image=Image.new('RGB', (64,64)), caption=several) for _ in range(12)]
+        assert load_data(rows, caption_column='caption')['train'][0]['captions'] == ['a', 'b']
+
+def test_a_dictionary_in_a_data_set_is_no_caption():
+    from datasets import Dataset
+    rows = Dataset.from_list([dict(image=Image.new('RGB', (64,64)), caption={'en': 'a dog runs'}) for _ in range(12)])
+    with pytest.raises(ValueError, match='a dictionary is not a caption'): load_data(rows, caption_column='caption')['train'][0]
+
+def test_a_table_of_pandas_is_refused_at_once():
+    pandas = pytest.importorskip('pandas')
+    df = pandas.DataFrame(dict(image=[Image.new('RGB', (64,64))]*12, caption=['a dog runs']*12))
+    for data in (df, dict(train=df, validation=df)):
+        for options in ({}, dict(caption_column='caption')):
+            with pytest.raises(ValueError, match=r"a table of pandas is no list of rows; give df.to_dict\('records'\)"): load_data(data, **options)
+    assert load_data(df.to_dict('records'))['train'][0]['captions'] == ['a dog runs']

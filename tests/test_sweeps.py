@@ -46,7 +46,7 @@ WRONG = {
     'a limit for a grid': (['--trials', '3'], 'leave trials out'),
     'no trial': (['--trials', '-1', '--sampler', 'random'], 'trials is -1'),
     'nothing to go by': (['--evaluation_enabled', 'false'], 'set evaluation_enabled to true'),
-    'an unknown preset': (['--preset', 'flickr'], "preset 'flickr'"),
+    'an unknown preset': (['--preset', 'flickr'], "--preset: invalid choice: 'flickr'"),
     'a tracker nobody knows': (['--report_to', 'paper'], "tracker 'paper' is not known"),
 }
 
@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line(wrong, capsys, tmp_path, monkeypatch):
     args, word = WRONG[wrong]
     with pytest.raises(SystemExit) as stopped: sweep_command(args)
     out, err = capsys.readouterr()
-    assert stopped.value.code == 1 and out == '' and len(err.splitlines()) == 1 and word in err
+    assert stopped.value.code == (2 if 'invalid choice' in word else 1) and out == '' and len(err.splitlines()) == 1 and word in err
     assert not list(tmp_path.iterdir()) # and nothing was begun
 
 def test_missing_package_is_named(monkeypatch):

@@ -355,3 +355,71 @@ def test_notes_of_checkpoints_and_results_have_limits(call, tmp_path):
         write(results)
         done = call('capnb_results', weights, '--file', results, cwd=tmp_path)
         assert done.returncode == 1 and 'results.json is no file of results' in done.stderr and len(done.stderr.splitlines()) == 1
+
+# --- Folders in names
+
+def folders(path, names, files, table='captions.csv'):
+    "The path of each name below the folder, or the error."
+    said = SAID[:len(names)]
+    text = lines(names, said, header=('file_name','caption'))
+    if table.endswith('json'):
+        text = json.dumps(dict(images=[dict(id=n, file_name=name) for n,name in enumerate(names)],
+                               annotations=[dict(image_id=n, caption=c) for n,c in enumerate(said)]))
+    from capnb.data import PictureFolder
+    album(path, text, table, files=files)
+    return {name: file.relative_to(path).as_posix() for name,file in PictureFolder(path, path/table).paths.items()}
+
+CONTRARY = {'another split': (['val/3.jpg'], ['train/3.jpg', 'val/4.jpg']), 'another folder': (['images/3.jpg'], ['photos/3.jpg']),
+            'not in the folder that is there': (['val/3.jpg'], ['3.jpg', 'val/4.jpg']), 'absolute': (['/album/val/3.jpg'], ['3.jpg', 'val/4.jpg']),
+            'several': (['c/3.jpg'], ['a/3.jpg', 'b/3.jpg'])}
+
+@pytest.mark.parametrize('kind', CONTRARY)
+def test_another_folder_is_another_image(tmp_path, kind):
+    names, files = CONTRARY[kind]
+    if kind=='absolute': names = [str(tmp_path/'val'/'3.jpg')]
+    with pytest.raises(ValueError, match=r"line 2: there is no picture '.*3.jpg' \(the nearest is '.*3.jpg'\)"): folders(tmp_path, names, files)
+
+FITTING = {'flat': ('images/3.jpg', '3.jpg'), 'flat, drive': ('.\\Images\\3.JPG', '3.jpg'), 'below': ('3.jpg', 'images/3.jpg'),
+           'more': ('data/images/3.jpg', 'images/3.jpg'), 'less': ('images/3.jpg', 'data/images/3.jpg'), 'address': ('http://example.org/a/3.jpg', '3.jpg')}
+
+@pytest.mark.parametrize('kind', FITTING)
+def test_more_or_fewer_folders_are_no_contradiction(tmp_path, capsys, kind):
+    name, file = FITTING[kind]
+    assert folders(tmp_path, [name], [file, 'other/4.jpg']) == {name: file}
+    options = dict(image_column='file_name') if kind=='address' else {}
+    album(tmp_path, lines([name, *NAMES], [*SAID, 'x'], header=('file_name','caption')), files=NAMES)
+    read_folder(tmp_path, **options)
+    assert ('1 names are spelt otherwise' in capsys.readouterr().out) == (kind not in ('below', 'less'))
+
+@pytest.mark.parametrize('names', [['x/002.jpg', 'y/002.jpg'], ['002.jpg', 'y/002.jpg'], ['y/002.jpg', '002.jpg'], ['http://a.org/002.jpg', 'http://b.org/002.jpg']])
+def test_two_folders_are_two_images(tmp_path, names):
+    with pytest.raises(ValueError, match=rf"line 3: '{names[1]}' and '{names[0]}' would both be '002.jpg'"): folders(tmp_path, names, ['002.jpg'])
+    again = tmp_path/'again'
+    assert set(folders(again, ['x/002.jpg', 'X\\002.jpg'], ['002.jpg'])) == {'x/002.jpg'}
+
+def test_coco_looks_in_the_folder_of_its_split(tmp_path):
+    table = 'captions_val2017.json'
+    both = ['train2017/3.jpg', 'val2017/3.jpg', 'val2017/4.jpg', 'train2017/5.jpg', '6.jpg']
+    assert folders(tmp_path, ['3.jpg', '4.JPG'], both, table) == {'3.jpg': 'val2017/3.jpg', '4.JPG': 'val2017/4.jpg'}
+    for name in ('5.jpg', '6.jpg'):
+        with pytest.raises(ValueError, match=f"annotation 0: there is no picture '{name}'"): folders(tmp_path, [name], both, table)
+    for name in ('val2017/3.jpg', 'val2017\\3.jpg', 'coco/val2017/3.JPG'): assert folders(tmp_path, [name], both, table) == {name: 'val2017/3.jpg'}
+    below = tmp_path/'below'
+    assert folders(below, ['3.jpg'], ['images/train2017/3.jpg', 'images/val2017/3.jpg'], table) == {'3.jpg': 'images/val2017/3.jpg'}
+    assert folders(tmp_path/'flat', ['3.jpg'], ['3.jpg'], table) == {'3.jpg': '3.jpg'}
+
+def test_ids_of_predictions_in_another_folder(tmp_path):
+    said = lambda i: (tmp_path/'p.json').write_text(json.dumps([dict(image_id=i, caption='a')])) and read_predictions(tmp_path/'p.json', ['train/a.jpg'])
+    with pytest.raises(ValueError, match="image_id 'val/a.jpg' is none of the 1 pictures, such as 'train/a.jpg'"): said('val/a.jpg')
+    assert said('a.jpg') == said('data/train/a.jpg') == ['a']
+
+# --- The likeliest encoding comes first
+
+GUESSED = [('ein größeres Mädchen läuft', 'cp1252'), ('der Hund läuft über die Straße', 'cp1252'), ('a dog “runs” – fast…', 'cp1252'), ('it’s a dog', 'cp1252'),
+           ('un garçon à vélo, œuvre', 'cp1252'), ('un niño pequeño está aquí', 'cp1252'), ('en hund springer på gräset', 'cp1252'), ('um cão não está', 'cp1252'),
+           ('żółty pies biegnie przez łąkę', 'cp1250'), ('žlutý kůň', 'cp1250'), ('žuti pas trči kroz šumu', 'cp1250'), ('собака бежит по траве', 'cp1251')]
+
+@pytest.mark.parametrize('said,encoding', GUESSED)
+def test_the_likeliest_encoding_is_offered_first(said, encoding):
+    text = 'file_name,caption\n' + ''.join(f'{n}.jpg,{said} {n}\n' for n in range(40))
+    assert core.guess_encodings(text.encode(encoding))[0] == encoding
