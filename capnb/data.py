@@ -384,9 +384,9 @@ def _look_up(self:PictureFolder, picture):
         if self._zips is not None: raise
     zips = [self.folder] if is_zip(self.folder) else [self.folder/name for name in self._files.names]
     self._zips = [path for zip in filter(is_zip, zips) for path in zip_files(zip)]
-    here, respelt = {os.path.basename(name) for name in self._files.names}, self._files.respelt
-    self._files = NameIndex(self._files.names + names(path for path in self._zips if path.name not in here))
-    self._files.respelt.update(respelt)
+    before, here = self._files, {os.path.basename(name) for name in self._files.names}
+    self._files = NameIndex(before.names + names(path for path in self._zips if path.name not in here))
+    self._files.respelt, self._files.dropped = before.respelt, before.dropped
     return self._files.find(picture)
 
 @patch
