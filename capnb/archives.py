@@ -10,7 +10,7 @@ import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
 from .core import read_text, say
-from .data import Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
+from .data import LEADS_OUT, Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
 from .images import images_below
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
 
@@ -86,7 +86,7 @@ def _finder(folder, outside):
     def find(name):
         path = os.path.abspath(os.path.join(root, name))
         if not outside and os.path.commonpath([root, path])!=root:
-            raise ValueError(f"{name!r} leads out of the folder; `--outside_files True` allows that")
+            raise ValueError(f"{name!r} {LEADS_OUT}")
         return path
     return find
 

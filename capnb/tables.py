@@ -513,11 +513,17 @@ class NameIndex:
         "Whether two names mean the same only because a folder was left out, so that they may be two images."
         return _parts(_folded(name))!=_parts(_folded(other)) and (name in self.dropped or other in self.dropped)
 
+    def same_last(self,
+        name:str,
+    ) -> list: # Of names
+        "List the names whose last part is that of another, whatever their folders."
+        return self._last(1, name)
+
     def nearest(self,
         name:str,
     ) -> str: # One of the names, or None
         "Find the name that looks most like another: with the same last part, else with a similar one."
-        if same := self._last(1, name): return same[0]
+        if same := self.same_last(name): return same[0]
         last = {n.rpartition('/')[2]: n for n in self.names[:100_000]} # comparing is slow
         close = get_close_matches(_folded(name).rpartition('/')[2], last, n=1)
         return last[close[0]] if close else None

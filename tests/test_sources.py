@@ -313,7 +313,7 @@ def test_nothing_leads_out_of_an_archive(tmp_path):
     assert len(rows) == 12 and {tuple(row['captions']) for row in rows} == {('A card of ours.',)} and sorted(tmp_path.rglob('*')) == before
     (tmp_path/'set'/'a.tar').unlink()
     Dataset.from_dict(dict(image=['../secret.png', str(tmp_path/'secret.png')]*6, caption=['A card.']*12)).to_parquet(tmp_path/'set'/'a.parquet')
-    with pytest.raises(ValueError, match='leads out of the folder; `--outside_files True`'): load_data(tmp_path/'set')['train'][0]
+    with pytest.raises(ValueError, match='leads out of the folder; `--outside_files`, in Python outside=True'): load_data(tmp_path/'set')['train'][0]
     assert load_data(tmp_path/'set', outside=True)['train'][0]['image'].size == (16, 16)
 
 def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
