@@ -789,6 +789,7 @@ def _add_caption(app, desk, key, state):
                       explain:bool=Query(False, description='Say why each word was said: dozens of times the work of the caption, done between the captions of others'),
                       sent=Depends(bearer)):
         if key and not (sent and hmac.compare_digest(sent.credentials.encode(), key.encode())):
+            await read_body(request, desk.limits) # many programs listen only after their last byte
             refuse(401, 'send the key of this server: Authorization: Bearer KEY', WWW_Authenticate='Bearer')
         if state.value==STOPPING: refuse(503, 'the server is stopping; try again later', Retry_After='5')
         coming = answers(desk, request, stream, explain)

@@ -396,6 +396,16 @@ def test_who_asks_before_sending_is_told_at_once(server):
         s.sendall(b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50000000\r\nExpect: 100-continue\r\n\r\n')
         assert s.recv(100).startswith(b'HTTP/1.1 413')
 
+def test_who_lacks_the_key_may_send_to_the_end(narrow):
+    "Many programs listen only after their last byte: an answer before it, and they see a broken pipe."
+    with socket.create_connection(('127.0.0.1', narrow.port), timeout=20) as s:
+        s.sendall(b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\nConnection: close\r\n\r\n')
+        s.settimeout(.5)
+        with pytest.raises(TimeoutError): s.recv(1)
+        s.settimeout(20)
+        s.sendall(b'{"a": 1}')
+        assert s.recv(100).startswith(b'HTTP/1.1 401')
+
 def test_key(narrow, pages, same):
     for sent in ({}, dict(Authorization='Bearer wrong'), dict(Authorization=f'Basic {KEY}'), dict(Authorization='Bearer'), dict(X_API_Key=KEY), dict(Authorization='Bearer \xe9')):
         status, answer, headers = narrow.ask('POST', '/caption', b'{}', **AS_JSON, **sent)
