@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .core import read_text, say
 from .data import LEADS_OUT, Source, as_source, folder_tables, named_rows, read_folder, split_of_name, tell_columns
 from .images import images_below
-from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
+from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image, unread_table
 
 # %% ../nbs/02a_archives.ipynb #02a00006
 def _split_column(rows):
@@ -247,6 +247,7 @@ def _below(folder, suffix):
 
 def _refuse_packed(path, files):
     "The error for archives that would have to be unpacked to be read."
+    if told := unread_table(files[0].name): raise ValueError(f"{path}: {told}")
     zips = [f for f in files if f.suffix.lower()=='.zip']
     if zips:
         commands = ' && '.join(f"unzip -q '{f}' -d '{f.parent}'" for f in zips[:5])
@@ -263,7 +264,10 @@ def _told(name, source, rows, columns):
 
 def _read_rows(found, path, folder, columns, outside):
     "The source of rows that `datasets` has read."
-    source = from_datasets(found, path, *columns, _finder(folder, outside))
+    try: source = from_datasets(found, path, *columns, _finder(folder, outside))
+    except ValueError as e:
+        files = _below(path, '.parquet') if path.is_dir() else []
+        raise ValueError(f"{files[0] if files else path}: {str(e).removeprefix(f'{path}: ')}") from None
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
 def read_path(

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 from .core import read_text, say
 from .images import ImageFile, open_image, walk_files # open_image: scripts import it from here
-from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table, several_texts
+from .tables import IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table, several_texts, unread_table
 
 # %% ../nbs/02_data.ipynb #02a00002
 def one_line(text:str) -> str:
@@ -214,7 +214,8 @@ def _only_table(folder):
     if len(tables)==1: return tables[0]
     usual = 'one table of captions, such as captions.csv with the columns file_name and caption'
     others = 'parquet, WebDataset tars and a .txt beside each image are read, too'
-    found, help = (', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}') if tables else ('none', others)
+    unread = [told for name in sorted(os.listdir(folder)) if (told := unread_table(name))] if folder.is_dir() else []
+    found, help = (', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}') if tables else ('none', '; '.join(unread[:3]) or others)
     raise FileNotFoundError(f"{folder} needs {usual}; it has {found}; {help}")
 
 def split_of_name(
