@@ -10,10 +10,10 @@ import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
 from .core import read_text, say, zip_files
-from .data import (Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder, split_of_name,
-                        tell_columns)
+from .data import (LEADS_OUT, Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder,
+                        split_of_name, tell_columns)
 from .images import image_format, images_below
-from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image
+from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image, unread_table
 
 # %% ../nbs/02a_archives.ipynb #02a00006
 def _split_column(rows):
@@ -87,7 +87,7 @@ def _finder(folder, outside):
     def find(name):
         path = os.path.abspath(os.path.join(root, name))
         if not outside and os.path.commonpath([root, path])!=root:
-            raise ValueError(f"{name!r} leads out of the folder; `--outside_files True` allows that")
+            raise ValueError(f"{name!r} {LEADS_OUT}")
         return path
     return find
 
@@ -262,6 +262,7 @@ def _with_images(files, image_column):
 
 def _refuse_packed(path, files):
     "The error for archives that would have to be unpacked to be read."
+    if told := unread_table(files[0].name): raise ValueError(f"{path}: {told}")
     why = 'as nothing can be found in them without unpacking all'
     raise ValueError(f"{path}: compressed tars are not read, {why}; unpack them first: gunzip '{files[0]}'")
 
@@ -274,7 +275,10 @@ def _told(name, source, rows, columns):
 
 def _read_rows(found, path, folder, columns, outside):
     "The source of rows that `datasets` has read."
-    source = from_datasets(found, path, *columns, _finder(folder, outside))
+    try: source = from_datasets(found, path, *columns, _finder(folder, outside))
+    except ValueError as e:
+        files = _below(path, '.parquet') if path.is_dir() else []
+        raise ValueError(f"{files[0] if files else path}: {str(e).removeprefix(f'{path}: ')}") from None
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
 def read_path(

@@ -121,7 +121,8 @@ def _flag(h):
     usual = 'not set' if default is None else str(default).lower() if kind is bool else default
     usual = f'default: {usual}' + (f', in the storybook {preset}' if preset!=default else '')
     takes = '' if kind is str else f'; {allowed(kind, dict(h.metadata, optional=False))}'
-    return Param(f"{h.metadata['help']}{takes} ({usual})", read, choices=h.metadata['choices'])
+    alone = dict(nargs='?', const=True) if kind is bool else {} # the flag without a value is true
+    return Param(f"{h.metadata['help']}{takes} ({usual})", read, choices=h.metadata['choices'], **alone)
 
 def _with_flags(f):
     "The signature of `f`, in which `**hyperparameters` has become a flag for each hyperparameter."
@@ -217,13 +218,18 @@ def data_command(
     from functools import partial
     from capnb.core import say, write_json
     from capnb.decoder import count_cut, cut_text, decoder_config, load_tokenizer
+    from capnb.data import BadRows
     from capnb.sources import check_data, report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
-    report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision,
-                        encoding=encoding, outside=outside_files,
-                        count_cut=partial(count_cut, tokenizer, max_caption_length=h.max_caption_length))
+    try:
+        report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision,
+                            encoding=encoding, outside=outside_files,
+                            count_cut=partial(count_cut, tokenizer, max_caption_length=h.max_caption_length))
+    except BadRows as e:
+        for problem in e.bad: say(f"bad: {problem}")
+        raise ValueError(f"{data}: all {len(e.bad)} rows of a table are bad; the first: {e.bad[0]}") from None
     report_data(report)
     if report['cut']: say(f"{cut_text(report['cut'])} (preset {preset}, tokenizer {h.tokenizer_name})")
     if json_file: write_json(json_file, report)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'several_texts', 'caption_texts', 'looks_like_image', 'column_kind',
            'Columns', 'named_like', 'caption_groups', 'infer_columns', 'Table', 'read_columns', 'read_document',
-           'read_json', 'read_table', 'NameIndex']
+           'read_json', 'unread_table', 'read_table', 'NameIndex']
 
 # %% ../nbs/01c_tables.ipynb #7ab00003
 import ast, csv, io, json, re, tokenize, unicodedata
@@ -432,6 +432,14 @@ def read_json(
     return read_document(found, image_column, caption_column)
 
 # %% ../nbs/01c_tables.ipynb #7ab00026
+def unread_table(
+    name:str, # Of a file
+) -> str: # '' if it may be read as it is
+    "Say what to do with a table that is a spreadsheet's own file, or is compressed."
+    if re.search(r'\.(xlsx?|xlsm|ods|numbers)$', name, re.I): return f"{name} is a spreadsheet; save it as CSV (UTF-8)"
+    packed = re.search(r'\.(csv|tsv|txt|jsonl?|token)\.gz$', name, re.I)
+    return f"{name} is compressed; unpack it first, as with gunzip" if packed else ''
+
 def read_table(
     file, # `.json` or `.jsonl`; anything else is read as lines with fields
     image_column:str=None, # As for `infer_columns`
@@ -441,6 +449,7 @@ def read_table(
     "Read a file with a table of captions. Raises `ValueError` where it cannot be read, or where it is not clear what is what."
     file = Path(file)
     if not is_regular(file): raise ValueError("it is no regular file") # opening a pipe would wait for ever
+    if told := unread_table(file.name): raise ValueError(told)
     text = read_text(file, encoding, 'encoding')
     if file.suffix.lower() not in ('.json','.jsonl'): return read_columns(text, image_column, caption_column)
     return read_json(text, image_column, caption_column, lines=file.suffix.lower()=='.jsonl')
@@ -513,11 +522,17 @@ class NameIndex:
         "Whether two names mean the same only because a folder was left out, so that they may be two images."
         return _parts(_folded(name))!=_parts(_folded(other)) and (name in self.dropped or other in self.dropped)
 
+    def same_last(self,
+        name:str,
+    ) -> list: # Of names
+        "List the names whose last part is that of another, whatever their folders."
+        return self._last(1, name)
+
     def nearest(self,
         name:str,
     ) -> str: # One of the names, or None
         "Find the name that looks most like another: with the same last part, else with a similar one."
-        if same := self._last(1, name): return same[0]
+        if same := self.same_last(name): return same[0]
         last = {n.rpartition('/')[2]: n for n in self.names[:100_000]} # comparing is slow
         close = get_close_matches(_folded(name).rpartition('/')[2], last, n=1)
         return last[close[0]] if close else None

@@ -315,7 +315,7 @@ def test_nothing_leads_out_of_an_archive(tmp_path):
     assert len(rows) == 12 and {tuple(row['captions']) for row in rows} == {('A card of ours.',)} and sorted(tmp_path.rglob('*')) == before
     (tmp_path/'set'/'a.tar').unlink()
     Dataset.from_dict(dict(image=['../secret.png', str(tmp_path/'secret.png')]*6, caption=['A card.']*12)).to_parquet(tmp_path/'set'/'a.parquet')
-    with pytest.raises(ValueError, match='leads out of the folder; `--outside_files True`'): load_data(tmp_path/'set')['train'][0]
+    with pytest.raises(ValueError, match='leads out of the folder; `--outside_files`, in Python outside=True'): load_data(tmp_path/'set')['train'][0]
     assert load_data(tmp_path/'set', outside=True)['train'][0]['image'].size == (16, 16)
 
 def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
@@ -530,3 +530,20 @@ def test_a_table_of_pandas_is_refused_at_once():
         for options in ({}, dict(caption_column='caption')):
             with pytest.raises(ValueError, match=r"a table of pandas is no list of rows; give df.to_dict\('records'\)"): load_data(data, **options)
     assert load_data(df.to_dict('records'))['train'][0]['captions'] == ['a dog runs']
+
+# --- Which file is meant
+
+def test_errors_of_columns_name_the_parquet_file(tmp_path):
+    file = tmp_path/'train.parquet'
+    Dataset.from_dict(dict(url=['a']*12, note=['b']*12)).to_parquet(file)
+    for data in (tmp_path, file):
+        with pytest.raises(ValueError, match=f'^{re.escape(str(file))}: which column holds the picture'): load_data(data)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: there is no column 'x'; there is url, note"): load_data(data, caption_column='x')
+
+@pytest.mark.parametrize('name,told', [('Captions.xlsx', 'is a spreadsheet; save it as CSV'), ('captions.csv.gz', 'is compressed; unpack it first, as with gunzip'),
+                                       ('captions.jsonl.gz', 'is compressed'), ('list.ods', 'is a spreadsheet')])
+def test_tables_that_are_not_read_are_named(tmp_path, name, told):
+    write_images(tmp_path, NAMES)
+    (tmp_path/name).write_bytes(b'PK\x03\x04')
+    for data in (tmp_path, tmp_path/name):
+        with pytest.raises((ValueError, OSError), match=f'{re.escape(str(tmp_path))}.*{name} {told}'): load_data(data)

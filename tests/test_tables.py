@@ -299,7 +299,7 @@ def test_rows_do_not_lead_out(tmp_path, written):
     written = written.format(tmp_path)
     folder = album(tmp_path/'album', lines([*NAMES, written], [*SAID, 'a secret'], header=('file','caption')))
     (folder/'link').symlink_to(tmp_path/'secret'/'in')
-    with pytest.raises(ValueError, match='line 14: .*' + ('no picture' if written[0]=='l' else 'leads out of the folder; `--outside_files True` allows that')): read_folder(folder)
+    with pytest.raises(ValueError, match='line 14: .*' + ('no picture' if written[0]=='l' else 'leads out of the folder; `--outside_files`, in Python outside=True, allows that')): read_folder(folder)
     if written[0] in 'lC': return # leads nowhere
     assert read_folder(folder, outside=True).tables[0].paths[written].samefile(tmp_path/'secret'/'private.png')
 
@@ -309,8 +309,9 @@ def test_outside_files_is_a_setting(call, tmp_path):
     folder = album(tmp_path/'album', lines([f'../elsewhere/{n}' for n in NAMES], SAID, header=('file','caption')), files=['stray.png'])
     assert call('capnb_data', 'check', folder, cwd=tmp_path).returncode == 1
     assert call('capnb_data', 'check', folder, '--outside_files', cwd=tmp_path).returncode == 0
-    done = call('capnb_train', '--data', folder, '--outside_files', True, '--max_steps', 1, '--evaluation_enabled', False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for flag in (['--outside_files'], ['--outside_files', True]):
+        done = call('capnb_train', '--data', folder, *flag, '--max_steps', 1, '--evaluation_enabled', False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 def test_links_in_the_folder_are_followed(tmp_path):
     (tmp_path/'other').mkdir(); (tmp_path/'other'/'far.png').touch()
@@ -417,9 +418,26 @@ def test_ids_of_predictions_in_another_folder(tmp_path):
 
 GUESSED = [('ein größeres Mädchen läuft', 'cp1252'), ('der Hund läuft über die Straße', 'cp1252'), ('a dog “runs” – fast…', 'cp1252'), ('it’s a dog', 'cp1252'),
            ('un garçon à vélo, œuvre', 'cp1252'), ('un niño pequeño está aquí', 'cp1252'), ('en hund springer på gräset', 'cp1252'), ('um cão não está', 'cp1252'),
-           ('żółty pies biegnie przez łąkę', 'cp1250'), ('žlutý kůň', 'cp1250'), ('žuti pas trči kroz šumu', 'cp1250'), ('собака бежит по траве', 'cp1251')]
+           ('żółty pies biegnie przez łąkę', 'cp1250'), ('žlutý kůň, pes běží', 'cp1250'), ('žuti pas trči kroz šumu', 'cp1250'), ('собака бежит по траве', 'cp1251')]
 
 @pytest.mark.parametrize('said,encoding', GUESSED)
 def test_the_likeliest_encoding_is_offered_first(said, encoding):
     text = 'file_name,caption\n' + ''.join(f'{n}.jpg,{said} {n}\n' for n in range(40))
     assert core.guess_encodings(text.encode(encoding))[0] == encoding
+
+# --- What messages advise
+
+def test_a_foreign_path_names_the_file_that_fits(tmp_path):
+    folder = album(tmp_path, lines(['/home/me/Album/ONE.png', 'D:\\album\\001.png', '/home/me/none.png'], SAID[:3], header=('file','caption')), files=[*NAMES, 'photos/one.png'])
+    with pytest.raises(ValueError) as stopped: read_folder(folder)
+    first, second, third = str(stopped.value).split('; line ')
+    assert first.endswith("line 2: '/home/me/Album/ONE.png' leads out of the folder; `--outside_files`, in Python outside=True, allows that; in the folder there is 'photos/one.png': write that")
+    assert second.endswith("in the folder there is '001.png': write that") and third.endswith('allows that')
+
+def test_the_check_lists_all_rows_when_none_is_good(call, tmp_path):
+    folder = album(tmp_path/'album', lines([f'../elsewhere/{n}' for n in NAMES], SAID, header=('file','caption')), files=['stray.png'])
+    done = call('capnb_data', 'check', folder, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout.count('bad: ') == 12 and 'capnb_data check' not in done.stdout + done.stderr
+    assert f'{folder}: all 12 rows of a table are bad; the first: ' in done.stderr
+    done = call('capnb_train', '--data', folder, '--max_steps', 1, cwd=tmp_path)
+    assert done.returncode == 1 and "and 7 more: `capnb_data check` lists them, bad_rows 'skip' leaves them out" in done.stderr
