@@ -260,6 +260,13 @@ def _with_images(files, image_column):
         return any(looks_like_image(str(name)) for name in first)
     return [file for file in files if has(file)]
 
+def _rows_of_images(path, image_column):
+    "The parquet files of a folder that hold images; all where there is nothing else, whose columns are told then."
+    files = _below(path, '.parquet')
+    found = files and _with_images(files, image_column)
+    others = found or not files or folder_tables(path) or _below(path, '.tar') or _has_texts_beside(path)
+    return found if others else files
+
 def _refuse_packed(path, files):
     "The error for archives that would have to be unpacked to be read."
     if told := unread_table(files[0].name): raise ValueError(f"{path}: {told}")
@@ -300,7 +307,7 @@ def read_path(
     if suffix in ('.gz', '.tgz'): _refuse_packed(path, files)
     if not files and _is_saved(path): return _read_rows(_load_saved(path), path, path, columns, outside)
     if files or not folder_tables(path, other=False):
-        if suffix=='.parquet' or not files and (files := _with_images(_below(path, '.parquet'), image_column)):
+        if suffix=='.parquet' or not files and (files := _rows_of_images(path, image_column)):
             return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
         if suffix=='.tar' or not files and (files := _below(path, '.tar')):
             return read_tars(files, folder, bad_rows, **is_tar)
