@@ -276,13 +276,19 @@ def _matches(pattern):
         for folder,_ in _walk(top): found |= _matches(os.path.join(glob.escape(str(folder)), rest))
     return found
 
+def _no_file(path):
+    "Why a path of this machine is no file that could be opened; None if it is one, or lies elsewhere."
+    if os.path.isfile(path) or not os.path.lexists(path): return None
+    return 'not a regular file' if os.path.exists(path) else 'linked to nothing'
+
 def passed_over(
     files, # Paths of files that are no images here
 ) -> str: # Such as "3 .heic, 1 .txt", with the packages that would open some; '' for none
-    "Tell what was passed over, by suffix; hidden files are not counted."
+    "Tell what was passed over, by suffix or as what is no file; hidden files are not counted."
     files = [Path(file) for file in files if not Path(file).name.startswith('.')]
-    counts = Counter(file.suffix.lower() or 'without a suffix' for file in files)
-    packages = sorted({_PACKAGES[format] for file in files if (format := image_format(file)) in _PACKAGES})
+    counts = Counter(_no_file(file) or file.suffix.lower() or 'without a suffix' for file in files)
+    missing = {image_format(file) for file in files}.difference(image_formats())
+    packages = sorted(_PACKAGES[format] for format in missing.intersection(_PACKAGES))
     install = f" ({' and '.join(packages)} would open some: pip install 'capnb[formats]')" if packages else ''
     return ', '.join(f'{n} {suffix}' for suffix,n in counts.most_common()) + install
 
@@ -291,8 +297,8 @@ def images_below(
 ) -> tuple: # Paths of images, and of other files
     "Find the images in a folder and below it; a folder that cannot be read is told."
     told = lambda error: print(f'{error.filename} cannot be read: {error.strerror}', file=sys.stderr)
-    files = [path for path in walk_files(folder, told) if path.is_file()]
-    found = [path for path in files if image_format(path) in image_formats()]
+    files = walk_files(folder, told)
+    found = [path for path in files if image_format(path) in image_formats() and not _no_file(path)]
     return found, sorted(set(files).difference(found))
 
 def _found_below(folder):

@@ -50,8 +50,10 @@ _READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'pictures': _
 
 # %% ../nbs/18_scale.ipynb #0da18009
 def _listed(fs, root):
-    "All files at a place, with their sizes; on disks of this machine linked folders are followed."
-    if isinstance(fs, LocalFileSystem) and Path(root).is_dir(): return {path.as_posix(): path.stat().st_size for path in walk_files(root)}
+    """All files at a place, with their sizes; on disks of this machine linked folders are followed, and what is no
+    regular file has None: a pipe would be waited for."""
+    if isinstance(fs, LocalFileSystem) and Path(root).is_dir():
+        return {path.as_posix(): path.stat().st_size if path.is_file() else None for path in walk_files(root)}
     return {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
 
 class Source:
@@ -63,7 +65,8 @@ class Source:
         try: self.fs, self.root = url_to_fs(str(place))
         except (ValueError, ImportError) as e: raise ValueError(f"{place}: {e}") from None
         found = {}
-        for path,size in _listed(self.fs, self.root).items(): found.setdefault(_kind(path), {})[path] = size
+        for path,size in _listed(self.fs, self.root).items():
+            found.setdefault(None if size is None else _kind(path), {})[path] = size
         passed = passed_over(found.pop(None, {}))
         if not found: raise FileNotFoundError(f"there are no pictures, .tar or .parquet files at {str(place)!r}" + (f'; passed over: {passed}' if passed else ''))
         if passed: print(f'{place}: passed over {passed}', file=sys.stderr)

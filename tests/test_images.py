@@ -1,10 +1,12 @@
 "Image files as they come: with damage, of odd kinds, many and large."
-import random, subprocess, sys, warnings
+import os, random, subprocess, sys, warnings
 from collections import Counter
+from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
 from capnb.images import DecodingPool, find_images, image_formats, open_image
+from capnb.scale import Source
 
 def outcome(file):
     "What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused' by name."
@@ -109,6 +111,17 @@ def test_what_is_passed_over_is_told_by_suffix(phone, capsys):
     assert [p.name for p in find_images([phone])] == ['a.png', 'b.PNG']
     wanted = f"{phone}: passed over 3 .heic, 1 .txt, 1 .jxl (pillow-heif and pillow-jxl-plugin would open some: pip install 'capnb[formats]')\n"
     assert capsys.readouterr().err == wanted
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
+def test_what_is_no_file_is_passed_over_and_told(phone, capsys):
+    "A pipe would be waited for without end, a link to nothing end the job."
+    os.mkfifo(phone/'pipe.png')
+    (phone/'gone.png').symlink_to('nowhere.png')
+    assert [p.name for p in find_images([phone])] == ['a.png', 'b.PNG']
+    assert '1 linked to nothing' in (said := capsys.readouterr().err) and '1 not a regular file' in said
+    source = Source(str(phone))
+    assert source.kind == 'pictures' and [Path(p).name for p in source.files] == ['a.png', 'b.PNG'] and all(source.files.values())
+    assert '1 linked to nothing' in (said := capsys.readouterr().err) and '1 not a regular file' in said
 
 def test_packages_are_named_where_they_are_missing(phone):
     for name, format, package in (('IMG_0.HEIC', 'HEIF', 'pillow-heif'), ('x.jxl', 'JXL', 'pillow-jxl-plugin')):
