@@ -415,22 +415,14 @@ _ENVIRONMENT = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', # one image a
                     PILLOW_BLOCKS_MAX='4', MALLOC_MMAP_THRESHOLD_=str(2**26), MALLOC_TRIM_THRESHOLD_=str(2**27)) # memory is used again
 _KEPT = 2**24 # bytes for pixels that are kept for the next image
 
-def _widen(pipe):
-    "Let a pipe hold a whole image, where the system can: fewer turns between writing and reading."
-    try:
-        import fcntl
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)
-    except (ImportError, AttributeError, OSError): pass # it works as it is, too
-
 class _Decoder:
     "A child process that decodes one image at a time."
     def __init__(self, memory, seconds):
         root = str(Path(capnb.__file__).resolve().parent.parent)
         arguments = json.dumps([root, [p for p in sys.path if p], memory, seconds])
         self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
-        self.process = subprocess.Popen([sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments], pipesize=2**20, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | _ENVIRONMENT, creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
-        for pipe in (self.process.stdin, self.process.stdout): _widen(pipe)
         try: self.limited = _receive(self.process.stdout, 0)[0]['limited']
         except (EOFError, ValueError, KeyError):
             self.process.kill()
