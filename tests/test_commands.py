@@ -7,8 +7,8 @@ import pytest, torch
 from PIL import Image
 from capnb.decoder import use_int8
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from capnb.commands import train
-from capnb.core import PRESETS, Hyperparameters
+from capnb.run.commands import train
+from capnb.settings import PRESETS, Hyperparameters
 from capnb.images import open_image
 from capnb.storybook import Storybook
 
@@ -226,7 +226,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
     assert said == [f'one.png: {caption(first)}\n', f'one.png: {caption(second)}\n']
     taken = []
     def take(checkpoint, *args, **kwargs): taken.append(Path(checkpoint).name); raise ValueError('that is enough')
-    for name in ('capnb.judging.load_model_from_checkpoint', 'capnb.sharing.share', 'capnb.serving.serve', 'capnb.scale.read_metadata'): monkeypatch.setattr(name, take)
+    for name in ('capnb.insight.report.load_model_from_checkpoint', 'capnb.run.sharing.share', 'capnb.run.serving.serve', 'capnb.run.scale.read_metadata'): monkeypatch.setattr(name, take)
     commands = (['capnb_eval'], ['capnb_share', 'shared'], ['capnb_serve'], ['capnb_scale', 'one.png', 'out'], ['capnb_scale', 'one.png', 'out', '--encode'])
     for words in commands:
         for more in (['--best'], []): assert call(*words, *more, cwd=overtrained).stderr.endswith('that is enough\n')
@@ -451,8 +451,8 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
     "Before pictures are read, models loaded or processes started."
     def stop(*args, **kwargs): raise AssertionError('too late')
     with pytest.MonkeyPatch.context() as m:
-        for name in ('capnb.commands.prepare', 'capnb.captioner.load_model_from_checkpoint', 'capnb.judging.load_for', 'capnb.sources.check_data', 'capnb.speed.bench', 'capnb.scale.run_job',
-                     'capnb.pretraining.pretrain', 'capnb.sharing.share', 'capnb.judging._captioned', 'capnb.planning.result_row'): m.setattr(name, stop)
+        for name in ('capnb.run.commands.prepare', 'capnb.captioner.load_model_from_checkpoint', 'capnb.insight.report.load_for', 'capnb.run.sources.load.check_data', 'capnb.fast.bench.bench', 'capnb.run.scale.run_job',
+                     'capnb.insight.pretraining.pretrain', 'capnb.run.sharing.share', 'capnb.insight.report._captioned', 'capnb.run.estimate.result_row'): m.setattr(name, stop)
         done = call(*command, 'one.txt/below.json', cwd=trained[0])
     assert done.returncode == 1 and not done.stdout and re.fullmatch(r"\w+: \[Errno \d+\] Not a directory: 'one.txt/below.json'\n", done.stderr), done.stderr
 
@@ -489,7 +489,7 @@ def into_file(words, cwd, environment, encoding):
     return done.returncode, (cwd/'out.txt').read_bytes().decode(encoding), done.stderr.decode(encoding, 'replace')
 
 LIBRARY = """
-from capnb.commands import train
+from capnb.run.commands import train
 from capnb.storybook import Storybook
 rows = [dict(image=Storybook()[i]['image'], caption='\\u4e00\\u53ea\\u732b \\U0001f408') for i in range(24)]
 result = train(training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows, output_dir='runs')
@@ -508,7 +508,7 @@ def test_command_writes_to_a_narrow_file(environment, album, tmp_path):
     "What is a caption or a file name is not lost either: it is escaped."
     shutil.copytree(album/'saved_models', tmp_path/'saved_models')
     shutil.copy(album/'one.png', tmp_path/'\u732b.png')
-    code, out, err = into_file(['-c', 'from capnb.commands import caption_command; caption_command()', '\u732b.png'], tmp_path, environment, 'cp1252')
+    code, out, err = into_file(['-c', 'from capnb.run.commands import caption_command; caption_command()', '\u732b.png'], tmp_path, environment, 'cp1252')
     assert code == 0 and re.fullmatch(r'(\\u\w{4})+\.png: .+\r?\n', out), (out, err[-3000:])
 
 def test_library_prints_in_one_place():

@@ -6,7 +6,7 @@ from datasets import Dataset, Features, Image as ImageColumn, List, Value
 from PIL import Image
 from hub import Hub
 from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.sources import load_data
+from capnb.run.sources.load import load_data
 from capnb.storybook import Storybook
 
 BOOK = Storybook()
@@ -61,7 +61,7 @@ def whole(files):
     return rows
 
 LOAD = '''import hashlib, json, sys
-from capnb.sources import load_data
+from capnb.run.sources.load import load_data
 for job in json.loads(sys.argv[1]):
     sys.stdin.readline() # until the next one is wanted
     try: found = {split: [[row['image_id'], row['captions'], hashlib.md5(row['image'].tobytes()).hexdigest()] for row in rows] for split,rows in load_data(**job).items()}
@@ -196,7 +196,7 @@ def test_hub_fault_is_one_line_of_the_command(hub, run, tmp_path, fault, word):
     assert done.stderr.startswith('train: data set nlphuji/flickr30k: ') and word in done.stderr
 
 FULL = '''import errno
-import capnb.sources as data
+import capnb.run.sources.load as data
 def full(*args, **more): raise OSError(errno.ENOSPC, 'No space left on device')
 {where} = full
 data.load_data('flickr30k', limit={limit})'''

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from capnb.another_decoder import agrees, compare_families, compare_family, default_config, tiny_config
-from capnb.core import model_path
+from capnb.insight.decoder_families import agrees, compare_families, compare_family, default_config, tiny_config
+from capnb.settings import model_path
 from capnb.decoder import caption_loss, caption_nats, head_is_plain, load_decoder, tokenize_captions
 
 ROOT = Path(__file__).resolve().parent.parent

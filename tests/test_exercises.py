@@ -66,12 +66,12 @@ def indented(code): return '\n'.join('    ' + line for line in code.splitlines()
 
 QUIET = r'print|test_\w+|(plt|fig|ax|axs|left|middle|right)\..*' # calls after which nothing is different
 FILES = { # statements, by their beginning, that write the files which a check reads: no name leads from one to the other
-    '11_commands': ('result = train(quick)', "print(shell('caption', 'page0.png'"),
-    '18_scale': ("print(caption_pictures(str(pages), str(here / 'captions'), trained.checkpoint, **small))", "(here / 'packed').mkdir()", 'for shard in range(2):', 'pq.write_table(pa.table(dict(image='),
+    '35_commands': ('result = train(quick)', "print(shell('caption', 'page0.png'"),
+    '38_scale': ("print(caption_pictures(str(pages), str(here / 'captions'), trained.checkpoint, **small))", "(here / 'packed').mkdir()", 'for shard in range(2):', 'pq.write_table(pa.table(dict(image='),
 }
 SHORTER = { # the length of a training that the answers do not depend on, and what it is here
-    '08_evaluation': ('limit=4000', 'limit=1500'),
-    '09_inference': ('training_size_limit=3000', 'max_steps=150, training_size_limit=1500'),
+    '07_evaluation': ('limit=4000', 'limit=1500'),
+    '08_inference': ('training_size_limit=3000', 'max_steps=150, training_size_limit=1500'),
 }
 
 def looked_up(table):
@@ -139,11 +139,11 @@ def processes(environment):
     with pytest.MonkeyPatch.context() as patched:
         for k,v in environment(MPLBACKEND='Agg').items(): patched.setenv(k, v)
         context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['fastcore.test', 'matplotlib.pyplot', 'datasets', 'nbdev', 'capnb.evaluation', 'capnb.commands'])
+        context.set_forkserver_preload(['fastcore.test', 'matplotlib.pyplot', 'datasets', 'nbdev', 'capnb.evaluation', 'capnb.run.commands'])
         yield context
         multiprocessing.forkserver._forkserver._stop()
 
-SLOW = ('18_scale', '19_sweeps') # start other processes, which import everything again
+SLOW = ('38_scale', '36_sweeps') # start other processes, which import everything again
 
 @pytest.mark.parametrize('path', [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in CHAPTERS])
 def test_answers_pass(path, processes, tmp_path):

@@ -6,15 +6,15 @@ from PIL import Image
 from damage import saved
 from capnb import encoder as enc
 from capnb.captioner import build_captioner
-from capnb.core import Hyperparameters, as_hyperparameters
+from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import CaptionData
-from capnb.sources import load_data
+from capnb.run.sources.load import load_data
 from capnb.images import open_image
 from capnb.encoder import FeatureCache, encode_data, features_folder, load_encoder
 
 PASS = """
 import sys, capnb.encoder as enc
-from capnb.sources import load_data
+from capnb.run.sources.load import load_data
 enc.SHARD_ROWS = 32
 enc.encode_data(enc.load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
 """

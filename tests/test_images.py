@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
 from capnb.images import DecodingPool, find_images, image_formats, open_image
-from capnb.scale import Source
+from capnb.run.scale import Source
 
 def outcome(file):
     "What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused' by name."
@@ -166,7 +166,7 @@ print(len(sizes), *sizes[0], peak/1e6)
 
 def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     import pyarrow as pa
-    from capnb.scale import ROW, _open_rows
+    from capnb.run.scale import ROW, _open_rows
     files = [(holiday/'5.jpg').read_bytes(), (holiday/'6.jpg').read_bytes()[:300], (holiday/'7.jpg').read_bytes(), None]
     rows = pa.table([['odd', 'half', 'good', 'gone'], files, [None, None, None, 'gone is empty']], schema=ROW)
     with DecodingPool(1) as pool: images, errors = _open_rows(rows, pool, 64)
@@ -174,7 +174,7 @@ def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     assert errors[1].startswith('half is not a readable picture: ') and errors == [None, errors[1], None, 'gone is empty']
 
 def test_scale_follows_links_and_tells_what_it_passes_over(linked, phone, capsys):
-    from capnb.scale import Source
+    from capnb.run.scale import Source
     source = Source(str(linked))
     assert sorted(source.files) == [f'{linked.as_posix()}/a/0.png', f'{linked.as_posix()}/b/1.png']
     assert [row['id'][0].as_py() for file in sorted(source.files) for row in source.read(file)] == ['a/0.png', 'b/1.png']

@@ -4,12 +4,12 @@ from contextlib import redirect_stdout
 import numpy as np, pytest, torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
-from capnb.commands import train
-from capnb.core import model_path
+from capnb.run.commands import train
+from capnb.settings import model_path
 from capnb.data import CaptionData
-from capnb.sources import load_data
+from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
-from capnb.judging import ClipScorer, clip_parts, eval_command, judge, picture_slices, read_predictions, report_page, slices, worst_first
+from capnb.insight.report import ClipScorer, clip_parts, eval_command, judge, picture_slices, read_predictions, report_page, slices, worst_first
 from capnb.evaluation import score_parts
 from capnb.storybook import Storybook
 
@@ -123,7 +123,7 @@ def test_a_row_per_picture(written):
     for name,value in (('rouge_l', scores['rouge_l']), ('clipscore', scores['clip']['clipscore'][0])): assert np.mean([float(r[name]) for r in rows]) == pytest.approx(value, abs=1e-4)
 
 def test_facts_of_a_picture_that_has_none():
-    from capnb.judging import each_score
+    from capnb.insight.report import each_score
     facts = Storybook('test')[3]['facts']
     assert len(facts['things']) == 1
     data = EncodedData(None, [dict(image_id='a', captions=['A cat.', 'A dog.'], facts=facts)]*2)

@@ -180,7 +180,7 @@ def small(path, to):
     to.write_text(text, encoding='utf-8')
 
 def test_widgets(browser, lab, tmp_path):
-    small(ROOT/'nbs'/'23_widgets.ipynb', lab.folder/'small.ipynb')
+    small(ROOT/'nbs'/'17b_widgets.ipynb', lab.folder/'small.ipynb')
     with opened(browser, lab, 'small.ipynb') as tab:
         run_all(tab, 120)
         use_captions(tab, widget_of(tab, 'CaptionWidget'))
@@ -194,7 +194,7 @@ def test_chapter(browser, lab, path):
     with opened(browser, lab, path.name) as tab:
         run_all(tab, 1800)
         picture(tab, path.stem)
-        if path.stem != '23_widgets': return
+        if path.stem != '17b_widgets': return
         use_captions(tab, widget_of(tab, 'CaptionWidget'))
         use_errors(tab, widget_of(tab, 'ErrorBrowser'))
         picture(widget_of(tab, 'LiveTraining'), 'training')

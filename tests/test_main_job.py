@@ -4,8 +4,8 @@ import pytest, torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
 from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.core import model_path
-from capnb.pretraining import linear_probe, perplexity, retell_f1, retrieval
+from capnb.settings import model_path
+from capnb.insight.pretraining import linear_probe, perplexity, retell_f1, retrieval
 
 @pytest.fixture(scope='module')
 def main_job(run, tmp_path_factory):

@@ -2,7 +2,7 @@
 import pytest, torch
 from accelerate import Accelerator
 from capnb.captioner import build_captioner
-from capnb.core import as_hyperparameters
+from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
 from capnb.encoder import encode_data, in_slices, memory_ran_out
 from capnb.storybook import Storybook

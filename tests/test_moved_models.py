@@ -3,7 +3,7 @@ import json, shutil
 import pytest
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint, read_metadata
-from capnb.core import model_path
+from capnb.settings import model_path
 from capnb.training import read_state
 
 SETTINGS = ['--encoder_name', 'models/clip', '--tokenizer_name', 'models/qwen', '--max_steps', 1, '--training_size_limit', 4, '--batch_size', 2, '--evaluation_enabled', 'False']

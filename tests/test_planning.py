@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
-from capnb.commands import train, train_command
-from capnb.core import PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype, default_mixed_precision
-from capnb.planning import FIELDS, KNOWN_MODELS, Plan, blank_captioner, count, count_phases, download_of, planned_config, plan_text, results_command, results_table, run_seconds
+from capnb.run.commands import train, train_command
+from capnb.settings import PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype, default_mixed_precision
+from capnb.run.estimate import FIELDS, KNOWN_MODELS, Plan, blank_captioner, count, count_phases, download_of, planned_config, plan_text, results_command, results_table, run_seconds
 from capnb.storybook import Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +144,7 @@ def test_dry_run_at_real_size(run, tmp_path):
 @slow
 def test_real_sizes_in_the_chapter():
     "The cells flagged slow: memory of a real-size step, and a step, an evaluation, a checkpoint and a caption with ViT-B/32 and Qwen3-0.6B. Wants npm, for the tokenizer."
-    done = subprocess.run(['nbdev_test', '--flags', 'slow', '--path', 'nbs/13_planning.ipynb'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(['nbdev_test', '--flags', 'slow', '--path', 'nbs/34_planning.ipynb'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 # --- The table of results
@@ -196,7 +196,7 @@ def test_form_of_the_committed_table():
 
 def test_one_switch():
     "As committed it runs the storybook, and what wants a GPU does nothing then."
-    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/20_flickr30k_on_a_gpu.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/09_flickr30k_on_a_gpu.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
     assert cells[0].startswith('storybook = True')
     for_gpu = [c for c in cells if c.startswith('#| cuda')]
     assert len(for_gpu) >= 4 and all(c.splitlines()[1].startswith('if not storybook:') for c in for_gpu)

@@ -5,7 +5,7 @@ from capnb.storybook import Storybook
 from capnb.training import find_state, read_state
 
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['capnb.commands', 'capnb.evaluation', 'capnb.training', 'transformers.models.clip.modeling_clip', 'transformers.models.qwen3.modeling_qwen3',
+SERVER.set_forkserver_preload(['capnb.run.commands', 'capnb.evaluation', 'capnb.training', 'transformers.models.clip.modeling_clip', 'transformers.models.qwen3.modeling_qwen3',
                                'matplotlib.figure', 'matplotlib.backends.backend_agg', 'torch._dynamo'])
 # 24 pictures in batches of 5, of which one process takes three and the other two. The learning rate is a low one: the first steps of Adam are of one size
 # whatever the gradient, and where it is almost zero a high rate would make much of its rounding.
@@ -23,7 +23,7 @@ def place(cwd, rank, n, port):
 def command(cwd, rank, n, port, args, change):
     place(cwd, rank, n, port)
     if change: change(rank)
-    from capnb.commands import train_command
+    from capnb.run.commands import train_command
     train_command(args)
 
 def begin(cwd, n, settings, *more, change=None):
@@ -166,7 +166,7 @@ def test_stopped_by_a_signal_to_one(small, tmp_path, one):
 def launch(how, settings, cwd, env):
     "Start `capnb_train` in two processes with `accelerate launch`."
     script = cwd/'capnb_train'
-    script.write_text("import sys\nfrom capnb.commands import train_command\nif __name__ == '__main__': sys.exit(train_command())\n")
+    script.write_text("import sys\nfrom capnb.run.commands import train_command\nif __name__ == '__main__': sys.exit(train_command())\n")
     launcher = [sys.executable, '-m', 'accelerate.commands.launch', how, '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', script]
     words = [str(word) for k,v in settings.items() for word in (f'--{k}', v)]
     return subprocess.run([*launcher, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)

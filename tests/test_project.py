@@ -25,7 +25,7 @@ def exported_as(path):
     return found[0] if found else None
 
 def number(path):
-    "The place of a chapter among the others, such as (1, 'b') for 01b_images; None where it has no number."
+    "The place of a chapter among the others, such as (1, 'b') for 30b_images; None where it has no number."
     return (int(m[1]), m[2]) if (m := re.match(r'(\d+)([a-z]?)_', path.stem)) else None
 
 def python(code):

@@ -3,7 +3,7 @@ import json, multiprocessing, os, random, re, resource, shlex, signal, subproces
 from pathlib import Path
 import pytest, torch
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint
-from capnb.commands import train, train_command
+from capnb.run.commands import train, train_command
 from capnb.storybook import Storybook
 from capnb.training import find_state, read_state
 
@@ -14,7 +14,7 @@ SMALL = dict(batch_size=4, num_epochs=3, checkpoint_steps=2, keep_checkpoints=2,
 # --- Processes that import only once: a server that has imported all, and is copied for each run
 
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['capnb.commands', 'capnb.evaluation', 'capnb.training', 'transformers.models.clip.modeling_clip', 'transformers.models.qwen3.modeling_qwen3',
+SERVER.set_forkserver_preload(['capnb.run.commands', 'capnb.evaluation', 'capnb.training', 'transformers.models.clip.modeling_clip', 'transformers.models.qwen3.modeling_qwen3',
                                'matplotlib.figure', 'matplotlib.backends.backend_agg', 'torch._dynamo'])
 
 def flags(settings): return [str(word) for k,v in settings.items() for word in (f'--{k}', v)]

@@ -4,10 +4,10 @@ from collections import Counter
 import psutil, pytest
 import pyarrow.parquet as pq
 from capnb.captioner import load_model_from_checkpoint
-from capnb.commands import train
+from capnb.run.commands import train
 from capnb.images import find_images
 from capnb.inference import caption_files
-from capnb.scale import scale_command
+from capnb.run.scale import scale_command
 from capnb.storybook import Storybook
 
 N, SHARD = 200, 10
@@ -164,7 +164,7 @@ def test_picture_that_kills_each_worker_ends_the_job(start, made, tmp_path, monk
     here, _ = made
     code = f"""
 import os, sys
-from capnb.scale import *
+from capnb.run.scale import *
 class Deadly(CaptionWorker):
     def __call__(self, rows): return os._exit(1) if '100.png' in rows['id'].to_pylist() else super().__call__(rows)
 try: run_job(Source('pages'), {str(tmp_path/'out')!r}, Deadly, ({str(next((here/'saved_models').glob('*.pth')))!r}, {{}}), dict(work='deadly'), batch_size={SHARD}, shard_size={SHARD})

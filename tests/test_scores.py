@@ -2,12 +2,12 @@
 import csv, json, random, string
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
-from capnb.core import write_json
+from capnb.settings import write_json
 from capnb.data import CaptionData, one_line, words
 from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import BY_CHARACTER, _coco_words, coco_tools, rouge_l, score, score_table, text_statistics
-from capnb.judging import picture_slices, read_predictions
+from capnb.insight.report import picture_slices, read_predictions
 from capnb.storybook import Storybook
 
 BREAKS = '\n\r\v\f\x00\x1c\x1d\x1e\x1f\x85\u2028\u2029\t\xa0'

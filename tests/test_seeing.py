@@ -4,7 +4,7 @@ from PIL import Image
 from transformers import (CLIPImageProcessor, Dinov2Config, Dinov2Model, Siglip2ImageProcessor, Siglip2VisionConfig, Siglip2VisionModel,
                           SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel)
 from capnb.captioner import Captioner, build_captioner, new_adapter
-from capnb.core import as_hyperparameters
+from capnb.settings import as_hyperparameters
 from capnb.encoder import ImageEncoder
 from capnb.inference import _covered, _words, explain
 from capnb.storybook import Storybook

@@ -12,9 +12,9 @@ from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
-from capnb.commands import train
+from capnb.run.commands import train
 from capnb.images import open_image
-from capnb.serving import PAGE, Worker, answer_batch, client_of, gather, load_report, memory, send_load, serve_command, why
+from capnb.run.serving import PAGE, Worker, answer_batch, client_of, gather, load_report, memory, send_load, serve_command, why
 from capnb.storybook import Storybook
 
 PAGES = 48
@@ -973,7 +973,7 @@ def test_stop_before_it_is_ready(start, made):
 THREADED = """
 import functools, litserve
 litserve.LitServer.run = functools.partialmethod(litserve.LitServer.run, api_server_worker_type='thread')
-from capnb.serving import serve_command
+from capnb.run.serving import serve_command
 if __name__ == '__main__': serve_command()
 """
 

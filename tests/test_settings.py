@@ -5,9 +5,9 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from filelock import FileLock, Timeout
-from capnb.core import PRESETS, Hyperparameters, as_hyperparameters, check_writable, free_lock, shell_line
+from capnb.settings import PRESETS, Hyperparameters, as_hyperparameters, check_writable, free_lock, shell_line
 from capnb.encoder import encode_data, load_encoder
-from capnb.sources import load_data
+from capnb.run.sources.load import load_data
 from capnb.training import claim
 
 H = Hyperparameters()

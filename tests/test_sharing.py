@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.commands import train
-from capnb.core import model_path
-from capnb.sharing import CapnbForImageCaptioning, CapnbProcessor, share
+from capnb.run.commands import train
+from capnb.settings import model_path
+from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, share
 from capnb.storybook import Storybook
 from hub import Hub
 
@@ -34,7 +34,7 @@ def trained(run, hub, tmp_path_factory):
 
 def captioned(where, env, folder, code='model.captioner.caption(Image.open("page.png"))'):
     "What a fresh process says that loads a shared captioner from `where`."
-    script = f'from PIL import Image\nfrom capnb.sharing import CapnbForImageCaptioning\nmodel = CapnbForImageCaptioning.from_pretrained({where!r})\nprint({code})'
+    script = f'from PIL import Image\nfrom capnb.run.sharing import CapnbForImageCaptioning\nmodel = CapnbForImageCaptioning.from_pretrained({where!r})\nprint({code})'
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=folder, env={**os.environ, **env})
     return done.stdout.strip(), done.stderr
 

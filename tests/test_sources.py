@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List, Value
 from PIL import Image
-from capnb.core import read_text
+from capnb.settings import read_text
 from capnb.data import CaptionData
-from capnb.sources import ScannedImage, check_data, find_warnings, load_data
+from capnb.run.sources.load import ScannedImage, check_data, find_warnings, load_data
 
 NAMES = [f'{1000+n}_a{n}.png' for n in range(20)]
 
@@ -508,7 +508,7 @@ def test_formats_and_paths_of_datasets(kind, tmp_path):
 
 @pytest.mark.parametrize('said,kind', [({'en': 'a dog runs'}, 'dictionary'), ({'a dog runs'}, 'set'), (frozenset(['a dog']), 'set'), ([{'raw': 'a dog'}], 'dictionary')])
 def test_a_dictionary_is_no_caption(said, kind):
-    from capnb.tables import caption_texts
+    from capnb.run.sources.tables import caption_texts
     with pytest.raises(ValueError, match=f'a {kind} is not a caption: '): caption_texts(said)
     rows = [dict(image=Image.new('RGB', (64,64)), caption=said) for _ in range(12)]
     for options in ({}, dict(caption_column='caption')):

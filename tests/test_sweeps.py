@@ -2,12 +2,12 @@
 import contextlib, io, json, re, shlex, signal, sys, time
 import pytest
 from PIL import Image
-from capnb import sweeps
+from capnb.run import sweeps
 from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.commands import train_command
-from capnb.core import as_hyperparameters
+from capnb.run.commands import train_command
+from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-from capnb.sweeps import Lab, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
+from capnb.run.sweeps import Lab, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
 
 SMALL = dict(num_epochs=1, adapter_width=32, prefix_length=2, max_caption_length=12, batch_size=8)
 GRID = ['learning_rate=1e-3,1e-2', 'batch_size=4,8']

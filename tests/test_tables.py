@@ -6,11 +6,11 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 from capnb.captioner import read_metadata
-from capnb.core import Hyperparameters, as_hyperparameters, read_text
+from capnb.settings import Hyperparameters, as_hyperparameters, read_text
 from capnb.data import read_folder
-from capnb.judging import read_predictions
-from capnb.sources import check_data, load_data
-import capnb.core as core
+from capnb.insight.report import read_predictions
+from capnb.run.sources.load import check_data, load_data
+import capnb.settings as core
 
 NAMES = [f'{n:03}.png' for n in range(12)]
 SAID = [f'a {color} dog runs past a house' for color in 'red blue green black white pink brown grey tan gold teal plum'.split()]

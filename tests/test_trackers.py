@@ -3,9 +3,10 @@ import json, sqlite3, struct, subprocess, sys
 from pathlib import Path
 import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
-from capnb import commands, training
+from capnb import training
+from capnb.run import commands
 from capnb.captioner import read_metadata
-from capnb.commands import train, train_command
+from capnb.run.commands import train, train_command
 from capnb.storybook import Storybook
 from capnb.training import Callback
 
@@ -135,7 +136,7 @@ def test_wandb_goes_on_under_its_id(album, place):
 
 LOSE_SERVICE = """
 import psutil, sys
-from capnb.commands import train
+from capnb.run.commands import train
 from capnb.training import Callback
 class Lose(Callback):
     def on_step_end(self, run):
