@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['begin_ids', 'FrozenLinear', 'use_onednn', 'decoder_config', 'check_decoder', 'load_tokenizer', 'load_decoder',
            'text_ids', 'tokenize_captions', 'caption_lengths', 'count_cut', 'cut_text', 'head_is_plain',
-           'takes_positions', 'caption_nats', 'caption_loss', 'greedy_ids', 'check_options', 'score_ids',
-           'generate_ids', 'captions_of', 'generate_captions', 'split_scores', 'use_int8', 'embedding_size']
+           'takes_positions', 'token_nll', 'caption_loss', 'greedy_ids', 'check_options', 'score_ids', 'generate_ids',
+           'captions_of', 'generate_captions', 'split_scores', 'use_int8', 'embedding_size']
 
 # %% ../nbs/04_qwen_decoder.ipynb #b095524c
 import difflib, inspect, re, torch, warnings
@@ -364,7 +364,7 @@ def takes_positions(
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and _reads_rows(decoder)
 
-def caption_nats(
+def token_nll(
     decoder, # Causal language model
     prefix, # (batch, prefix, width): what stands before a caption
     input_ids, # (batch*k, n), from `tokenize_captions`: `k` captions of each picture in turn
@@ -379,8 +379,8 @@ def caption_nats(
     return nats.new_zeros(input_ids.shape).index_put((caption,t), nats)
 
 def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
-    "Mean nats per caption token, end-of-text included; the arguments are those of `caption_nats`."
-    return caption_nats(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
+    "Mean nats per caption token, end-of-text included; the arguments are those of `token_nll`."
+    return token_nll(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a000006
 class _RowsLayer(DynamicLayer):
@@ -540,7 +540,7 @@ def score_ids(
         part = rows[at*k:(at+batch_size)*k]
         ids = pad_sequence(part, True, 0).to(prefix.device)
         mask = pad_sequence([torch.ones_like(row) for row in part], True, 0).to(prefix.device)
-        nats = caption_nats(decoder, prefix[at:at+batch_size], ids, mask)      # (images*k, longest)
+        nats = token_nll(decoder, prefix[at:at+batch_size], ids, mask)      # (images*k, longest)
         scores += (-nats.sum(1)/mask.sum(1)**length_penalty).tolist()
     return scores
 

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 from .settings import Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model, read_zipped, say, split_zip
-from .data import _picture
+from .data import _image
 from .images import MOST_FILE, ImageFile, image_opener
 
 # %% ../nbs/02_clip_encoder.ipynb #5597efde
@@ -358,7 +358,7 @@ def _ahead(do, n, threads):
 def _looked_at(encoder, data, i, cache, opener):
     "Row `i` without its image, the image's digest, and, where the cache has it not, what the encoder is to see."
     image, row, where = data._parts(i)
-    image = _picture(image, where)
+    image = _image(image, where)
     content, known = _file_bytes(image), lambda digest: cache.find([digest])[0] >= 0
     digest = content and _digest(content)
     if digest and known(digest): return row, digest, None # needs no decoding
@@ -389,8 +389,8 @@ class EncodedData:
     def __init__(self,
         features, # A tensor or `Features`, (pictures, width) or (pictures, patches, width)
         rows:list, # One dictionary per picture
-        left_out:int=0, # Rows of the data set that could not be read
-    ): self.features, self.rows, self.left_out = features, rows, left_out
+        num_skipped:int=0, # Rows of the data set that could not be read
+    ): self.features, self.rows, self.num_skipped = features, rows, num_skipped
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(self.rows[i], features=self.features[i])
@@ -424,4 +424,4 @@ def encode_data(
                 bar.update(len(some))
         cache.flush(); cache.index()
         features = Features(cache.shards, cache.find(digests))
-        return EncodedData(features[:] if folder is None else features, rows, data.left_out)
+        return EncodedData(features[:] if folder is None else features, rows, data.num_skipped)

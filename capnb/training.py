@@ -7,8 +7,9 @@ __all__ = ['MAY_CHANGE', 'EpochBatches', 'epoch_batches', 'make_optimizer', 'val
            'in_processes', 'sharding_asked', 'backward', 'read_ahead', 'train_epoch', 'save_curve', 'report_epoch',
            'state_path', 'training_state', 'save_state', 'find_state', 'read_state', 'load_state',
            'resumed_hyperparameters', 'Interrupted', 'ask_to_stop', 'SaveState', 'best_epoch', 'report_best',
-           'KeepCheckpoints', 'EarlyStopping', 'claim', 'join_processes', 'of_first', 'first_speaks',
-           'first_goes_first', 'share_held', 'shard_decoder', 'tracker_names', 'close_epoch', 'fit']
+           'KeepCheckpoints', 'EarlyStopping', 'acquire_run_lock', 'join_processes', 'broadcast_from_main',
+           'main_process_only', 'main_process_first', 'share_held', 'shard_decoder', 'tracker_names', 'close_epoch',
+           'fit']
 
 # %% ../nbs/06_training_loop.ipynb #11be8fe0
 import json, math, os, random, re, signal, threading, time
@@ -29,7 +30,7 @@ from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .captioner import (Captioner, _last_layers, check_weights, delete_checkpoint, find_models, frozen_fingerprint, load_trained, model_places, parameter_groups, read_tensors, save_checkpoint, save_metadata,
-                             save_tensors, thaw, weights_path)
+                             save_tensors, unfreeze, weights_path)
 from .settings import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
                         revision_of, say, shell_line)
 from .data import captions_for_epoch
@@ -53,10 +54,10 @@ def epoch_batches(
     batch_size:int, # Pictures; the last batch may be smaller
     epoch:int, # Counted from 0
     seed:int=0, # Fixes order and choice of captions
-    captions_per_picture:int=1, # All if a picture has fewer
+    captions_per_image:int=1, # All if a picture has fewer
 ) -> EpochBatches: # Gives pairs: features (batch, width), for each row a list of captions
     "Batches for one epoch, every picture once, in an order that follows from `seed` and `epoch`."
-    captions, rows = [captions_for_epoch(r['captions'], i, epoch, seed, captions_per_picture) for i,r in enumerate(data.rows)], list(range(len(data)))
+    captions, rows = [captions_for_epoch(r['captions'], i, epoch, seed, captions_per_image) for i,r in enumerate(data.rows)], list(range(len(data)))
     random.Random(f'{seed}/{epoch}').shuffle(rows)
     return EpochBatches(data, captions, [rows[at:at+batch_size] for at in range(0, len(rows), batch_size)])
 
@@ -66,7 +67,7 @@ def make_optimizer(
     h:Hyperparameters,
 ): # The optimizer; the scheduler, to be stepped once after each epoch
     "AdamW (Adam with weight decay) over what learns, and the schedule of its rate: constant, or decayed after every `learning_rate_decay_step` epochs."
-    groups = [dict(name=name, params=list(named.values()), lr=h.learning_rate*(h.decoder_rate if name=='decoder' else 1)) for name,named in parameter_groups(model, h).items()]
+    groups = [dict(name=name, params=list(named.values()), lr=h.learning_rate*(h.decoder_lr_scale if name=='decoder' else 1)) for name,named in parameter_groups(model, h).items()]
     optimizer = torch.optim.AdamW(groups, betas=(.9,.98))
     decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, h.learning_rate_decay_step, decay)
@@ -243,7 +244,7 @@ def train_epoch(
     max_steps:int=None, # Stop after so many steps of this epoch
 ) -> float: # Mean loss of the epoch, nats per token
     "Show every picture once, or those that are still to come, and correct what learns after each batch."
-    batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.h.captions_per_picture)
+    batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.h.captions_per_image)
     counts = token_counts(run.model.tokenizer, batches.captions, run.model.max_caption_length)
     run.whole, began = len(batches), time.perf_counter()-run.seconds
     run.steps = min(run.whole, max_steps or run.whole)
@@ -292,11 +293,11 @@ def _revisions(h): return {part: revision_of(name) for part,name in (('encoder',
 
 def _new_metadata(run, training_loss, seconds):
     "What is known after an epoch, before validation and scores."
-    left_out = run.data['train'].left_out
+    num_skipped = run.data['train'].num_skipped
     scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
     return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
                 hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
-                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(left_out=left_out) if left_out else {})), captions=run.captions, device=str(run.model.device), seconds=round(seconds,1),
+                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(num_skipped=num_skipped) if num_skipped else {})), captions=run.captions, device=str(run.model.device), seconds=round(seconds,1),
                 frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
 
 def report_epoch(run:Run):
@@ -574,7 +575,7 @@ def _new_stamp(folder):
         start += timedelta(seconds=1)
 
 @contextmanager
-def claim(
+def acquire_run_lock(
     folder, # For checkpoints; made if it is not there
     stamp:str=None, # Of the run to go on with; None for a new one
 ): # Context manager that gives the stamp
@@ -608,22 +609,22 @@ def join_processes(
     if state.num_processes==1: raise ValueError(f"several processes were started, but on {device.type!r} they cannot work together; start one")
     return state.device
 
-def of_first(
+def broadcast_from_main(
     value, # Plain data
 ): # The same for all
     "Give the value that the first of several processes has."
     return broadcast_object_list([value])[0] if in_processes() else value
 
 @contextmanager
-def first_speaks():
+def main_process_only():
     "Let one of several processes print and draw bars; errors come out of each."
     if not in_processes() or PartialState().is_main_process: yield; return
     with open(os.devnull, 'w', encoding='utf-8') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
 
 @contextmanager
-def first_goes_first():
+def main_process_first():
     "Let the first of several processes do something, and then the others, who find it done."
-    with PartialState().main_process_first() if in_processes() else nullcontext(), first_speaks(): yield
+    with PartialState().main_process_first() if in_processes() else nullcontext(), main_process_only(): yield
 
 # %% ../nbs/06_training_loop.ipynb #07b10055
 def share_held(model) -> float: # 1 for all
@@ -716,7 +717,7 @@ def close_epoch(run:Run, training_loss:float):
     if run.h.evaluation_enabled: run.metadata['validation_loss'], run.metadata['image_gain'] = validate(run.model, run.data['validation'])
     run.validation.append(run.metadata['validation_loss'])
     for c in run.callbacks: c.on_epoch_end(run)
-    run.stop = of_first(run.stop)
+    run.stop = broadcast_from_main(run.stop)
     if run.main: save_metadata(run.checkpoint, run.metadata); run.curve = save_curve(run)
     report_epoch(run)
     save_state(run)
@@ -732,12 +733,12 @@ def fit(
     "Train what is to learn; after each epoch save, validate, call the callbacks and report."
     _check_run(data, h)
     accelerator = _accelerator(model, h)
-    with first_speaks(), claim(h.output_dir, state and state['position']['stamp']) if accelerator.is_main_process else nullcontext() as stamp: # a folder that cannot be written should be known now
-        run = _new_run(model, data, h, of_first(stamp), callbacks, accelerator)
+    with main_process_only(), acquire_run_lock(h.output_dir, state and state['position']['stamp']) if accelerator.is_main_process else nullcontext() as stamp: # a folder that cannot be written should be known now
+        run = _new_run(model, data, h, broadcast_from_main(stamp), callbacks, accelerator)
         with _stoppable(run), _closing(run):
             _begin(run, state)
             while run.step or run.epoch < h.num_epochs and not run.stop and (h.max_steps is None or len(run.losses) < h.max_steps):
-                thaw(model, h, run.epoch+1)
+                unfreeze(model, h, run.epoch+1)
                 model.train()
                 with _whole_steps(run): training_loss = train_epoch(run, run.accelerator, run.optimizer, h.max_steps and h.max_steps-len(run.losses)+run.step)
                 close_epoch(run, training_loss)

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, XGLMTokenizer
 from capnb.captioner import build_captioner
 from capnb.settings import as_hyperparameters, model_path
-from capnb.decoder import caption_loss, caption_nats, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
+from capnb.decoder import caption_loss, token_nll, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 from capnb.inference import _words, explain
 from capnb.insight.report import ClipScorer
 from capnb.storybook import Storybook

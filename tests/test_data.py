@@ -298,7 +298,7 @@ def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg')"
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert sum(metadata['data'][split] for split in ('train','validation','test')) == 38
-    assert metadata['data']['left_out'] == 4
+    assert metadata['data']['num_skipped'] == 4
 
 def test_a_bad_picture_of_the_hub_is_named(hub, load):
     rows = flickr30k(0, 40)

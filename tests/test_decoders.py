@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from capnb.insight.decoder_families import agrees, compare_families, compare_family, default_config, tiny_config
 from capnb.settings import model_path
-from capnb.decoder import caption_loss, caption_nats, head_is_plain, load_decoder, tokenize_captions
+from capnb.decoder import caption_loss, token_nll, head_is_plain, load_decoder, tokenize_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()
@@ -101,5 +101,5 @@ def test_a_window_over_columns_of_a_row(tokenizer, tmp_path):
     decoder, tokenizer = saved(tmp_path, tokenizer, 'gpt_neo', window_size=32) # longer than what a decoder is tried with
     ids, mask = tokenize_captions(tokenizer, [f'A {word} cat in the snow and a dog in the meadow at night.' for word in ('red', 'blue', 'green')])
     prefix = decoder.get_input_embeddings()(torch.randint(590, (1, 3), generator=torch.Generator().manual_seed(1))).detach()
-    alone = torch.cat([caption_nats(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
-    torch.testing.assert_close(caption_nats(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([token_nll(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
+    torch.testing.assert_close(token_nll(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)

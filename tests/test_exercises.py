@@ -67,7 +67,7 @@ def indented(code): return '\n'.join('    ' + line for line in code.splitlines()
 QUIET = r'print|test_\w+|(plt|fig|ax|axs|left|middle|right)\..*' # calls after which nothing is different
 FILES = { # statements, by their beginning, that write the files which a check reads: no name leads from one to the other
     '35_commands': ('result = train(quick)', "print(shell('caption', 'page0.png'"),
-    '38_scale': ("print(caption_pictures(str(pages), str(here / 'captions'), trained.checkpoint, **small))", "(here / 'packed').mkdir()", 'for shard in range(2):', 'pq.write_table(pa.table(dict(image='),
+    '38_scale': ("print(caption_images(str(pages), str(here / 'captions'), trained.checkpoint, **small))", "(here / 'packed').mkdir()", 'for shard in range(2):', 'pq.write_table(pa.table(dict(image='),
 }
 SHORTER = { # the length of a training that the answers do not depend on, and what it is here
     '07_evaluation': ('limit=4000', 'limit=1500'),

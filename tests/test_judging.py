@@ -9,7 +9,7 @@ from capnb.settings import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
-from capnb.insight.report import ClipScorer, clip_parts, eval_command, judge, picture_slices, read_predictions, report_page, slices, worst_first
+from capnb.insight.report import ClipScorer, clip_parts, eval_command, judge, image_slices, read_predictions, report_page, slices, worst_first
 from capnb.evaluation import score_parts
 from capnb.storybook import Storybook
 
@@ -75,7 +75,7 @@ def test_clipscore_is_that_of_the_paper(kind, tmp_path):
     model = saved(tmp_path, model, None if kind == 'clip' else SiglipImageProcessorPil(size=dict(height=32, width=32)))
     data, scorer = CaptionData(Storybook('test', n=6)), ClipScorer(str(tmp_path), 'cpu')
     captions, references = [data[i]['captions'][0] for i in range(6)], [data[i]['captions'][1:] for i in range(6)]
-    parts = clip_parts(scorer, scorer.embed_pictures(data), captions, references)
+    parts = clip_parts(scorer, scorer.embed_images(data), captions, references)
     def embed(texts):
         ids = scorer.tokenizer([f'A photo depicts {t}' for t in texts], return_tensors='pt', **(dict(padding=True) if kind == 'clip' else dict(padding='max_length', max_length=24, truncation=True)))
         with torch.no_grad(): return model.get_text_features(input_ids=ids['input_ids'], **(dict(attention_mask=ids['attention_mask']) if kind == 'clip' else {})).pooler_output.numpy()
@@ -103,7 +103,7 @@ def test_clipscore_at_real_size(tmp_path):
     settings = json.loads(open(f"{model_path('storybook-clip')}/preprocessor_config.json").read())
     (tmp_path/'preprocessor_config.json').write_text(json.dumps(settings | dict(size=dict(shortest_edge=224), crop_size=dict(height=224, width=224))))
     data, scorer = CaptionData(Storybook('test', n=3)), ClipScorer(str(tmp_path), 'cpu')
-    images = scorer.embed_pictures(data)
+    images = scorer.embed_images(data)
     assert images.shape == scorer.embed_texts(data[0]['captions'][:3]).shape == (3, 512)
     assert 0 <= clip_parts(scorer, images, ['a cat']*3, [data[i]['captions'] for i in range(3)])['clipscore'].value <= 2.5
 
@@ -177,7 +177,7 @@ def test_slices_hold_what_they_say():
     assert {'kind','colour','size','place','number of things','caption length','word in the references'} == {kind for kind,_ in found}
     assert found['caption length', 'up to 2 words']['below'] and found['caption length', 'up to 2 words']['pairs'][0] == 0
     assert worst_first(parts)[0]%2 == 0 and worst_first(parts)[-1]%2 == 1
-    assert {len(p) for p in picture_slices(captions, [dict(captions=r['captions']) for r in data.rows], least=99)} == {1} # without facts and common words, only the length
+    assert {len(p) for p in image_slices(captions, [dict(captions=r['captions']) for r in data.rows], least=99)} == {1} # without facts and common words, only the length
 
 # --- The report
 

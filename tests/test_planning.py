@@ -7,7 +7,7 @@ import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
 from capnb.run.commands import train, train_command
 from capnb.settings import PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype, default_mixed_precision
-from capnb.run.estimate import FIELDS, KNOWN_MODELS, Plan, blank_captioner, count, count_phases, download_of, planned_config, plan_text, results_command, results_table, run_seconds
+from capnb.run.estimate import FIELDS, KNOWN_MODELS, Plan, random_init_captioner, count, count_phases, download_of, planned_config, plan_text, results_command, results_table, run_seconds
 from capnb.storybook import Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,11 +50,11 @@ def by_hand_qwen(width, layers, heads, mlp, tied, kv=8, head=128, words=151936):
 
 @pytest.mark.parametrize('name, expected', [('openai/clip-vit-base-patch32', by_hand_vit(768, 12, 32, 224, 3072, 512)), ('openai/clip-vit-large-patch14', by_hand_vit(1024, 24, 14, 224, 4096, 768))])
 def test_image_half_by_hand(name, expected):
-    assert count(blank_captioner(as_hyperparameters(preset='flickr30k', encoder_name=name)).encoder) == expected
+    assert count(random_init_captioner(as_hyperparameters(preset='flickr30k', encoder_name=name)).encoder) == expected
 
 @pytest.mark.parametrize('size, expected', [('0.6B', by_hand_qwen(1024, 28, 16, 3072, True)), ('1.7B', by_hand_qwen(2048, 28, 16, 6144, True)), ('4B', by_hand_qwen(2560, 36, 32, 9728, True)), ('8B', by_hand_qwen(4096, 36, 32, 12288, False))])
 def test_decoder_by_hand(size, expected):
-    assert count(blank_captioner(as_hyperparameters(preset='flickr30k', tokenizer_name=f'Qwen/Qwen3-{size}-Base')).decoder) == expected
+    assert count(random_init_captioner(as_hyperparameters(preset='flickr30k', tokenizer_name=f'Qwen/Qwen3-{size}-Base')).decoder) == expected
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_every_preset_can_be_planned_without_network(preset):
@@ -62,7 +62,7 @@ def test_every_preset_can_be_planned_without_network(preset):
     plan = Plan(h, Hardware('cuda', 'T4', 16, (7,5)))
     text = plan_text(plan)
     assert h.encoder_name in text and f'{plan.steps} steps of {h.batch_size} captions' in text and f"{plan.pictures['train']} train" in text
-    assert plan.parameters['adapter'] == count(blank_captioner(h).adapter)
+    assert plan.parameters['adapter'] == count(random_init_captioner(h).adapter)
     assert 15 > plan.memory_needed > plan.memory['weights'] > 0 and ('write' in plan.memory) == h.evaluation_enabled
     assert (plan.downloads[h.encoder_name][0] == 0) == (preset=='storybook')
 
@@ -181,7 +181,7 @@ def test_what_is_no_result_is_told_in_one_line(capsys, monkeypatch, tmp_path, ch
 def test_form_of_the_committed_table():
     rows = json.loads((ROOT/'nbs/results.json').read_text(encoding='utf-8'))
     assert (ROOT/'nbs/results.md').read_text(encoding='utf-8').strip() == results_table(rows)
-    texts, numbers = {'settings', 'encoder', 'decoder', 'data', 'split', 'device', 'date'}, {'training_pictures', 'first_loss', 'last_loss', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'seconds'}
+    texts, numbers = {'settings', 'encoder', 'decoder', 'data', 'split', 'device', 'date'}, {'training_images', 'first_loss', 'last_loss', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'seconds'}
     assert rows and {r['settings'] for r in rows} >= {'flickr30k', 'flickr30k-full'}
     for row in rows:
         assert tuple(row) == FIELDS

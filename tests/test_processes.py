@@ -74,7 +74,7 @@ def one(small, tmp_path_factory):
 
 @pytest.mark.parametrize('more', [dict(batch_size=23, unfreeze_layers=1, micro_batch_size=2), dict(lora_rank=2, features='patch')], ids=str)
 def test_what_is_shared_out(small, tmp_path, more):
-    "A last batch of one picture, and a layer that thaws in the second epoch; LoRA and patches."
+    "A last batch of one picture, and a layer that unfreezes in the second epoch; LoRA and patches."
     for n in (1,2): ended(begin(tmp_path/str(n), n, small | more))
     same(tmp_path/'2', tmp_path/'1')
 

@@ -149,7 +149,7 @@ def test_kill_between_any_two_writes(args, through, tmp_path, when):
 @pytest.mark.parametrize('more', [dict(unfreeze_layers=1), dict(lora_rank=2), dict(features='patch'), dict(micro_batch_size=3), dict(mixed_precision='bf16', evaluation_enabled=False)], ids=str)
 @pytest.mark.parametrize('number', [5, 12])
 def test_what_else_learns(args, tmp_path, more, number):
-    "In the first epoch and in the second, in which the last layer thaws."
+    "In the first epoch and in the second, in which the last layer unfreezes."
     args = [*args, *flags(more), '--num_epochs', '2']
     ended(begin(tmp_path/'through', *args))
     assert killed_at_write(tmp_path/'killed', args, (outcome(tmp_path/'through'/'saved_models'), 0), number, 'after')

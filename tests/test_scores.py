@@ -7,7 +7,7 @@ from capnb.data import CaptionData, one_line, words
 from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import BY_CHARACTER, _coco_words, coco_tools, rouge_l, score, score_table, text_statistics
-from capnb.insight.report import picture_slices, read_predictions
+from capnb.insight.report import image_slices, read_predictions
 from capnb.storybook import Storybook
 
 BREAKS = '\n\r\v\f\x00\x1c\x1d\x1e\x1f\x85\u2028\u2029\t\xa0'
@@ -109,7 +109,7 @@ def test_coco_words_of_scripts_without_spaces_are_characters():
 
 def test_slices_know_words_of_every_script():
     rows = [dict(captions=['красная собака бежит' if i%2 else 'синий кот сидит на диване'], image_id=str(i)) for i in range(40)]
-    found = picture_slices([r['captions'][0] for r in rows], rows)
+    found = image_slices([r['captions'][0] for r in rows], rows)
     assert ('word in the references', 'собака') in found[1] and ('word in the references', 'кот') in found[0]
     assert len({v for each in found for k,v in each if k == 'caption length'}) == 2
 

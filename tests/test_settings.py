@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 from capnb.settings import PRESETS, Hyperparameters, as_hyperparameters, check_writable, free_lock, shell_line
 from capnb.encoder import encode_data, load_encoder
 from capnb.run.sources.load import load_data
-from capnb.training import claim
+from capnb.training import acquire_run_lock
 
 H = Hyperparameters()
 NAMES = [f.name for f in fields(Hyperparameters)]
@@ -130,8 +130,8 @@ def test_all_locks_are_freed_that_way():
         assert text.count('lock_file') == (path.name == 'core.py'), path
 
 def test_a_run_that_ended_can_be_claimed_again(tmp_path):
-    with claim(tmp_path) as stamp: pass
-    with claim(tmp_path, stamp) as again: assert again == stamp
+    with acquire_run_lock(tmp_path) as stamp: pass
+    with acquire_run_lock(tmp_path, stamp) as again: assert again == stamp
     assert not list(tmp_path.iterdir())
 
 def test_a_command_for_the_shell(monkeypatch):

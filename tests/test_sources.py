@@ -322,7 +322,7 @@ def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
     tarred(tmp_path/'a.tar', range(20), ['txt'])
     tarred(tmp_path/'b.tar', range(3), [])
     found = load_data(tmp_path, bad_rows='skip')
-    assert sum(map(len, found.values())) == 20 and found['train'].left_out == 3
+    assert sum(map(len, found.values())) == 20 and found['train'].num_skipped == 3
     done = call('capnb_data', 'check', tmp_path, cwd=tmp_path)
     assert done.returncode == 1 and f'bad: {tmp_path/"b.tar"}: 1000_a0: there is no caption, only png' in done.stdout
 

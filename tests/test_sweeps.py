@@ -7,7 +7,7 @@ from capnb.captioner import newest_checkpoint, read_metadata
 from capnb.run.commands import train_command
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-from capnb.run.sweeps import Lab, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
+from capnb.run.sweeps import TrialRunner, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
 
 SMALL = dict(num_epochs=1, adapter_width=32, prefix_length=2, max_caption_length=12, batch_size=8)
 GRID = ['learning_rate=1e-3,1e-2', 'batch_size=4,8']
@@ -136,12 +136,12 @@ def test_a_failure_is_a_result(settings, monkeypatch):
     assert states(sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])) == states(study) # and it is not tried again
 
 def test_other_models_are_loaded_only_for_what_needs_them(settings):
-    lab = Lab()
+    lab = TrialRunner()
     first = lab(as_hyperparameters(settings))
     data, second = lab.data, lab(as_hyperparameters(settings, prefix_length=3, seed=5))
     assert second.decoder is first.decoder and lab.data is data
-    thawed = lab(as_hyperparameters(settings, num_epochs=2, unfreeze_layers=1))
-    assert thawed.decoder is not first.decoder and lab.data is data # the last trial may have changed a decoder that learns
+    unfrozen = lab(as_hyperparameters(settings, num_epochs=2, unfreeze_layers=1))
+    assert unfrozen.decoder is not first.decoder and lab.data is data # the last trial may have changed a decoder that learns
     assert lab(as_hyperparameters(settings)).decoder is first.decoder
     lab(as_hyperparameters(settings, features='patch'))
     assert lab.data is not data and lab.data['train'].features[:1].ndim == 3

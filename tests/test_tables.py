@@ -366,9 +366,9 @@ def folders(path, names, files, table='captions.csv'):
     if table.endswith('json'):
         text = json.dumps(dict(images=[dict(id=n, file_name=name) for n,name in enumerate(names)],
                                annotations=[dict(image_id=n, caption=c) for n,c in enumerate(said)]))
-    from capnb.data import PictureFolder
+    from capnb.data import ImageFolder
     album(path, text, table, files=files)
-    return {name: file.relative_to(path).as_posix() for name,file in PictureFolder(path, path/table).paths.items()}
+    return {name: file.relative_to(path).as_posix() for name,file in ImageFolder(path, path/table).paths.items()}
 
 CONTRARY = {'another split': (['val/3.jpg'], ['train/3.jpg', 'val/4.jpg']), 'another folder': (['images/3.jpg'], ['photos/3.jpg']),
             'not in the folder that is there': (['val/3.jpg'], ['3.jpg', 'val/4.jpg']), 'absolute': (['/album/val/3.jpg'], ['3.jpg', 'val/4.jpg']),

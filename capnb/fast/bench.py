@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer
 from ..run.commands import command, new_file
 from ..settings import as_hyperparameters, atomic_write
 from ..decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
-from ..run.estimate import blank_captioner
+from ..run.estimate import random_init_captioner
 from ..run.sharing import llava_config
 
 
@@ -56,7 +56,7 @@ def _usual_loss(model, features, ids, mask):
 def _random_captioner(changes):
     "A captioner of the real size, or as `changes` say, and pictures for it."
     torch.manual_seed(0)
-    model = blank_captioner(as_hyperparameters(**{**dict(preset='flickr30k', prefix_length=1), **changes}), 'cpu')
+    model = random_init_captioner(as_hyperparameters(**{**dict(preset='flickr30k', prefix_length=1), **changes}), 'cpu')
     return model, lambda n: torch.randn(n, 3, model.encoder.image_size, model.encoder.image_size, generator=torch.Generator().manual_seed(2))
 
 def _gradient(module): return torch.cat([p.grad.flatten() for p in module.parameters()])

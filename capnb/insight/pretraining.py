@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['END', 'train_tokenizer', 'closing', 'story_page', 'mixed_page', 'small_qwen3', 'Log', 'pooled', 'note_mask',
            'blurred', 'retell_f1', 'pretrain_decoder', 'small_clip', 'image_processor', 'patch_labels', 'scene_labels',
-           'Made', 'to_pixels', 'warmup_batch', 'warm_up', 'near_miss', 'is_true', 'contrast_batch', 'contrast',
-           'image_features', 'retrieval', 'linear_probe', 'perplexity', 'save_pretrained', 'describe_decoder',
-           'describe_encoder', 'pretrain_encoder', 'pretrain']
+           'GeneratedDataset', 'to_pixels', 'warmup_batch', 'warm_up', 'near_miss', 'is_true', 'contrast_batch',
+           'contrast', 'image_features', 'retrieval', 'linear_probe', 'perplexity', 'save_pretrained',
+           'describe_decoder', 'describe_encoder', 'pretrain_encoder', 'pretrain']
 
 # %% ../../nbs/11_pretraining.ipynb #60642fdc
 import colorsys, json, math, multiprocessing, random, re, time
@@ -232,7 +232,7 @@ def scene_labels(
     return torch.tensor((labels + 3*[-100])[:6] + [layout, PLACES.index(scene.place)])
 
 # %% ../../nbs/11_pretraining.ipynb #cba83381
-class Made(Dataset):
+class GeneratedDataset(Dataset):
     "Items made on demand by a function of their number."
     def __init__(self, make, n): self.make, self.n = make, n
     def __len__(self): return self.n
@@ -241,7 +241,7 @@ class Made(Dataset):
 def _batches(make, n):
     "Items 0 to `n`-1, made by another process where processes can be forked and it pays."
     if n < 100 or multiprocessing.get_start_method()!='fork': return map(make, range(n))
-    return DataLoader(Made(make, n), batch_size=None, num_workers=1, prefetch_factor=8)
+    return DataLoader(GeneratedDataset(make, n), batch_size=None, num_workers=1, prefetch_factor=8)
 
 _mean, _std = (torch.tensor(getattr(CLIPImageProcessorPil, f'image_{s}')).view(3,1,1) for s in ('mean','std'))
 def to_pixels(

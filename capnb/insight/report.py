@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'clip_scores', 'ClipScorer', 'clip_parts', 'coco_ids', 'write_predictions', 'read_predictions',
-           'picture_slices', 'worst_first', 'slices', 'slice_table', 'Judged', 'judge', 'each_score', 'write_csv',
-           'picture_uri', 'training_charts', 'report_page', 'eval_command']
+           'image_slices', 'worst_first', 'slices', 'slice_table', 'Judged', 'judge', 'each_score', 'write_csv',
+           'image_uri', 'training_charts', 'report_page', 'eval_command']
 
 # %% ../../nbs/18_reports.ipynb #jd210003
 import base64, csv, io, json, re, textwrap
@@ -70,7 +70,7 @@ def embed_texts(self:ClipScorer,
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)
 
 @patch
-def embed_pictures(self:ClipScorer,
+def embed_images(self:ClipScorer,
     data, # `CaptionData`
     folder=None, # Where features are kept, as for `encode_data`
     progress:str='', # As for `encode_data`
@@ -81,7 +81,7 @@ def embed_pictures(self:ClipScorer,
 # %% ../../nbs/18_reports.ipynb #jd210015
 def clip_parts(
     scorer:ClipScorer,
-    images, # From its `embed_pictures`
+    images, # From its `embed_images`
     captions, # One per picture
     references, # For each picture its references
 ) -> dict: # 'clipscore' and 'refclipscore' and the floors of both, '..._floor', and 'clipscore_ceiling': `Parts`
@@ -167,7 +167,7 @@ def _used_words(references, least):
     counts = Counter(w for each in used for w in each)
     return [{w for w in each if least <= counts[w] <= len(references)/2} for each in used]
 
-def picture_slices(
+def image_slices(
     captions, # One per picture
     rows, # What the data says of each picture
     least:int=10, # Pictures that a word must be in
@@ -191,12 +191,12 @@ def worst_first(
 
 def slices(
     captions, # One per picture
-    rows, # As for `picture_slices`
+    rows, # As for `image_slices`
     parts:dict, # From `score_parts`, and from `clip_parts` if you like
     least:int=10, # Pictures that a slice must have
 ) -> list: # Plain data, the worst first: 'slice', 'value', 'pictures', each score with its 95% interval, 'worst' (numbers of its three worst pictures), 'below' (surely below all pictures together)
     "Score all pictures that share something, apart."
-    groups, names, labels = defaultdict(list), [n for n in ('pairs', 'rouge_l', 'clipscore') if n in parts], picture_slices(captions, rows, least)
+    groups, names, labels = defaultdict(list), [n for n in ('pairs', 'rouge_l', 'clipscore') if n in parts], image_slices(captions, rows, least)
     for i in worst_first(parts):
         for label in labels[i]: groups[label].append(i)
     out = [dict(slice=kind, value=value, pictures=len(group), **with_intervals({n: Parts(parts[n].each[group], parts[n].score) for n in names}), worst=group[:3])
@@ -239,7 +239,7 @@ def judge(
     references, parts = [r['captions'] for r in data.rows], score_parts(captions, data)
     scores, more = dict(scores or dict(score(captions, data), pictures=len(data))), {}
     if coco: more['coco'] = coco_parts(captions, references)
-    if scorer: more['clip'] = clip_parts(scorer, scorer.embed_pictures(pictures, folder), captions, references)
+    if scorer: more['clip'] = clip_parts(scorer, scorer.embed_images(pictures, folder), captions, references)
     for name,found in more.items(): parts |= found; scores[name] = with_intervals(found)
     if scorer: scores['clip']['model'] = Path(scorer.name).name if Path(scorer.name).is_dir() else scorer.name
     return Judged(pictures, data, captions, parts, scores)
@@ -295,7 +295,7 @@ def _clip_bars(clip):
     return [_bar(label, clip[name], marks[name], top=top) for name,label in (('clipscore', 'CLIPScore'), ('refclipscore', 'RefCLIPScore'))]
 
 # %% ../../nbs/18_reports.ipynb #jd210042
-def picture_uri(
+def image_uri(
     image, # PIL picture
     size:int, # Pixels of its longer side; a smaller picture stays as it is
 ) -> str: # data:image/jpeg;base64,...
@@ -308,7 +308,7 @@ def picture_uri(
 def _cards(judged, which, size, each):
     "Pictures with their captions, references and scores."
     names = dict(rouge_l='ROUGE-L', pairs='facts', clipscore='CLIPScore')
-    return [dict(id=judged.ids[i], uri=picture_uri(judged.pictures[i]['image'], size), caption=judged.captions[i], references=judged.data.rows[i]['captions'],
+    return [dict(id=judged.ids[i], uri=image_uri(judged.pictures[i]['image'], size), caption=judged.captions[i], references=judged.data.rows[i]['captions'],
                  scores=[(label, each[name][i]) for name,label in names.items() if name in each and each[name][i] is not None]) for i in which]
 
 def _split_page(judged, compared, cards, words):

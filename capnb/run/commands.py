@@ -46,13 +46,13 @@ def prepare(
     from capnb.captioner import build_captioner, check_models, start_from
     from capnb.run.sources.load import load_for
     from capnb.encoder import encode_data, features_folder
-    from capnb.training import first_goes_first, join_processes, shard_decoder, sharding_asked
+    from capnb.training import main_process_first, join_processes, shard_decoder, sharding_asked
     check_models(h) # before pictures are fetched for a model that does not exist
     splits = {split: d for split,d in load_for(h, data).items() if (only is None or split in only) and (h.evaluation_enabled or split=='train')}
     device = join_processes(device)
     model = shard_decoder(build_captioner(h, 'cpu'), h, device) if sharding_asked() else build_captioner(h, device)
     if h.init_from: start_from(model, h.init_from, h)
-    with first_goes_first(): return model, splits, {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=features_folder(h)) for split,d in splits.items()}
+    with main_process_first(): return model, splits, {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=features_folder(h)) for split,d in splits.items()}
 
 def train(
     settings=None, # Dictionary, path of a JSON or YAML file, or `Hyperparameters`; None for the preset as it is

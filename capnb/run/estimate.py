@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'TOKENS', 'ENCODED', 'READ', 'WRITTEN', 'KNOWN_DATA', 'PROCESS_GB', 'FIELDS', 'planned_config',
-           'count', 'blank_captioner', 'MemoryCounter', 'FusedOperations', 'phases', 'count_phases', 'planned_data',
-           'picture_counts', 'data_gb', 'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases', 'run_seconds',
-           'captions_text', 'dry_run', 'settings_name', 'result_row', 'add_row', 'results_table', 'results_command']
+           'count', 'random_init_captioner', 'MemoryCounter', 'FusedOperations', 'phases', 'count_phases',
+           'planned_data', 'image_counts', 'data_gb', 'download_of', 'Plan', 'free_memory', 'plan_text', 'time_phases',
+           'run_seconds', 'captions_text', 'dry_run', 'settings_name', 'result_row', 'add_row', 'results_table',
+           'results_command']
 
 # %% ../../nbs/34_planning.ipynb #13a00003
 import shutil, time, weakref
@@ -21,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from ..captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, thaw
+from ..captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, unfreeze
 from .commands import any_path, command, new_file
 from ..settings import Hyperparameters, PRESETS, SMALL_TEXT, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, parse_json, read_text, say, write_json
 from .sources.load import held_back, load_for
-from ..decoder import caption_loss, caption_nats, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
+from ..decoder import caption_loss, token_nll, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
 from ..encoder import ImageEncoder, tower_class
 from ..training import make_optimizer
 
@@ -55,7 +56,7 @@ def count(model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 # %% ../../nbs/34_planning.ipynb #13a0000c
-def blank_captioner(
+def random_init_captioner(
     h:Hyperparameters,
     device='meta', # 'meta' for shapes without content; on another device the weights are random
     dtype=torch.float32, # Of the frozen models
@@ -72,7 +73,7 @@ def blank_captioner(
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
     model = Captioner(encoder, adapter, decoder, None, h.max_caption_length).train()
-    thaw(model, h, h.unfreeze_epoch)
+    unfreeze(model, h, h.unfreeze_epoch)
     return model
 
 # %% ../../nbs/34_planning.ipynb #13a0000f
@@ -110,12 +111,12 @@ TOKENS = 32 # assumed length of the longest caption in a batch
 ENCODED, READ, WRITTEN = 128, 64, 32 # pictures at a time in `encode_data`, `validate` and `generate_ids`
 
 def phases(
-    model:Captioner, # From `blank_captioner`
+    model:Captioner, # From `random_init_captioner`
     h:Hyperparameters,
     encoded:int=ENCODED, # Pictures at a time that are encoded
 ) -> dict: # Name of the phase: function without arguments that does it once; its result must be held while memory is counted
     "What a run does, each thing once, on made-up data."
-    n, device, dtype, e, per_picture = min(TOKENS, h.max_caption_length), model.device, model.decoder.dtype, model.encoder, model.encoder.patches if h.features=='patch' else h.prefix_length
+    n, device, dtype, e, per_image = min(TOKENS, h.max_caption_length), model.device, model.decoder.dtype, model.encoder, model.encoder.patches if h.features=='patch' else h.prefix_length
     seen = (e.patches, e.width) if h.features=='patch' else (e.width,)
     pixels = (e.patches, 3*e.model.config.patch_size**2) if e.model.config.model_type.startswith('siglip2') else (3, h.image_size, h.image_size)
     def captions(n_captions): # tokens and mask; the mask is real also where nothing else is, as the layout of a batch depends on it
@@ -124,12 +125,12 @@ def phases(
     def prefix(batch): return model.adapter(torch.ones(batch, *seen, device=device))
     @torch.no_grad()
     def encode(): return model.encoder(torch.zeros(encoded, *pixels, device=device))
-    def step(): caption_loss(model.decoder, prefix(h.batch_size), *captions(h.batch_size*h.captions_per_picture)).backward()
+    def step(): caption_loss(model.decoder, prefix(h.batch_size), *captions(h.batch_size*h.captions_per_image)).backward()
     @torch.no_grad()
-    def validate(): return caption_nats(model.decoder, prefix(READ), *captions(READ))
+    def validate(): return token_nll(model.decoder, prefix(READ), *captions(READ))
     @torch.no_grad()
     def write(): # a caption that never ends fills the cache; each of its positions is kept until all captions are done
-        whole = torch.zeros(WRITTEN, per_picture+h.max_caption_length, model.decoder.get_input_embeddings().embedding_dim, device=device, dtype=dtype)
+        whole = torch.zeros(WRITTEN, per_image+h.max_caption_length, model.decoder.get_input_embeddings().embedding_dim, device=device, dtype=dtype)
         return model.decoder(inputs_embeds=whole, use_cache=True, logits_to_keep=1)
     return dict(encode=encode, step=step, validate=validate, write=write)
 
@@ -138,7 +139,7 @@ def count_phases(
     dtype=torch.float32, # Of the frozen models
 ) -> dict: # Name of the phase: bytes beyond weights, and floating point operations
     "Count on the meta device what each phase of a run holds and computes."
-    model, counts = blank_captioner(h, 'meta', dtype), {}
+    model, counts = random_init_captioner(h, 'meta', dtype), {}
     for name,do in phases(model, h).items():
         model.zero_grad()
         with FusedOperations(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
@@ -159,7 +160,7 @@ def planned_data(
     if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
     raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
 
-def picture_counts(
+def image_counts(
     h:Hyperparameters,
     splits:dict=None, # From `planned_data`; None to load it
 ) -> dict: # Name of split: number of pictures that the run will encode
@@ -172,7 +173,7 @@ def picture_counts(
 
 def data_gb(
     name:str, # One of `KNOWN_DATA`
-    pictures:dict, # From `picture_counts`
+    pictures:dict, # From `image_counts`
 ) -> float: # GB
     "Say about how much of a data set has to be downloaded for so many pictures: it is read from the start until there are enough of each split."
     known = KNOWN_DATA[name]
@@ -209,9 +210,9 @@ class Plan:
     ):
         self.h, self.hardware = h, hardware or describe_hardware()
         self.dtype, names = getattr(torch, choose_dtype(self.hardware)), dict.fromkeys((h.encoder_name, h.decoder_name or h.tokenizer_name))
-        model = blank_captioner(h, 'meta', self.dtype)
+        model = random_init_captioner(h, 'meta', self.dtype)
         self.splits = planned_data(h)
-        self.pictures, self.counts = picture_counts(h, self.splits), count_phases(h, self.dtype)
+        self.pictures, self.counts = image_counts(h, self.splits), count_phases(h, self.dtype)
         self.parameters = {part: count(getattr(model, part)) for part in ('encoder', 'decoder', 'adapter')}
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.downloads = {name: download_of(name) for name in names}
@@ -281,7 +282,7 @@ def time_phases(
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     device = hardware.device
-    model = blank_captioner(h, device, getattr(torch, choose_dtype(hardware)))
+    model = random_init_captioner(h, device, getattr(torch, choose_dtype(hardware)))
     do, (optimizer, _) = phases(model, h, encoded), make_optimizer(model, h)
     processor, photograph = CLIPImageProcessorPil(size=dict(shortest_edge=h.image_size), crop_size=dict(height=h.image_size, width=h.image_size)), Image.new('RGB', (500,375) if h.data!='storybook' else (64,64))
     prefix = torch.zeros(WRITTEN, model.encoder.patches if h.features=='patch' else h.prefix_length, model.decoder.get_input_embeddings().embedding_dim, device=device)
@@ -335,7 +336,7 @@ def dry_run(
     say(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
 
 # %% ../../nbs/34_planning.ipynb #13a00039
-FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_pictures', 'first_loss', 'last_loss', 'validation_loss', 'split', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain', 'seconds', 'device', 'date')
+FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_images', 'first_loss', 'last_loss', 'validation_loss', 'split', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain', 'seconds', 'device', 'date')
 
 def settings_name(
     h:Hyperparameters,
@@ -377,7 +378,7 @@ def results_table(rows:list) -> str:
     num = lambda v, digits=3: '-' if v is None else f'{v:.{digits}f}'
     lines = ['| preset | models | data | loss, first → last | ROUGE-L (floor – ceiling) | image gain | time | device | date |', '|---|---|---|---|---|---|---|---|---|']
     for r in rows:
-        models, data = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder')), r['data'] + (f", {r['training_pictures']} pictures" if r['training_pictures'] else '')
+        models, data = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder')), r['data'] + (f", {r['training_images']} pictures" if r['training_images'] else '')
         done = ['not run yet'] + ['']*5 if r['date'] is None else [f"{num(r['first_loss'],2)} → {num(r['last_loss'],2)}", f"{num(r['rouge_l'])} ({num(r['rouge_l_floor'])} – {num(r['rouge_l_ceiling'])}), {r['split']}",
                                                                   num(r['image_gain'],2), f"{r['seconds']/60:.1f} min", r['device'], r['date']]
         lines.append('| ' + ' | '.join([r['settings'], models, data, *done]) + ' |')

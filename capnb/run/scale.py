@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'STORE', 'RETRIES', 'Source', 'CaptionWorker', 'FeatureWorker', 'cluster', 'count_rows', 'run_job',
-           'caption_pictures', 'encode_pictures', 'scale_command']
+           'caption_images', 'encode_images', 'scale_command']
 
 # %% ../../nbs/38_scale.ipynb #0da18003
 import json, logging, os, sys, tarfile, zlib
@@ -31,7 +31,7 @@ def _kind(path):
     if image_format(path) in image_formats(): return 'pictures'
     return next((kind for kind,ends in _KINDS.items() if path.lower().endswith(ends)), None)
 
-def _in_picture(f, name, column): yield name, f.read()
+def _in_image(f, name, column): yield name, f.read()
 
 def _in_tar(f, name, column):
     with tarfile.open(fileobj=f, mode='r|*') as archive:
@@ -46,7 +46,7 @@ def _in_parquet(f, name, column):
             yield f'{name}#{at}', image['bytes'] if isinstance(image, dict) else image # `datasets` stores bytes with a path
             at += 1
 
-_READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'pictures': _in_picture}
+_READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'pictures': _in_image}
 
 # %% ../../nbs/38_scale.ipynb #0da18009
 def _listed(fs, root):
@@ -259,7 +259,7 @@ def run_job(
     return count_rows(out)
 
 # %% ../../nbs/38_scale.ipynb #0da18019
-def caption_pictures(
+def caption_images(
     source:str, # A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL that `fsspec` knows
     out:str, # Folder for parquet files with `id`, `caption`, `score` and `error`, as of `CaptionWorker`; a path or a URL
     checkpoint, # Weights, where every worker can read them
@@ -273,16 +273,16 @@ def caption_pictures(
     job = dict(work='captions', source=str(source), checkpoint=f'{path.name} {zlib.crc32(path.read_bytes()):08x}', options=options)
     return run_job(Source(source, image_column), out, CaptionWorker, (str(path), options), job, **settings)
 
-def encode_pictures(
-    source:str, # As for `caption_pictures`
+def encode_images(
+    source:str, # As for `caption_images`
     out:str, # Folder for parquet files with `id`, `features` and `error`; a path or a URL
     encoder_name:str, # As for `load_encoder`
     image_size:int=None, # As for `load_encoder`
     features:str='pooled', # 'pooled' or 'patch'
     image_column:str='image', # In parquet: the column with the bytes of the pictures
-    **settings, # As for `caption_pictures`
+    **settings, # As for `caption_images`
 ) -> dict: # As of `count_rows`
-    "Encode every picture of a source once; otherwise as `caption_pictures`."
+    "Encode every picture of a source once; otherwise as `caption_images`."
     encoder = dict(name=encoder_name, image_size=image_size, features=features)
     return run_job(Source(source, image_column), out, FeatureWorker, (encoder,), dict(work='features', source=str(source), **encoder), **settings)
 
@@ -309,8 +309,8 @@ def scale_command(
     settings = dict(image_column=image_column, workers=workers, threads=threads, gpus=gpus, batch_size=batch_size, shard_size=shard_size, address=address, progress=sys.stderr.isatty())
     if encode:
         h = read_metadata(checkpoint)['hyperparameters']
-        found = encode_pictures(source, out, h['encoder_name'], h.get('image_size'), h.get('features', 'pooled'), **settings)
+        found = encode_images(source, out, h['encoder_name'], h.get('image_size'), h.get('features', 'pooled'), **settings)
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
-        found = caption_pictures(source, out, checkpoint, options=options, **settings)
+        found = caption_images(source, out, checkpoint, options=options, **settings)
     say(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")

@@ -20,7 +20,7 @@ from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForImageTe
 from transformers.utils import cached_file
 from fastcore.script import Param, store_true
 from ..captioner import (Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint, load_trained,
-                             save_checkpoint, thaw, trained_state)
+                             save_checkpoint, unfreeze, trained_state)
 from .commands import BEST, any_path, command, find_checkpoint, new_folder
 from ..settings import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path, parse_json, read_text, say, write_json
 from ..decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
@@ -47,7 +47,7 @@ class CapnbConfig(PreTrainedConfig):
     def __init__(self,
         hyperparameters:dict=None, # Of the run
         frozen:str=None, # From `frozen_fingerprint`
-        epoch:int=1, # Epochs done: they decide what has thawed
+        epoch:int=1, # Epochs done: they decide what has unfrozen
         **kwargs, # For `PreTrainedConfig`
     ):
         self.hyperparameters, self.frozen, self.epoch = hyperparameters or {}, frozen, epoch
@@ -164,7 +164,7 @@ def model_card(
 ) -> ModelCard:
     "Write the model card of a captioner from its metadata."
     h, data = config.h, without_paths(metadata.get('data', {}))
-    learned = f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='left_out')} pictures of {data.get('name', h.data)}"
+    learned = f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='num_skipped')} pictures of {data.get('name', h.data)}"
     about = ModelCardData(library_name='capnb', pipeline_tag='image-to-text', tags=['image-captioning', 'capnb'], base_model=[n.split('@')[0] for n in (h.encoder_name, h.decoder_name)])
     return ModelCard(f"""---
 {about.to_yaml()}
@@ -232,7 +232,7 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     h = config.h_in(name)
     state = _shared_weights(cached_file(name, 'model.safetensors', **hub), name, h) # before anything is built
     captioner = build_captioner(h, device)
-    thaw(captioner, h, config.epoch)
+    unfreeze(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
     load_trained(captioner, state, name)
     return cls(config, captioner, parse_json(read_text(cached_file(name, 'training_metadata.json', **hub), limit=SMALL_TEXT))).eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from ...settings import read_text, say, zip_files
 from ...data import (LEADS_OUT, Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder,
-                        split_of_name, tell_columns)
+                        split_of_name, infer_columns)
 from ...images import image_format, images_below
 from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image, unread_table
 
@@ -24,8 +24,8 @@ def _split_column(rows):
 def from_datasets(
     found, # A `datasets.Dataset`, or a dictionary of them by name of split
     name:str, # What to call it
-    image_column:str=None, # As for `capnb.data.tell_columns`
-    caption_column:str=None, # As for `capnb.data.tell_columns`
+    image_column:str=None, # As for `capnb.data.infer_columns`
+    caption_column:str=None, # As for `capnb.data.infer_columns`
     find=None, # As for `capnb.data.named_rows`
 ) -> Source:
     "Take rows of `datasets` with the splits that they bring; raises `ValueError` if columns are not clear."
@@ -275,7 +275,7 @@ def _refuse_packed(path, files):
 
 def _told(name, source, rows, columns):
     "A line that says what is read."
-    image, captions = tell_columns(rows.features, *columns)
+    image, captions = infer_columns(rows.features, *columns)
     sizes = ', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())
     say(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
     return source

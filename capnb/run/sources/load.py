@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .archives import from_datasets, read_path, visible_images
 from ...settings import atomic_write, hub_errors, say, split_zip
 from ...data import (CaptionData, Source, _NamedRows, _picture, counts_characters, is_zip, named_rows, split_rows,
-                        tell_columns)
+                        infer_columns)
 from ...images import decoding_pool
 from ...storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
@@ -140,7 +140,7 @@ def _undecoded(stream, columns):
         first = list(stream.take(1))
         if not first: raise ValueError("the stream is empty")
         features = Dataset.from_list(first).features
-    image, captions = tell_columns(features, *columns)
+    image, captions = infer_columns(features, *columns)
     if stream.features is not None and isinstance(features[image], Image):
         stream = stream.cast_column(image, Image(decode=False))
     return stream, image, captions
@@ -148,8 +148,8 @@ def _undecoded(stream, columns):
 def read_streams(
     data, # A `datasets.IterableDataset`, or a dictionary of them by name of split
     limit:int=None, # Read only what this many training images need; None for everything
-    image_column:str=None, # As for `tell_columns`
-    caption_column:str=None, # As for `tell_columns`
+    image_column:str=None, # As for `infer_columns`
+    caption_column:str=None, # As for `infer_columns`
 ) -> Source:
     "Read streams into memory; raises `ValueError` if they are empty or their columns are not clear."
     streams = data if isinstance(data, Mapping) else dict(train=data)
@@ -181,13 +181,13 @@ def _sources(self:CaptionData, rows):
         row = None
         try:
             image, row, where = self._parts(i)
-            source = _picture(image, where)
+            source = _image(image, where)
         except ValueError as e: source = e
         rows.append(row)
         yield source
 
 @patch
-def looked_over(self:CaptionData,
+def scanned(self:CaptionData,
     progress:str='', # Text before the progress bar; empty for no bar
 ): # Of each row its number, the row or None, and what is wrong with it or ''
     "Open every row once, in child processes; large images come out smaller, with their `original_size` in `info`."
@@ -203,7 +203,7 @@ def skip_bad(self:CaptionData,
 ) -> list: # What is wrong with each row that was left out
     "Open every row once and leave out those that do not fit; raises `ValueError` if none is left."
     good, bad = [], []
-    for i,row,problem in self.looked_over(progress): bad.append(problem) if row is None else good.append(self.order[i])
+    for i,row,problem in self.scanned(progress): bad.append(problem) if row is None else good.append(self.order[i])
     if not good: raise ValueError(f"all {len(bad)} rows are bad; the first: {bad[0]}")
     self.order = good
     return bad
@@ -213,7 +213,7 @@ def _hub_rows(repo, revision, limit, columns):
     "A data set of the hub, with a line that says what was taken."
     found = load_hub(repo, revision, limit)
     without_split = found.pop(None, [])
-    image, captions = tell_columns(next(iter(found.values())).features, *columns)
+    image, captions = infer_columns(next(iter(found.values())).features, *columns)
     say(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
     splits = {split: named_rows(rows, *columns) for split,rows in found.items()}
     return Source(splits, without_split=without_split and named_rows(without_split, *columns))
@@ -257,8 +257,8 @@ def load_data(
     image_size:int=64, # Size at which the storybook is drawn, pixels
     limit:int=None, # Use only the first `limit` training pictures; of a hub data set no more is downloaded than that needs
     bad_rows:str='stop', # 'stop' at a row or picture that cannot be read, or 'skip' it: then each picture is opened once, now
-    image_column:str=None, # As for `tell_columns` and `read_folder`
-    caption_column:str=None, # As for `tell_columns` and `read_folder`
+    image_column:str=None, # As for `infer_columns` and `read_folder`
+    caption_column:str=None, # As for `infer_columns` and `read_folder`
     revision:str=None, # Of a hub data set
     encoding:str=None, # Of the tables of a folder, see `read_folder`
     outside:bool=False, # Whether tables may name images outside of the folder
@@ -270,7 +270,7 @@ def load_data(
     splits = {split: CaptionData(rows, limit if split=='train' else None) for split,rows in source.splits.items()}
     if bad_rows=='skip':
         bad = [*source.bad, *(b for split,rows in splits.items() for b in rows.skip_bad(f'Looking over {split}'))]
-        splits['train'].left_out = len(bad)
+        splits['train'].num_skipped = len(bad)
         if bad: say(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
@@ -355,7 +355,7 @@ def find_warnings(
 def _scan(rows, split, samples, bad, scanned):
     "Open the rows of a split once; what is wrong with rows is added to `bad`, the others to `scanned`."
     sizes, captions, first = [], [], []
-    for _,row,problem in rows.looked_over(f'Looking over {split}'):
+    for _,row,problem in rows.scanned(f'Looking over {split}'):
         if row is None:
             bad.append(f'{split}: {problem}')
             continue
