@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .archives import from_datasets, read_path, visible_images
 from ...settings import atomic_write, hub_errors, say, split_zip
-from ...data import (CaptionData, Source, _NamedRows, _picture, counts_characters, is_zip, named_rows, split_rows,
+from ...data import (CaptionData, Source, _NamedRows, _image, counts_characters, is_zip, named_rows, split_rows,
                         infer_columns)
 from ...images import decoding_pool
 from ...storybook import SPLITS, Storybook
