@@ -15,7 +15,8 @@ from itertools import product
 from pathlib import Path
 from fastcore.script import Param
 from filelock import FileLock, Timeout
-from ..captioner import Captioner, build_captioner, check_models, new_adapter, start_from
+from ..captioner import Captioner, build_captioner, check_models, new_adapter
+from .checkpoints import start_from
 from .commands import OWN_DATA, Number, any_path, command, prepare
 from capnb.settings import (
     PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings,
