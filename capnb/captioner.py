@@ -19,7 +19,9 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .settings import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path, parse_json, read_text, weights_fingerprint, write_json
+from .settings import (Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device,
+                            model_config, model_path, parse_json, read_text, weights_fingerprint,
+                            with_new_names, write_json)
 from .images import open_images
 from .decoder import begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
@@ -323,6 +325,8 @@ def read_metadata(
     try: metadata = parse_json(read_text(file, limit=SMALL_TEXT))
     except ValueError: metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
+    try: metadata = with_new_names(metadata)
+    except ValueError as e: raise ValueError(f"{file}: {e}") from None
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
     if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")
     hyperparameters = find_models(metadata['hyperparameters'], metadata.pop('places', None), file.parent)
@@ -412,7 +416,7 @@ def load_model_from_checkpoint(
 ): # The model in evaluation mode, its metadata, its hyperparameters
     "Build the captioner that a checkpoint describes, with the weights it learned; raises `ValueError` if something is broken, or if the frozen weights are not those it was trained with."
     state, metadata = _read_weights(path), read_metadata(path)
-    try: h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
+    try: h = as_hyperparameters(metadata['hyperparameters'], None)
     except ValueError as e: raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
     check_trained(h, state, path)
     model = build_captioner(h, device)

@@ -31,8 +31,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .captioner import (Captioner, _last_layers, check_weights, delete_checkpoint, find_models, frozen_fingerprint, load_trained, model_places, parameter_groups, read_tensors, save_checkpoint, save_metadata,
                              save_tensors, unfreeze, weights_path)
-from .settings import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
-                        revision_of, say, shell_line)
+from .settings import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype,
+                            default_mixed_precision, free_lock, memory_in_use, revision_of, say, shell_line,
+                            with_new_names)
 from .data import captions_for_epoch
 from .decoder import count_cut, cut_text, text_ids
 from .encoder import ADVICE, EncodedData, in_slices, memory_ran_out
@@ -404,7 +405,9 @@ def read_state(
         if not isinstance(value, kind): raise ValueError(f"{path} is not the state of a training run: {name} is missing or of another kind")
     check_weights(state['weights'], path)
     if path.name!=f"training_state_{state['position']['stamp']}.pt": raise ValueError(f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name")
-    found = find_models(state['hyperparameters'], state.get('places'), path.parent)
+    try: hyperparameters = with_new_names(state['hyperparameters'])
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    found = find_models(hyperparameters, state.get('places'), path.parent)
     return dict(state, hyperparameters=found, path=path)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071b
@@ -438,7 +441,7 @@ def load_state(
         if run.scaler: run.scaler.load_state_dict(state['scaler'])
         _set_random_state(state['random'], run.model.device)
         for c in run.callbacks: vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
-        run.metadata = json.loads(state['metadata'])
+        run.metadata = with_new_names(json.loads(state['metadata']))
     except _DOES_NOT_FIT as e: raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION: setattr(run, k, position[k])
     run.random, run.done, run.saved, run.cut = state['random'], False, len(run.losses), state.get('cut')
@@ -467,7 +470,7 @@ def resumed_hyperparameters(
     wanted:dict, # What was asked for now, by name
 ) -> Hyperparameters:
     "The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if nothing is left to do."
-    path, saved = state['path'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
+    path, saved = state['path'], as_hyperparameters(state['hyperparameters'], None)
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
     for k in wanted.keys() - set(MAY_CHANGE):
         if saved[k]!=h[k]: raise ValueError(f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {h[k]!r}; what may change: {', '.join(MAY_CHANGE)}")
