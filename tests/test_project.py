@@ -81,7 +81,6 @@ NOT_YET_DOWN = {
     'fast.bench': {'run.estimate', 'run.sharing', 'run.commands'},
     'insight.decoder_families': {'run.commands'},
     'insight.report': {'run.sources.tables', 'run.sources.load', 'run.commands'},
-    'insight.widgets': {'run.serving'},
     'run.estimate': {'run.commands'},
     'run.sources.load': {'run.sources.tables', 'run.sources.archives'},
 }
