@@ -1,4 +1,5 @@
-"What the cells of a notebook cannot see: the package from outside, and rules that hold for all notebooks together."
+"""What the cells of a notebook cannot see: the package from outside, and rules that hold for all notebooks
+together."""
 import ast, json, os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,12 +17,18 @@ each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 def cells(path, kind=None):
     "The cells of a notebook, each with its source as one string."
-    found = [c | dict(source=''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    found = [
+        c | dict(source=''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+    ]
     return [c for c in found if kind in (None, c['cell_type'])]
 
 def exported_as(path):
     "The module that a notebook is exported to, or None."
-    found = [m[1] for c in cells(path, 'code') if (m := re.search(r'^#\s*\|\s*default_exp\s+([\w.]+)', c['source'], re.M))]
+    found = [
+        m[1]
+        for c in cells(path, 'code')
+        if (m := re.search(r'^#\s*\|\s*default_exp\s+([\w.]+)', c['source'], re.M))
+    ]
     return found[0] if found else None
 
 def number(path):
@@ -32,20 +39,25 @@ def python(code):
     "Run `code` in a fresh process at the top of the repository."
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
-UPWARDS = {('commands', 'planning')} # allowed inside a function: `capnb_train --dry_run` is the command of a later chapter
+# allowed inside a function: `capnb_train --dry_run` is the command of a later chapter
+UPWARDS = {('commands', 'planning')}
 
 def capnb_imports(source, at_the_top=False):
-    "The modules of this package that `source` imports, inside functions too unless it is asked for those at the top only."
+    """The modules of this package that `source` imports, inside functions too unless it is asked for those
+    at the top only."""
     tree = ast.parse(source)
     for node in tree.body if at_the_top else ast.walk(tree):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = '.'.join(filter(None, ['capnb' if node.level else '', node.module]))
             names = [f'capnb.{a.name}' for a in node.names] if base == 'capnb' else [base]
-        else: continue
+        else:
+            continue
         yield from (n.split('.')[1] for n in names if n.startswith('capnb.'))
 
-def test_there_is_something_to_test(): assert NOTEBOOKS and MODULES
+def test_there_is_something_to_test():
+    assert NOTEBOOKS and MODULES
 
 @pytest.mark.parametrize('module', MODULES)
 def test_module_imports_alone(module):
@@ -60,8 +72,11 @@ def test_import_is_light():
 def test_notebook_has_its_module(path):
     module = exported_as(path)
     assert module in [None, *MODULES]
-    assert bool(module) == any(re.match(r'#\s*\|\s*export', c['source']) for c in cells(path, 'code')), 'a notebook has a module if it exports something'
-    if module: assert module == re.sub(r'^\d+[a-z]?_', '', path.stem)
+    assert bool(module) == any(
+        re.match(r'#\s*\|\s*export', c['source']) for c in cells(path, 'code')
+    ), 'a notebook has a module if it exports something'
+    if module:
+        assert module == re.sub(r'^\d+[a-z]?_', '', path.stem)
 
 def test_module_has_its_notebook():
     assert set(MODULES) - {'_modidx'} == {exported_as(p) for p in NOTEBOOKS} - {None}
@@ -78,11 +93,14 @@ def test_title_and_subtitle(path):
 
 @each_notebook
 def test_imports_only_from_lower_numbers(path):
-    if number(path) is None: pytest.skip('it has no number')
+    if number(path) is None:
+        pytest.skip('it has no number')
     numbers = {exported_as(p): number(p) for p in NOTEBOOKS}
     exported = [c['source'] for c in cells(path, 'code') if re.match(r'#\s*\|\s*export', c['source'])]
     at_the_top = {m for source in exported for m in capnb_imports(source, at_the_top=True)}
-    used = at_the_top | {m for source in exported for m in capnb_imports(source) if (exported_as(path), m) not in UPWARDS}
+    used = at_the_top | {
+        m for source in exported for m in capnb_imports(source) if (exported_as(path), m) not in UPWARDS
+    }
     upwards = [m for m in sorted(used) if numbers.get(m) is None or numbers[m] >= number(path)]
     assert not upwards, f'{path.stem} imports {upwards}'
 
@@ -101,13 +119,22 @@ def test_pin_lies_in_the_range(requirement):
     assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)], prereleases=True)
 
 def test_a_file_goes_to_one_worker(request):
-    "pytest 9.2 with xdist 3.8 loses the groups without a word; each worker then trains what the tests of a file share."
-    if 'PYTEST_XDIST_WORKER' in os.environ: assert request.node.nodeid.endswith('@test_project.py')
+    """pytest 9.2 with xdist 3.8 loses the groups without a word; each worker then trains what the tests of a
+    file share."""
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        assert request.node.nodeid.endswith('@test_project.py')
 
 @pytest.mark.slow
 def test_every_chapter_is_ready_for_the_site():
-    "All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the pictures that they show."
-    done = subprocess.run([sys.executable, ROOT/'.ci'/'docs.py', '--process'], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    """All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the
+    pictures that they show."""
+    done = subprocess.run(
+        [sys.executable, ROOT / '.ci' / 'docs.py', '--process'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     wanted = [*NOTEBOOKS, *(ROOT/'nbs'/'images').iterdir(), ROOT/'nbs'/'styles.css']
     assert [p for p in wanted if not (ROOT/'_proc'/p.relative_to(ROOT/'nbs')).exists()] == []

@@ -15,7 +15,9 @@ import psutil, torch
 from fastcore.script import Param, store_true
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+)
 from ..run.commands import command, new_file
 from ..settings import as_hyperparameters, atomic_write
 from ..decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
@@ -49,15 +51,23 @@ def _usual_loss(model, features, ids, mask):
     "Join, compute all logits, compare."
     prefix, embed = model.adapter(features), model.decoder.get_input_embeddings()
     joined = torch.cat([prefix, embed(ids)], 1)
-    logits = model.decoder(inputs_embeds=joined, attention_mask=torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1), use_cache=False).logits
+    logits = model.decoder(
+        inputs_embeds=joined,
+        attention_mask=torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1),
+        use_cache=False,
+    ).logits
     labels = ids.masked_fill(mask==0, -100)
     return F.cross_entropy(logits[:,prefix.shape[1]-1:-1].float().flatten(0,1), labels.flatten())
 
 def _random_captioner(changes):
     "A captioner of the real size, or as `changes` say, and pictures for it."
     torch.manual_seed(0)
-    model = random_init_captioner(as_hyperparameters(**{**dict(preset='flickr30k', prefix_length=1), **changes}), 'cpu')
-    return model, lambda n: torch.randn(n, 3, model.encoder.image_size, model.encoder.image_size, generator=torch.Generator().manual_seed(2))
+    model = random_init_captioner(
+        as_hyperparameters(**{**dict(preset='flickr30k', prefix_length=1), **changes}), 'cpu'
+    )
+    return model, lambda n: torch.randn(
+        n, 3, model.encoder.image_size, model.encoder.image_size, generator=torch.Generator().manual_seed(2)
+    )
 
 def _gradient(module): return torch.cat([p.grad.flatten() for p in module.parameters()])
 
@@ -67,7 +77,9 @@ def training_side(
     name:str, # 'guide', 'dynamic' or 'capnb'
     captions:int=12, # In a round
     **changes, # Of the hyperparameters, such as smaller models
-): # Function without arguments that trains for one round; it gives the sum of the losses of its tokens, and the adapter's gradient
+# Function without arguments that trains for one round; it gives the sum of the losses of its tokens, and the
+# adapter's gradient
+):
     "Make one side of the comparison: model, data and the steps of a round."
     model, pictures = _random_captioner(changes)
     texts, pixels = _captions(captions), pictures(captions)
@@ -77,13 +89,15 @@ def training_side(
         model.encoder = None # as where features come from the disk
     def loss(rows):
         ids, mask = _padded(texts[rows], PADDED if name=='guide' else 0)
-        if name=='capnb': return caption_loss(model.decoder, model.adapter(features[rows]), ids, mask)
+        if name=='capnb':
+            return caption_loss(model.decoder, model.adapter(features[rows]), ids, mask)
         return _usual_loss(model, model.encoder(pixels[rows]), ids, mask)
     def round():
         total, _ = 0., model.zero_grad()
         for rows in (slice(at, at+BATCH) for at in range(0, captions, BATCH)):
             part = loss(rows)*sum(map(len, texts[rows]))
-            part.backward(); total += part.item()
+            part.backward()
+            total += part.item()
         return total, _gradient(model.adapter)
     return round
 
@@ -94,25 +108,53 @@ PICTURES, EACH = 2, 5 # pictures in a step, captions of each
 def _as_llava(model, image_token=5):
     "The parts of a captioner in a LLaVA of which only the projector learns."
     vision, decoder = model.encoder.model, model.decoder
-    with torch.device('meta'): llava = LlavaForConditionalGeneration(llava_config(model, image_token)).requires_grad_(False)
+    with torch.device('meta'):
+        llava = LlavaForConditionalGeneration(llava_config(model, image_token)).requires_grad_(False)
     projector = llava.model.multi_modal_projector.to_empty(device='cpu').requires_grad_(True)
     projector.load_state_dict(model.adapter.state_dict())
-    llava.model.vision_tower, llava.model.language_model, llava.lm_head = vision, decoder.get_decoder(), decoder.get_output_embeddings()
+    llava.model.vision_tower, llava.model.language_model, llava.lm_head = (
+        vision,
+        decoder.get_decoder(),
+        decoder.get_output_embeddings(),
+    )
     return llava, projector
 
 class _KeepGradient(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs): self.gradient = _gradient(model.model.multi_modal_projector)
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = _gradient(model.model.multi_modal_projector)
 
 def _trainer_round(model, texts, pixels):
     "A round of the `Trainer`: a step that moves nothing, since its learning rate is 0."
-    (llava, projector), patches, each, keep = _as_llava(model), model.encoder.patches, len(texts)//len(pixels), _KeepGradient()
+    (llava, projector), patches, each, keep = (
+        _as_llava(model),
+        model.encoder.patches,
+        len(texts) // len(pixels),
+        _KeepGradient(),
+    )
     image = torch.full((patches,), llava.config.image_token_id)
     def collate(rows):
         ids, mask = _padded([torch.cat([image, texts[i]]) for i in rows])
-        return dict(pixel_values=torch.stack([pixels[i//each] for i in rows]), input_ids=ids, attention_mask=mask, labels=ids.masked_fill((mask==0) | (ids==llava.config.image_token_id), -100))
+        return dict(
+            pixel_values=torch.stack([pixels[i // each] for i in rows]),
+            input_ids=ids,
+            attention_mask=mask,
+            labels=ids.masked_fill((mask == 0) | (ids == llava.config.image_token_id), -100),
+        )
     def round():
         with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(folder, per_device_train_batch_size=len(texts), max_steps=1, learning_rate=0., max_grad_norm=0., use_cpu=True, report_to=[], save_strategy='no', logging_strategy='no', disable_tqdm=True, remove_unused_columns=False)
+            args = TrainingArguments(
+                folder,
+                per_device_train_batch_size=len(texts),
+                max_steps=1,
+                learning_rate=0.0,
+                max_grad_norm=0.0,
+                use_cpu=True,
+                report_to=[],
+                save_strategy='no',
+                logging_strategy='no',
+                disable_tqdm=True,
+                remove_unused_columns=False,
+            )
             trainer = Trainer(llava, args, collate, list(range(len(texts))), callbacks=[keep])
             trainer.remove_callback(PrinterCallback)
             loss = trainer.train().training_loss
@@ -126,7 +168,8 @@ def patch_side(
     name:str, # 'unpacked', 'trainer' or 'packed'
     **changes, # As for `training_side`
 ): # As from `training_side`
-    "Make one side of the comparison with patch features: a round is one step of `PICTURES` pictures with `EACH` captions."
+    """Make one side of the comparison with patch features: a round is one step of `PICTURES` pictures with
+    `EACH` captions."""
     model, pictures = _random_captioner(dict(features='patch', **changes))
     texts, pixels = _captions(PICTURES*EACH), pictures(PICTURES)
     if name=='trainer': return _trainer_round(model, texts, pixels)
@@ -136,7 +179,11 @@ def patch_side(
     ids, mask = _padded(texts)
     def round():
         model.zero_grad()
-        loss = caption_loss(model.decoder, model.adapter(features), ids, mask) if name=='packed' else _usual_loss(model, features.repeat_interleave(EACH, 0), ids, mask)
+        loss = (
+            caption_loss(model.decoder, model.adapter(features), ids, mask)
+            if name == 'packed'
+            else _usual_loss(model, features.repeat_interleave(EACH, 0), ids, mask)
+        )
         total = loss*mask.sum()
         total.backward()
         return total.item(), _gradient(model.adapter)
@@ -151,11 +198,23 @@ def writing_side(
 ): # Function without arguments that writes for one round; it gives the tokens of each caption
     "Make one side of the comparison of writing."
     decoder, rows = _random_captioner(changes)[0].decoder, 32 if name=='rows' else 8 # written at a time
-    lengths, prefix = caption_lengths(captions), torch.randn(captions, 1, decoder.get_input_embeddings().embedding_dim)*.03
-    if name!='transformers': use_onednn(decoder)
+    lengths, prefix = (
+        caption_lengths(captions),
+        torch.randn(captions, 1, decoder.get_input_embeddings().embedding_dim) * 0.03,
+    )
+    if name!='transformers':
+        use_onednn(decoder)
     def transformers(part, lengths):
-        options = dict(do_sample=False, max_new_tokens=max(lengths), min_new_tokens=max(lengths), pad_token_id=0, eos_token_id=0)
-        written = decoder.generate(inputs_embeds=part, attention_mask=torch.ones(part.shape[:2], dtype=torch.long), **options).tolist()
+        options = dict(
+            do_sample=False,
+            max_new_tokens=max(lengths),
+            min_new_tokens=max(lengths),
+            pad_token_id=0,
+            eos_token_id=0,
+        )
+        written = decoder.generate(
+            inputs_embeds=part, attention_mask=torch.ones(part.shape[:2], dtype=torch.long), **options
+        ).tolist()
         return [ids[:n] for ids,n in zip(written, lengths)]
     def round():
         if name!='transformers': return greedy_ids(decoder, prefix, lengths, None, rows)
@@ -165,7 +224,10 @@ def writing_side(
 # %% ../../nbs/25_benchmark.ipynb #17a00011
 def _fastest(products, turns=4):
     times = []
-    for _ in range(turns): start = time.perf_counter(); products(); times.append(time.perf_counter()-start)
+    for _ in range(turns):
+        start = time.perf_counter()
+        products()
+        times.append(time.perf_counter()-start)
     return min(times[1:])
 
 @torch.no_grad()
@@ -176,20 +238,32 @@ def products_seconds(
     "Time the matrix products of a training step alone, forward and back, each shape with the faster library."
     shapes, seconds, operations = {}, 0., 0
     for layer in decoder.modules():
-        if isinstance(layer, FrozenLinear): shapes.setdefault(layer.weight.shape, []).append(layer)
+        if isinstance(layer, FrozenLinear):
+            shapes.setdefault(layer.weight.shape, []).append(layer)
     for (width_out, width_in),layers in shapes.items():
         x, grad = torch.randn(tokens, width_in), torch.randn(tokens, width_out)
-        seconds += min(_fastest(lambda: [F.linear(x, l.weight) for l in layers]), _fastest(lambda: [l(x) for l in layers]))
-        seconds += min(_fastest(lambda: [grad @ l.weight for l in layers]), _fastest(lambda: [l.back(grad) for l in layers]))
+        seconds += min(
+            _fastest(lambda: [F.linear(x, l.weight) for l in layers]),
+            _fastest(lambda: [l(x) for l in layers]),
+        )
+        seconds += min(
+            _fastest(lambda: [grad @ l.weight for l in layers]),
+            _fastest(lambda: [l.back(grad) for l in layers]),
+        )
         operations += 4*tokens*width_out*width_in*len(layers)
     return seconds, operations
 
-def bound_side(captions:int=12): # Function without arguments that gives the seconds of the products of a round of `training_side`, and their floating point operations
+# Function without arguments that gives the seconds of the products of a round of `training_side`, and their
+# floating point operations
+def bound_side(captions:int=12):
     "Make the side that no other can outrun."
     decoder = _random_captioner({})[0].decoder
     use_onednn(decoder)
     def round():
-        steps = [products_seconds(decoder, sum(map(len, part))) for part in zip(*[iter(_captions(captions))]*BATCH)]
+        steps = [
+            products_seconds(decoder, sum(map(len, part)))
+            for part in zip(*[iter(_captions(captions))] * BATCH)
+        ]
         return [sum(s) for s in zip(*steps)]
     return round
 
@@ -203,42 +277,87 @@ def _peak_gb():
 def _serve(side):
     "Do a round of a side for each line that comes in; say how long it took, and what memory."
     kind, name = side.split()
-    round = bound_side() if name=='bound' else dict(train=training_side, patch=patch_side, write=writing_side)[kind](name)
-    if Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5') # the peak begins anew: making random weights is no part of a step
+    round = (
+        bound_side()
+        if name == 'bound'
+        else dict(train=training_side, patch=patch_side, write=writing_side)[kind](name)
+    )
+    if Path('/proc/self/clear_refs').exists():
+        # the peak begins anew: making random weights is no part of a step
+        Path('/proc/self/clear_refs').write_text('5')
     print('ready', flush=True)
     for _ in sys.stdin:
         start, used = time.perf_counter(), psutil.Process().cpu_times()
         out = round()
         seconds, now = time.perf_counter()-start, psutil.Process().cpu_times()
-        result = dict(zip(('seconds','operations'), out)) if name=='bound' else dict(tokens=out) if kind=='write' else dict(loss=out[0], gradient=out[1].norm().item())
-        print(dumps(dict(seconds=seconds, user=now.user-used.user, system=now.system-used.system, peak_gb=_peak_gb()) | result), flush=True)
+        result = (
+            dict(zip(('seconds', 'operations'), out))
+            if name == 'bound'
+            else dict(tokens=out) if kind == 'write' else dict(loss=out[0], gradient=out[1].norm().item())
+        )
+        print(
+            dumps(
+                dict(
+                    seconds=seconds,
+                    user=now.user - used.user,
+                    system=now.system - used.system,
+                    peak_gb=_peak_gb(),
+                )
+                | result
+            ),
+            flush=True,
+        )
 
 def take_turns(
     sides, # Names, such as 'train guide'
     rounds:int, # After a first one that is not counted
 ) -> dict: # Name: list of what each round gave
-    "Run sides in processes of their own, one round after the other in turn; raises `RuntimeError` if one of them ends."
-    started = {side: subprocess.Popen([sys.executable, '-c', f'from capnb.fast.bench import _serve; _serve({side!r})'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
+    """Run sides in processes of their own, one round after the other in turn; raises `RuntimeError` if one
+    of them ends."""
+    started = {
+        side: subprocess.Popen(
+            [sys.executable, '-c', f'from capnb.fast.bench import _serve; _serve({side!r})'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for side in sides
+    }
     def hear(side):
-        if not (line := started[side].stdout.readline()): raise RuntimeError(f'the side {side!r} ended with exit code {started[side].wait()}')
+        if not (line := started[side].stdout.readline()):
+            raise RuntimeError(f'the side {side!r} ended with exit code {started[side].wait()}')
         return line
     try:
-        for side in sides: hear(side)
+        for side in sides:
+            hear(side)
         said = {side: [] for side in sides}
         for _ in range(rounds+1):
             for side in sides:
-                started[side].stdin.write('go\n'); started[side].stdin.flush()
+                started[side].stdin.write('go\n')
+                started[side].stdin.flush()
                 said[side].append(loads(hear(side)))
         return {side: results[1:] for side,results in said.items()}
     finally:
-        for process in started.values(): process.kill(); process.wait()
+        for process in started.values():
+            process.kill()
+            process.wait()
 
 
 # %% ../../nbs/25_benchmark.ipynb #17a00014
-SIDES = dict(train=('guide','dynamic','capnb','bound'), patch=('unpacked','trainer','packed'), write=('transformers','eight','rows'))
-RATIOS = dict(train_over_guide=('train guide','train capnb'), train_over_dynamic=('train dynamic','train capnb'), train_over_bound=('train bound','train capnb'),
-              patch_over_unpacked=('patch unpacked','patch packed'), patch_over_trainer=('patch trainer','patch packed'),
-              generate_over_transformers=('write transformers','write rows'), generate_eight_over_transformers=('write transformers','write eight'))
+SIDES = dict(
+    train=('guide', 'dynamic', 'capnb', 'bound'),
+    patch=('unpacked', 'trainer', 'packed'),
+    write=('transformers', 'eight', 'rows'),
+)
+RATIOS = dict(
+    train_over_guide=('train guide', 'train capnb'),
+    train_over_dynamic=('train dynamic', 'train capnb'),
+    train_over_bound=('train bound', 'train capnb'),
+    patch_over_unpacked=('patch unpacked', 'patch packed'),
+    patch_over_trainer=('patch trainer', 'patch packed'),
+    generate_over_transformers=('write transformers', 'write rows'),
+    generate_eight_over_transformers=('write transformers', 'write eight'),
+)
 
 def _check_same(results):
     "Raise a `ValueError` unless the sides of a kind compute the same."
@@ -247,19 +366,43 @@ def _check_same(results):
         for other in others:
             for what in ('tokens',) if kind=='write' else ('loss','gradient'):
                 a, b = results[first][0][what], results[other][0][what]
-                if a!=b if kind=='write' else abs(b/a-1) > 1e-3: raise ValueError(f'{other!r} and {first!r} differ in their {what}: {b} and {a}')
+                if a!=b if kind=='write' else abs(b/a-1) > 1e-3:
+                    raise ValueError(f'{other!r} and {first!r} differ in their {what}: {b} and {a}')
 
 def bench(
     rounds:int=5, # Counted rounds of each side
 ) -> dict: # Plain data
-    "Measure training and writing at real size on all sides; raises `ValueError` if sides that should compute the same do not."
-    results = {side: r for kind,names in SIDES.items() for side,r in take_turns([f'{kind} {name}' for name in names], rounds).items()}
+    """Measure training and writing at real size on all sides; raises `ValueError` if sides that should
+    compute the same do not."""
+    results = {
+        side: r
+        for kind, names in SIDES.items()
+        for side, r in take_turns([f'{kind} {name}' for name in names], rounds).items()
+    }
     _check_same(results)
-    ratios = {name: sorted(a['seconds']/b['seconds'] for a,b in zip(results[slow], results[fast])) for name,(slow,fast) in RATIOS.items()}
-    captions, ours, products, peaks = dict(train=12, patch=PICTURES*EACH, write=64), results['train capnb'], results['train bound'], {side: r[-1].get('peak_gb') for side,r in results.items()}
-    return dict(rounds=rounds, threads=torch.get_num_threads(), captions_per_second={side: captions[side.split()[0]]/median(x['seconds'] for x in r) for side,r in results.items()},
-                matmul_gflops=median(r['operations']/r['seconds'] for r in products)/1e9, peak_gb=peaks, system_over_user=sum(r['system'] for r in ours)/sum(r['user'] for r in ours), **{name: median(r) for name,r in ratios.items()},
-                memory_over_guide=peaks['train guide'] and peaks['train capnb']/peaks['train guide'], spread={name: [r[0], r[-1]] for name,r in ratios.items()})
+    ratios = {
+        name: sorted(a['seconds'] / b['seconds'] for a, b in zip(results[slow], results[fast]))
+        for name, (slow, fast) in RATIOS.items()
+    }
+    captions, ours, products, peaks = (
+        dict(train=12, patch=PICTURES * EACH, write=64),
+        results['train capnb'],
+        results['train bound'],
+        {side: r[-1].get('peak_gb') for side, r in results.items()},
+    )
+    return dict(
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+        captions_per_second={
+            side: captions[side.split()[0]] / median(x['seconds'] for x in r) for side, r in results.items()
+        },
+        matmul_gflops=median(r['operations'] / r['seconds'] for r in products) / 1e9,
+        peak_gb=peaks,
+        system_over_user=sum(r['system'] for r in ours) / sum(r['user'] for r in ours),
+        **{name: median(r) for name, r in ratios.items()},
+        memory_over_guide=peaks['train guide'] and peaks['train capnb'] / peaks['train guide'],
+        spread={name: [r[0], r[-1]] for name, r in ratios.items()}
+    )
 
 
 # %% ../../nbs/25_benchmark.ipynb #17a00015
@@ -268,12 +411,28 @@ def bench_command(
     quick:Param('One counted round instead of five: under ten minutes', store_true)=False,
     json:Param('Write the figures to this file', new_file)=None,
 ):
-    "Measure training and writing at the size of the real models, the naive and the library's way in turn, with random weights."
+    """Measure training and writing at the size of the real models, the naive and the library's way in turn,
+    with random weights."""
     found = bench(1 if quick else 5)
-    for side,speed in found['captions_per_second'].items(): print(f"{side:20} {speed:6.2f} captions/s" + (f"   {found['peak_gb'][side]:4.1f} GB at the peak" if found['peak_gb'][side] and side!='train bound' else ''))
-    print(f"\nThe bound is the matrix products of a step alone, at {found['matmul_gflops']:.0f} GFLOP/s with {found['threads']} threads; the system took {found['system_over_user']:.1%} of the time of 'train capnb'.\n")
-    for name,(low,high) in found['spread'].items(): print(f"{name:34} {found[name]:5.2f}   ({low:.2f} to {high:.2f} over {found['rounds']} rounds)")
-    if found['memory_over_guide']: print(f"{'memory_over_guide':34} {found['memory_over_guide']:5.2f}")
+    for side,speed in found['captions_per_second'].items():
+        print(
+            f"{side:20} {speed:6.2f} captions/s"
+            + (
+                f"   {found['peak_gb'][side]:4.1f} GB at the peak"
+                if found['peak_gb'][side] and side != 'train bound'
+                else ''
+            )
+        )
+    print(
+        f"\nThe bound is the matrix products of a step alone, at {found['matmul_gflops']:.0f} GFLOP/s with"
+        f" {found['threads']} threads; the system took {found['system_over_user']:.1%} of the time of 'train"
+        " capnb'.\n"
+    )
+    for name,(low,high) in found['spread'].items():
+        print(f"{name:34} {found[name]:5.2f}   ({low:.2f} to {high:.2f} over {found['rounds']} rounds)")
+    if found['memory_over_guide']:
+        print(f"{'memory_over_guide':34} {found['memory_over_guide']:5.2f}")
     if json:
-        with atomic_write(json) as f: dump(found, f, indent=2)
+        with atomic_write(json) as f:
+            dump(found, f, indent=2)
 

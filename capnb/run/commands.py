@@ -13,7 +13,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
 from pathlib import Path
 from fastcore.script import Param, anno_parser, store_true
-from ..settings import PRESETS, Hyperparameters, allowed, as_hyperparameters, check_value, check_writable, chosen_settings, limits
+from capnb.settings import (
+    PRESETS, Hyperparameters, allowed, as_hyperparameters, check_value, check_writable, chosen_settings,
+    limits
+)
 
 # %% ../../nbs/35_commands.ipynb #3e515e54
 OWN_DATA = '(data of your own)' # stands for the name of data that has none
@@ -30,10 +33,16 @@ def _resumed(resume, wanted, has_data):
     "The state of the run to go on with, and its hyperparameters with what was asked for now."
     from capnb.captioner import check_trained
     from capnb.training import find_state, read_state, resumed_hyperparameters
-    state = read_state(find_state(wanted.get('output_dir', Hyperparameters.output_dir) if resume is True else resume))
+    state = read_state(
+        find_state(wanted.get('output_dir', Hyperparameters.output_dir) if resume is True else resume)
+    )
     h = resumed_hyperparameters(state, wanted)
     check_trained(h, state['weights'], state['path'])
-    if h.data==OWN_DATA and not has_data: raise ValueError(f"the run of {state['position']['stamp']} learned from data that was passed in Python; pass it again: train(data=..., resume={str(state['path'])!r})")
+    if h.data==OWN_DATA and not has_data:
+        raise ValueError(
+            f"the run of {state['position']['stamp']} learned from data that was passed in Python; pass it"
+            f" again: train(data=..., resume={str(state['path'])!r})"
+        )
     return state, h
 
 def prepare(
@@ -48,44 +57,85 @@ def prepare(
     from capnb.encoder import encode_data, features_folder
     from capnb.training import main_process_first, join_processes, shard_decoder, sharding_asked
     check_models(h) # before pictures are fetched for a model that does not exist
-    splits = {split: d for split,d in load_for(h, data).items() if (only is None or split in only) and (h.evaluation_enabled or split=='train')}
+    splits = {
+        split: d
+        for split, d in load_for(h, data).items()
+        if (only is None or split in only) and (h.evaluation_enabled or split == 'train')
+    }
     device = join_processes(device)
-    model = shard_decoder(build_captioner(h, 'cpu'), h, device) if sharding_asked() else build_captioner(h, device)
-    if h.init_from: start_from(model, h.init_from, h)
-    with main_process_first(): return model, splits, {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=features_folder(h)) for split,d in splits.items()}
+    model = (
+        shard_decoder(build_captioner(h, 'cpu'), h, device)
+        if sharding_asked()
+        else build_captioner(h, device)
+    )
+    if h.init_from:
+        start_from(model, h.init_from, h)
+    with main_process_first():
+        return (
+            model,
+            splits,
+            {
+                split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=features_folder(h))
+                for split, d in splits.items()
+            },
+        )
 
 def train(
-    settings=None, # Dictionary, path of a JSON or YAML file, or `Hyperparameters`; None for the preset as it is
-    data=None, # A data set or a dictionary of splits, see `capnb.run.sources.load.load_data`; None for the one that the settings name
-    preset:str=None, # One of `PRESETS`; `settings` changes it; None for 'storybook', or for what the run had that goes on
+    # Dictionary, path of a JSON or YAML file, or `Hyperparameters`; None for the preset as it is
+    settings=None,
+    # A data set or a dictionary of splits, see `capnb.run.sources.load.load_data`; None for the one that the
+    # settings name
+    data=None,
+    # One of `PRESETS`; `settings` changes it; None for 'storybook', or for what the run had that goes on
+    preset:str=None,
     callbacks=(), # More `capnb.training.Callback`s
     device=None, # None for the best device
-    resume=None, # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.training.find_state` takes
+    # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.training.find_state` takes
+    resume=None,
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
     "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
-    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
-    if data is not None: changes = dict(changes, data=OWN_DATA)
-    h = as_hyperparameters(settings, preset or 'storybook', **changes) # before anything heavy is imported: a mistake is told at once
+    if isinstance(data, (str, os.PathLike)):
+        data, changes = None, dict(changes, data=data)
+    if data is not None:
+        changes = dict(changes, data=OWN_DATA)
+    # before anything heavy is imported: a mistake is told at once
+    h = as_hyperparameters(settings, preset or 'storybook', **changes)
     state = None
-    if resume: state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
+    if resume:
+        state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
     from capnb.evaluation import Scores, Tracker
     from capnb.training import fit, tracker_names
     check_writable(h.output_dir) # before pictures are fetched and encoded for a run that cannot be saved
     trackers = tracker_names(h) # before pictures are fetched for a tracker that is not installed
     model, splits, encoded = prepare(h, data, device)
-    run = fit(model, encoded, h, [*([Scores(splits)] if h.evaluation_enabled else []), *([Tracker(splits)] if trackers else []), *callbacks], state)
+    run = fit(
+        model,
+        encoded,
+        h,
+        [
+            *([Scores(splits)] if h.evaluation_enabled else []),
+            *([Tracker(splits)] if trackers else []),
+            *callbacks,
+        ],
+        state,
+    )
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)
 
 # %% ../../nbs/35_commands.ipynb #537bcb77
 def _number(text):
     "The number that a text stands for; what is none stays as it is, for the check that names the flag."
     for read in (int, float):
-        try: return read(text)
-        except ValueError: pass
+        try:
+            return read(text)
+        except ValueError:
+            pass
     return text
 
-def _yes_or_no(text): return {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}.get(text.lower(), text)
+def _yes_or_no(text):
+    return {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}.get(
+        text.lower(), text
+    )
 
 class Number(Param):
     "A flag that takes a number; a value that is not allowed is told as for a hyperparameter."
@@ -97,12 +147,14 @@ class Number(Param):
         self._kind, self._limits = kind, limits(**dict(lo=1 if kind is int else 0) | allowed_)
         super().__init__(f'{help}; {allowed(kind, self._limits)}', _number)
 
-    def check(self, name, value): return value if value is None else check_value(name, value, self._kind, self._limits)
+    def check(self, name, value):
+        return value if value is None else check_value(name, value, self._kind, self._limits)
 
 def any_path(text): return os.path.expanduser(text)
 
 def new_file(text):
-    "The path of a file that the command will write; one that cannot be written is told before anything else is done."
+    """The path of a file that the command will write; one that cannot be written is told before anything
+    else is done."""
     path = any_path(text)
     check_writable(path, file=True)
     return path
@@ -110,7 +162,8 @@ def new_file(text):
 def new_folder(text):
     "The same for a folder; a URL is left to whoever writes there."
     path = any_path(text)
-    if '://' not in path: check_writable(path)
+    if '://' not in path:
+        check_writable(path)
     return path
 
 # %% ../../nbs/35_commands.ipynb #a8996a52
@@ -129,7 +182,10 @@ def _with_flags(f):
     signature = inspect.signature(f)
     own = [p for p in signature.parameters.values() if p.kind!=p.VAR_KEYWORD]
     if len(own)==len(signature.parameters): return signature
-    flags = [inspect.Parameter(h.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(h)) for h in fields(Hyperparameters)]
+    flags = [
+        inspect.Parameter(h.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(h))
+        for h in fields(Hyperparameters)
+    ]
     return signature.replace(parameters=own+flags)
 
 def _as_flags(words):
@@ -137,13 +193,17 @@ def _as_flags(words):
     return [re.sub(r'^--[^=]+', lambda m: '--'+m[0][2:].replace('-', '_'), word) for word in words]
 
 def _lenient_output():
-    "Let output show as an escape what its encoding does not have: a message or a caption never stops a command."
+    """Let output show as an escape what its encoding does not have: a message or a caption never stops a
+    command."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
 
 # %% ../../nbs/35_commands.ipynb #02a2150a
 def command(f):
-    "Make a console command of `f`, a function annotated with `Param`s: an expected error is one line and exit code 1, a flag that cannot be understood one line and exit code 2, Ctrl-C one line and exit code 130."
+    """Make a console command of `f`, a function annotated with `Param`s: an expected error is one line and
+    exit code 1, a flag that cannot be understood one line and exit code 2, Ctrl-C one line and exit code
+    130."""
     name = f.__name__.removesuffix('_command')
 
     @cache
@@ -155,14 +215,21 @@ def command(f):
 
     def read(words):
         args, parameters = vars(parser().parse_args(_as_flags(words))), run.__signature__.parameters
-        return {k: p.annotation.check(k, args[k]) if isinstance(p.annotation, Number) else args[k] for k,p in parameters.items()}
+        return {
+            k: p.annotation.check(k, args[k]) if isinstance(p.annotation, Number) else args[k]
+            for k, p in parameters.items()
+        }
 
     @wraps(f)
     def run(argv=None): # Words after the command's name; None takes those of this process
         _lenient_output()
-        try: return f(**read(sys.argv[1:] if argv is None else argv))
-        except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
-        except KeyboardInterrupt as e: print(f'{name}: {e}' if str(e) else 'stopped', file=sys.stderr); sys.exit(getattr(e, 'exit_code', 130))
+        try:
+            return f(**read(sys.argv[1:] if argv is None else argv))
+        except (ValueError, OSError) as e:
+            print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
+        except KeyboardInterrupt as e:
+            print(f'{name}: {e}' if str(e) else 'stopped', file=sys.stderr)
+            sys.exit(getattr(e, 'exit_code', 130))
         sys.exit(1)
     run.__signature__ = _with_flags(f)
     return run
@@ -170,18 +237,32 @@ def command(f):
 # %% ../../nbs/35_commands.ipynb #8cb2136d
 @command
 def train_command(
-    preset:Param('Settings to start from, storybook if not said', str, choices=list(PRESETS))=None,
-    config:Param('JSON or YAML file with hyperparameters, over the preset', any_path)=None,
-    dry_run:Param('Only say what the run will download, hold and take, and time one step on made-up data', store_true)=False,
-    resume:Param('Go on exactly where a run stopped: the newest in output_dir, or the one whose file or folder is named; only how long, what is kept and where may change', any_path, nargs='?', const=True)=None,
+    preset: Param('Settings to start from, storybook if not said', str, choices=list(PRESETS)) = None,
+    config: Param('JSON or YAML file with hyperparameters, over the preset', any_path) = None,
+    dry_run: Param(
+        'Only say what the run will download, hold and take, and time one step on made-up data', store_true
+    ) = False,
+    resume: Param(
+        'Go on exactly where a run stopped: the newest in output_dir, or the one whose file or folder is'
+        ' named; only how long, what is kept and where may change',
+        any_path,
+        nargs='?',
+        const=True,
+    ) = None,
     **hyperparameters,
 ):
-    "Train a captioner. Without any flag: the storybook, in about a minute on two cores. Each flag below changes one hyperparameter of the preset."
+    """Train a captioner. Without any flag: the storybook, in about a minute on two cores.
+
+    Each flag below changes one hyperparameter of the preset.
+    """
     changes = {k:v for k,v in hyperparameters.items() if v is not None}
-    if not dry_run: train(config, preset=preset, resume=resume, **changes); return
+    if not dry_run:
+        train(config, preset=preset, resume=resume, **changes)
+        return
     if resume: raise ValueError('--dry_run plans a new run; leave --resume out')
     h = as_hyperparameters(config, preset or 'storybook', **changes)
-    from capnb.run import estimate as planning # a later chapter, which needs this one: the only import upwards
+    # a later chapter, which needs this one: the only import upwards
+    from capnb.run import estimate as planning
     planning.dry_run(h)
 
 # %% ../../nbs/35_commands.ipynb #7d78dd50
@@ -192,29 +273,42 @@ def find_checkpoint(
     folder='saved_models',
     best:bool=False, # The one with the best validation loss of the newest run instead
 ) -> Path: # Of the weights
-    "Find the checkpoint that a command works with; raises `FileNotFoundError` or `ValueError` if there is none."
+    """Find the checkpoint that a command works with; raises `FileNotFoundError` or `ValueError` if there is
+    none."""
     from capnb.captioner import best_checkpoint, newest_checkpoint
-    if checkpoint and best: raise ValueError('name a checkpoint or ask for the best one of a run with --best, not both')
+    if checkpoint and best:
+        raise ValueError('name a checkpoint or ask for the best one of a run with --best, not both')
     if checkpoint: return Path(checkpoint)
     return best_checkpoint(folder) if best else newest_checkpoint(folder)
 
 # %% ../../nbs/35_commands.ipynb #0da7b702
 @command
 def data_command(
-    action:Param('What to do', str, opt=False, choices=['check']),
-    data:Param('File or folder with captioned images, hub id, or name of a data set', any_path, opt=False),
-    limit:Number('Look at the first N training pictures only, and download no more than they need')=None,
-    image_column:Param('Column that holds the image or its file name: a name, or its number from 1 in a table without a header', str)=None,
-    caption_column:Param('Column that holds the captions, named likewise, or several with commas between', str)=None,
-    encoding:Param('Encoding of tables of captions, such as cp1252; else UTF-8 or marked UTF-16', str)=None,
-    outside_files:Param('Also read images that a table names outside of its folder', store_true)=False,
-    data_revision:Param('Branch, tag or commit of a hub data set', str)=None,
-    preset:Param('Preset whose tokenizer and max_caption_length say which captions are cut', str)='storybook',
-    tokenizer_name:Param('Tokenizer to count with instead', any_path)=None,
-    max_caption_length:Number('Tokens kept of a caption instead')=None,
-    json_file:Param('Write what is found to this JSON file', new_file)=None,
+    action: Param('What to do', str, opt=False, choices=['check']),
+    data: Param('File or folder with captioned images, hub id, or name of a data set', any_path, opt=False),
+    limit: Number('Look at the first N training pictures only, and download no more than they need') = None,
+    image_column: Param(
+        'Column that holds the image or its file name: a name, or its number from 1 in a table without a'
+        ' header',
+        str,
+    ) = None,
+    caption_column: Param(
+        'Column that holds the captions, named likewise, or several with commas between', str
+    ) = None,
+    encoding: Param(
+        'Encoding of tables of captions, such as cp1252; else UTF-8 or marked UTF-16', str
+    ) = None,
+    outside_files: Param('Also read images that a table names outside of its folder', store_true) = False,
+    data_revision: Param('Branch, tag or commit of a hub data set', str) = None,
+    preset: Param(
+        'Preset whose tokenizer and max_caption_length say which captions are cut', str
+    ) = 'storybook',
+    tokenizer_name: Param('Tokenizer to count with instead', any_path) = None,
+    max_caption_length: Number('Tokens kept of a caption instead') = None,
+    json_file: Param('Write what is found to this JSON file', new_file) = None,
 ):
-    "Look a data set over before a long run: what each split holds, samples, every row or image that cannot be used, and what may teach the wrong thing."
+    """Look a data set over before a long run: what each split holds, samples, every row or image that cannot
+    be used, and what may teach the wrong thing."""
     from functools import partial
     from capnb.settings import say, write_json
     from capnb.decoder import count_cut, cut_text, decoder_config, load_tokenizer
@@ -224,16 +318,29 @@ def data_command(
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
     try:
-        report = check_data(data, limit, image_column=image_column, caption_column=caption_column, revision=data_revision,
-                            encoding=encoding, outside=outside_files,
-                            count_cut=partial(count_cut, tokenizer, max_caption_length=h.max_caption_length))
+        report = check_data(
+            data,
+            limit,
+            image_column=image_column,
+            caption_column=caption_column,
+            revision=data_revision,
+            encoding=encoding,
+            outside=outside_files,
+            count_cut=partial(count_cut, tokenizer, max_caption_length=h.max_caption_length),
+        )
     except BadRows as e:
-        for problem in e.bad: say(f"bad: {problem}")
+        for problem in e.bad:
+            say(f"bad: {problem}")
         raise ValueError(f"{data}: all {len(e.bad)} rows of a table are bad; the first: {e.bad[0]}") from None
     report_data(report)
-    if report['cut']: say(f"{cut_text(report['cut'])} (preset {preset}, tokenizer {h.tokenizer_name})")
-    if json_file: write_json(json_file, report)
-    if report['bad']: raise ValueError(f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out")
+    if report['cut']:
+        say(f"{cut_text(report['cut'])} (preset {preset}, tokenizer {h.tokenizer_name})")
+    if json_file:
+        write_json(json_file, report)
+    if report['bad']:
+        raise ValueError(
+            f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out"
+        )
 
 # %% ../../nbs/35_commands.ipynb #8e98cee5
 @contextmanager
@@ -248,30 +355,44 @@ def _json_array():
     try:
         print('[', end='', flush=True)
         yield add
-    finally: print('\n]', flush=True)
+    finally:
+        print('\n]', flush=True)
 
 def _print_captions(row):
     "Print what `caption_files` says of an image, a line for each caption."
     def as_list(value): return value if isinstance(value, list) else [value]
     texts = as_list(row['caption'])
     scores = [f'  ({score:.3f})' for score in as_list(row['score'])] if 'score' in row else ['']*len(texts)
-    for text,score in zip(texts, scores, strict=True): print(f"{row['file']}: {text}{score}", flush=True)
+    for text,score in zip(texts, scores, strict=True):
+        print(f"{row['file']}: {text}{score}", flush=True)
 
 @command
 def caption_command(
-    images:Param('Images: files, folders or patterns such as "holiday/*.jpg"', any_path, opt=False, nargs='+'),
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path)=None,
-    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
-    best:Param(BEST, store_true)=False,
-    json:Param('Print a JSON array of objects with file and caption, or file and error', store_true)=False,
-    num_beams:Number('Width of the beam; 1 is greedy')=1,
-    num_return_sequences:Number('Captions of each image, best first: up to num_beams, or any number with --do_sample')=1,
-    do_sample:Param('Draw the words by lot', store_true)=False,
-    temperature:Number('With --do_sample: below 1 for likelier words, above 1 for others', float)=None,
-    top_p:Number('With --do_sample: share of the probability that is drawn from, the likeliest words first', float, hi=1)=None,
-    seed:Number('With --do_sample: fixes what is drawn', lo=0)=None,
-    scores:Param('Say how sure the model is of each caption: its mean log-probability per token', store_true)=False,
-    int8:Param('Write with 8-bit integers, on the CPU: faster, and some captions come out differently', store_true)=False,
+    images: Param(
+        'Images: files, folders or patterns such as "holiday/*.jpg"', any_path, opt=False, nargs='+'
+    ),
+    checkpoint: Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path) = None,
+    folder: Param('Where to look for the newest checkpoint', any_path) = 'saved_models',
+    best: Param(BEST, store_true) = False,
+    json: Param('Print a JSON array of objects with file and caption, or file and error', store_true) = False,
+    num_beams: Number('Width of the beam; 1 is greedy') = 1,
+    num_return_sequences: Number(
+        'Captions of each image, best first: up to num_beams, or any number with --do_sample'
+    ) = 1,
+    do_sample: Param('Draw the words by lot', store_true) = False,
+    temperature: Number('With --do_sample: below 1 for likelier words, above 1 for others', float) = None,
+    top_p: Number(
+        'With --do_sample: share of the probability that is drawn from, the likeliest words first',
+        float,
+        hi=1,
+    ) = None,
+    seed: Number('With --do_sample: fixes what is drawn', lo=0) = None,
+    scores: Param(
+        'Say how sure the model is of each caption: its mean log-probability per token', store_true
+    ) = False,
+    int8: Param(
+        'Write with 8-bit integers, on the CPU: faster, and some captions come out differently', store_true
+    ) = False,
 ):
     "Caption images with a trained model; each caption is printed as soon as it is written."
     from torch import manual_seed
@@ -281,15 +402,22 @@ def caption_command(
     from capnb.inference import caption_files
     options = check_options(dict(num_beams=num_beams, num_return_sequences=num_return_sequences,
                                  do_sample=do_sample, temperature=temperature, top_p=top_p))
-    if seed is not None and not do_sample: raise ValueError('seed has no effect without --do_sample')
+    if seed is not None and not do_sample:
+        raise ValueError('seed has no effect without --do_sample')
     files, bad = find_images(images), []
     with _json_array() if json else nullcontext(_print_captions) as add:
-        model,_,_ = load_model_from_checkpoint(find_checkpoint(checkpoint, folder, best), 'cpu' if int8 else None)
-        if int8: use_int8(model.decoder)
-        if seed is not None: manual_seed(seed)
+        model, _, _ = load_model_from_checkpoint(
+            find_checkpoint(checkpoint, folder, best), 'cpu' if int8 else None
+        )
+        if int8:
+            use_int8(model.decoder)
+        if seed is not None:
+            manual_seed(seed)
         for row in caption_files(model, files, progress=len(files)>32, scores=scores, **options):
-            if 'error' in row: bad.append(row['error'])
-            if json or 'error' not in row: add(row)
+            if 'error' in row:
+                bad.append(row['error'])
+            if json or 'error' not in row:
+                add(row)
     if bad: raise ValueError('; '.join(bad))
 
 # %% ../../nbs/35_commands.ipynb #50ea6a09

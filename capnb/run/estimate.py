@@ -24,30 +24,87 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from ..captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, unfreeze
 from .commands import any_path, command, new_file
-from ..settings import Hyperparameters, PRESETS, SMALL_TEXT, as_hyperparameters, atomic_write, choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware, model_config, model_path, parse_json, read_text, say, write_json
+from capnb.settings import (
+    Hyperparameters, PRESETS, SMALL_TEXT, as_hyperparameters, atomic_write, choose_attention, choose_dtype,
+    choose_mixed_precision, default_device, describe_hardware, model_config, model_path, parse_json,
+    read_text, say, write_json
+)
 from .sources.load import held_back, load_for
-from ..decoder import caption_loss, token_nll, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
+from capnb.decoder import (
+    caption_loss, token_nll, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
+)
 from ..encoder import ImageEncoder, tower_class
 from ..training import make_optimizer
 
 # %% ../../nbs/34_planning.ipynb #13a00008
-_QWEN3 = dict(model_type='qwen3', dtype='bfloat16', vocab_size=151936, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
-KNOWN_MODELS = { # What their `config.json` says, as far as it is not the default of `transformers`; dtype is that of the file of weights
+_QWEN3 = dict(
+    model_type='qwen3',
+    dtype='bfloat16',
+    vocab_size=151936,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+# What their `config.json` says, as far as it is not the default of `transformers`; dtype is that of the file
+# of weights
+KNOWN_MODELS = {
     'openai/clip-vit-base-patch32': dict(model_type='clip', dtype='float32'),
-    'openai/clip-vit-large-patch14': dict(model_type='clip', dtype='float32', projection_dim=768, text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
-        vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, projection_dim=768)),
-    'google/siglip2-so400m-patch14-384': dict(model_type='siglip', dtype='float32', text_config=dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, vocab_size=256000),
-        vision_config=dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=384)),
+    'openai/clip-vit-large-patch14': dict(
+        model_type='clip',
+        dtype='float32',
+        projection_dim=768,
+        text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+        vision_config=dict(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+            projection_dim=768,
+        ),
+    ),
+    'google/siglip2-so400m-patch14-384': dict(
+        model_type='siglip',
+        dtype='float32',
+        text_config=dict(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            vocab_size=256000,
+        ),
+        vision_config=dict(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            patch_size=14,
+            image_size=384,
+        ),
+    ),
     'Qwen/Qwen3-0.6B-Base': dict(_QWEN3, hidden_size=1024, intermediate_size=3072),
     'Qwen/Qwen3-1.7B-Base': dict(_QWEN3, hidden_size=2048, intermediate_size=6144),
-    'Qwen/Qwen3-4B-Base': dict(_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
-    'Qwen/Qwen3-8B-Base': dict(_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=False)}
+    'Qwen/Qwen3-4B-Base': dict(
+        _QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32
+    ),
+    'Qwen/Qwen3-8B-Base': dict(
+        _QWEN3,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+    ),
+}
 
 def planned_config(
     name:str, # One of `KNOWN_MODELS`, or as for `model_source`
     role:str, # 'encoder' or 'decoder'
 ): # Its `transformers` configuration
-    "Find a model's configuration without its weights, for the known ones without a network; raises `ValueError` or `OSError` that names the model if there is none to be had."
+    """Find a model's configuration without its weights, for the known ones without a network; raises
+    `ValueError` or `OSError` that names the model if there is none to be had."""
     known = KNOWN_MODELS.get(name.split('@')[0])
     return AutoConfig.for_model(**known) if known else model_config(name, role)
 
@@ -61,15 +118,21 @@ def random_init_captioner(
     device='meta', # 'meta' for shapes without content; on another device the weights are random
     dtype=torch.float32, # Of the frozen models
 ) -> Captioner: # Without tokenizer and image processor
-    "Build the captioner that `h` describes from configurations alone, with all that will ever learn in it set to learn."
+    """Build the captioner that `h` describes from configurations alone, with all that will ever learn in it
+    set to learn."""
     name = h.decoder_name or h.tokenizer_name
     sight, language = planned_config(h.encoder_name, 'encoder'), planned_config(name, 'decoder')
     check_pair(h, sight, language)
     with torch.device(device):
-        tower = tower_class(sight.model_type, h.features)._from_config(getattr(sight, 'vision_config', sight), dtype=dtype)
+        tower = tower_class(sight.model_type, h.features)._from_config(
+            getattr(sight, 'vision_config', sight), dtype=dtype
+        )
         number_type = torch.float32 if h.unfreeze_layers else dtype
-        decoder = AutoModelForCausalLM.from_config(language, dtype=number_type, trust_remote_code=False).requires_grad_(False)
-        if h.lora_rank: add_lora(decoder, h)
+        decoder = AutoModelForCausalLM.from_config(
+            language, dtype=number_type, trust_remote_code=False
+        ).requires_grad_(False)
+        if h.lora_rank:
+            add_lora(decoder, h)
         encoder = ImageEncoder(tower, None, h.features, h.image_size)
         adapter = new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, 1.)
     model = Captioner(encoder, adapter, decoder, None, h.max_caption_length).train()
@@ -78,21 +141,27 @@ def random_init_captioner(
 
 # %% ../../nbs/34_planning.ipynb #13a0000f
 class MemoryCounter(TorchDispatchMode):
-    "Count the bytes of the tensors that are made inside the `with`: those that are still there (`now`) and the most at one time (`peak`)."
+    """Count the bytes of the tensors that are made inside the `with`: those that are still there (`now`) and
+    the most at one time (`peak`)."""
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
 
-    def _add(self, size): self.now += size; self.peak = max(self.peak, self.now)
+    def _add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return False # a tensor without content answers no
+        if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False # a tensor without content answers no
         pieces = lambda x: [t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-        for p in pieces((args, kwargs)): self.known.add(p) # was there before
+        for p in pieces((args, kwargs)):
+            self.known.add(p) # was there before
         out = operation(*args, **(kwargs or {}))
         for p in pieces(out):
             if p in self.known: continue
-            self.known.add(p); self._add(p.nbytes())
+            self.known.add(p)
+            self._add(p.nbytes())
             weakref.finalize(p, self._add, -p.nbytes())
         return out
 
@@ -103,8 +172,18 @@ class FusedOperations(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention: return func(*args, **kwargs)
         q, k, v = args # (batch, heads, positions, width)
-        if k.shape[1]!=q.shape[1]: k, v = (t.repeat_interleave(q.shape[1]//t.shape[1], 1) for t in (k, v))
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, kwargs.get('attn_mask'), torch.is_grad_enabled(), 0., kwargs.get('is_causal', False), scale=kwargs.get('scale'))[0]
+        if k.shape[1]!=q.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1]//t.shape[1], 1) for t in (k, v))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q,
+            k,
+            v,
+            kwargs.get('attn_mask'),
+            torch.is_grad_enabled(),
+            0.0,
+            kwargs.get('is_causal', False),
+            scale=kwargs.get('scale'),
+        )[0]
 
 # %% ../../nbs/34_planning.ipynb #13a00016
 TOKENS = 32 # assumed length of the longest caption in a batch
@@ -114,23 +193,46 @@ def phases(
     model:Captioner, # From `random_init_captioner`
     h:Hyperparameters,
     encoded:int=ENCODED, # Pictures at a time that are encoded
-) -> dict: # Name of the phase: function without arguments that does it once; its result must be held while memory is counted
+# Name of the phase: function without arguments that does it once; its result must be held while memory is
+# counted
+) -> dict:
     "What a run does, each thing once, on made-up data."
-    n, device, dtype, e, per_image = min(TOKENS, h.max_caption_length), model.device, model.decoder.dtype, model.encoder, model.encoder.patches if h.features=='patch' else h.prefix_length
+    n, device, dtype, e, per_image = (
+        min(TOKENS, h.max_caption_length),
+        model.device,
+        model.decoder.dtype,
+        model.encoder,
+        model.encoder.patches if h.features == 'patch' else h.prefix_length,
+    )
     seen = (e.patches, e.width) if h.features=='patch' else (e.width,)
-    pixels = (e.patches, 3*e.model.config.patch_size**2) if e.model.config.model_type.startswith('siglip2') else (3, h.image_size, h.image_size)
-    def captions(n_captions): # tokens and mask; the mask is real also where nothing else is, as the layout of a batch depends on it
+    pixels = (
+        (e.patches, 3 * e.model.config.patch_size**2)
+        if e.model.config.model_type.startswith('siglip2')
+        else (3, h.image_size, h.image_size)
+    )
+    # tokens and mask; the mask is real also where nothing else is, as the layout of a batch depends on it
+    def captions(n_captions):
         mask = torch.ones(n_captions, n, dtype=torch.long)
         return mask.to(device), mask
     def prefix(batch): return model.adapter(torch.ones(batch, *seen, device=device))
     @torch.no_grad()
     def encode(): return model.encoder(torch.zeros(encoded, *pixels, device=device))
-    def step(): caption_loss(model.decoder, prefix(h.batch_size), *captions(h.batch_size*h.captions_per_image)).backward()
+    def step():
+        caption_loss(
+            model.decoder, prefix(h.batch_size), *captions(h.batch_size * h.captions_per_image)
+        ).backward()
     @torch.no_grad()
     def validate(): return token_nll(model.decoder, prefix(READ), *captions(READ))
     @torch.no_grad()
-    def write(): # a caption that never ends fills the cache; each of its positions is kept until all captions are done
-        whole = torch.zeros(WRITTEN, per_image+h.max_caption_length, model.decoder.get_input_embeddings().embedding_dim, device=device, dtype=dtype)
+    # a caption that never ends fills the cache; each of its positions is kept until all captions are done
+    def write():
+        whole = torch.zeros(
+            WRITTEN,
+            per_image + h.max_caption_length,
+            model.decoder.get_input_embeddings().embedding_dim,
+            device=device,
+            dtype=dtype,
+        )
         return model.decoder(inputs_embeds=whole, use_cache=True, logits_to_keep=1)
     return dict(encode=encode, step=step, validate=validate, write=write)
 
@@ -142,8 +244,10 @@ def count_phases(
     model, counts = random_init_captioner(h, 'meta', dtype), {}
     for name,do in phases(model, h).items():
         model.zero_grad()
-        with FusedOperations(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory: kept = do()
-        counts[name] = dict(bytes=memory.now if name=='write' else memory.peak, flops=flops.get_total_flops()) # written token by token: only the cache is ever whole
+        with FusedOperations(), FlopCounterMode(display=False) as flops, MemoryCounter() as memory:
+            kept = do()
+        # written token by token: only the cache is ever whole
+        counts[name] = dict(bytes=memory.now if name=='write' else memory.peak, flops=flops.get_total_flops())
         del kept
     return counts
 
@@ -158,7 +262,10 @@ def planned_data(
     "Load the data of a run, if that downloads nothing; raises `ValueError` for what would, and is not known."
     if h.data in KNOWN_DATA: return {}
     if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
-    raise ValueError(f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for storybook, {', '.join(KNOWN_DATA)} or a folder")
+    raise ValueError(
+        f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for"
+        f" storybook, {', '.join(KNOWN_DATA)} or a folder"
+    )
 
 def image_counts(
     h:Hyperparameters,
@@ -175,14 +282,16 @@ def data_gb(
     name:str, # One of `KNOWN_DATA`
     pictures:dict, # From `image_counts`
 ) -> float: # GB
-    "Say about how much of a data set has to be downloaded for so many pictures: it is read from the start until there are enough of each split."
+    """Say about how much of a data set has to be downloaded for so many pictures: it is read from the start
+    until there are enough of each split."""
     known = KNOWN_DATA[name]
     return known['gb']*max(n/known['pictures'][split] for split,n in pictures.items())
 
 def _stored_gb(config):
     "GB of all weights in the number type of their file."
     kind = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
-    with torch.device('meta'): model = kind.from_config(config, trust_remote_code=False)
+    with torch.device('meta'):
+        model = kind.from_config(config, trust_remote_code=False)
     return count(model)*(config.dtype or torch.float32).itemsize/1e9
 
 def download_of(
@@ -191,11 +300,25 @@ def download_of(
     "Say how much of a model has to be downloaded."
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     if Path(model_path(name)).is_dir(): return 0., 'is here'
-    try: files = snapshot_download(name, dry_run=True, allow_patterns=['*.json','*.txt','*.jinja','*.safetensors','*.bin'], ignore_patterns=['*/*'])
+    try:
+        files = snapshot_download(
+            name,
+            dry_run=True,
+            allow_patterns=['*.json', '*.txt', '*.jinja', '*.safetensors', '*.bin'],
+            ignore_patterns=['*/*'],
+        )
     except OSError: # no network; what is in the cache is there all the same
-        if any(isinstance(try_to_load_from_cache(name, f), str) for f in ('model.safetensors', 'model.safetensors.index.json')): return 0., 'is in the cache'
-        return _stored_gb(planned_config(name, 'model')), 'estimated from its parameters, as the hub cannot be reached'
-    if any(f.filename.endswith('.safetensors') for f in files): files = [f for f in files if not f.filename.endswith('.bin')]
+        if any(
+            isinstance(try_to_load_from_cache(name, f), str)
+            for f in ('model.safetensors', 'model.safetensors.index.json')
+        ):
+            return 0., 'is in the cache'
+        return (
+            _stored_gb(planned_config(name, 'model')),
+            'estimated from its parameters, as the hub cannot be reached',
+        )
+    if any(f.filename.endswith('.safetensors') for f in files):
+        files = [f for f in files if not f.filename.endswith('.bin')]
     size = sum(f.file_size for f in files if f.will_download)/1e9
     return size, 'says the hub' if size else 'is in the cache'
 
@@ -209,20 +332,32 @@ class Plan:
         hardware=None, # `Hardware` to plan for; None for the best device of this machine
     ):
         self.h, self.hardware = h, hardware or describe_hardware()
-        self.dtype, names = getattr(torch, choose_dtype(self.hardware)), dict.fromkeys((h.encoder_name, h.decoder_name or h.tokenizer_name))
+        self.dtype, names = getattr(torch, choose_dtype(self.hardware)), dict.fromkeys(
+            (h.encoder_name, h.decoder_name or h.tokenizer_name)
+        )
         model = random_init_captioner(h, 'meta', self.dtype)
         self.splits = planned_data(h)
         self.pictures, self.counts = image_counts(h, self.splits), count_phases(h, self.dtype)
         self.parameters = {part: count(getattr(model, part)) for part in ('encoder', 'decoder', 'adapter')}
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.downloads = {name: download_of(name) for name in names}
-        if h.data in KNOWN_DATA: self.downloads[h.data] = data_gb(h.data, self.pictures), 'about, unless it is in the cache'
+        if h.data in KNOWN_DATA:
+            self.downloads[h.data] = data_gb(h.data, self.pictures), 'about, unless it is in the cache'
         per_epoch = -(-self.pictures['train']//h.batch_size)
         self.steps = min(h.num_epochs*per_epoch, h.max_steps or h.num_epochs*per_epoch)
         self.epochs = -(-self.steps//per_epoch)
         held = sum(p.nbytes for p in model.parameters())
-        busy = {name: c['bytes'] for name,c in self.counts.items() if h.evaluation_enabled or name in ('encode','step')}
-        self.memory = {'process': PROCESS_GB, 'weights': held/1e9, 'AdamW': 8*self.trained/1e9, **{k: v/1e9 for k,v in busy.items()}}
+        busy = {
+            name: c['bytes']
+            for name, c in self.counts.items()
+            if h.evaluation_enabled or name in ('encode', 'step')
+        }
+        self.memory = {
+            'process': PROCESS_GB,
+            'weights': held / 1e9,
+            'AdamW': 8 * self.trained / 1e9,
+            **{k: v / 1e9 for k, v in busy.items()},
+        }
 
     @property
     def memory_needed(self): # GB; the phases come one after the other
@@ -248,13 +383,37 @@ def plan_text(plan:Plan) -> str:
     "Lay out a plan as text."
     h, hw, m = plan.h, plan.hardware, plan.parameters
     gb = lambda v: f'{v:.2f} GB' if v >= .1 else f'{1000*v:.1f} MB'
-    lines = [f"Plan: {h.encoder_name} and {h.decoder_name or h.tokenizer_name} on {h.data}", '',
-             f"device       {hw.name} ({hw.device}, {hw.memory:.0f} GB), frozen models in {choose_dtype(hw)}, mixed precision {choose_mixed_precision(hw)}, attention {choose_attention(hw)}",
-             f"data         {', '.join(f'{n} {split}' for split,n in plan.pictures.items())} pictures; {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}",
-             f"parameters   encoder {m['encoder']/1e6:.1f} million, adapter {m['adapter']/1e6:.2f} million, decoder {m['decoder']/1e6:.1f} million; {plan.trained/1e6:.2f} million of them learn"]
-    lines += [f"download     {gb(size) if size else 'nothing'}: {name} ({how})" for name,(size,how) in plan.downloads.items()]
-    lines += [f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads, {gb(plan.checkpoints)} of checkpoints in {h.output_dir}; {gb(shutil.disk_usage(_existing(h.output_dir)).free/1e9)} are free there",
-              f"memory       {gb(plan.memory_needed)} expected: " + ', '.join(f'{name} {gb(v)}' for name,v in plan.memory.items() if name not in plan.counts) + ', and the largest of ' + ', '.join(f'{name} {gb(v)}' for name,v in plan.memory.items() if name in plan.counts)]
+    lines = [
+        f"Plan: {h.encoder_name} and {h.decoder_name or h.tokenizer_name} on {h.data}",
+        '',
+        (
+            f"device       {hw.name} ({hw.device}, {hw.memory:.0f} GB), frozen models in {choose_dtype(hw)},"
+            f" mixed precision {choose_mixed_precision(hw)}, attention {choose_attention(hw)}"
+        ),
+        (
+            f"data         {', '.join(f'{n} {split}' for split,n in plan.pictures.items())} pictures;"
+            f" {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}"
+        ),
+        (
+            f"parameters   encoder {m['encoder']/1e6:.1f} million, adapter {m['adapter']/1e6:.2f} million,"
+            f" decoder {m['decoder']/1e6:.1f} million; {plan.trained/1e6:.2f} million of them learn"
+        ),
+    ]
+    lines += [
+        f"download     {gb(size) if size else 'nothing'}: {name} ({how})"
+        for name, (size, how) in plan.downloads.items()
+    ]
+    lines += [
+        (
+            f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads,"
+            f" {gb(plan.checkpoints)} of checkpoints in {h.output_dir};"
+            f" {gb(shutil.disk_usage(_existing(h.output_dir)).free/1e9)} are free there"
+        ),
+        f"memory       {gb(plan.memory_needed)} expected: "
+        + ', '.join(f'{name} {gb(v)}' for name, v in plan.memory.items() if name not in plan.counts)
+        + ', and the largest of '
+        + ', '.join(f'{name} {gb(v)}' for name, v in plan.memory.items() if name in plan.counts),
+    ]
     return '\n'.join(lines)
 
 # %% ../../nbs/34_planning.ipynb #13a0002a
@@ -264,12 +423,14 @@ class _Wordless:
     def batch_decode(self, ids, **kwargs): return ['']*len(ids)
 
 def _seconds(do, device):
-    "Time a call of `do` after a first one; of short ones the middle of five, since a machine has other things to do as well."
+    """Time a call of `do` after a first one; of short ones the middle of five, since a machine has other
+    things to do as well."""
     times = []
     while len(times) < 2 or len(times) < 6 and sum(times[1:]) < 1:
         start = time.perf_counter()
         do()
-        if device=='cuda': torch.cuda.synchronize()
+        if device=='cuda':
+            torch.cuda.synchronize()
         times.append(time.perf_counter()-start)
     return sorted(times[1:])[len(times[1:])//2]
 
@@ -277,19 +438,35 @@ def time_phases(
     h:Hyperparameters,
     hardware, # `Hardware` of this machine
     encoded:int=8, # Pictures to encode
-) -> dict: # Seconds: to 'prepare' and to 'encode' a picture, for a 'step', to write a 'token' of a batch of captions
+# Seconds: to 'prepare' and to 'encode' a picture, for a 'step', to write a 'token' of a batch of captions
+) -> dict:
     "Do once, at real size and with random weights, what a run does many times."
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     device = hardware.device
     model = random_init_captioner(h, device, getattr(torch, choose_dtype(hardware)))
     do, (optimizer, _) = phases(model, h, encoded), make_optimizer(model, h)
-    processor, photograph = CLIPImageProcessorPil(size=dict(shortest_edge=h.image_size), crop_size=dict(height=h.image_size, width=h.image_size)), Image.new('RGB', (500,375) if h.data!='storybook' else (64,64))
-    prefix = torch.zeros(WRITTEN, model.encoder.patches if h.features=='patch' else h.prefix_length, model.decoder.get_input_embeddings().embedding_dim, device=device)
-    def step(): do['step'](); optimizer.step(); optimizer.zero_grad()
-    def write(n): return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n), device)
-    return dict(prepare=_seconds(lambda: processor([photograph]*encoded, return_tensors='pt'), device)/encoded, encode=_seconds(do['encode'], device)/encoded,
-                step=_seconds(step, device), token=write(4)/4)
+    processor, photograph = CLIPImageProcessorPil(
+        size=dict(shortest_edge=h.image_size), crop_size=dict(height=h.image_size, width=h.image_size)
+    ), Image.new('RGB', (500, 375) if h.data != 'storybook' else (64, 64))
+    prefix = torch.zeros(
+        WRITTEN,
+        model.encoder.patches if h.features == 'patch' else h.prefix_length,
+        model.decoder.get_input_embeddings().embedding_dim,
+        device=device,
+    )
+    def step():
+        do['step']()
+        optimizer.step()
+        optimizer.zero_grad()
+    def write(n):
+        return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n), device)
+    return dict(
+        prepare=_seconds(lambda: processor([photograph] * encoded, return_tensors='pt'), device) / encoded,
+        encode=_seconds(do['encode'], device) / encoded,
+        step=_seconds(step, device),
+        token=write(4) / 4,
+    )
 
 def run_seconds(
     plan:Plan,
@@ -299,15 +476,28 @@ def run_seconds(
     def score(n, tokens): # both readings of `validate`, in proportion to the FLOPs of a step; then writing
         read = seconds['step']*plan.counts['validate']['flops']/plan.counts['step']['flops']/READ
         return 2*n*read + -(-n//WRITTEN)*tokens*seconds['token']*min(n, WRITTEN)/WRITTEN
-    tokens, held_back = min(TOKENS, plan.h.max_caption_length), [n for split,n in plan.pictures.items() if split not in ('train','validation')]
-    parts = dict(encoding=sum(plan.pictures.values())*(seconds['prepare']+seconds['encode']), training=plan.steps*seconds['step'])
+    tokens, held_back = min(TOKENS, plan.h.max_caption_length), [
+        n for split, n in plan.pictures.items() if split not in ('train', 'validation')
+    ]
+    parts = dict(
+        encoding=sum(plan.pictures.values()) * (seconds['prepare'] + seconds['encode']),
+        training=plan.steps * seconds['step'],
+    )
     if not plan.h.evaluation_enabled: return parts
-    return dict(parts, validation=plan.epochs*score(plan.pictures['validation'], tokens), test=sum(score(n, tokens)+score(n, plan.h.max_caption_length) for n in held_back))
+    return dict(
+        parts,
+        validation=plan.epochs * score(plan.pictures['validation'], tokens),
+        test=sum(score(n, tokens) + score(n, plan.h.max_caption_length) for n in held_back),
+    )
 
 # %% ../../nbs/34_planning.ipynb #13a0002e
 def _clock(seconds):
     "Seconds as people say them."
-    return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} minutes' if seconds < 7200 else f'{seconds/3600:.1f} hours'
+    return (
+        f'{seconds:.0f} s'
+        if seconds < 120
+        else f'{seconds/60:.0f} minutes' if seconds < 7200 else f'{seconds/3600:.1f} hours'
+    )
 
 def captions_text(plan:Plan) -> str:
     "Say how many training captions will be cut, unless data or tokenizer are still to be downloaded."
@@ -328,22 +518,50 @@ def dry_run(
     say(f'captions     {captions_text(plan)}', flush=True)
     free, wanted = free_memory(plan.hardware.device) if free is None else free, plan.memory_needed-PROCESS_GB
     if wanted > free:
-        say(f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less")
+        say(
+            f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and"
+            f" {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less"
+        )
         return
     say(f"\nOne step on made-up data with random weights, in at most {wanted:.2f} GB ...", flush=True)
     seconds = time_phases(h, plan.hardware)
     parts = run_seconds(plan, seconds)
-    say(f"time         {_clock(sum(parts.values()))} expected: {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step, downloads not included")
+    say(
+        f"time         {_clock(sum(parts.values()))} expected:"
+        f" {', '.join(f'{name} {_clock(s)}' for name,s in parts.items())}; {seconds['step']:.3f} s per step,"
+        " downloads not included"
+    )
 
 # %% ../../nbs/34_planning.ipynb #13a00039
-FIELDS = ('settings', 'encoder', 'decoder', 'data', 'training_images', 'first_loss', 'last_loss', 'validation_loss', 'split', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain', 'seconds', 'device', 'date')
+FIELDS = (
+    'settings',
+    'encoder',
+    'decoder',
+    'data',
+    'training_images',
+    'first_loss',
+    'last_loss',
+    'validation_loss',
+    'split',
+    'rouge_l',
+    'rouge_l_floor',
+    'rouge_l_ceiling',
+    'image_gain',
+    'seconds',
+    'device',
+    'date',
+)
 
 def settings_name(
     h:Hyperparameters,
 ) -> str: # Such as 'flickr30k' or 'flickr30k (batch_size 4)'
     "Name settings by the nearest preset and the differences from it."
-    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'output_dir', 'report_to', 'seed') # have a column of their own, or make no difference
-    def differences(preset): return {k: v for k,v in asdict(h).items() if k not in apart and v!=as_hyperparameters(preset=preset)[k]}
+    # have a column of their own, or make no difference
+    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'output_dir', 'report_to', 'seed')
+    def differences(preset):
+        return {
+            k: v for k, v in asdict(h).items() if k not in apart and v != as_hyperparameters(preset=preset)[k]
+        }
     preset = min(PRESETS, key=lambda p: len(differences(p)))
     changed = ', '.join(f'{k} {v}' for k,v in differences(preset).items())
     return f'{preset} ({changed})' if changed else preset
@@ -356,19 +574,48 @@ def result_row(
     m = read_metadata(checkpoint)
     h, losses = as_hyperparameters(m['hyperparameters']), m['losses']
     split = 'test' if 'test' in m else 'validation'
-    scores, stamp = m.get('test') or dict(m, loss=m['validation_loss']), Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0]
-    epochs = [read_metadata(Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth')) for e in range(1, m['epoch']+1)]
-    return dict(zip(FIELDS, (settings_name(h), m['encoder'], m['decoder'], m['data']['name'], m['data']['train'], sum(losses[:10])/len(losses[:10]), m['training_loss'], m['validation_loss'], split,
-                             *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')), sum(e['seconds'] for e in epochs), hardware or m['device'], f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}'), strict=True))
+    scores, stamp = (
+        m.get('test') or dict(m, loss=m['validation_loss']),
+        Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0],
+    )
+    epochs = [
+        read_metadata(Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth'))
+        for e in range(1, m['epoch'] + 1)
+    ]
+    return dict(
+        zip(
+            FIELDS,
+            (
+                settings_name(h),
+                m['encoder'],
+                m['decoder'],
+                m['data']['name'],
+                m['data']['train'],
+                sum(losses[:10]) / len(losses[:10]),
+                m['training_loss'],
+                m['validation_loss'],
+                split,
+                *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')),
+                sum(e['seconds'] for e in epochs),
+                hardware or m['device'],
+                f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}',
+            ),
+            strict=True,
+        )
+    )
 
 # %% ../../nbs/34_planning.ipynb #13a0003a
-def _is_same(a, b): return all(a[k]==b[k] for k in ('settings', 'encoder', 'decoder', 'data')) and (a['device']==b['device'] or None in (a['device'], b['device']))
+def _is_same(a, b):
+    return all(a[k] == b[k] for k in ('settings', 'encoder', 'decoder', 'data')) and (
+        a['device'] == b['device'] or None in (a['device'], b['device'])
+    )
 
 def add_row(
     rows:list, # Dictionaries with the keys `FIELDS`
     row:dict, # The new one
 ) -> list:
-    "Put a row into the table, in place of one of the same settings, models, data and device, or of one that waits to be run."
+    """Put a row into the table, in place of one of the same settings, models, data and device, or of one
+    that waits to be run."""
     same = [i for i,r in enumerate(rows) if _is_same(r, row)]
     at = same[0] if same else len(rows)
     return rows[:at] + [row] + [r for i,r in enumerate(rows) if i>=at and i not in same]
@@ -376,11 +623,32 @@ def add_row(
 def results_table(rows:list) -> str:
     "Lay results out as a Markdown table."
     num = lambda v, digits=3: '-' if v is None else f'{v:.{digits}f}'
-    lines = ['| preset | models | data | loss, first → last | ROUGE-L (floor – ceiling) | image gain | time | device | date |', '|---|---|---|---|---|---|---|---|---|']
+    lines = [
+        (
+            '| preset | models | data | loss, first → last | ROUGE-L (floor – ceiling) | image gain | time |'
+            ' device | date |'
+        ),
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
     for r in rows:
-        models, data = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder')), r['data'] + (f", {r['training_images']} pictures" if r['training_images'] else '')
-        done = ['not run yet'] + ['']*5 if r['date'] is None else [f"{num(r['first_loss'],2)} → {num(r['last_loss'],2)}", f"{num(r['rouge_l'])} ({num(r['rouge_l_floor'])} – {num(r['rouge_l_ceiling'])}), {r['split']}",
-                                                                  num(r['image_gain'],2), f"{r['seconds']/60:.1f} min", r['device'], r['date']]
+        models, data = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder')), r['data'] + (
+            f", {r['training_images']} pictures" if r['training_images'] else ''
+        )
+        done = (
+            ['not run yet'] + [''] * 5
+            if r['date'] is None
+            else [
+                f"{num(r['first_loss'],2)} → {num(r['last_loss'],2)}",
+                (
+                    f"{num(r['rouge_l'])} ({num(r['rouge_l_floor'])} – {num(r['rouge_l_ceiling'])}),"
+                    f" {r['split']}"
+                ),
+                num(r['image_gain'], 2),
+                f"{r['seconds']/60:.1f} min",
+                r['device'],
+                r['date'],
+            ]
+        )
         lines.append('| ' + ' | '.join([r['settings'], models, data, *done]) + ' |')
     return '\n'.join(lines)
 
@@ -392,11 +660,16 @@ def results_command(
 ):
     "Put what a checkpoint came to into the table of results."
     path = Path(file)
-    if path.suffix!='.json': raise ValueError(f"{file} must end in .json; the table is written beside it as .md")
-    try: rows = parse_json(read_text(path, limit=SMALL_TEXT)) if path.exists() else []
-    except ValueError: rows = None
-    if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows): raise ValueError(f"{file} is no file of results")
+    if path.suffix!='.json':
+        raise ValueError(f"{file} must end in .json; the table is written beside it as .md")
+    try:
+        rows = parse_json(read_text(path, limit=SMALL_TEXT)) if path.exists() else []
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows):
+        raise ValueError(f"{file} is no file of results")
     rows = add_row(rows, result_row(checkpoint, hardware))
     write_json(path, rows)
-    with atomic_write(path.with_suffix('.md')) as f: f.write(results_table(rows)+'\n')
+    with atomic_write(path.with_suffix('.md')) as f:
+        f.write(results_table(rows)+'\n')
     say(results_table(rows))

@@ -15,22 +15,37 @@ from fastcore.basics import patch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationConfig,
-                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
+from transformers import (
+    AddedToken, AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BatchFeature,
+    GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig,
+    PreTrainedModel, ProcessorMixin
+)
 from transformers.utils import cached_file
 from fastcore.script import Param, store_true
-from ..captioner import (Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint, load_trained,
-                             save_checkpoint, unfreeze, trained_state)
+from capnb.captioner import (
+    Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint,
+    load_trained, save_checkpoint, unfreeze, trained_state
+)
 from .commands import BEST, any_path, command, find_checkpoint, new_folder
-from ..settings import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path, parse_json, read_text, say, write_json
-from ..decoder import begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
+from capnb.settings import (
+    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path,
+    parse_json, read_text, say, write_json
+)
+from capnb.decoder import (
+    begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
+)
 from ..encoder import load_image_processor, prepare_images
 
 # %% ../../nbs/39_sharing.ipynb #9f62d761
 def _last_name(text):
     "The last name of what is a path of a machine, of whatever system; other text as it is."
-    path = re.match(r'[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]', text) or ('/' in text or '\\' in text) and Path(text).exists()
-    return PureWindowsPath(text).name or text if path else text # a Windows path may have both kinds of slashes
+    path = (
+        re.match(r'[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]', text)
+        or ('/' in text or '\\' in text)
+        and Path(text).exists()
+    )
+    # a Windows path may have both kinds of slashes
+    return PureWindowsPath(text).name or text if path else text
 
 def without_paths(
     value, # Plain data: text, numbers, lists and dictionaries
@@ -42,7 +57,8 @@ def without_paths(
 
 # %% ../../nbs/39_sharing.ipynb #0da7c008
 class CapnbConfig(PreTrainedConfig):
-    "What it takes to build a captioner again: its hyperparameters, in which the frozen parts are named with their revisions, the fingerprint of their weights, and the epochs it has trained."
+    """What it takes to build a captioner again: its hyperparameters, in which the frozen parts are named
+    with their revisions, the fingerprint of their weights, and the epochs it has trained."""
     model_type = 'capnb'
     def __init__(self,
         hyperparameters:dict=None, # Of the run
@@ -54,7 +70,8 @@ class CapnbConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
-    def h(self): return as_hyperparameters({**asdict(Hyperparameters()), **self.hyperparameters})
+    def h(self):
+        return as_hyperparameters({**asdict(Hyperparameters()), **self.hyperparameters})
 
     def h_in(self,
         place, # Folder or hub id that the configuration came from
@@ -62,24 +79,35 @@ class CapnbConfig(PreTrainedConfig):
         "The hyperparameters, in which a frozen part that lies in that folder is named with its path."
         h = self.h
         names = {name: h[name] for name in ('encoder_name', 'decoder_name', 'tokenizer_name') if h[name]}
-        return replace(h, **{name: str(Path(place)/n) for name,n in names.items() if (Path(place)/n).exists()})
+        return replace(
+            h, **{name: str(Path(place) / n) for name, n in names.items() if (Path(place) / n).exists()}
+        )
 
-def _pinned(name, revision): return name if revision is None or '@' in name else f'{name}@{revision}'
+def _pinned(name, revision):
+    return name if revision is None or '@' in name else f'{name}@{revision}'
 
 def config_of(
     metadata:dict, # Of a checkpoint
 ) -> CapnbConfig:
-    "Describe a trained captioner; what came from the hub is named with the revision that it was trained with."
-    h, revisions = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']}), metadata.get('revisions', {})
-    names = dict(encoder=h.encoder_name, decoder=h.decoder_name or h.tokenizer_name, tokenizer=h.tokenizer_name)
+    """Describe a trained captioner; what came from the hub is named with the revision that it was trained
+    with."""
+    h, revisions = as_hyperparameters(
+        {**asdict(Hyperparameters()), **metadata['hyperparameters']}
+    ), metadata.get('revisions', {})
+    names = dict(
+        encoder=h.encoder_name, decoder=h.decoder_name or h.tokenizer_name, tokenizer=h.tokenizer_name
+    )
     h = replace(h, **{f'{part}_name': _pinned(name, revisions.get(part)) for part,name in names.items()})
     return CapnbConfig(without_paths(asdict(h)), metadata.get('frozen'), metadata.get('epoch', 1))
 
 _HUB = ('revision', 'token', 'cache_dir', 'local_files_only', 'force_download', 'subfolder')
-_AUTO = ('config', 'trust_remote_code', 'code_revision', 'adapter_kwargs', '_from_auto', '_commit_hash') # what the Auto classes add
+# what the Auto classes add
+_AUTO = ('config', 'trust_remote_code', 'code_revision', 'adapter_kwargs', '_from_auto', '_commit_hash')
 def _hub_options(given):
-    "Those of the given arguments that say where on the hub something is; raises `ValueError` for one that has no meaning here."
-    if unknown := [k for k,v in given.items() if k not in _HUB+_AUTO and v is not None]: raise ValueError(f"{unknown[0]} has no meaning for a captioner; there is {', '.join(_HUB)}")
+    """Those of the given arguments that say where on the hub something is; raises `ValueError` for one that
+    has no meaning here."""
+    if unknown := [k for k,v in given.items() if k not in _HUB+_AUTO and v is not None]:
+        raise ValueError(f"{unknown[0]} has no meaning for a captioner; there is {', '.join(_HUB)}")
     return {k: v for k,v in given.items() if k in _HUB}
 
 # %% ../../nbs/39_sharing.ipynb #0da7c010
@@ -90,7 +118,13 @@ class CapnbForImageCaptioning(PreTrainedModel):
         super().__init__(config)
         self.captioner, self.metadata = captioner, metadata or dict(hyperparameters=config.hyperparameters)
         end = captioner.tokenizer.eos_token_id
-        self.generation_config = GenerationConfig(max_new_tokens=captioner.max_caption_length, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=end)
+        self.generation_config = GenerationConfig(
+            max_new_tokens=captioner.max_caption_length,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
 
     @classmethod
     def can_generate(cls): return True
@@ -104,9 +138,14 @@ class CapnbForImageCaptioning(PreTrainedModel):
         "Read pictures and captions."
         decoder, prefix = self.captioner.decoder, self.captioner.prefix(self.captioner.encoder(pixel_values))
         embeddings = decoder.get_input_embeddings()(input_ids)
-        if labels is not None: labels = torch.cat([labels.new_full(prefix.shape[:2], -100), labels], 1)
+        if labels is not None:
+            labels = torch.cat([labels.new_full(prefix.shape[:2], -100), labels], 1)
         mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)
-        return decoder(inputs_embeds=torch.cat([prefix.to(embeddings.dtype), embeddings], 1), attention_mask=mask, labels=labels)
+        return decoder(
+            inputs_embeds=torch.cat([prefix.to(embeddings.dtype), embeddings], 1),
+            attention_mask=mask,
+            labels=labels,
+        )
 
     def generate(self,
         pixel_values, # From the processor
@@ -114,13 +153,15 @@ class CapnbForImageCaptioning(PreTrainedModel):
     ) -> torch.Tensor: # (batch*num_return_sequences, longest) tokens
         "Write captions, as tokens; the model's `generation_config` holds the defaults."
         said = self.generation_config.to_diff_dict()
-        defaults = {k: v for k,v in said.items() if k not in ('transformers_version', 'pad_token_id')} # it pads itself
+        # it pads itself
+        defaults = {k: v for k,v in said.items() if k not in ('transformers_version', 'pad_token_id')}
         model, prefix = self.captioner, self.captioner.prefix(self.captioner.encoder(pixel_values))
         return generate_ids(model.decoder, model.tokenizer, prefix, **{**defaults, **kwargs})
 
 # %% ../../nbs/39_sharing.ipynb #0da7c012
 class CapnbProcessor(ProcessorMixin):
-    "Pictures to `pixel_values`, captions to `input_ids`, `attention_mask` and `labels`, and tokens back to captions."
+    """Pictures to `pixel_values`, captions to `input_ids`, `attention_mask` and `labels`, and tokens back to
+    captions."""
     def __init__(self,
         config:CapnbConfig,
         place=None, # Folder or hub id that it came from
@@ -136,26 +177,43 @@ class CapnbProcessor(ProcessorMixin):
         return_tensors:str='pt', # There is no other form
     ) -> BatchFeature:
         "Prepare pictures, captions or both."
-        if return_tensors!='pt': raise ValueError(f"return_tensors is {return_tensors!r}; there is only 'pt'")
+        if return_tensors!='pt':
+            raise ValueError(f"return_tensors is {return_tensors!r}; there is only 'pt'")
         out = {}
-        if images is not None: out['pixel_values'] = prepare_images(self.image_processor, images if isinstance(images, (list,tuple)) else [images], self.image_size)
+        if images is not None:
+            out['pixel_values'] = prepare_images(
+                self.image_processor,
+                images if isinstance(images, (list, tuple)) else [images],
+                self.image_size,
+            )
         if text is not None:
-            out['input_ids'], out['attention_mask'] = tokenize_captions(self.tokenizer, [text] if isinstance(text, str) else text, self.max_caption_length)
+            out['input_ids'], out['attention_mask'] = tokenize_captions(
+                self.tokenizer, [text] if isinstance(text, str) else text, self.max_caption_length
+            )
             out['labels'] = out['input_ids'].masked_fill(out['attention_mask']==0, -100)
         return BatchFeature(out)
 
     def batch_decode(self, ids): return captions_of(self.tokenizer, ids)
 
     @classmethod
-    def from_pretrained(cls, name, **hub): return cls(CapnbConfig.from_pretrained(name, **_hub_options(hub)), name) # folder or hub id of a shared captioner
-    def save_pretrained(self, folder, **kwargs): self.config.save_pretrained(folder) # the names are all there is to save
+    def from_pretrained(cls, name, **hub):
+        # folder or hub id of a shared captioner
+        return cls(CapnbConfig.from_pretrained(name, **_hub_options(hub)), name)
+    def save_pretrained(self, folder, **kwargs):
+        self.config.save_pretrained(folder) # the names are all there is to save
 
 # %% ../../nbs/39_sharing.ipynb #0da7c014
 def _score_lines(metadata):
     "A table row for each split that was scored, else the validation scores."
     show = lambda s, k: '-' if s.get(k) is None else f'{s[k]:.3f}'
-    splits = {k: v for k,v in metadata.items() if isinstance(v, dict) and {'rouge_l','pictures'} <= v.keys()} or {'validation': metadata}
-    return '\n'.join(f"| {name} | {show(s,'rouge_l')} | {show(s,'rouge_l_floor')} | {show(s,'rouge_l_ceiling')} | {show(s,'image_gain')} |" for name,s in splits.items())
+    splits = {
+        k: v for k, v in metadata.items() if isinstance(v, dict) and {'rouge_l', 'pictures'} <= v.keys()
+    } or {'validation': metadata}
+    return '\n'.join(
+        f"| {name} | {show(s,'rouge_l')} | {show(s,'rouge_l_floor')} | {show(s,'rouge_l_ceiling')} |"
+        f" {show(s,'image_gain')} |"
+        for name, s in splits.items()
+    )
 
 def model_card(
     config:CapnbConfig,
@@ -164,8 +222,16 @@ def model_card(
 ) -> ModelCard:
     "Write the model card of a captioner from its metadata."
     h, data = config.h, without_paths(metadata.get('data', {}))
-    learned = f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='num_skipped')} pictures of {data.get('name', h.data)}"
-    about = ModelCardData(library_name='capnb', pipeline_tag='image-to-text', tags=['image-captioning', 'capnb'], base_model=[n.split('@')[0] for n in (h.encoder_name, h.decoder_name)])
+    learned = (
+        f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='num_skipped')}"
+        f" pictures of {data.get('name', h.data)}"
+    )
+    about = ModelCardData(
+        library_name='capnb',
+        pipeline_tag='image-to-text',
+        tags=['image-captioning', 'capnb'],
+        base_model=[n.split('@')[0] for n in (h.encoder_name, h.decoder_name)],
+    )
     return ModelCard(f"""---
 {about.to_yaml()}
 ---
@@ -207,15 +273,19 @@ def save_pretrained(self:CapnbForImageCaptioning,
     name:str='FOLDER-OR-HUB-ID', # What the model card calls the captioner
     **kwargs, # For `PreTrainedModel.save_pretrained`
 ):
-    "Save what learned as safetensors, with configuration, metadata and model card; frozen parts are named, not copied."
+    """Save what learned as safetensors, with configuration, metadata and model card; frozen parts are named,
+    not copied."""
     PreTrainedModel.save_pretrained(self, folder, state_dict=trained_state(self.captioner), **kwargs)
     write_json(Path(folder)/'training_metadata.json', self.metadata)
-    with atomic_write(Path(folder)/'README.md') as f: f.write(str(model_card(self.config, self.metadata, name)))
+    with atomic_write(Path(folder)/'README.md') as f:
+        f.write(str(model_card(self.config, self.metadata, name)))
 
 def _shared_weights(path, name, h):
     "The weights in a file of somebody else's; raises `ValueError` unless they are those that `h` asks for."
-    try: state = load_file(path)
-    except SafetensorError as e: raise ValueError(f"{name}: model.safetensors cannot be read: {error_line(e)}") from None
+    try:
+        state = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{name}: model.safetensors cannot be read: {error_line(e)}") from None
     check_weights(state, name)
     check_trained(h, state, name)
     return state
@@ -226,7 +296,8 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     *, device=None, # None for the best device
     **hub, # `revision`, `token`, `cache_dir`, `local_files_only`
 ):
-    "Build the captioner that a folder or a hub repository describes; raises `ValueError` if its weights cannot be used, or its frozen parts are not those that it was trained with."
+    """Build the captioner that a folder or a hub repository describes; raises `ValueError` if its weights
+    cannot be used, or its frozen parts are not those that it was trained with."""
     hub = _hub_options(hub)
     config = CapnbConfig.from_pretrained(name, **hub)
     h = config.h_in(name)
@@ -235,7 +306,11 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     unfreeze(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
     load_trained(captioner, state, name)
-    return cls(config, captioner, parse_json(read_text(cached_file(name, 'training_metadata.json', **hub), limit=SMALL_TEXT))).eval()
+    return cls(
+        config,
+        captioner,
+        parse_json(read_text(cached_file(name, 'training_metadata.json', **hub), limit=SMALL_TEXT)),
+    ).eval()
 
 @patch
 def push_to_hub(self:CapnbForImageCaptioning,
@@ -244,7 +319,8 @@ def push_to_hub(self:CapnbForImageCaptioning,
     token:str=None, # None for the one of `hf auth login`
     **kwargs, # For `HfApi.upload_folder`, such as `commit_message`
 ):
-    "Upload what `save_pretrained` writes, in one commit; raises `OSError` that says what to do if the hub refuses."
+    """Upload what `save_pretrained` writes, in one commit; raises `OSError` that says what to do if the hub
+    refuses."""
     api = HfApi(token=token)
     with hub_errors('model', repo_id), tempfile.TemporaryDirectory() as folder:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -277,40 +353,81 @@ def as_checkpoint(
 
 # %% ../../nbs/39_sharing.ipynb #0da7c025
 IMAGE_TOKEN = '<image>'
-_CHAT = "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] in ('image', 'image_url') %}" + IMAGE_TOKEN + "{% endif %}{% endfor %}{% endfor %}" # a captioner is asked nothing
+# a captioner is asked nothing
+_CHAT = (
+    "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] in ('image', 'image_url') %}"
+    + IMAGE_TOKEN
+    + "{% endif %}{% endfor %}{% endfor %}"
+)
 
 def _with_image_token(tokenizer):
     "A copy of the tokenizer that knows the token that stands for a patch."
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens(dict(additional_special_tokens=[AddedToken(IMAGE_TOKEN, special=True, normalized=False)]))
+    tokenizer.add_special_tokens(
+        dict(additional_special_tokens=[AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    )
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, 'left'
     return tokenizer
 
-def _facts(config): return {k: v for k,v in config.to_dict().items() if k!='_name_or_path'} # where it was read from is nobody's business
+def _facts(config):
+    # where it was read from is nobody's business
+    return {k: v for k,v in config.to_dict().items() if k!='_name_or_path'}
 
 def llava_config(
     model:Captioner, # With a CLIP and patch features
     image_token:int, # Number of the token that stands for a patch
 ) -> LlavaConfig:
     "Describe a captioner's parts as those of a LLaVA."
-    return LlavaConfig(vision_config=_facts(model.encoder.model.config), text_config=_facts(model.decoder.config), image_token_id=image_token, vision_feature_layer=-2, vision_feature_select_strategy='default',
-                       projector_hidden_act='gelu', image_seq_length=model.encoder.patches, tie_word_embeddings=model.decoder.config.tie_word_embeddings)
+    return LlavaConfig(
+        vision_config=_facts(model.encoder.model.config),
+        text_config=_facts(model.decoder.config),
+        image_token_id=image_token,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy='default',
+        projector_hidden_act='gelu',
+        image_seq_length=model.encoder.patches,
+        tie_word_embeddings=model.decoder.config.tie_word_embeddings,
+    )
 
 def as_llava(
     model:Captioner, # With a CLIP, patch features, and nothing learned in the decoder but whole layers
 ): # A `LlavaForConditionalGeneration`, its `LlavaProcessor`
-    "Put a captioner's parts into a LLaVA that gives the same logits; raises `ValueError` if its form has no place there."
+    """Put a captioner's parts into a LLaVA that gives the same logits; raises `ValueError` if its form has
+    no place there."""
     vision, decoder = model.encoder.model, model.decoder
-    if model.encoder.features!='patch' or not vision.config.model_type.startswith('clip'): raise ValueError(f"a LLaVA is made of patch features of a CLIP; this captioner has {model.encoder.features} features of a {vision.config.model_type}")
-    if any('.lora_' in n for n,_ in decoder.named_parameters()): raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
+    if model.encoder.features!='patch' or not vision.config.model_type.startswith('clip'):
+        raise ValueError(
+            f"a LLaVA is made of patch features of a CLIP; this captioner has {model.encoder.features}"
+            f" features of a {vision.config.model_type}"
+        )
+    if any('.lora_' in n for n,_ in decoder.named_parameters()):
+        raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
     tokenizer = _with_image_token(model.tokenizer)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     llava = LlavaForConditionalGeneration(llava_config(model, token)).to(decoder.dtype).eval()
-    for ours,theirs in ((vision, llava.model.vision_tower), (model.adapter, llava.model.multi_modal_projector), (decoder.get_decoder(), llava.model.language_model), (decoder.get_output_embeddings(), llava.lm_head)):
+    for ours, theirs in (
+        (vision, llava.model.vision_tower),
+        (model.adapter, llava.model.multi_modal_projector),
+        (decoder.get_decoder(), llava.model.language_model),
+        (decoder.get_output_embeddings(), llava.lm_head),
+    ):
         theirs.load_state_dict(ours.state_dict())
-    if token >= decoder.config.vocab_size: llava.resize_token_embeddings(token+1, mean_resizing=False)
-    llava.generation_config = GenerationConfig(max_new_tokens=model.max_caption_length, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    processor = LlavaProcessor(model.encoder.processor, tokenizer, patch_size=vision.config.patch_size, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_CHAT)
+    if token >= decoder.config.vocab_size:
+        llava.resize_token_embeddings(token+1, mean_resizing=False)
+    llava.generation_config = GenerationConfig(
+        max_new_tokens=model.max_caption_length,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processor = LlavaProcessor(
+        model.encoder.processor,
+        tokenizer,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy='default',
+        num_additional_image_tokens=1,
+        chat_template=_CHAT,
+    )
     return llava, processor
 
 def save_llava(
@@ -319,7 +436,11 @@ def save_llava(
 ):
     "Save a captioner as a LLaVA, model and processor, for programs without capnb."
     llava, processor = as_llava(model)
-    names = {n.replace('model.vision_tower.', 'model.vision_tower.vision_model.'): t for n,t in llava.state_dict().items()} # as published LLaVAs have it, and vLLM wants it
+    # as published LLaVAs have it, and vLLM wants it
+    names = {
+        n.replace('model.vision_tower.', 'model.vision_tower.vision_model.'): t
+        for n, t in llava.state_dict().items()
+    }
     llava.save_pretrained(folder, state_dict=names)
     processor.save_pretrained(folder)
 
@@ -328,21 +449,34 @@ def _warn_of_folders(config):
     "Say which frozen parts came from a folder of this machine, and so are nowhere else."
     names = {config.hyperparameters[f'{part}_name'] for part in ('encoder', 'decoder', 'tokenizer')} - {None}
     for name in sorted(n for n in names if '/' not in n and model_path(n)==n):
-        say(f"⚠️ {name} was a folder or file of this machine: put it into the shared folder under this name, or nobody can load the captioner")
+        say(
+            f"⚠️ {name} was a folder or file of this machine: put it into the shared folder under this name,"
+            " or nobody can load the captioner"
+        )
 
 @command
 def share_command(
-    folder:Param('Folder to write', new_folder, opt=False, nargs='?')=None,
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path)=None,
-    best:Param(BEST, store_true)=False,
-    llava:Param('Write a LLaVA with all its parts, for programs without capnb; needs a captioner with patch features', store_true)=False,
-    push:Param('Upload to the hub as OWNER/NAME, instead of writing a folder', str)=None,
+    folder: Param('Folder to write', new_folder, opt=False, nargs='?') = None,
+    checkpoint: Param(
+        'Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path
+    ) = None,
+    best: Param(BEST, store_true) = False,
+    llava: Param(
+        'Write a LLaVA with all its parts, for programs without capnb; needs a captioner with patch features',
+        store_true,
+    ) = False,
+    push: Param('Upload to the hub as OWNER/NAME, instead of writing a folder', str) = None,
 ):
     "Share a trained captioner: what learned, with the names of the frozen parts and a model card."
-    if (folder is None)==(push is None): raise ValueError('name either a folder to write or, with --push, a repository')
-    if llava and push: raise ValueError('--llava writes a folder; upload it with: hf upload OWNER/NAME FOLDER')
+    if (folder is None)==(push is None):
+        raise ValueError('name either a folder to write or, with --push, a repository')
+    if llava and push:
+        raise ValueError('--llava writes a folder; upload it with: hf upload OWNER/NAME FOLDER')
     model = share(find_checkpoint(checkpoint, best=best), 'cpu')
-    if not llava: _warn_of_folders(model.config)
-    if llava: save_llava(model.captioner, folder)
-    elif folder: model.save_pretrained(folder)
+    if not llava:
+        _warn_of_folders(model.config)
+    if llava:
+        save_llava(model.captioner, folder)
+    elif folder:
+        model.save_pretrained(folder)
     say(f"🤝 {model.push_to_hub(push) if push else folder}")

@@ -17,16 +17,22 @@ from fastcore.script import Param
 from filelock import FileLock, Timeout
 from ..captioner import Captioner, build_captioner, check_models, new_adapter, start_from
 from .commands import OWN_DATA, Number, any_path, command, prepare
-from ..settings import (PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings, free_lock, limits, say, shell_line,
-                        write_json)
+from capnb.settings import (
+    PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings,
+    free_lock, limits, say, shell_line, write_json
+)
 from ..decoder import embedding_size
 from ..evaluation import Tracker
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names
 
 # %% ../../nbs/36_sweeps.ipynb #19a00008
 def _optuna():
-    try: import optuna
-    except ImportError: raise ValueError("a sweep needs the package optuna; install it with: pip install 'capnb[sweep]'") from None
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError(
+            "a sweep needs the package optuna; install it with: pip install 'capnb[sweep]'"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -35,33 +41,45 @@ _FIXED = ('evaluation_enabled', 'output_dir', 'features_dir', 'report_to') # not
 def _read(f, text):
     "Read a value of the dataclass field `f`; raises `ValueError` that says what is allowed."
     words = dict(null=None) if f.type is not bool else dict(null=None, true=True, false=False)
-    try: value = words[text] if text in words else f.type(text) if f.type is not bool else text
-    except ValueError: value = text
+    try:
+        value = words[text] if text in words else f.type(text) if f.type is not bool else text
+    except ValueError:
+        value = text
     return check_value(f.name, value, f.type, f.metadata)
 
 def _range(f, text, what):
     "A distribution from LOW:HIGH or log:LOW:HIGH."
     optuna, parts = _optuna(), what.split(':')
     log = parts[0]=='log'
-    if len(ends := parts[log:])!=2: raise ValueError(f"vary {text}: a range is {f.name}=LOW:HIGH or {f.name}=log:LOW:HIGH")
+    if len(ends := parts[log:])!=2:
+        raise ValueError(f"vary {text}: a range is {f.name}=LOW:HIGH or {f.name}=log:LOW:HIGH")
     low, high = (_read(f, end) for end in ends)
-    if None in (low, high) or low>=high: raise ValueError(f"vary {text}: the range is empty, {ends[0]} is not below {ends[1]}")
-    return (optuna.distributions.IntDistribution if f.type is int else optuna.distributions.FloatDistribution)(low, high, log=log)
+    if None in (low, high) or low>=high:
+        raise ValueError(f"vary {text}: the range is empty, {ends[0]} is not below {ends[1]}")
+    return (
+        optuna.distributions.IntDistribution if f.type is int else optuna.distributions.FloatDistribution
+    )(low, high, log=log)
 
 # %% ../../nbs/36_sweeps.ipynb #19a00009
 def read_vary(
     texts, # Such as 'batch_size=16,32,64', 'prefix_length=1:16' or 'learning_rate=log:1e-4:1e-2'
 ) -> dict: # Name of hyperparameter: Optuna's distribution
-    "Read what a sweep varies; raises `ValueError` for an unknown name, a value that is not allowed, or an empty range."
+    """Read what a sweep varies; raises `ValueError` for an unknown name, a value that is not allowed, or an
+    empty range."""
     optuna, known, space = _optuna(), {f.name: f for f in fields(Hyperparameters) if f.name not in _FIXED}, {}
     for text in texts:
         name, _, what = text.partition('=')
         f = known[_one_of('hyperparameter to vary', name, known)]
-        if not what: raise ValueError(f"vary {text}: say what it may be, as in {name}=VALUE,VALUE or {name}=LOW:HIGH")
-        if name in space: raise ValueError(f"vary {text}: {name} is there twice; put all its values into one")
-        if ':' in what and f.type in (int, float): space[name] = _range(f, text, what); continue
+        if not what:
+            raise ValueError(f"vary {text}: say what it may be, as in {name}=VALUE,VALUE or {name}=LOW:HIGH")
+        if name in space:
+            raise ValueError(f"vary {text}: {name} is there twice; put all its values into one")
+        if ':' in what and f.type in (int, float):
+            space[name] = _range(f, text, what)
+            continue
         values = [_read(f, v) for v in what.split(',')]
-        if len(set(values)) < len(values): raise ValueError(f"vary {text}: a value is there twice")
+        if len(set(values)) < len(values):
+            raise ValueError(f"vary {text}: a value is there twice")
         space[name] = optuna.distributions.CategoricalDistribution(values)
     return space
 
@@ -71,17 +89,35 @@ def classic_grid(
 ) -> list: # As for `read_vary`
     "Learning rate times batch size, around what `h` has."
     rates = ','.join(f'{h.learning_rate*by:.2g}' for by in (1/3, 1, 3))
-    return [f'learning_rate={rates}', f"batch_size={','.join(map(str, sorted({max(1, h.batch_size//2), h.batch_size})))}"]
+    return [
+        f'learning_rate={rates}',
+        f"batch_size={','.join(map(str, sorted({max(1, h.batch_size//2), h.batch_size})))}",
+    ]
 
 # %% ../../nbs/36_sweeps.ipynb #19a0000f
-_SHARED = ('data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'training_size_limit', 'image_column',
-           'caption_column', 'encoding', 'outside_files', 'data_revision', 'bad_rows', 'features_dir')
+_SHARED = (
+    'data',
+    'encoder_name',
+    'tokenizer_name',
+    'decoder_name',
+    'image_size',
+    'features',
+    'training_size_limit',
+    'image_column',
+    'caption_column',
+    'encoding',
+    'outside_files',
+    'data_revision',
+    'bad_rows',
+    'features_dir',
+)
 
 class TrialRunner:
     "What the trials of a process share: frozen models and encoded pictures."
     def __init__(self,
         data=None, # As for `capnb.run.commands.train`
-    ): self.own, self.key, self.frozen = data, None, None
+    ):
+        self.own, self.key, self.frozen = data, None, None
 
     def __call__(self,
         h:Hyperparameters, # Of the trial
@@ -91,14 +127,26 @@ class TrialRunner:
         learns, key = h.unfreeze_layers or h.lora_rank or h.init_from, [h[k] for k in _SHARED]
         if key==self.key and self.frozen and not learns:
             f = self.frozen
-            return Captioner(f.encoder, new_adapter(h, f.encoder, f.decoder.get_input_embeddings().embedding_dim, embedding_size(f.decoder)).to(f.device), f.decoder, f.tokenizer, h.max_caption_length)
+            return Captioner(
+                f.encoder,
+                new_adapter(
+                    h, f.encoder, f.decoder.get_input_embeddings().embedding_dim, embedding_size(f.decoder)
+                ).to(f.device),
+                f.decoder,
+                f.tokenizer,
+                h.max_caption_length,
+            )
         if key==self.key:
             model = build_captioner(h)
-            if h.init_from: start_from(model, h.init_from, h)
+            if h.init_from:
+                start_from(model, h.init_from, h)
         else:
-            self.frozen, (model, self.pictures, self.data) = None, prepare(h, self.own, only=('train', 'validation'))
+            self.frozen, (model, self.pictures, self.data) = None, prepare(
+                h, self.own, only=('train', 'validation')
+            )
             self.key = key
-        if not learns: self.frozen = model
+        if not learns:
+            self.frozen = model
         return model
 
 # %% ../../nbs/36_sweeps.ipynb #19a00013
@@ -106,11 +154,13 @@ class Prune(Callback):
     "Report the validation loss of each epoch to a trial, and end the run if the study has seen enough of it."
     def __init__(self,
         trial, # Of Optuna, or whatever has its `report` and `should_prune`
-    ): self.trial, self.pruned = trial, False
+    ):
+        self.trial, self.pruned = trial, False
 
     def on_epoch_end(self, run):
         self.trial.report(run.metadata['validation_loss'], run.epoch)
-        if run.epoch < run.h.num_epochs and self.trial.should_prune(): self.pruned = run.stop = True
+        if run.epoch < run.h.num_epochs and self.trial.should_prune():
+            self.pruned = run.stop = True
 
 # %% ../../nbs/36_sweeps.ipynb #19a00016
 def _alone(folder): return FileLock(folder/'.sweep.lock')
@@ -119,7 +169,9 @@ def _job(h, space, sampler):
     "What must be the same for all who work on a study."
     optuna = _optuna()
     varied = {name: json.loads(optuna.distributions.distribution_to_json(d)) for name,d in space.items()}
-    return dict(sampler=sampler, vary=varied, **{k: v for k,v in asdict(h).items() if k not in (*_FIXED, *space)})
+    return dict(
+        sampler=sampler, vary=varied, **{k: v for k, v in asdict(h).items() if k not in (*_FIXED, *space)}
+    )
 
 def open_study(
     folder, # For the study and its trials; made if it is not there; on a disk of this machine
@@ -131,14 +183,27 @@ def open_study(
     optuna, folder, job = _optuna(), Path(folder), _job(h, space, sampler)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        storage = optuna.storages.RDBStorage(f"sqlite:///{folder/'sweep.db'}", engine_kwargs=dict(connect_args=dict(timeout=100)))
-        study = optuna.create_study(study_name='sweep', storage=storage, direction='minimize', pruner=optuna.pruners.MedianPruner(n_startup_trials=3), load_if_exists=True)
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{folder/'sweep.db'}", engine_kwargs=dict(connect_args=dict(timeout=100))
+        )
+        study = optuna.create_study(
+            study_name='sweep',
+            storage=storage,
+            direction='minimize',
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
+            load_if_exists=True,
+        )
         saved = study.user_attrs.get('job', job)
         other = [k for k in {**saved, **job} if saved.get(k)!=job.get(k)]
-        if other: raise ValueError(f"{folder} holds a sweep of other settings: its {other[0]} was {saved.get(other[0])}, not {job.get(other[0])}; choose another output_dir")
+        if other:
+            raise ValueError(
+                f"{folder} holds a sweep of other settings: its {other[0]} was {saved.get(other[0])}, not"
+                f" {job.get(other[0])}; choose another output_dir"
+            )
         study.set_user_attr('job', job)
         if sampler=='grid':
-            for values in product(*(d.choices for d in space.values())): study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
+            for values in product(*(d.choices for d in space.values())):
+                study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
     return study
 
 # %% ../../nbs/36_sweeps.ipynb #19a00017
@@ -147,8 +212,10 @@ def trial_folder(folder, number:int) -> Path: return Path(folder)/f'trial_{numbe
 def _lock(folder, number):
     "The lock of a trial if it is free, else None."
     lock = FileLock(folder/f'.trial_{number:04}.lock')
-    try: lock.acquire(blocking=False)
-    except Timeout: return None
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
     return lock
 
 
@@ -158,7 +225,10 @@ def _line_up_again(study, folder):
     again = {t.user_attrs.get('again') for t in trials}
     for t in trials:
         if t.state.name!='RUNNING' or not (lock := _lock(folder, t.number)): continue
-        if t.number not in again: study.enqueue_trial({**t.system_attrs.get('fixed_params', {}), **t.params}, user_attrs=dict(again=t.number))
+        if t.number not in again:
+            study.enqueue_trial(
+                {**t.system_attrs.get('fixed_params', {}), **t.params}, user_attrs=dict(again=t.number)
+            )
         study.tell(t.number, state=_optuna().trial.TrialState.FAIL)
         say(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
         free_lock(lock)
@@ -168,10 +238,12 @@ SAMPLERS = ('grid', 'tpe', 'random')
 
 def _sampler(name, seed, trials):
     samplers = _optuna().samplers
-    if name=='tpe': return samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, trials//3)))
+    if name=='tpe':
+        return samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, trials//3)))
     return samplers.RandomSampler(seed=seed) # of a grid nothing is drawn
 
-def _counts(t): return t.state.name in ('COMPLETE', 'PRUNED', 'RUNNING') or 'error' in t.user_attrs
+def _counts(t):
+    return t.state.name in ('COMPLETE', 'PRUNED', 'RUNNING') or 'error' in t.user_attrs
 
 def take_trial(
     study, # From `open_study`
@@ -187,7 +259,8 @@ def take_trial(
         _line_up_again(study, folder)
         known = study.get_trials(deepcopy=False)
         waiting = any(t.state.name=='WAITING' for t in known)
-        if not waiting and (sampler=='grid' or sum(map(_counts, known)) >= trials): return None
+        if not waiting and (sampler=='grid' or sum(map(_counts, known)) >= trials):
+            return None
         study.sampler = _sampler(sampler, 1000*seed+len(known), trials)
         trial = study.ask(space)
         return trial, _lock(folder, trial.number)
@@ -205,27 +278,58 @@ def run_trial(
     place.mkdir(exist_ok=True)
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         model, prune, began = lab(h), Prune(trial), time.perf_counter()
-        try: run = fit(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
-        except ValueError as e: trial.set_user_attr('error', str(e)); study.tell(trial, state=state.FAIL); return
+        try:
+            run = fit(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
+        except ValueError as e:
+            trial.set_user_attr('error', str(e))
+            study.tell(trial, state=state.FAIL)
+            return
     loss = run.metadata['validation_loss']
-    for k,v in dict(epochs=run.epoch, seconds=round(time.perf_counter()-began, 1), image_gain=run.metadata['image_gain'], checkpoint=str(run.checkpoint)).items(): trial.set_user_attr(k, v)
+    for k, v in dict(
+        epochs=run.epoch,
+        seconds=round(time.perf_counter() - began, 1),
+        image_gain=run.metadata['image_gain'],
+        checkpoint=str(run.checkpoint),
+    ).items():
+        trial.set_user_attr(k, v)
     study.tell(trial, None if prune.pruned else loss, state=state.PRUNED if prune.pruned else state.COMPLETE)
 
 # %% ../../nbs/36_sweeps.ipynb #19a0001e
-def _done(study): return sorted((t for t in study.get_trials(deepcopy=False) if t.state.name in ('COMPLETE','PRUNED')), key=lambda t: (t.state.name!='COMPLETE', t.value))
+def _done(study):
+    return sorted(
+        (t for t in study.get_trials(deepcopy=False) if t.state.name in ('COMPLETE', 'PRUNED')),
+        key=lambda t: (t.state.name != 'COMPLETE', t.value),
+    )
 
 def sweep_table(
     study,
 ) -> str:
-    "Lay the trials of a study out as text, the best first; those that were stopped early come after those that were not."
+    """Lay the trials of a study out as text, the best first; those that were stopped early come after those
+    that were not."""
     done, failed = _done(study), [t for t in study.get_trials(deepcopy=False) if 'error' in t.user_attrs]
     names = list(study.user_attrs['job']['vary'])
     show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
     rows = [['trial', *names, 'validation loss', 'epochs', 'seconds', '']]
-    rows += [[str(t.number), *(show(t.params[n]) for n in names), f'{t.value:.4f}', str(t.user_attrs['epochs']), f"{t.user_attrs['seconds']:.0f}", 'stopped early' if t.state.name=='PRUNED' else ''] for t in done]
-    rows += [[str(t.number), *(show(t.params[n]) for n in names), '-', '-', '-', t.user_attrs['error']] for t in failed]
+    rows += [
+        [
+            str(t.number),
+            *(show(t.params[n]) for n in names),
+            f'{t.value:.4f}',
+            str(t.user_attrs['epochs']),
+            f"{t.user_attrs['seconds']:.0f}",
+            'stopped early' if t.state.name == 'PRUNED' else '',
+        ]
+        for t in done
+    ]
+    rows += [
+        [str(t.number), *(show(t.params[n]) for n in names), '-', '-', '-', t.user_attrs['error']]
+        for t in failed
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(cell.rjust(w) for cell,w in zip(row[:-1], widths)) + f'  {row[-1]}'.rstrip() for row in rows)
+    return '\n'.join(
+        '  '.join(cell.rjust(w) for cell, w in zip(row[:-1], widths)) + f'  {row[-1]}'.rstrip()
+        for row in rows
+    )
 
 def best_settings(
     study,
@@ -233,17 +337,33 @@ def best_settings(
 ) -> Hyperparameters: # With the values of the best trial, and the usual `output_dir`
     "Give the settings of the best trial; raises `ValueError` if no trial has come to its end."
     done = [t for t in _done(study) if t.state.name=='COMPLETE']
-    if not done: raise ValueError(f"no trial has come to its end: {next((t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs), 'none has begun')}")
+    if not done:
+        raise ValueError(
+            "no trial has come to its end:"
+            f" {next((t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs), 'none has begun')}"
+        )
     return as_hyperparameters(h, **done[0].params, output_dir=Hyperparameters.output_dir)
 
 def command_line(
     h:Hyperparameters,
     preset:str='storybook',
 ) -> str: # For a shell
-    "Write the command that trains with these settings; raises `ValueError` where no flag can say one of them."
+    """Write the command that trains with these settings; raises `ValueError` where no flag can say one of
+    them."""
     changes = {k: v for k,v in asdict(h).items() if v!=as_hyperparameters(preset=preset)[k]}
-    if unset := [k for k,v in changes.items() if v is None]: raise ValueError(f"no flag can unset {unset[0]} of the preset {preset}")
-    return shell_line(['capnb_train', *([] if preset=='storybook' else ['--preset', preset]), *(w for k,v in changes.items() for w in (f'--{k}', str(v).lower() if isinstance(v, bool) else str(v)))])
+    if unset := [k for k,v in changes.items() if v is None]:
+        raise ValueError(f"no flag can unset {unset[0]} of the preset {preset}")
+    return shell_line(
+        [
+            'capnb_train',
+            *([] if preset == 'storybook' else ['--preset', preset]),
+            *(
+                w
+                for k, v in changes.items()
+                for w in (f'--{k}', str(v).lower() if isinstance(v, bool) else str(v))
+            ),
+        ]
+    )
 
 # %% ../../nbs/36_sweeps.ipynb #19a00020
 PLOTS = ('history', 'parallel', 'importance')
@@ -252,41 +372,64 @@ def draw_study(
     study,
     folder, # For history.png, parallel.png and importance.png
 ) -> list: # Paths of what was drawn
-    "Draw how the best loss fell, which values went with which loss, and how much each setting mattered; with fewer than two finished trials there is nothing to draw."
+    """Draw how the best loss fell, which values went with which loss, and how much each setting mattered;
+    with fewer than two finished trials there is nothing to draw."""
     import matplotlib.pyplot as plt
     optuna = _optuna()
     from optuna.visualization import matplotlib as draw
     if sum(t.state.name=='COMPLETE' for t in study.trials) < 2: return []
     paths = [Path(folder)/f'{name}.png' for name in PLOTS]
-    for path,plot in zip(paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)):
+    for path, plot in zip(
+        paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)
+    ):
         with warnings.catch_warnings(), plt.rc_context({'figure.figsize': (7,4)}):
-            for category in (optuna.exceptions.ExperimentalWarning, UserWarning): warnings.simplefilter('ignore', category) # UserWarning: an axis on which all trials have the same value
+            for category in (optuna.exceptions.ExperimentalWarning, UserWarning):
+                # UserWarning: an axis on which all trials have the same value
+                warnings.simplefilter('ignore', category)
             fig = plot(study).figure
-        with atomic_write(path, 'wb') as f: fig.savefig(f, format='png', dpi=90, bbox_inches='tight')
+        with atomic_write(path, 'wb') as f:
+            fig.savefig(f, format='png', dpi=90, bbox_inches='tight')
         plt.close(fig)
     return paths
 
 # %% ../../nbs/36_sweeps.ipynb #19a00022
 def _settings(settings, preset, vary, sampler, trials, changes):
     "Check what was asked for: the settings in common, what varies, and how many trials."
-    if in_processes(): raise ValueError('start several sweeps in one output_dir, not one sweep in several processes')
+    if in_processes():
+        raise ValueError('start several sweeps in one output_dir, not one sweep in several processes')
     _one_of('sampler', sampler, SAMPLERS)
-    h = as_hyperparameters({'output_dir': 'sweep', **chosen_settings(settings, preset, **changes)}, preset or 'storybook')
-    if not h.evaluation_enabled: raise ValueError('a sweep goes by the validation loss; set evaluation_enabled to true')
+    h = as_hyperparameters(
+        {'output_dir': 'sweep', **chosen_settings(settings, preset, **changes)}, preset or 'storybook'
+    )
+    if not h.evaluation_enabled:
+        raise ValueError('a sweep goes by the validation loss; set evaluation_enabled to true')
     tracker_names(h)
     space = read_vary(vary or classic_grid(h))
     trials = check_value('trials', trials, int, limits(lo=1, optional=True))
     if sampler!='grid': return h, space, trials or 20
-    if trials: raise ValueError('a grid has as many trials as combinations; leave trials out, or choose the sampler tpe or random')
+    if trials:
+        raise ValueError(
+            'a grid has as many trials as combinations; leave trials out, or choose the sampler tpe or random'
+        )
     ranges = [name for name,d in space.items() if not hasattr(d, 'choices')]
-    if ranges: raise ValueError(f'a grid needs values of {ranges[0]}, as in {ranges[0]}=VALUE,VALUE, and no range; or choose the sampler tpe or random')
+    if ranges:
+        raise ValueError(
+            f'a grid needs values of {ranges[0]}, as in {ranges[0]}=VALUE,VALUE, and no range; or choose the'
+            ' sampler tpe or random'
+        )
     return h, space, None
 
 def _say(t):
     "What came out of a trial, in a line."
-    values, a = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in t.params.items()), t.user_attrs
+    values, a = (
+        ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in t.params.items()),
+        t.user_attrs,
+    )
     if 'error' in a: return f"⚠️ Trial {t.number}: {values}: {a['error']}"
-    return f"{'✂️' if t.state.name=='PRUNED' else '✅'} Trial {t.number}: {values}: validation loss {t.value:.4f} after {a['epochs']} epoch{'s'*(a['epochs']>1)}, {a['seconds']:.0f} s"
+    return (
+        f"{'✂️' if t.state.name=='PRUNED' else '✅'} Trial {t.number}: {values}: validation loss"
+        f" {t.value:.4f} after {a['epochs']} epoch{'s'*(a['epochs']>1)}, {a['seconds']:.0f} s"
+    )
 
 # %% ../../nbs/36_sweeps.ipynb #19a00023
 def sweep(
@@ -298,16 +441,23 @@ def sweep(
     data=None, # As for `capnb.run.commands.train`
     **changes, # Single hyperparameters, over everything else
 ): # `optuna.Study`
-    "Search for the settings with the least validation loss; called again, or elsewhere at the same time, it goes on with the study in `output_dir`."
-    if isinstance(data, (str, os.PathLike)): data, changes = None, dict(changes, data=data)
-    if data is not None: changes = dict(changes, data=OWN_DATA)
+    """Search for the settings with the least validation loss; called again, or elsewhere at the same time,
+    it goes on with the study in `output_dir`."""
+    if isinstance(data, (str, os.PathLike)):
+        data, changes = None, dict(changes, data=data)
+    if data is not None:
+        changes = dict(changes, data=OWN_DATA)
     h, space, trials = _settings(settings, preset, vary, sampler, trials, changes)
     study, lab = open_study(h.output_dir, h, space, sampler), TrialRunner(data)
     while taken := take_trial(study, h.output_dir, space, sampler, trials, h.seed):
         trial, lock = taken
-        try: run_trial(trial, study, lab, h)
-        except Interrupted as e: e.args = (f'stopped in trial {trial.number}; the same command goes on',); raise
-        finally: free_lock(lock)
+        try:
+            run_trial(trial, study, lab, h)
+        except Interrupted as e:
+            e.args = (f'stopped in trial {trial.number}; the same command goes on',)
+            raise
+        finally:
+            free_lock(lock)
         say(_say(study.trials[trial.number]), flush=True)
     return study
 
@@ -319,8 +469,10 @@ def report_sweep(
     "Print the table and the command line of the winner; write the plots and best.json."
     folder, best = Path(h.output_dir), best_settings(study, h)
     say(f'\n{sweep_table(study)}\n')
-    if running := sum(t.state.name=='RUNNING' for t in study.trials): say(f'⏳ {running} still running in other processes')
-    for path in draw_study(study, folder): say(f'📈 {path}')
+    if running := sum(t.state.name=='RUNNING' for t in study.trials):
+        say(f'⏳ {running} still running in other processes')
+    for path in draw_study(study, folder):
+        say(f'📈 {path}')
     write_json(folder/'best.json', asdict(best))
     say(f"🏆 {command_line(best, preset) if best.data!=OWN_DATA else folder/'best.json'}")
 
@@ -328,15 +480,33 @@ def report_sweep(
 # %% ../../nbs/36_sweeps.ipynb #19a0002a
 @command
 def sweep_command(
-    preset:Param('Settings to start from, storybook if not said', str, choices=list(PRESETS))=None,
-    config:Param('JSON or YAML file with hyperparameters, over the preset', any_path)=None,
-    vary:Param('What to vary: NAME=VALUE,VALUE,... or NAME=LOW:HIGH or NAME=log:LOW:HIGH; once for each hyperparameter. Without it: the learning rate and the batch size', str, action='append')=None,
-    sampler:Param('Every combination of values (grid), or so many trials drawn near good ones (tpe) or anywhere (random)', str, choices=SAMPLERS)='grid',
-    trials:Number('For tpe and random: how many trials, 20 if not said; those that are finished count')=None,
+    preset: Param('Settings to start from, storybook if not said', str, choices=list(PRESETS)) = None,
+    config: Param('JSON or YAML file with hyperparameters, over the preset', any_path) = None,
+    vary: Param(
+        'What to vary: NAME=VALUE,VALUE,... or NAME=LOW:HIGH or NAME=log:LOW:HIGH; once for each'
+        ' hyperparameter. Without it: the learning rate and the batch size',
+        str,
+        action='append',
+    ) = None,
+    sampler: Param(
+        'Every combination of values (grid), or so many trials drawn near good ones (tpe) or anywhere'
+        ' (random)',
+        str,
+        choices=SAMPLERS,
+    ) = 'grid',
+    trials: Number(
+        'For tpe and random: how many trials, 20 if not said; those that are finished count'
+    ) = None,
     **hyperparameters,
 ):
-    "Search for the best hyperparameters. The same command goes on where it was stopped, and several may work in one output_dir (sweep, if not said) at a time. The flags below hold for every trial."
+    """Search for the best hyperparameters.
+
+    The same command goes on where it was stopped, and several may work in one output_dir (sweep, if not said)
+    at a time. The flags below hold for every trial.
+    """
     changes = {k: v for k,v in hyperparameters.items() if v is not None}
     study = sweep(config, preset, vary or (), sampler, trials, **changes)
-    h = as_hyperparameters({'output_dir': 'sweep', **chosen_settings(config, preset, **changes)}, preset or 'storybook')
+    h = as_hyperparameters(
+        {'output_dir': 'sweep', **chosen_settings(config, preset, **changes)}, preset or 'storybook'
+    )
     report_sweep(study, h, preset or 'storybook')
