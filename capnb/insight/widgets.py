@@ -23,9 +23,8 @@ from ..captioner import Captioner
 from ..settings import Hyperparameters
 from ..images import open_image
 from ..evaluation import fact_counts, rouge_each
-from ..inference import explain
+from ..inference import CaptionStreamer, explain
 from .attribution import veil
-from ..run.serving import CaptionStreamer
 from ..training import Callback, Interrupted, ask_to_stop, fit, read_state, state_path
 
 # %% ../../nbs/17b_widgets.ipynb #0da23008
