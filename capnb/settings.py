@@ -38,58 +38,173 @@ def _setting(default, help, **allowed):
 
 @dataclass(frozen=True)
 class Hyperparameters(Mapping):
-    "All settings of a training run, by attribute and as a dictionary. The first eleven are the ones of the classic scripts, name for name."
+    """All settings of a training run, by attribute and as a dictionary.
+
+    The first eleven are the ones of the classic scripts, name for name.
+    """
     batch_size: int = _setting(8, 'Captions per optimizer step', lo=1)
     num_epochs: int = _setting(5, 'Times each picture is seen', lo=1)
     learning_rate: float = _setting(1e-4, 'Step size of AdamW at the start', lo=0)
-    learning_rate_decay: float = _setting(.9, 'Factor on the learning rate after every learning_rate_decay_step epochs', lo=0, hi=1)
+    learning_rate_decay: float = _setting(
+        0.9, 'Factor on the learning rate after every learning_rate_decay_step epochs', lo=0, hi=1
+    )
     learning_rate_decay_step: int = _setting(2, 'Epochs between two decays', lo=1)
-    learning_rate_scheduler_enabled: bool = _setting(True, 'Decay the learning rate; if false it stays constant')
+    learning_rate_scheduler_enabled: bool = _setting(
+        True, 'Decay the learning rate; if false it stays constant'
+    )
     image_size: int = _setting(224, 'Width and height in pixels that the encoder sees', lo=1)
-    tokenizer_name: str = _setting('Qwen/Qwen3-0.6B-Base', 'Tokenizer, a hub id or a folder; also the decoder, unless decoder_name says otherwise; name both or neither', path=True)
+    tokenizer_name: str = _setting(
+        'Qwen/Qwen3-0.6B-Base',
+        'Tokenizer, a hub id or a folder; also the decoder, unless decoder_name says otherwise; name both or'
+        ' neither',
+        path=True,
+    )
     max_caption_length: int = _setting(128, 'Tokens kept of a caption, end-of-text included', lo=2)
-    training_size_limit: int = _setting(None, 'Use only the first N training pictures; all if not set', lo=1, optional=True)
+    training_size_limit: int = _setting(
+        None, 'Use only the first N training pictures; all if not set', lo=1, optional=True
+    )
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
-    encoder_name: str = _setting('openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True)
-    decoder_name: str = _setting(None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name', optional=True, path=True)
-    data: str = _setting('flickr30k', 'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a file or folder with captioned images', path=True)
-    features: str = _setting('pooled', 'What the encoder says of a picture: one vector (pooled), or one for each of its patches (patch)', choices=('pooled','patch'))
-    prefix_length: int = _setting(1, 'Prefix tokens that the adapter makes of pooled features; of patch features it makes one per patch', lo=1)
+    encoder_name: str = _setting(
+        'openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True
+    )
+    decoder_name: str = _setting(
+        None,
+        'Language model, a hub id or a folder; if not set, the one named by tokenizer_name',
+        optional=True,
+        path=True,
+    )
+    data: str = _setting(
+        'flickr30k',
+        'Data set: storybook, flickr30k, flickr8k, a hub id such as owner/name, or a file or folder with'
+        ' captioned images',
+        path=True,
+    )
+    features: str = _setting(
+        'pooled',
+        'What the encoder says of a picture: one vector (pooled), or one for each of its patches (patch)',
+        choices=('pooled', 'patch'),
+    )
+    prefix_length: int = _setting(
+        1,
+        'Prefix tokens that the adapter makes of pooled features; of patch features it makes one per patch',
+        lo=1,
+    )
     adapter_width: int = _setting(1024, 'Hidden units of the adapter for pooled features', lo=1)
     unfreeze_layers: int = _setting(0, 'Last layers of the decoder that learn, too', lo=0)
     unfreeze_epoch: int = _setting(2, 'Epoch, counted from 1, from which on they learn', lo=1)
-    lora_rank: int = _setting(None, 'Rank of low-rank additions (LoRA) to all linear layers of the decoder; none if not set', lo=1, optional=True)
-    decoder_lr_scale: float = _setting(.1, 'Learning rate of what learns in the decoder, as a share of learning_rate', lo=0, hi=1)
-    init_from: str = _setting(None, 'Checkpoint whose trained weights the run begins with', optional=True, path=True)
-    max_steps: int = _setting(None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True)
-    seed: int = _setting(0, 'Fixes the order of the data, the choice of captions, the start of the adapter and what is drawn at random in training', lo=0)
-    micro_batch_size: int = _setting(None, 'Captions that go through the model at a time; the whole batch if not set. Fewer need less memory and change no result', lo=1, optional=True)
-    mixed_precision: str = _setting(None, 'Compute in half precision where it does no harm: no, bf16 or fp16; if not set, what suits the device', choices=('no','bf16','fp16'), optional=True)
-    checkpoint_steps: int = _setting(None, 'Save the training state after every N steps, too; if not set, only with each epoch', lo=1, optional=True)
-    keep_checkpoints: int = _setting(None, 'Keep the last N checkpoints and the one with the best validation loss; all if not set', lo=1, optional=True)
-    patience: int = _setting(None, 'Stop after N epochs in a row without a better validation loss; never if not set', lo=1, optional=True)
-    image_column: str = _setting(None, 'Column of the data that holds the image or its file name: a name, or in a table without a header '
-                                       'its number from 1; if not set, inferred', optional=True)
-    caption_column: str = _setting(None, 'Column of the data that holds the captions, or several with commas between; named as image_column is; '
-                                         'if not set, inferred', optional=True)
-    encoding: str = _setting(None, 'Encoding of tables of captions, such as cp1252; if not set, UTF-8 or marked UTF-16, and nothing else',
-                             optional=True)
-    outside_files: bool = _setting(False, 'Also read images that a table names outside of its folder: absolute paths and ../')
-    data_revision: str = _setting(None, 'Branch, tag or commit of a hub data set; if not set, the main one', optional=True)
-    bad_rows: str = _setting('stop', 'What to do about a row or a picture that cannot be read: stop with its name, or skip it and count', choices=('stop','skip'))
-    captions_per_image: int = _setting(1, 'Captions of each picture that an epoch shows, all behind one prefix; a step then reads the picture once for all of them', lo=1)
-    features_dir: str = _setting(None, 'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and none for the storybook', optional=True, path=True)
-    report_to: str = _setting(None, 'Trackers that are told how the run goes, by the names that accelerate has for them: mlflow, wandb, tensorboard, ...; several with commas between', optional=True)
+    lora_rank: int = _setting(
+        None,
+        'Rank of low-rank additions (LoRA) to all linear layers of the decoder; none if not set',
+        lo=1,
+        optional=True,
+    )
+    decoder_lr_scale: float = _setting(
+        0.1, 'Learning rate of what learns in the decoder, as a share of learning_rate', lo=0, hi=1
+    )
+    init_from: str = _setting(
+        None, 'Checkpoint whose trained weights the run begins with', optional=True, path=True
+    )
+    max_steps: int = _setting(
+        None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True
+    )
+    seed: int = _setting(
+        0,
+        'Fixes the order of the data, the choice of captions, the start of the adapter and what is drawn at'
+        ' random in training',
+        lo=0,
+    )
+    micro_batch_size: int = _setting(
+        None,
+        'Captions that go through the model at a time; the whole batch if not set. Fewer need less memory and'
+        ' change no result',
+        lo=1,
+        optional=True,
+    )
+    mixed_precision: str = _setting(
+        None,
+        'Compute in half precision where it does no harm: no, bf16 or fp16; if not set, what suits the'
+        ' device',
+        choices=('no', 'bf16', 'fp16'),
+        optional=True,
+    )
+    checkpoint_steps: int = _setting(
+        None,
+        'Save the training state after every N steps, too; if not set, only with each epoch',
+        lo=1,
+        optional=True,
+    )
+    keep_checkpoints: int = _setting(
+        None,
+        'Keep the last N checkpoints and the one with the best validation loss; all if not set',
+        lo=1,
+        optional=True,
+    )
+    patience: int = _setting(
+        None,
+        'Stop after N epochs in a row without a better validation loss; never if not set',
+        lo=1,
+        optional=True,
+    )
+    image_column: str = _setting(
+        None,
+        'Column of the data that holds the image or its file name: a name, or in a table without a header '
+        'its number from 1; if not set, inferred',
+        optional=True,
+    )
+    caption_column: str = _setting(
+        None,
+        'Column of the data that holds the captions, or several with commas between; named as image_column'
+        ' is; if not set, inferred',
+        optional=True,
+    )
+    encoding: str = _setting(
+        None,
+        'Encoding of tables of captions, such as cp1252; if not set, UTF-8 or marked UTF-16, and nothing'
+        ' else',
+        optional=True,
+    )
+    outside_files: bool = _setting(
+        False, 'Also read images that a table names outside of its folder: absolute paths and ../'
+    )
+    data_revision: str = _setting(
+        None, 'Branch, tag or commit of a hub data set; if not set, the main one', optional=True
+    )
+    bad_rows: str = _setting(
+        'stop',
+        'What to do about a row or a picture that cannot be read: stop with its name, or skip it and count',
+        choices=('stop', 'skip'),
+    )
+    captions_per_image: int = _setting(
+        1,
+        'Captions of each picture that an epoch shows, all behind one prefix; a step then reads the picture'
+        ' once for all of them',
+        lo=1,
+    )
+    features_dir: str = _setting(
+        None,
+        'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and'
+        ' none for the storybook',
+        optional=True,
+        path=True,
+    )
+    report_to: str = _setting(
+        None,
+        'Trackers that are told how the run goes, by the names that accelerate has for them: mlflow, wandb,'
+        ' tensorboard, ...; several with commas between',
+        optional=True,
+    )
     output_dir: str = _setting('saved_models', 'Folder for checkpoints', path=True)
 
     def __post_init__(self):
         for f in fields(self):
             value = check_value(f.name, getattr(self, f.name), f.type, f.metadata)
             object.__setattr__(self, f.name, value) # only here: what is made does not change
-        if self.encoding is not None: check_encoding(self.encoding)
+        if self.encoding is not None:
+            check_encoding(self.encoding)
 
     def __getitem__(self, name):
-        if name not in self.__dataclass_fields__: raise KeyError(f"there is no hyperparameter {name!r}")
+        if name not in self.__dataclass_fields__:
+            raise KeyError(f"there is no hyperparameter {name!r}")
         return getattr(self, name)
 
     def __iter__(self): return iter(self.__dataclass_fields__)
@@ -105,20 +220,27 @@ class Hyperparameters(Mapping):
 _UNCHANGED = ("hyperparameters do not change; make others: dataclasses.replace(h, batch_size=4), "
               "or pass what changes: train(h, batch_size=4)")
 
-def _refuse_attribute(self, name, value=None): raise FrozenInstanceError(_UNCHANGED)
-Hyperparameters.__setattr__ = Hyperparameters.__delattr__ = _refuse_attribute # the dataclass's own do not say what to do
+def _refuse_attribute(self, name, value=None):
+    raise FrozenInstanceError(_UNCHANGED)
+# the dataclass's own do not say what to do
+Hyperparameters.__setattr__ = Hyperparameters.__delattr__ = _refuse_attribute
 
 # %% ../nbs/30_settings.ipynb #416ac924
 def _plain(value, kind, m):
-    "A value as plain data: a number of NumPy or PyTorch as Python's, 8.0 as 8 where a whole number is needed, a path as text with its `~` expanded."
-    if getattr(value, 'shape', None)==() and hasattr(value, 'item'): value = value.item()
-    if isinstance(value, os.PathLike): value = os.fspath(value)
-    if kind is int and isinstance(value, float) and value.is_integer(): value = int(value)
+    """A value as plain data: a number of NumPy or PyTorch as Python's, 8.0 as 8 where a whole number is
+    needed, a path as text with its `~` expanded."""
+    if getattr(value, 'shape', None)==() and hasattr(value, 'item'):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     return os.path.expanduser(value) if m['path'] and isinstance(value, str) else value
 
 def _fits(value, kind, m):
     if value is None and m['optional']: return True
-    if kind is not bool and isinstance(value, bool): return False # Python counts True as 1
+    if kind is not bool and isinstance(value, bool):
+        return False # Python counts True as 1
     if not isinstance(value, (int,float) if kind is float else kind): return False
     if kind in (int, float):
         low = m['lo'] <= value if kind is int or m['closed'] else m['lo'] < value
@@ -128,9 +250,18 @@ def _fits(value, kind, m):
 def allowed(kind, m) -> str:
     "Say in words what a setting of a kind (`int`, `float`, `str`, `bool`) and with these `limits` takes."
     if m['choices']: return ' or '.join([*m['choices'], *['null']*m['optional']])
-    low = '' if kind not in (int, float) else f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
+    low = (
+        ''
+        if kind not in (int, float)
+        else f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
+    )
     high = '' if m['hi'] is None else f" and up to {m['hi']}"
-    return {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind] + low + high + (' or null' if m['optional'] else '')
+    return (
+        {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind]
+        + low
+        + high
+        + (' or null' if m['optional'] else '')
+    )
 
 def check_value(
     name:str, # Of the setting, for the message
@@ -140,7 +271,8 @@ def check_value(
 ): # The value as plain data
     "Check the value of a setting; raises `ValueError` that names it and says what is allowed."
     plain = _plain(value, kind, m)
-    if not _fits(plain, kind, m): raise ValueError(f"{name} is {value!r}; allowed: {allowed(kind, m)}")
+    if not _fits(plain, kind, m):
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed(kind, m)}")
     return plain
 
 # %% ../nbs/30_settings.ipynb #7e870002
@@ -149,17 +281,21 @@ SMALL_TEXT = 2**26 # bytes of a file of settings or notes
 
 _MARKS = {b'\xef\xbb\xbf': 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32',
           b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
-_SEVEN_BITS = {'iso2022_jp': b'\x1b$', 'iso2022_kr': b'\x1b$', 'hz': b'~{', 'utf-7': b'+'} # look like ASCII but for these
+# look like ASCII but for these
+_SEVEN_BITS = {'iso2022_jp': b'\x1b$', 'iso2022_kr': b'\x1b$', 'hz': b'~{', 'utf-7': b'+'}
 _UTF7 = re.compile(rb'\+(?=[0-9+/]*[A-Za-z])[A-Za-z0-9+/]{3,}') # a letter beyond ASCII in UTF-7
 
 def check_encoding(
     name:str, # Such as 'cp1252'
 ):
     "Raise a `ValueError` if Python knows no encoding of text by this name."
-    try: 'a'.encode(name)
+    try:
+        'a'.encode(name)
     except (LookupError, ValueError):
-        raise ValueError(f"encoding {name!r} is not known; there is utf-8, utf-16, cp1252, gb18030, shift_jis and others: "
-                         "docs.python.org/3/library/codecs.html#standard-encodings") from None
+        raise ValueError(
+            f"encoding {name!r} is not known; there is utf-8, utf-16, cp1252, gb18030, shift_jis and others: "
+            "docs.python.org/3/library/codecs.html#standard-encodings"
+        ) from None
 
 def _marked_encoding(raw):
     "The encoding that the first bytes of a file are the mark of, or None."
@@ -169,27 +305,37 @@ def _seven_bit_encoding(raw):
     "The encoding of ASCII bytes that stand for other letters and where they begin, or None."
     for name,sign in _SEVEN_BITS.items():
         at = raw.find(sign)
-        if name=='utf-7' and at >= 0: at = found.start() if (found := _UTF7.search(raw)) else -1
+        if name=='utf-7' and at >= 0:
+            at = found.start() if (found := _UTF7.search(raw)) else -1
         if at < 0: continue
-        try: text = raw.decode(name)
-        except UnicodeDecodeError: continue
+        try:
+            text = raw.decode(name)
+        except UnicodeDecodeError:
+            continue
         if any(c.isprintable() and not c.isascii() for c in text): return name, at
 
 # %% ../nbs/30_settings.ipynb #7e870003
-_USUAL = ('cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 cp874 gb18030 big5 cp932 cp949 euc_jp '
-          'koi8_r iso8859_2 iso8859_5 iso8859_7 iso8859_9 iso8859_15 mac_roman mac_cyrillic cp437 cp850').split()
+_USUAL = (
+    'cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 cp874 gb18030 big5 cp932 cp949 euc_jp '
+    'koi8_r iso8859_2 iso8859_5 iso8859_7 iso8859_9 iso8859_15 mac_roman mac_cyrillic cp437 cp850'
+).split()
 
 def _unmarked_encodings(raw):
-    "The encoding of bytes with zeros among them, which are text of two or four bytes a letter; in a list, or none."
+    """The encoding of bytes with zeros among them, which are text of two or four bytes a letter; in a list,
+    or none."""
     spaces = {}
     for name in ('utf-32-le','utf-32-be','utf-16-le','utf-16-be'):
-        try: text = raw[:4096].decode(name)
-        except UnicodeDecodeError: continue
-        if '\0' not in text: spaces[name] = sum(text.count(c) for c in ' ,\t\n')
+        try:
+            text = raw[:4096].decode(name)
+        except UnicodeDecodeError:
+            continue
+        if '\0' not in text:
+            spaces[name] = sum(text.count(c) for c in ' ,\t\n')
     return sorted(spaces, key=spaces.get, reverse=True)[:1]
 
 def _torn(text):
-    "The share of letters and signs beyond ASCII, in tenths, that no one writes there: a capital or a symbol within a small word."
+    """The share of letters and signs beyond ASCII, in tenths, that no one writes there: a capital or a
+    symbol within a small word."""
     inner = (b for a,b,c in zip(text, text[1:], text[2:]) if not b.isascii() and a.islower() and c.islower())
     wrong = sum(b.isupper() or unicodedata.category(b) in ('So','Sm','Sc','No') or b in '¿¡‰' for b in inner)
     return round(wrong/max(1, sum(not c.isascii() for c in text)), 1)
@@ -201,7 +347,8 @@ def guess_encodings(
 ) -> list: # Names of encodings that read all of it, each with another result; the most likely first
     "Guess the encoding of a text that is neither UTF-8 nor marked UTF-16, with `charset-normalizer`."
     from charset_normalizer import from_bytes
-    if b'\0' in raw: return ['utf-32'] if _marked_encoding(raw)=='utf-32' else _unmarked_encodings(raw)
+    if b'\0' in raw:
+        return ['utf-32'] if _marked_encoding(raw)=='utf-32' else _unmarked_encodings(raw)
     odd = b'\n'.join([line for line in raw[:2**24].splitlines() if not line.isascii()][:500])[:100_000]
     found = {}
     rank = lambda name: _USUAL.index(name) if name in _USUAL else len(_USUAL)
@@ -209,9 +356,12 @@ def guess_encodings(
     best = lambda match: min(map(rank, match.could_be_from_charset))
     for match in sorted(from_bytes(odd, cp_isolation=_USUAL), key=likely) or from_bytes(odd):
         for name in sorted(match.could_be_from_charset, key=rank): # all read the same in `odd`
-            try: text = raw.decode(name)
-            except UnicodeDecodeError: continue
-            if name in ('ascii','utf_8') or len(found)==most and text not in found: continue
+            try:
+                text = raw.decode(name)
+            except UnicodeDecodeError:
+                continue
+            if name in ('ascii','utf_8') or len(found)==most and text not in found:
+                continue
             found[text] = min(found.get(text, name), name, key=rank) # the best known of equals
     return list(found.values())
 
@@ -226,7 +376,10 @@ def _encoding_error(file, raw, at, why, guesses, setting):
     line = (raw.count(b'\n', 0, at) or raw.count(b'\r', 0, at)) + 1 # of two bytes a letter, too
     said = f"{file}: line {line}, byte {at} (0x{raw[at]:02x}): {why}; nothing was read"
     if not guesses:
-        return ValueError(f"{said}; save the file as UTF-8" + (f", or name its encoding with --{setting}" if setting else ''))
+        return ValueError(
+            f"{said}; save the file as UTF-8"
+            + (f", or name its encoding with --{setting}" if setting else '')
+        )
     lines = [raw.decode(g, 'replace').splitlines() for g in guesses]
     shown = [next((line for line in found if not line.isascii()), '').strip() for found in lines]
     may = ' or '.join(f'{g}, which reads {text!r:.80}' for g,text in zip(guesses, shown))
@@ -240,7 +393,8 @@ def _check_members(members):
         parts = m.filename.replace('\\', '/').split('/')
         if not parts[0] or '..' in parts or re.match('[A-Za-z]:', m.filename):
             raise ValueError(f"it has a file whose name leads out of it, {m.filename!r:.100}")
-        if m.flag_bits & 1: raise ValueError("it is encrypted; unpack it with its password first")
+        if m.flag_bits & 1:
+            raise ValueError("it is encrypted; unpack it with its password first")
 
 @lru_cache(16)
 def _opened_zip(file, size, changed, process): # a child process would share the place in the file
@@ -250,7 +404,8 @@ def _opened_zip(file, size, changed, process): # a child process would share the
         _check_members(archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as e:
         raise ValueError(f"{file} is no zip that can be read: {e}") from None
-    kept = lambda m: not m.is_dir() and m.external_attr >> 28 in (0, 8) # regular files, where the kind is told
+    # regular files, where the kind is told
+    kept = lambda m: not m.is_dir() and m.external_attr >> 28 in (0, 8)
     hidden = lambda name: any(part.startswith('.') or part=='__MACOSX' for part in name.split('/'))
     return archive, {m.filename: m for m in archive.infolist() if kept(m) and not hidden(m.filename)}
 
@@ -272,7 +427,8 @@ def split_zip(
 def zip_files(
     path, # Of a zip, or of a folder in it
 ) -> list: # Of paths through the zip, sorted
-    "List the files in a zip, or in a folder in it, and below; raises `ValueError` that names a zip that cannot be read."
+    """List the files in a zip, or in a folder in it, and below; raises `ValueError` that names a zip that
+    cannot be read."""
     archive, name = split_zip(path)
     return sorted(archive/n for n in _zip(archive)[1] if not name or n.startswith(f'{name}/'))
 
@@ -290,12 +446,15 @@ def read_zipped(
     "Read a file in a zip; raises `ValueError` that names it if it is too large or damaged."
     name = split_zip(path)[1]
     archive, files = _zip(split_zip(path)[0])
-    if name not in files: raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if files[name].file_size > limit: raise ValueError(f"{path} is larger than {limit>>20} MiB; nothing was read")
+    if name not in files:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if files[name].file_size > limit:
+        raise ValueError(f"{path} is larger than {limit>>20} MiB; nothing was read")
     if files[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{path} is packed by another method than deflate; unpack the zip first")
     try:
-        with archive.open(files[name]) as f: return f.read(files[name].file_size) # no more, whatever lies there
+        with archive.open(files[name]) as f:
+            return f.read(files[name].file_size) # no more, whatever lies there
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
         raise ValueError(f"{path} is damaged: {e or type(e).__name__}") from None
 
@@ -305,8 +464,10 @@ def _read_bytes(file, limit):
     if split_zip(file): return read_zipped(file, limit)
     size, raw = os.stat(file).st_size, b''
     if size <= limit:
-        with open(file, 'rb') as f: raw = f.read((size or limit)+1) # a pipe has no size
-    if max(size, len(raw)) > limit: raise ValueError(f"{file} is larger than {limit>>20} MiB; nothing was read")
+        with open(file, 'rb') as f:
+            raw = f.read((size or limit)+1) # a pipe has no size
+    if max(size, len(raw)) > limit:
+        raise ValueError(f"{file} is larger than {limit>>20} MiB; nothing was read")
     return raw
 
 def read_text(
@@ -315,28 +476,41 @@ def read_text(
     setting:str=None, # Name of the setting that tells the encoding, for the message; None if there is none
     limit:int=TEXT_LIMIT, # Bytes
 ) -> str: # With '\n' as the end of each line
-    "Read a text file. Raises `ValueError` with file, line and byte if it is too large or not in this encoding."
+    """Read a text file.
+
+    Raises `ValueError` with file, line and byte if it is too large or not in this encoding.
+    """
     raw = _read_bytes(file, limit)
     mark = _marked_encoding(raw)
     codec = encoding or 'utf-8'
-    if mark and (mark!='utf-32' or encoding): codec = mark
+    if mark and (mark!='utf-32' or encoding):
+        codec = mark
     fault = lambda at, why, guess: _encoding_error(file, raw, at, why, [] if encoding else guess, setting)
-    try: text = raw.decode(codec)
+    try:
+        text = raw.decode(codec)
     except UnicodeDecodeError as e:
         guess = [] if codec=='utf-8' and b'\0' not in raw and _mostly_utf8(raw) else guess_encodings(raw)
         raise fault(e.start, f"this is not {codec.upper()}", guess) from None
     if '\0' in text:
-        raise fault(len(text[:text.index('\0')].encode(codec)), "there is a zero, which is no text", guess_encodings(raw))
+        raise fault(
+            len(text[: text.index('\0')].encode(codec)),
+            "there is a zero, which is no text",
+            guess_encodings(raw),
+        )
     if setting and not encoding and raw.isascii() and (found := _seven_bit_encoding(raw)):
-        raise fault(found[1], f"here letters seem to be written in ASCII (if not, use --{setting} utf-8)", [found[0]])
+        raise fault(
+            found[1], f"here letters seem to be written in ASCII (if not, use --{setting} utf-8)", [found[0]]
+        )
     return text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
 
 def parse_json(
     text:str,
 ):
     "Read JSON; raises `ValueError` where it is none or is nested too deeply."
-    try: return json.loads(text)
-    except RecursionError: raise ValueError("it is nested too deeply") from None
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 # %% ../nbs/30_settings.ipynb #01da0002
 OLD_NAMES = {
@@ -346,28 +520,45 @@ OLD_NAMES = {
 
 def _renamed(values):
     for old in OLD_NAMES.keys() & values.keys():
-        if OLD_NAMES[old] in values: raise ValueError(f"{old} is the old name of {OLD_NAMES[old]}; give one of them")
+        if OLD_NAMES[old] in values:
+            raise ValueError(f"{old} is the old name of {OLD_NAMES[old]}; give one of them")
     return {OLD_NAMES.get(name, name): value for name,value in values.items()}
 
 def with_new_names(
     values:dict, # Settings, or metadata that may hold settings
 ) -> dict: # In the same order
-    "Give what is named as it was before its present name, in a dictionary and in those that it holds; raises `ValueError` for what is there under both names."
-    return _renamed({name: _renamed(value) if isinstance(value, dict) else value for name,value in values.items()})
+    """Give what is named as it was before its present name, in a dictionary and in those that it holds;
+    raises `ValueError` for what is there under both names."""
+    return _renamed(
+        {name: _renamed(value) if isinstance(value, dict) else value for name, value in values.items()}
+    )
 
 # %% ../nbs/30_settings.ipynb #582c08e7
 PRESETS = {
-    'storybook': dict(data='storybook', encoder_name='storybook-clip', tokenizer_name='storybook-qwen3', image_size=64, prefix_length=8, max_caption_length=48,
-                      batch_size=32, num_epochs=6, learning_rate=3e-3, learning_rate_decay=.75, learning_rate_decay_step=1),
+    'storybook': dict(
+        data='storybook',
+        encoder_name='storybook-clip',
+        tokenizer_name='storybook-qwen3',
+        image_size=64,
+        prefix_length=8,
+        max_caption_length=48,
+        batch_size=32,
+        num_epochs=6,
+        learning_rate=3e-3,
+        learning_rate_decay=0.75,
+        learning_rate_decay_step=1,
+    ),
     'flickr30k': dict(num_epochs=1, training_size_limit=500),
     'flickr30k-full': dict(num_epochs=5),
     'best': dict(num_epochs=10, learning_rate=5e-5),
     'low-memory': dict(batch_size=2, training_size_limit=1000),
     'high-memory': dict(batch_size=16),
-    'experiment': dict(batch_size=4, num_epochs=1, training_size_limit=100, evaluation_enabled=False)}
+    'experiment': dict(batch_size=4, num_epochs=1, training_size_limit=100, evaluation_enabled=False),
+}
 
 def _one_of(what, name, names):
-    if name not in names: raise ValueError(f"{what} {name!r} is not known; there is {', '.join(names)}")
+    if name not in names:
+        raise ValueError(f"{what} {name!r} is not known; there is {', '.join(names)}")
     return name
 
 def _read_settings(path):
@@ -375,22 +566,38 @@ def _read_settings(path):
     import yaml
     path, read = Path(path).expanduser(), json.loads if str(path).endswith('.json') else yaml.safe_load
     text = read_text(path, limit=SMALL_TEXT)
-    try: settings = read(text)
-    except RecursionError: raise ValueError(f"{path} is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as e: raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(settings, dict): raise ValueError(f"{path} holds no settings by name, but {settings!r:.60}")
-    return {k: float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', v) else v for k,v in settings.items()} # YAML takes 1e-4 for a text
+    try:
+        settings = read(text)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings by name, but {settings!r:.60}")
+    # YAML takes 1e-4 for a text
+    return {
+        k: float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', v) else v
+        for k, v in settings.items()
+    }
 
 def chosen_settings(
     settings=None, # Dictionary, path of a JSON or YAML file, `Hyperparameters`, or None
     preset:str=None, # Name of the preset that `settings` changes, one of `PRESETS`; None for no preset
     **changes, # Single settings by name, over everything else
 ) -> dict: # Name: value; only what was said, nothing that is a default
-    "Gather what was said about settings: a preset, then `settings`, then `changes`; raises `ValueError` for a name that is not known."
-    if isinstance(settings, Hyperparameters): settings = asdict(settings)
-    elif isinstance(settings, (str, os.PathLike)): settings = _read_settings(settings)
-    chosen = {**(PRESETS[_one_of('preset', preset, PRESETS)] if preset else {}), **with_new_names(settings or {}), **with_new_names(changes)}
-    for key in chosen: _one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
+    """Gather what was said about settings: a preset, then `settings`, then `changes`; raises `ValueError`
+    for a name that is not known."""
+    if isinstance(settings, Hyperparameters):
+        settings = asdict(settings)
+    elif isinstance(settings, (str, os.PathLike)):
+        settings = _read_settings(settings)
+    chosen = {
+        **(PRESETS[_one_of('preset', preset, PRESETS)] if preset else {}),
+        **with_new_names(settings or {}),
+        **with_new_names(changes),
+    }
+    for key in chosen:
+        _one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
     return chosen
 
 def as_hyperparameters(
@@ -398,7 +605,8 @@ def as_hyperparameters(
     preset:str='storybook', # As for `chosen_settings`
     **changes, # As for `chosen_settings`
 ) -> Hyperparameters:
-    "Make checked hyperparameters from a preset, then `settings`, then `changes`; raises `ValueError` that names what is wrong."
+    """Make checked hyperparameters from a preset, then `settings`, then `changes`; raises `ValueError` that
+    names what is wrong."""
     return Hyperparameters(**chosen_settings(settings, preset, **changes))
 
 # %% ../nbs/30_settings.ipynb #5812a2a6
@@ -410,13 +618,16 @@ def model_path(
     return str(shipped) if re.fullmatch(r'[\w-]+', name) and shipped.is_dir() else name
 
 def model_source(
-    name:str, # A shipped model, a hub id with or without '@REVISION', a folder, or a GGUF file as 'FOLDER/FILE.gguf'
+    # A shipped model, a hub id with or without '@REVISION', a folder, or a GGUF file as 'FOLDER/FILE.gguf'
+    name:str,
 ): # What `from_pretrained` takes: a folder or a hub id, and a dictionary of keyword arguments
     "Take a model's name apart."
     path, options = model_path(name), {}
     if Path(path).is_dir(): return path, options
-    if not Path(path).exists() and '@' in path: path, _, options['revision'] = path.partition('@')
-    if path.endswith('.gguf'): path, options['gguf_file'] = os.path.split(path)
+    if not Path(path).exists() and '@' in path:
+        path, _, options['revision'] = path.partition('@')
+    if path.endswith('.gguf'):
+        path, options['gguf_file'] = os.path.split(path)
     return path or '.', options
 
 def revision_of(
@@ -426,7 +637,9 @@ def revision_of(
     from huggingface_hub import try_to_load_from_cache
     path, options = model_source(name)
     if Path(path).exists(): return None
-    file = try_to_load_from_cache(path, options.get('gguf_file', 'config.json'), revision=options.get('revision'))
+    file = try_to_load_from_cache(
+        path, options.get('gguf_file', 'config.json'), revision=options.get('revision')
+    )
     return Path(file).parent.name if isinstance(file, str) else None # .../snapshots/COMMIT/FILE
 
 @contextmanager
@@ -435,14 +648,18 @@ def no_loading_bar():
     from transformers.utils import logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
-        if shown: logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 # %% ../nbs/30_settings.ipynb #0da7b104
 def _causes(e):
     "An exception and all that led to it."
-    while e: yield e; e = e.__cause__ or e.__context__
+    while e:
+        yield e
+        e = e.__cause__ or e.__context__
 
 def _advice(causes, kind, name):
     "The kind of error and what to say about it, for the first cause that is known; None if there is none."
@@ -452,16 +669,52 @@ def _advice(causes, kind, name):
     is_a = lambda *kinds: any(isinstance(c, kinds) for c in causes)
     status = next((c.response.status_code for c in causes if isinstance(c, hub.HfHubHTTPError)), None)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind=='data set' else ''}{name}"
-    if any(getattr(c, 'errno', None)==errno.ENOSPC for c in causes): return OSError, f"no space is left on the disk; free some, or let HF_HOME point to a folder on a larger disk than {constants.HF_HOME}"
-    if is_a(hub.GatedRepoError): return PermissionError, f"its terms must be accepted first; do so at {page}, then log in with `hf auth login`"
-    if is_a(hub.RevisionNotFoundError): return FileNotFoundError, f"it has no such revision; {page} lists its branches"
-    if is_a(hub.RepositoryNotFoundError) or is_a(DatasetNotFoundError) and status is None: return FileNotFoundError, "there is none of this name on the hub, or it is private; check the name, or log in with `hf auth login`"
-    if status in (401, 403): return PermissionError, "the hub refuses access; log in with `hf auth login`"
-    if status==429 or status and status>=500: return ConnectionError, f"the hub answers with error {status}; try again later, what is downloaded is kept"
-    if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError, EmptyDatasetError): return FileNotFoundError, f"it has not the files that are needed; look at {page}"
-    if not is_a(hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError): return None
-    if constants.HF_HUB_OFFLINE: return ConnectionError, "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE"
-    return ConnectionError, f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded is kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine"
+    if any(getattr(c, 'errno', None)==errno.ENOSPC for c in causes):
+        return (
+            OSError,
+            (
+                "no space is left on the disk; free some, or let HF_HOME point to a folder on a larger disk"
+                f" than {constants.HF_HOME}"
+            ),
+        )
+    if is_a(hub.GatedRepoError):
+        return (
+            PermissionError,
+            f"its terms must be accepted first; do so at {page}, then log in with `hf auth login`",
+        )
+    if is_a(hub.RevisionNotFoundError):
+        return FileNotFoundError, f"it has no such revision; {page} lists its branches"
+    if is_a(hub.RepositoryNotFoundError) or is_a(DatasetNotFoundError) and status is None:
+        return (
+            FileNotFoundError,
+            (
+                "there is none of this name on the hub, or it is private; check the name, or log in with `hf"
+                " auth login`"
+            ),
+        )
+    if status in (401, 403):
+        return PermissionError, "the hub refuses access; log in with `hf auth login`"
+    if status==429 or status and status>=500:
+        return (
+            ConnectionError,
+            f"the hub answers with error {status}; try again later, what is downloaded is kept",
+        )
+    if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError, EmptyDatasetError):
+        return FileNotFoundError, f"it has not the files that are needed; look at {page}"
+    if not is_a(hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return (
+            ConnectionError,
+            "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE",
+        )
+    return (
+        ConnectionError,
+        (
+            f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded"
+            " is kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine"
+        ),
+    )
 
 # %% ../nbs/30_settings.ipynb #0da7b107
 @contextmanager
@@ -469,14 +722,19 @@ def hub_errors(
     kind:str, # 'data set' or 'model'
     name:str, # Its hub id
 ):
-    "Turn what goes wrong with the hub into one line that names the repository and says what to do; raises `OSError`: `FileNotFoundError`, `PermissionError`, `ConnectionError` where one of them fits."
+    """Turn what goes wrong with the hub into one line that names the repository and says what to do; raises
+    `OSError`: `FileNotFoundError`, `PermissionError`, `ConnectionError` where one of them fits."""
     def known():
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HTTPError
         return OSError, HTTPError, DatasetsError
-    try: yield
+    try:
+        yield
     except known() as e: # imported only once something has gone wrong
-        error, advice = _advice(list(_causes(e)), kind, name) or (OSError, (str(e) or type(e).__name__).splitlines()[0])
+        error, advice = _advice(list(_causes(e)), kind, name) or (
+            OSError,
+            (str(e) or type(e).__name__).splitlines()[0],
+        )
         raise error(f"{kind} {name}: {advice}") from e
 
 # %% ../nbs/30_settings.ipynb #0da7b109
@@ -496,11 +754,15 @@ def read_model(
     Raises `OSError` for what the hub or the disk refuse, and `ValueError` for what is broken, in one line."""
     path, options = model_source(name)
     try:
-        with hub_errors('model', path): return cls.from_pretrained(path, trust_remote_code=False, **options, **more)
-    except OSError: raise
+        with hub_errors('model', path):
+            return cls.from_pretrained(path, trust_remote_code=False, **options, **more)
+    except OSError:
+        raise
     except Exception as e: # a broken file may raise anything
         own_code = 'trust_remote_code' in str(e)
-        reason = 'it needs Python code from its own folder, and no such code is run' if own_code else error_line(e)
+        reason = (
+            'it needs Python code from its own folder, and no such code is run' if own_code else error_line(e)
+        )
         raise ValueError(f"{what} cannot be read: {reason}") from e
 
 # %% ../nbs/30_settings.ipynb #5a1e0003
@@ -517,7 +779,8 @@ class Hardware:
 def choose_dtype(
     hardware:Hardware,
 ) -> str: # Name of a `torch.dtype`
-    "Choose the number type of frozen models: bfloat16 where a GPU has it, float16 on older GPUs with tensor cores (from compute capability 7.0), else float32."
+    """Choose the number type of frozen models: bfloat16 where a GPU has it, float16 on older GPUs with
+    tensor cores (from compute capability 7.0), else float32."""
     if hardware.device!='cuda': return 'float32'
     if hardware.bf16: return 'bfloat16'
     return 'float16' if hardware.capability >= (7,0) else 'float32'
@@ -531,8 +794,10 @@ def choose_mixed_precision(
 def choose_attention(
     hardware:Hardware,
 ) -> str: # What `from_pretrained(attn_implementation=...)` takes
-    "Choose how attention is computed: FlashAttention 2 where it is installed and the GPU is an Ampere or newer, else PyTorch's own, else plain matrix products."
-    if 'flash_attention_2' in hardware.attention and hardware.device=='cuda' and hardware.capability >= (8,0): return 'flash_attention_2'
+    """Choose how attention is computed: FlashAttention 2 where it is installed and the GPU is an Ampere or
+    newer, else PyTorch's own, else plain matrix products."""
+    if 'flash_attention_2' in hardware.attention and hardware.device=='cuda' and hardware.capability >= (8,0):
+        return 'flash_attention_2'
     return 'sdpa' if 'sdpa' in hardware.attention else 'eager'
 
 # %% ../nbs/30_settings.ipynb #706d9aa8
@@ -548,10 +813,19 @@ def describe_hardware(
     import platform, psutil, torch
     from transformers.utils import is_flash_attn_2_available
     device = torch.device(device or default_device())
-    attention = ('sdpa',)*hasattr(torch.nn.functional, 'scaled_dot_product_attention') + ('flash_attention_2',)*is_flash_attn_2_available()
-    if device.type!='cuda': return Hardware(device.type, platform.processor() or platform.machine(), psutil.virtual_memory().total/1e9, attention=attention)
+    attention = ('sdpa',) * hasattr(torch.nn.functional, 'scaled_dot_product_attention') + (
+        'flash_attention_2',
+    ) * is_flash_attn_2_available()
+    if device.type!='cuda':
+        return Hardware(
+            device.type,
+            platform.processor() or platform.machine(),
+            psutil.virtual_memory().total / 1e9,
+            attention=attention,
+        )
     gpu = torch.cuda.get_device_properties(device)
-    with torch.cuda.device(device): bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.cuda.device(device):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Hardware('cuda', gpu.name, gpu.total_memory/1e9, (gpu.major, gpu.minor), bf16, attention)
 
 def default_dtype(
@@ -589,17 +863,27 @@ def _check_published(name):
     found = re.fullmatch(r'(Qwen/)?Qwen3-([\d.]+B)(-Base)?', name)
     if not found or Path(name).exists(): return
     sizes = _QWEN3[found[3] or '']
-    if not found[1] or found[2] not in sizes: raise ValueError(f"there is no model {name!r}; Qwen3 was published as {', '.join(f'Qwen/Qwen3-{s}{found[3] or str()}' for s in sizes)}")
+    if not found[1] or found[2] not in sizes:
+        raise ValueError(
+            f"there is no model {name!r}; Qwen3 was published as"
+            f" {', '.join(f'Qwen/Qwen3-{s}{found[3] or str()}' for s in sizes)}"
+        )
 
 _MOST = dict(num_hidden_layers=1000, hidden_size=2**17, intermediate_size=2**20, vocab_size=2**24)
 
 def _check_numbers(what, config):
-    "Raise a `ValueError` if a number of a configuration is larger than that of any model, before anything is built of it."
+    """Raise a `ValueError` if a number of a configuration is larger than that of any model, before anything
+    is built of it."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        numbers = {k: v for k,v in vars(part).items() if isinstance(v, int) and k.startswith(('n_','num_'))} if part else {}
+        numbers = (
+            {k: v for k, v in vars(part).items() if isinstance(v, int) and k.startswith(('n_', 'num_'))}
+            if part
+            else {}
+        )
         numbers |= {k: getattr(part, k, None) for k in _MOST}
         for k,v in numbers.items():
-            if isinstance(v, int) and v > _MOST.get(k, 100_000): raise ValueError(f"{what} cannot be read: {k} is {v:,}")
+            if isinstance(v, int) and v > _MOST.get(k, 100_000):
+                raise ValueError(f"{what} cannot be read: {k} is {v:,}")
 
 def model_config(
     name:str, # As for `model_source`
@@ -620,7 +904,8 @@ def weights_fingerprint(
 ) -> str: # 8 hexadecimal digits
     "Identify weights by the names and shapes of all and the first 64 numbers of each."
     crc = 0
-    for name,p in sorted(model.named_parameters()): crc = crc32(f'{name} {tuple(p.shape)} {p.detach().flatten()[:64].float().tolist()}'.encode(), crc)
+    for name,p in sorted(model.named_parameters()):
+        crc = crc32(f'{name} {tuple(p.shape)} {p.detach().flatten()[:64].float().tolist()}'.encode(), crc)
     return f'{crc:08x}'
 
 def load_whole(
@@ -629,20 +914,37 @@ def load_whole(
     role:str, # For the message: 'encoder' or 'decoder'
     device, # Where to put it
     dtype=None, # Number type of its weights; None for what suits the device
-): # The model, frozen and in evaluation mode; `stored` is the fingerprint of its weights as they are in the file
-    "Load a model whose weights must all be there; what else the file holds is left unread. Raises `ValueError` that names what is missing."
+# The model, frozen and in evaluation mode; `stored` is the fingerprint of its weights as they are in the file
+):
+    """Load a model whose weights must all be there; what else the file holds is left unread.
+
+    Raises `ValueError` that names what is missing.
+    """
     import torch
     from transformers.utils import logging
     level, dtype = logging.get_verbosity(), dtype or default_dtype(device)
-    flash = cls._supports_flash_attn and dtype!=torch.float32 and default_attention(device)=='flash_attention_2'
-    options = dict(output_loading_info=True, dtype='auto', attn_implementation='flash_attention_2' if flash else None)
+    flash = (
+        cls._supports_flash_attn
+        and dtype != torch.float32
+        and default_attention(device) == 'flash_attention_2'
+    )
+    options = dict(
+        output_loading_info=True, dtype='auto', attn_implementation='flash_attention_2' if flash else None
+    )
     logging.set_verbosity_error() # we read the report ourselves
     try:
-        with no_loading_bar(): model, report = read_model(cls, name, f'{role} {name!r}: its weights', **options)
-    finally: logging.set_verbosity(level)
-    if missing := sorted(report['missing_keys']): raise ValueError(f"{role} {name!r} has no weights for {missing[0]}" + (f' and {len(missing)-1} more' if len(missing)>1 else ''))
+        with no_loading_bar():
+            model, report = read_model(cls, name, f'{role} {name!r}: its weights', **options)
+    finally:
+        logging.set_verbosity(level)
+    if missing := sorted(report['missing_keys']):
+        raise ValueError(
+            f"{role} {name!r} has no weights for {missing[0]}"
+            + (f' and {len(missing)-1} more' if len(missing) > 1 else '')
+        )
     model.stored = weights_fingerprint(model)
-    for p in model.parameters(): p.data = p.data.to(dtype) # buffers, such as those of positions, keep theirs
+    for p in model.parameters():
+        p.data = p.data.to(dtype) # buffers, such as those of positions, keep theirs
     return model.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/30_settings.ipynb #aa5720e0
@@ -651,20 +953,25 @@ def atomic_write(
     path, # File to write or to replace
     mode:str='w', # 'w' for text (UTF-8) or 'wb' for bytes
 ): # Context manager that gives a file object
-    "Open a file that takes its name only once it is completely written; after an error the old file is untouched. An `OSError` names the file."
+    """Open a file that takes its name only once it is completely written; after an error the old file is
+    untouched. An `OSError` names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
     try:
         with os.fdopen(handle, mode, encoding=None if 'b' in mode else 'utf-8') as f:
             yield f
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as e:
         os.unlink(temporary)
-        if isinstance(e, OSError) and e.errno and e.filename in (None, temporary): raise OSError(e.errno, e.strerror, str(path)) from None # "no space left" comes without a name
+        if isinstance(e, OSError) and e.errno and e.filename in (None, temporary):
+            raise OSError(e.errno, e.strerror, str(path)) from None # "no space left" comes without a name
         raise
 
 # %% ../nbs/30_settings.ipynb #ce1c9a3a
@@ -674,19 +981,24 @@ def check_writable(
 ):
     "Raise an `OSError` that names `path` if nothing can be written there; nothing is left behind."
     path = Path(path)
-    if file and path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if file and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     place = path.absolute().parent if file else path.absolute()
-    while not place.exists(): place = place.parent
+    while not place.exists():
+        place = place.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix='.', suffix='.part'): pass
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None
+        with tempfile.NamedTemporaryFile(dir=place, prefix='.', suffix='.part'):
+            pass
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 # %% ../nbs/30_settings.ipynb #23fee387
 def free_lock(
     lock, # `filelock.FileLock`, held
 ):
     "Release a lock and remove its file."
-    if sys.platform!='win32': Path(lock.lock_file).unlink(missing_ok=True)
+    if sys.platform!='win32':
+        Path(lock.lock_file).unlink(missing_ok=True)
     lock.release() # on Windows it removes the file, too
 
 # %% ../nbs/30_settings.ipynb #d9bfa74b
@@ -702,9 +1014,12 @@ def write_json(
     value, # Plain data
 ):
     "Write plain data as JSON, atomically; raises `ValueError` that names the file for NaN, which JSON lacks."
-    try: text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as e: raise ValueError(f"{path} is not written: {e}") from None
-    with atomic_write(path) as f: f.write(text + '\n')
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as e:
+        raise ValueError(f"{path} is not written: {e}") from None
+    with atomic_write(path) as f:
+        f.write(text + '\n')
 
 # %% ../nbs/30_settings.ipynb #9c7a1d81
 def say(

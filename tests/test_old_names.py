@@ -1,8 +1,10 @@
-"""What was written under older names goes on: settings, checkpoints, training states, studies, shared folders.
+"""What was written under older names goes on: settings, checkpoints, training states, studies, shared
+folders.
 
 `version_before.zip` was written by the commit 50a105f, which had `decoder_rate`, `captions_per_picture` and
 `left_out`: two epochs cut at the third step by `max_steps`, the captioner shared, and a sweep of three trials
-of which two were done."""
+of which two were done.
+"""
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +22,8 @@ LOSSES = [16.2831, 16.2014, 16.1403, 16.0789] # of all steps, by the version bef
 @pytest.fixture
 def before(tmp_path, monkeypatch):
     "A folder with what the version before has left, as the working directory."
-    with zipfile.ZipFile(Path(__file__).with_name('version_before.zip')) as archive: archive.extractall(tmp_path)
+    with zipfile.ZipFile(Path(__file__).with_name('version_before.zip')) as archive:
+        archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -39,9 +42,16 @@ def test_settings_of_a_script():
     assert (h.decoder_lr_scale, h.captions_per_image) == (.3, 5)
     assert as_hyperparameters(h, decoder_rate=.4).decoder_lr_scale == .4 # what changes is said last
 
-@pytest.mark.parametrize('settings', [dict(decoder_rate=.3, decoder_lr_scale=.3), {'hyperparameters': dict(captions_per_picture=1, captions_per_image=2)}])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(decoder_rate=0.3, decoder_lr_scale=0.3),
+        {'hyperparameters': dict(captions_per_picture=1, captions_per_image=2)},
+    ],
+)
 def test_both_names_are_a_contradiction(settings):
-    with pytest.raises(ValueError, match='is the old name of .*; give one of them'): with_new_names(settings)
+    with pytest.raises(ValueError, match='is the old name of .*; give one of them'):
+        with_new_names(settings)
 
 def test_a_file_of_settings(before):
     h = as_hyperparameters('config.yaml')
@@ -60,8 +70,11 @@ def test_metadata_with_both_names_is_refused(before):
     path = newest_checkpoint('run')
     file = next(Path('run').glob('training_metadata_*.json'))
     text = file.read_text(encoding='utf-8')
-    file.write_text(text.replace('"decoder_rate"', '"decoder_lr_scale": 0.1, "decoder_rate"'), encoding='utf-8')
-    with pytest.raises(ValueError, match=f'{file.name}: decoder_rate is the old name'): read_metadata(path)
+    file.write_text(
+        text.replace('"decoder_rate"', '"decoder_lr_scale": 0.1, "decoder_rate"'), encoding='utf-8'
+    )
+    with pytest.raises(ValueError, match=f'{file.name}: decoder_rate is the old name'):
+        read_metadata(path)
 
 def test_a_run_goes_on(before):
     "It ends where the version before would have ended, and writes the new names."
@@ -73,7 +86,8 @@ def test_a_run_goes_on(before):
     assert not any(f'"{old}"' in text for old in OLD_NAMES)
 
 def test_a_run_goes_on_with_the_old_name_in_a_script(before):
-    with pytest.raises(ValueError, match='decoder_lr_scale cannot change when a run goes on'): train(resume='run', decoder_rate=.9)
+    with pytest.raises(ValueError, match='decoder_lr_scale cannot change when a run goes on'):
+        train(resume='run', decoder_rate=.9)
 
 def test_a_shared_folder(before):
     shared = CapnbForImageCaptioning.from_pretrained('shared', device='cpu')
@@ -86,11 +100,14 @@ def test_a_shared_folder(before):
 
 def test_a_study_goes_on(before):
     "Only the trial that was not done yet is trained, and the study remains one of the same settings."
-    settings = as_hyperparameters('config.yaml', batch_size=4, num_epochs=1, learning_rate=1e-3, bad_rows='skip', output_dir='sweep')
+    settings = as_hyperparameters(
+        'config.yaml', batch_size=4, num_epochs=1, learning_rate=1e-3, bad_rows='skip', output_dir='sweep'
+    )
     own = {k: v for k,v in asdict(settings).items() if v != as_hyperparameters()[k]}
     study = sweep(own, vary=['decoder_lr_scale=.1,.2,.3', 'captions_per_image=1'])
     assert [t.state.name for t in study.trials] == ['COMPLETE']*3
     assert sorted(next(iter(t.params.values())) for t in study.trials) == [.1, .2, .3]
     assert [p.name for p in Path('sweep').glob('trial_*')] == ['trial_0002']
     assert read_metadata(newest_checkpoint('sweep/trial_0002'))['hyperparameters']['decoder_lr_scale'] == .3
-    with pytest.raises(ValueError, match='its adapter_width was 4, not 5'): sweep(own, vary=['decoder_lr_scale=.1,.2,.3', 'captions_per_image=1'], adapter_width=5)
+    with pytest.raises(ValueError, match='its adapter_width was 4, not 5'):
+        sweep(own, vary=['decoder_lr_scale=.1,.2,.3', 'captions_per_image=1'], adapter_width=5)

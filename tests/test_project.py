@@ -1,4 +1,5 @@
-"What the cells of a notebook cannot see: the package from outside, and rules that hold for all notebooks together."
+"""What the cells of a notebook cannot see: the package from outside, and rules that hold for all notebooks
+together."""
 import ast, json, os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -13,7 +14,8 @@ CFG = CFG['DEFAULT']
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 
 def module_name(path):
-    "The name of a module below the package: `run.sources.load` for `capnb/run/sources/load.py`; a package's is `run.__init__`."
+    """The name of a module below the package: `run.sources.load` for `capnb/run/sources/load.py`; a
+    package's is `run.__init__`."""
     return '.'.join(path.relative_to(ROOT/'capnb').with_suffix('').parts)
 
 FILES = {module_name(p): p for p in sorted((ROOT/'capnb').rglob('*.py'))}
@@ -22,7 +24,9 @@ each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 def cells(path, kind=None):
     "The cells of a notebook, each with its source as one string."
-    found = [c | dict(source=''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    found = [
+        c | dict(source=''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+    ]
     return [c for c in found if kind in (None, c['cell_type'])]
 
 def modules_of(path):
@@ -40,53 +44,79 @@ def python(code):
     "Run `code` in a fresh process at the top of the repository."
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
-# Layers, from the bottom: imports go down only, or to a lower number of the same layer. Understand and Fast stand side by side.
+# Layers, from the bottom: imports go down only, or to a lower number of the same layer. Understand and Fast
+# stand side by side.
 BASE = 'settings files hardware hub images image_pool'.split()
 COURSE = 'data encoder adapter decoder captioner training evaluation inference'.split()
-BELOW = dict(base=[], drawing=['base'], course=['base', 'drawing'], insight=['base', 'drawing', 'course'], fast=['base', 'drawing', 'course'],
-    run=['base', 'drawing', 'course', 'insight', 'fast'], front=['base', 'drawing', 'course', 'insight', 'fast', 'run'])
+BELOW = dict(
+    base=[],
+    drawing=['base'],
+    course=['base', 'drawing'],
+    insight=['base', 'drawing', 'course'],
+    fast=['base', 'drawing', 'course'],
+    run=['base', 'drawing', 'course', 'insight', 'fast'],
+    front=['base', 'drawing', 'course', 'insight', 'fast', 'run'],
+)
 
 def layer(module):
     "The layer that a module belongs to: by its package, or by its name where it lies at the top."
     if module.split('.')[0] in ('insight', 'fast', 'run'): return module.split('.')[0]
-    named = {'storybook': 'drawing', '__init__': 'front', 'commands': 'run', **dict.fromkeys(BASE, 'base'), **dict.fromkeys(COURSE, 'course')}
+    named = {
+        'storybook': 'drawing',
+        '__init__': 'front',
+        'commands': 'run',
+        **dict.fromkeys(BASE, 'base'),
+        **dict.fromkeys(COURSE, 'course'),
+    }
     return named[module]
 
 def imports_of(module):
     "The modules of this package that a module imports, inside functions too."
     package = ['capnb', *module.split('.')[:-1]]
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names if a.name != 'capnb']
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name != 'capnb']
         elif isinstance(node, ast.ImportFrom):
-            base = '.'.join([*package[:len(package)+1-node.level], *filter(None, [node.module])]) if node.level else node.module
+            base = (
+                '.'.join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+                if node.level
+                else node.module
+            )
             names = [f'{base}.{a.name}' for a in node.names]
-        else: continue
+        else:
+            continue
         for name in (n.removeprefix('capnb.') for n in names if n.startswith('capnb.')):
-            # a name of a module, or one that a module defines; what the package itself defines is its front door's
-            if found := next((m for m in (name, name.rpartition('.')[0]) if m in MODULES), None): yield found
-            elif not any(m.startswith(f'{name}.') for m in MODULES): yield '__init__'
+            # a name of a module, or one that a module defines; what the package itself defines is its front
+            # door's
+            if found := next((m for m in (name, name.rpartition('.')[0]) if m in MODULES), None):
+                yield found
+            elif not any(m.startswith(f'{name}.') for m in MODULES):
+                yield '__init__'
 
 NUMBERS = {m: number(p) for p in NOTEBOOKS for m in modules_of(p)}
 
 def upward_imports(module):
-    "What a module imports that lies neither in a lower layer, nor in a lower number of its own, nor in its own chapter."
+    """What a module imports that lies neither in a lower layer, nor in a lower number of its own, nor in its
+    own chapter."""
     mine = layer(module)
     for other in sorted(set(imports_of(module))):
         others = layer(other)
-        if not (others in BELOW[mine] or others == mine and NUMBERS[other] <= NUMBERS[module]): yield other
+        if not (others in BELOW[mine] or others == mine and NUMBERS[other] <= NUMBERS[module]):
+            yield other
 
-# Imports that the rule forbids and that are still there. This only gets shorter: a line that is no longer true fails the test.
+# Imports that the rule forbids and that are still there. This only gets shorter: a line that is no longer
+# true fails the test.
 NOT_YET_DOWN = {
     'data': {'run.sources.tables'},
     'fast.bench': {'run.estimate', 'run.sharing', 'run.commands'},
     'insight.decoder_families': {'run.commands'},
     'insight.report': {'run.sources.tables', 'run.sources.load', 'run.commands'},
-    'insight.widgets': {'run.serving'},
     'run.estimate': {'run.commands'},
     'run.sources.load': {'run.sources.tables', 'run.sources.archives'},
 }
 
-def test_there_is_something_to_test(): assert NOTEBOOKS and MODULES
+def test_there_is_something_to_test():
+    assert NOTEBOOKS and MODULES
 
 @pytest.mark.parametrize('module', MODULES)
 def test_module_imports_alone(module):
@@ -128,11 +158,13 @@ def test_imports_only_from_lower_numbers(path):
         assert upwards <= listed, f'{module} imports upwards'
         assert listed <= upwards, f'{module} no longer imports these: shorten NOT_YET_DOWN'
 
-def test_what_does_not_import_downwards_is_there(): assert set(NOT_YET_DOWN) <= set(MODULES), 'gone: shorten NOT_YET_DOWN'
+def test_what_does_not_import_downwards_is_there():
+    assert set(NOT_YET_DOWN) <= set(MODULES), 'gone: shorten NOT_YET_DOWN'
 
 def test_no_module_imports_itself_by_way_of_another():
     needs = {m: set(imports_of(m)) - NOT_YET_DOWN.get(m, set()) for m in MODULES if m != '_modidx'}
-    for _ in range(len(needs)): needs = {m: wanted for m in needs if (wanted := needs[m] & set(needs))} # those that need nothing go
+    for _ in range(len(needs)):
+        needs = {m: wanted for m in needs if (wanted := needs[m] & set(needs))} # those that need nothing go
     assert not needs, f'a circle among {sorted(needs)}'
 
 @pytest.mark.parametrize('script', CFG['console_scripts'].split())
@@ -150,13 +182,22 @@ def test_pin_lies_in_the_range(requirement):
     assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)], prereleases=True)
 
 def test_a_file_goes_to_one_worker(request):
-    "pytest 9.2 with xdist 3.8 loses the groups without a word; each worker then trains what the tests of a file share."
-    if 'PYTEST_XDIST_WORKER' in os.environ: assert request.node.nodeid.endswith('@test_project.py')
+    """pytest 9.2 with xdist 3.8 loses the groups without a word; each worker then trains what the tests of a
+    file share."""
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        assert request.node.nodeid.endswith('@test_project.py')
 
 @pytest.mark.slow
 def test_every_chapter_is_ready_for_the_site():
-    "All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the pictures that they show."
-    done = subprocess.run([sys.executable, ROOT/'.ci'/'docs.py', '--process'], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    """All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the
+    pictures that they show."""
+    done = subprocess.run(
+        [sys.executable, ROOT / '.ci' / 'docs.py', '--process'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     wanted = [*NOTEBOOKS, *(ROOT/'nbs'/'images').iterdir(), ROOT/'nbs'/'styles.css']
     assert [p for p in wanted if not (ROOT/'_proc'/p.relative_to(ROOT/'nbs')).exists()] == []
