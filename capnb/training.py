@@ -36,7 +36,7 @@ from capnb.captioner import (
 from .run.checkpoints import delete_checkpoint, model_places
 from capnb.settings import (
     Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision,
-    free_lock, memory_in_use, revision_of, say, shell_line
+    free_lock, memory_in_use, revision_of, say, shell_line, with_new_names
 )
 from .data import captions_for_epoch
 from .decoder import count_cut, cut_text, text_ids
@@ -608,7 +608,11 @@ def read_state(
         raise ValueError(
             f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name"
         )
-    found = find_models(state['hyperparameters'], state.get('places'), path.parent)
+    try:
+        hyperparameters = with_new_names(state['hyperparameters'])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    found = find_models(hyperparameters, state.get('places'), path.parent)
     return dict(state, hyperparameters=found, path=path)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071b
@@ -659,7 +663,7 @@ def load_state(
         _set_random_state(state['random'], run.model.device)
         for c in run.callbacks:
             vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
-        run.metadata = json.loads(state['metadata'])
+        run.metadata = with_new_names(json.loads(state['metadata']))
     except _DOES_NOT_FIT as e:
         raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION:
@@ -708,7 +712,7 @@ def resumed_hyperparameters(
 ) -> Hyperparameters:
     """The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if
     nothing is left to do."""
-    path, saved = state['path'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
+    path, saved = state['path'], as_hyperparameters(state['hyperparameters'], None)
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
     for k in wanted.keys() - set(MAY_CHANGE):
         if saved[k]!=h[k]:
