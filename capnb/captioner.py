@@ -21,7 +21,7 @@ from torch import nn
 from .adapter import Adapter, PatchAdapter
 from capnb.settings import (
     Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path,
-    parse_json, read_text, weights_fingerprint, write_json
+    parse_json, read_text, weights_fingerprint, with_new_names, write_json
 )
 from .images import open_images
 from capnb.decoder import (
@@ -437,6 +437,10 @@ def read_metadata(
     ):
         raise ValueError(f"{file} is not the metadata of a checkpoint")
     # what came later has a default
+    try:
+        metadata = with_new_names(metadata)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(
         metadata['hyperparameters']
     )
@@ -584,7 +588,7 @@ def load_model_from_checkpoint(
     something is broken, or if the frozen weights are not those it was trained with."""
     state, metadata = _read_weights(path), read_metadata(path)
     try:
-        h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
+        h = as_hyperparameters(metadata['hyperparameters'], None)
     except ValueError as e:
         raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
     check_trained(h, state, path)

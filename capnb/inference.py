@@ -37,7 +37,8 @@ class CaptionStreamer:
                 self.told[row] = text
                 self.tell(row, text)
 
-    def end(self): pass
+    def end(self):
+        pass
 
 # %% ../nbs/08_inference.ipynb #09ee0001
 @dataclass

@@ -35,47 +35,66 @@ def gather(
     first:float=1, # Seconds to wait for the first one
 ) -> list:
     "Wait for a request, then take in those that come within `wait` seconds, up to `most`."
-    try: batch = [requests.get(timeout=first)]
-    except Empty: return []
+    try:
+        batch = [requests.get(timeout=first)]
+    except Empty:
+        return []
     end = time.monotonic() + wait
     while len(batch) < most:
-        try: batch.append(requests.get(timeout=max(0, end-time.monotonic())))
-        except Empty: break
+        try:
+            batch.append(requests.get(timeout=max(0, end-time.monotonic())))
+        except Empty:
+            break
     return batch
 
 # %% ../../nbs/37_serving.ipynb #0da12011
 def _as_answer(found):
-    "What a request is told of its image: its caption or, of several, the best one and all of them with their scores."
+    """What a request is told of its image: its caption or, of several, the best one and all of them with
+    their scores."""
     if isinstance(found, str): return dict(caption=found)
-    return dict(caption=found[0][0], captions=[dict(caption=text, score=round(score, 4)) for text,score in found])
+    return dict(
+        caption=found[0][0], captions=[dict(caption=text, score=round(score, 4)) for text, score in found]
+    )
 
 def _write(model, asked, send, options):
-    "Caption the images of several requests in one go; words are sent as they are written where there is one beam."
+    """Caption the images of several requests in one go; words are sent as they are written where there is
+    one beam."""
     uids, images, streams = zip(*asked)
     beams, several = (options.get(name, 1) > 1 for name in ('num_beams', 'num_return_sequences'))
     rows, words = [i for i,stream in enumerate(streams) if stream], {}
     if rows and not (beams or several):
-        words = dict(streamer=CaptionStreamer(model.tokenizer, rows, lambda row, text: send(uids[row], dict(text=text))))
+        words = dict(
+            streamer=CaptionStreamer(
+                model.tokenizer, rows, lambda row, text: send(uids[row], dict(text=text))
+            )
+        )
     features = model.encoder.encode(list(images))
     found = model.caption_features(features, several, batch_size=len(images), **options, **words)
     answers = dict(zip(uids, map(_as_answer, found), strict=True))
-    for uid,answer in answers.items(): send(uid, answer)
+    for uid,answer in answers.items():
+        send(uid, answer)
     return {uid: answer['caption'] for uid,answer in answers.items()}
 
 def answer_batch(
     model, # `Captioner`
     asked:list, # Of (id, PIL image, whether to send words)
-    send, # Called with (id, answer): {'text'} for what is written so far, {'caption'} or {'status', 'detail'} at the end
-    options:dict=None, # For `transformers`' `generate`; of several captions an answer has all, best first, in 'captions'
+    # Called with (id, answer): {'text'} for what is written so far, {'caption'} or {'status', 'detail'} at
+    # the end
+    send,
+    # For `transformers`' `generate`; of several captions an answer has all, best first, in 'captions'
+    options:dict=None,
 ) -> dict: # Id: caption, the best of several, of those that have one
     "Caption the images of several requests together; one by one if that fails."
-    try: return _write(model, asked, send, options or {})
+    try:
+        return _write(model, asked, send, options or {})
     except (RuntimeError, ValueError) as e: # PyTorch and transformers raise these, for want of memory too
-        if len(asked) > 1: return {k: v for one in asked for k,v in answer_batch(model, [one], send, options).items()}
+        if len(asked) > 1:
+            return {k: v for one in asked for k,v in answer_batch(model, [one], send, options).items()}
         send(asked[0][0], dict(status=500, detail=f'the model failed at this image: {_first_line(e)}'))
         return {}
 
-def _first_line(error): return (str(error).splitlines() or [''])[0][:200] or type(error).__name__
+def _first_line(error):
+    return (str(error).splitlines() or [''])[0][:200] or type(error).__name__
 
 # %% ../../nbs/37_serving.ipynb #0da12412
 def why(
@@ -83,14 +102,24 @@ def why(
     image, # PIL image
     caption:str,
     between=None, # As for `explain`
-) -> dict: # `caption`, and `words`: what `explain` says, as plain data; or 'status' and 'detail' where there is no explanation
+# `caption`, and `words`: what `explain` says, as plain data; or 'status' and 'detail' where there is no
+# explanation
+) -> dict:
     "Explain a caption, for JSON."
-    try: _, words = explain(model, image, caption, between=between)
-    except ValueError as e: return dict(status=422, detail=str(e))
-    except RuntimeError as e: return dict(status=500, detail=f'the model failed at this explanation: {_first_line(e)}')
+    try:
+        _, words = explain(model, image, caption, between=between)
+    except ValueError as e:
+        return dict(status=422, detail=str(e))
+    except RuntimeError as e:
+        return dict(status=500, detail=f'the model failed at this explanation: {_first_line(e)}')
     def plain(word):
         others = [[text, round(p, 4)] for text,p in word.alternatives]
-        return dict(text=word.text, probability=round(word.probability, 4), alternatives=others, patches=word.patches.round(3).tolist())
+        return dict(
+            text=word.text,
+            probability=round(word.probability, 4),
+            alternatives=others,
+            patches=word.patches.round(3).tolist(),
+        )
     return dict(caption=caption, words=[plain(word) for word in words])
 
 # %% ../../nbs/37_serving.ipynb #0da12014
@@ -110,14 +139,17 @@ class Worker:
         self.checkpoint, self.failure, self.started, self.min_side = checkpoint, failure, started, min_side
         self.wait, self.options = wait, options or {}
 
-    def pre_setup(self, api): pass # LitServe asks each loop whether the rest suits it
+    def pre_setup(self, api):
+        pass # LitServe asks each loop whether the rest suits it
 
     def setup(self,
         device:str, # As LitServe calls it
     ):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        logging.getLogger('litserve.loops').setLevel(logging.CRITICAL) # it would print a page where we have a line
-        try: self.model = load_model_from_checkpoint(self.checkpoint, device)[0]
+        # it would print a page where we have a line
+        logging.getLogger('litserve.loops').setLevel(logging.CRITICAL)
+        try:
+            self.model = load_model_from_checkpoint(self.checkpoint, device)[0]
         except (ValueError, OSError) as e:
             self.failure.put(str(e))
             raise
@@ -127,12 +159,15 @@ class Worker:
     def __call__(self, api, device, worker_id, requests, transport, status, callbacks):
         from litserve.utils import LitAPIStatus, LoopResponseType
         def send(uid, answer):
-            transport.send((uid, (answer, LitAPIStatus.OK, LoopResponseType.STREAMING, worker_id)), consumer_id=0)
+            transport.send(
+                (uid, (answer, LitAPIStatus.OK, LoopResponseType.STREAMING, worker_id)), consumer_id=0
+            )
         self.requests, self.send, self.most = requests, send, api.max_batch_size
         self.captioning, self.explaining = {}, {} # by the id of the request, oldest first
         while True:
             self.write(0 if self.captioning or self.explaining else 1)
-            if self.explaining: self.explain()
+            if self.explaining:
+                self.explain()
 
     def take_in(self, seconds):
         "Take in the requests that have come, and let go what nobody waits for any more."
@@ -140,8 +175,10 @@ class Worker:
         come += gather(self.requests, 2**16, 0, 0) # their number is limited at the door
         left = set()
         for _,uid,end,asked in come:
-            if asked: self.captioning[uid] = (end, *asked)
-            else: left.add(uid)
+            if asked:
+                self.captioning[uid] = (end, *asked)
+            else:
+                left.add(uid)
         for jobs in (self.captioning, self.explaining):
             late = {uid for uid,(end,*_) in jobs.items() if end < time.monotonic()}
             for uid in (left | late) & jobs.keys():
@@ -153,10 +190,16 @@ class Worker:
         self.take_in(seconds)
         batch = {uid: self.captioning[uid] for uid in list(self.captioning)[:self.most]}
         if not batch: return
-        captions = answer_batch(self.model, [(uid, image, stream) for uid,(_,image,stream,_) in batch.items()], self.send, self.options)
+        captions = answer_batch(
+            self.model,
+            [(uid, image, stream) for uid, (_, image, stream, _) in batch.items()],
+            self.send,
+            self.options,
+        )
         for uid,(end,image,_,explained) in batch.items():
             del self.captioning[uid]
-            if explained and uid in captions: self.explaining[uid] = (end, image, captions[uid])
+            if explained and uid in captions:
+                self.explaining[uid] = (end, image, captions[uid])
 
     def explain(self):
         "Make the oldest explanation, and between its parts the captions that are asked for."
@@ -164,8 +207,10 @@ class Worker:
         def between():
             self.write(0)
             if uid not in self.explaining: raise Dropped
-        try: answer = why(self.model, image, caption, between)
-        except Dropped: return
+        try:
+            answer = why(self.model, image, caption, between)
+        except Dropped:
+            return
         del self.explaining[uid]
         self.send(uid, answer)
 
@@ -176,11 +221,13 @@ class Limits:
     upload:float=10 # Most megabytes of a request: 413
     pixels:float=25 # Most millions of pixels of an image: 413
     waiting:int=64 # Most requests at a time, those at work included: 429
-    seconds:float=30 # Longest time for the answer (504); before that, for the request to come (408), where it is 1 at least
+    # Longest time for the answer (504); before that, for the request to come (408), where it is 1 at least
+    seconds:float=30
     per_client:int=None # Most requests at a time of one client: 429; None for half of `waiting`
 
     def __post_init__(self):
-        if self.per_client is None: self.per_client = (self.waiting+1)//2
+        if self.per_client is None:
+            self.per_client = (self.waiting+1)//2
         self.coming = max(1, self.seconds)
 
 def refuse(
@@ -203,16 +250,22 @@ async def read_body(
     def too_large(**headers):
         refuse(413, f'the request has more than {limits.upload:g} MB; send a smaller image', **headers)
     promised = request.headers.get('content-length', '0')
-    if 'expect' in request.headers and int(promised) > most: too_large(Connection='close') # it waits for our word
+    if 'expect' in request.headers and int(promised) > most:
+        too_large(Connection='close') # it waits for our word
     try:
         async with asyncio.timeout(limits.coming):
             async for part in request.stream():
                 size += len(part)
-                if size <= most: parts.append(part)
-                elif size > 8*most: too_large(Connection='close') # many programs listen only after their last byte
-    except TimeoutError: refuse(408, f'the request took more than {limits.coming:g} seconds to come', Connection='close')
-    except ClientDisconnect: refuse(400, 'the request was not sent to its end')
-    if size > most: too_large()
+                if size <= most:
+                    parts.append(part)
+                elif size > 8*most:
+                    too_large(Connection='close') # many programs listen only after their last byte
+    except TimeoutError:
+        refuse(408, f'the request took more than {limits.coming:g} seconds to come', Connection='close')
+    except ClientDisconnect:
+        refuse(400, 'the request was not sent to its end')
+    if size > most:
+        too_large()
     return b''.join(parts)
 
 # %% ../../nbs/37_serving.ipynb #0da1231a
@@ -221,15 +274,18 @@ HEAD_SECONDS, HEAD_BYTES = 10, 2**16
 def client_of(
     address:str, # IP address
 ) -> str:
-    "Say who counts as one client: an IPv4 address, or the 64 bits of an IPv6 address that a network is given."
+    """Say who counts as one client: an IPv4 address, or the 64 bits of an IPv6 address that a network is
+    given."""
     ip = ipaddress.ip_address(address.partition('%')[0])
     ip = getattr(ip, 'ipv4_mapped', None) or ip
     return str(ip) if ip.version==4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 class Watch:
-    "For a connection of uvicorn: heads, bodies and answers each have their time, and the unfinished requests of a client are few."
+    """For a connection of uvicorn: heads, bodies and answers each have their time, and the unfinished
+    requests of a client are few."""
     limits = Limits()
-    doing, reading, timer, size = 'idle', None, None, 0 # `reading` is 'head', 'body' or None, as the parser tells
+    # `reading` is 'head', 'body' or None, as the parser tells
+    doing, reading, timer, size = 'idle', None, None, 0
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -237,18 +293,28 @@ class Watch:
         self.watch(again=True)
         self.make_room()
 
-    def on_message_begin(self): self.reading = 'head'; super().on_message_begin()
-    def on_headers_complete(self): self.reading = 'body'; super().on_headers_complete()
-    def on_message_complete(self): self.reading = None; super().on_message_complete()
+    def on_message_begin(self):
+        self.reading = 'head'
+        super().on_message_begin()
+    def on_headers_complete(self):
+        self.reading = 'body'
+        super().on_headers_complete()
+    def on_message_complete(self):
+        self.reading = None
+        super().on_message_complete()
 
     def data_received(self, data):
         before = self.doing
         super().data_received(data)
         self.watch()
-        if self.doing==before: self.size += len(data)
-        elif self.doing=='body': self.size = len(data)
-        if self.doing!='body' and self.size > HEAD_BYTES: self.hang_up(431, 'the head of the request is too large')
-        if self.doing=='body': self.make_room()
+        if self.doing==before:
+            self.size += len(data)
+        elif self.doing=='body':
+            self.size = len(data)
+        if self.doing!='body' and self.size > HEAD_BYTES:
+            self.hang_up(431, 'the head of the request is too large')
+        if self.doing=='body':
+            self.make_room()
 
     def on_response_complete(self):
         super().on_response_complete()
@@ -267,28 +333,40 @@ class Watch:
         doing = self.reading or ('answer' if working else 'idle')
         if self.doing=='closed' or doing==self.doing and not again: return
         self.doing, self.since, self.size = doing, self.loop.time(), 0
-        if self.timer: self.timer.cancel()
-        seconds = self.limits.coming + 5 if doing in ('body', 'answer') else min(HEAD_SECONDS, self.limits.coming)
+        if self.timer:
+            self.timer.cancel()
+        seconds = (
+            self.limits.coming + 5 if doing in ('body', 'answer') else min(HEAD_SECONDS, self.limits.coming)
+        )
         self.timer = self.loop.call_later(seconds, self.hang_up, 408, 'the request took too long to come')
 
     def hang_up(self, status, detail):
         "Close the connection; a client that has begun a request is told why."
-        answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        answering = (
+            self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        )
         if self.reading and not answering:
             body = json.dumps(dict(detail=detail)).encode()
             head = f'HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: application/json\r\n'
-            self.transport.write(f'{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n'.encode() + body)
+            self.transport.write(
+                f'{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n'.encode() + body
+            )
         self.doing = 'closed'
         self.timer.cancel()
         self.transport.close()
         self.loop.call_later(1, self.transport.abort) # if it does not even take this
 
-    def unfinished(self): return self.doing in ('idle', 'head', 'body') or self.doing=='answer' and self.flow.write_paused
+    def unfinished(self):
+        return self.doing in ('idle', 'head', 'body') or self.doing=='answer' and self.flow.write_paused
 
     def make_room(self):
         "Close the oldest connections where those that wait for their client are too many, or hold too much."
         for own,times in ((True, 2), (False, 8)):
-            found = [c for c in self.connections if c.unfinished() and (c.client_name==self.client_name or not own)]
+            found = [
+                c
+                for c in self.connections
+                if c.unfinished() and (c.client_name == self.client_name or not own)
+            ]
             found.sort(key=lambda c: c.since)
             most, most_bytes = times*self.limits.waiting, 8*times*self.limits.upload*1e6
             while len(found) > most or sum(c.size for c in found) > most_bytes:
@@ -301,28 +379,40 @@ def connection_class(limits:Limits):
 
 # %% ../../nbs/37_serving.ipynb #0da12018
 def _json_image(body):
-    try: image = json.loads(body)
-    except (ValueError, RecursionError) as e: refuse(422, f'the body is not valid JSON ({type(e).__name__}); send {{"image": "<base64>"}}')
+    try:
+        image = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        refuse(422, f'the body is not valid JSON ({type(e).__name__}); send {{"image": "<base64>"}}')
     image = image.get('image') if isinstance(image, dict) else None
-    if not isinstance(image, str) or not image: refuse(422, 'the JSON has no text "image"; send {"image": "<base64 of the picture, or a data URL>"}')
+    if not isinstance(image, str) or not image:
+        refuse(422, 'the JSON has no text "image"; send {"image": "<base64 of the picture, or a data URL>"}')
     kind, comma, data = image.partition(',')
     if image[:5].lower()=='data:':
-        if not comma or not kind.lower().endswith(';base64'): refuse(422, 'the data URL in "image" must begin with data:image/png;base64, or the like')
-    elif '://' in image[:32]: refuse(422, 'a URL in "image" is never fetched; send the picture itself, as base64')
-    else: data = image
-    try: return base64.b64decode(''.join(data.split()), validate=True)
-    except (binascii.Error, ValueError): refuse(422, '"image" is not valid base64')
+        if not comma or not kind.lower().endswith(';base64'):
+            refuse(422, 'the data URL in "image" must begin with data:image/png;base64, or the like')
+    elif '://' in image[:32]:
+        refuse(422, 'a URL in "image" is never fetched; send the picture itself, as base64')
+    else:
+        data = image
+    try:
+        return base64.b64decode(''.join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        refuse(422, '"image" is not valid base64')
 
 # %% ../../nbs/37_serving.ipynb #0da12118
 async def _form_image(headers, body):
     from python_multipart.exceptions import FormParserError
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.datastructures import UploadFile
-    async def whole(): yield body
-    try: form = await MultiPartParser(headers, whole(), max_files=1, max_fields=8, max_part_size=2**20).parse()
-    except (MultiPartException, FormParserError, UnicodeError) as e: refuse(422, f'the form cannot be read: {e or type(e).__name__}; send one picture as the file "file"')
+    async def whole():
+        yield body
+    try:
+        form = await MultiPartParser(headers, whole(), max_files=1, max_fields=8, max_part_size=2**20).parse()
+    except (MultiPartException, FormParserError, UnicodeError) as e:
+        refuse(422, f'the form cannot be read: {e or type(e).__name__}; send one picture as the file "file"')
     file = form.get('file')
-    if not isinstance(file, UploadFile): refuse(422, 'the form has no file "file"; with curl: -F file=@picture.png')
+    if not isinstance(file, UploadFile):
+        refuse(422, 'the form has no file "file"; with curl: -F file=@picture.png')
     return await file.read()
 
 # %% ../../nbs/37_serving.ipynb #0da12218
@@ -334,7 +424,11 @@ async def image_of(
     kind = headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind=='application/json': return _json_image(body)
     if kind=='multipart/form-data': return await _form_image(headers, body)
-    refuse(415, f'content type {kind!r:.80} is not taken; send multipart/form-data with a file "file", or application/json with "image"')
+    refuse(
+        415,
+        f'content type {kind!r:.80} is not taken; send multipart/form-data with a file "file", or'
+        ' application/json with "image"',
+    )
 
 # %% ../../nbs/37_serving.ipynb #0da1201a
 class Turns:
@@ -342,7 +436,8 @@ class Turns:
     def __init__(self,
         most:int, # Things at a time, at least 2
     ):
-        self.most, self.at, self.waiting = most, Counter(), {} # by client; those that wait longest for a turn come first
+        # by client; those that wait longest for a turn come first
+        self.most, self.at, self.waiting = most, Counter(), {}
 
     @asynccontextmanager
     async def turn(self,
@@ -356,7 +451,8 @@ class Turns:
             await ticket
             yield
         finally:
-            if ticket.done() and not ticket.cancelled(): self.at -= Counter([client])
+            if ticket.done() and not ticket.cancelled():
+                self.at -= Counter([client])
             self.next()
 
     def next(self):
@@ -366,7 +462,8 @@ class Turns:
             if client is None: return
             line = self.waiting.pop(client)
             ticket = line.popleft()
-            if line: self.waiting[client] = line # behind the others
+            if line:
+                self.waiting[client] = line # behind the others
             if ticket.done(): continue # it waits no more
             self.at[client] += 1
             ticket.set_result(None)
@@ -380,25 +477,36 @@ class Opener:
         workers = max(4, os.cpu_count() or 1) # so that a few slow images leave room
         self.limits, self.min_side, self.turns = limits, min_side, Turns(workers)
         self.pool = DecodingPool(workers, seconds=max(1, limits.seconds/3))
-        for _ in range(workers): self.pool.submit(b'', 'nothing')
+        for _ in range(workers):
+            self.pool.submit(b'', 'nothing')
 
     async def open(self,
         data:bytes,
         client:str, # As of `client_of`
     ): # PIL image
-        "Open an image; refuses with 415 what is none, and with 413 what has too many pixels. If it is cancelled it ends when its child has."
+        """Open an image; refuses with 415 what is none, and with 413 what has too many pixels.
+
+        If it is cancelled it ends when its child has.
+        """
         most = self.limits.pixels
         async with self.turns.turn(client):
-            work = asyncio.wrap_future(self.pool.submit(data, 'the image', min_side=self.min_side.value or None, pixels=most*1e6))
-            try: await asyncio.wait([work])
+            work = asyncio.wrap_future(
+                self.pool.submit(data, 'the image', min_side=self.min_side.value or None, pixels=most * 1e6)
+            )
+            try:
+                await asyncio.wait([work])
             except asyncio.CancelledError:
                 await asyncio.wait([work])
                 work.exception() # which nobody asks for
                 raise
-        try: return work.result()
-        except TooManyPixels: refuse(413, f'the image has more than {most:g} million pixels; send a smaller one')
-        except ValueError as e: refuse(415, f"{e}; send one of {', '.join(image_formats())}")
-        except OSError as e: refuse(503, str(e), Retry_After='5')
+        try:
+            return work.result()
+        except TooManyPixels:
+            refuse(413, f'the image has more than {most:g} million pixels; send a smaller one')
+        except ValueError as e:
+            refuse(415, f"{e}; send one of {', '.join(image_formats())}")
+        except OSError as e:
+            refuse(503, str(e), Retry_After='5')
 
 # %% ../../nbs/37_serving.ipynb #0da1241c
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
@@ -412,8 +520,10 @@ def host_name(
 
 def is_address(name:str) -> bool: # Not a name, which somebody could have resolved to any address
     "Whether a host is named by its IP address."
-    try: ipaddress.ip_address(name)
-    except ValueError: return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
     return True
 
 def host_check(
@@ -436,20 +546,32 @@ def foreign(
     "Tell the requests that come from another page, or for another host."
     hosts, origin = headers.getlist('host'), headers.get('origin')
     if len(hosts)!=1 or not ours(host_name(hosts[0])):
-        return f"the host {', '.join(hosts)!r:.99} is not one of this server; see --allowed_hosts of capnb_serve"
+        return (
+            f"the host {', '.join(hosts)!r:.99} is not one of this server; see --allowed_hosts of capnb_serve"
+        )
     sender = None if origin is None else origin.partition('://')[2]
     if sender not in (None, hosts[0]) and host_name(sender) not in more:
-        return f'requests of other web pages ({origin!r:.99}) are not taken; see --allowed_hosts of capnb_serve'
+        return (
+            f'requests of other web pages ({origin!r:.99}) are not taken; see --allowed_hosts of capnb_serve'
+        )
     followed = headers.get('sec-fetch-mode')=='navigate' and headers.get('sec-fetch-dest')=='document'
-    if headers.get('sec-fetch-site')=='cross-site' and not followed: return 'requests of other web pages are not taken'
+    if headers.get('sec-fetch-site')=='cross-site' and not followed:
+        return 'requests of other web pages are not taken'
     return None
 
 # %% ../../nbs/37_serving.ipynb #0da1261c
-SAFE = {'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin', 'Referrer-Policy': 'no-referrer',
-        'Content-Security-Policy': "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"}
+SAFE = {
+    'X-Content-Type-Options': 'nosniff',
+    'Cross-Origin-Resource-Policy': 'same-origin',
+    'Referrer-Policy': 'no-referrer',
+    'Content-Security-Policy': (
+        "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ),
+}
 
 class Guard:
-    "What every request passes first (ASGI): refuses with 403 what is `foreign`, and adds the headers `SAFE` to all answers."
+    """What every request passes first (ASGI): refuses with 403 what is `foreign`, and adds the headers
+    `SAFE` to all answers."""
     def __init__(self,
         app, # The ASGI app behind it
         ours, # What `host_check` gives
@@ -464,7 +586,8 @@ class Guard:
         async def send_safely(message):
             if message['type']=='http.response.start':
                 headers = MutableHeaders(scope=message)
-                for name,value in SAFE.items(): headers.setdefault(name, value)
+                for name,value in SAFE.items():
+                    headers.setdefault(name, value)
             await send(message)
         why = foreign(Headers(scope=scope), self.ours, self.more)
         app = JSONResponse(dict(detail=why), 403) if why else self.app
@@ -477,12 +600,22 @@ def check_key(
     without_key:bool=False, # Let everybody ask who can reach it
 ):
     "Raise `ValueError` for a key that nobody could send, and for a server that others reach without one."
-    if key=='': raise ValueError('the key is empty; give CAPNB_API_KEY (or --api_key) a value, or unset it')
+    if key=='':
+        raise ValueError('the key is empty; give CAPNB_API_KEY (or --api_key) a value, or unset it')
     if key and not (key.isascii() and key.isprintable() and key==key.strip()):
-        raise ValueError('the key must be of ASCII letters, digits and signs, without spaces at its ends: others cannot be sent in a header')
-    if key and without_key: raise ValueError('there is a key (CAPNB_API_KEY or --api_key), and --without_key; take one of the two')
+        raise ValueError(
+            'the key must be of ASCII letters, digits and signs, without spaces at its ends: others cannot be'
+            ' sent in a header'
+        )
+    if key and without_key:
+        raise ValueError(
+            'there is a key (CAPNB_API_KEY or --api_key), and --without_key; take one of the two'
+        )
     if not key and host not in LOOPBACK and not without_key:
-        raise ValueError(f'at {host} other machines reach the server; set CAPNB_API_KEY, or say --without_key to let all of them ask')
+        raise ValueError(
+            f'at {host} other machines reach the server; set CAPNB_API_KEY, or say --without_key to let all'
+            ' of them ask'
+        )
 
 # %% ../../nbs/37_serving.ipynb #0da1211d
 class Place:
@@ -495,7 +628,8 @@ class Place:
         self.client, self.explained, self.end, self.uid, self.over = client, explained, end, None, False
         self.size = 0 # Bytes that are kept for it
         self.opening = None # Task that opens its image
-        self.response_queue, self.event = deque(), asyncio.Event() # LitServe puts there what comes, by these names
+        # LitServe puts there what comes, by these names
+        self.response_queue, self.event = deque(), asyncio.Event()
 
     def take(self):
         "What has come since; sets `over` where it is the last."
@@ -503,11 +637,14 @@ class Place:
         found = [answer for answer,_ in self.response_queue]
         self.response_queue.clear()
         last = 'words' if self.explained else 'caption'
-        self.over = self.over or any(last in answer or 'status' in answer or 'dropped' in answer for answer in found)
+        self.over = self.over or any(
+            last in answer or 'status' in answer or 'dropped' in answer for answer in found
+        )
         return found
 
 class Desk:
-    "What the process for HTTP knows of the requests at work: who has how many places, and what waits at the worker."
+    """What the process for HTTP knows of the requests at work: who has how many places, and what waits at
+    the worker."""
     def __init__(self,
         server, # `LitServer`
         limits:Limits,
@@ -515,27 +652,43 @@ class Desk:
         started, # Shared number of workers that have begun
         min_side, # As for `Opener`
     ):
-        self.server, self.limits, self.running, self.started, self.min_side = server, limits, running, started, min_side
+        self.server, self.limits, self.running, self.started, self.min_side = (
+            server,
+            limits,
+            running,
+            started,
+            min_side,
+        )
         self.taken, self.bytes, self.at_worker, self.holding = Counter(), Counter(), {}, set()
 
     @contextmanager
     def open_house(self):
         "Have the children that open images."
         self.opener = Opener(self.limits, self.min_side)
-        with self.opener.pool: yield
+        with self.opener.pool:
+            yield
 
     def check_room(self, client):
         "Refuse with 429 where there is no place."
         total, own = self.taken.total(), self.taken[client]
-        if total >= self.limits.waiting: refuse(429, f'{total} requests are waiting already; try again in a second', Retry_After='1')
+        if total >= self.limits.waiting:
+            refuse(429, f'{total} requests are waiting already; try again in a second', Retry_After='1')
         if own >= self.limits.per_client:
-            refuse(429, f'{own} requests of yours are waiting already; ask again when one is answered', Retry_After='1')
+            refuse(
+                429,
+                f'{own} requests of yours are waiting already; ask again when one is answered',
+                Retry_After='1',
+            )
 
     def keep(self, place, size):
         "Count the bytes that are kept for a request; refuses with 429 where they are too many."
         more, most = size-place.size, 1e6*max(16*self.limits.upload, 3*self.limits.pixels)
         if more > 0 and (self.bytes[place.client]+more > most or self.bytes.total()+more > 2*most):
-            refuse(429, 'the requests that are waiting already are too large; try again in a second', Retry_After='1')
+            refuse(
+                429,
+                'the requests that are waiting already are too large; try again in a second',
+                Retry_After='1',
+            )
         self.bytes += Counter({place.client: more})
         place.size = size
 
@@ -545,14 +698,19 @@ class Desk:
         explained:bool, # As of `Place`
         size:int, # Bytes of the request
     ):
-        "Take a place; refuses with 429 where there is none. It is kept until all that was begun in it is done."
+        """Take a place; refuses with 429 where there is none.
+
+        It is kept until all that was begun in it is done.
+        """
         self.check_room(client)
         place, worker = Place(client, explained, time.monotonic()+self.limits.seconds), self.started.value
         self.keep(place, size)
         self.taken[client] += 1
-        try: yield place
+        try:
+            yield place
         finally:
-            if (place.opening is None or place.opening.done()) and (not place.uid or place.over): self.leave(place)
+            if (place.opening is None or place.opening.done()) and (not place.uid or place.over):
+                self.leave(place)
             else:
                 job = asyncio.ensure_future(self.hold(place, worker))
                 self.holding.add(job) # or it would be collected as garbage
@@ -571,18 +729,23 @@ class Desk:
         self.taken -= Counter([place.client])
 
     async def hold(self, place, worker):
-        "Tell the worker that nobody waits for a request any more; keep its place until the worker has let it go, or has died."
+        """Tell the worker that nobody waits for a request any more; keep its place until the worker has let
+        it go, or has died."""
         try:
             await asyncio.wait([place.opening])
             if not place.uid: return
             self.tell_worker(place.uid, None, None)
             while not place.over and self.started.value==worker:
-                try: await asyncio.wait_for(place.event.wait(), 1)
-                except TimeoutError: pass
+                try:
+                    await asyncio.wait_for(place.event.wait(), 1)
+                except TimeoutError:
+                    pass
                 place.take()
-        finally: self.leave(place)
+        finally:
+            self.leave(place)
 
-    def tell_worker(self, *what): self.server.litapi_request_queues['/caption'].put((0, *what))
+    def tell_worker(self, *what):
+        self.server.litapi_request_queues['/caption'].put((0, *what))
 
     def hand_over(self, place, image, stream):
         "Give a request to the worker."
@@ -594,7 +757,9 @@ class Desk:
     def overloaded(self):
         "Whether there is no place, or what the worker has is not answered in time."
         now = time.monotonic()
-        return self.taken.total() >= self.limits.waiting or any(place.end < now for place in self.at_worker.values())
+        return self.taken.total() >= self.limits.waiting or any(
+            place.end < now for place in self.at_worker.values()
+        )
 
 # %% ../../nbs/37_serving.ipynb #0da1201d
 class Gone(Exception):
@@ -612,7 +777,8 @@ async def unless_gone(
         if job.done(): return job.result()
         if gone.done(): raise Gone
         raise TimeoutError
-    finally: job.cancel()
+    finally:
+        job.cancel()
 
 async def answers(
     desk:Desk,
@@ -634,18 +800,37 @@ async def answers(
                 await unless_gone(place.event.wait(), gone, place.end)
                 for answer in place.take():
                     if 'dropped' in answer: raise TimeoutError
-                    if 'status' in answer: refuse(**answer)
+                    if 'status' in answer:
+                        refuse(**answer)
                     yield answer
-    except TimeoutError: refuse(504, f'there was no whole answer within {limits.seconds:g} seconds; try again, or with a smaller image')
-    except Gone: refuse(400, 'the client has left')
+    except TimeoutError:
+        refuse(
+            504,
+            f'there was no whole answer within {limits.seconds:g} seconds; try again, or with a smaller'
+            ' image',
+        )
+    except Gone:
+        refuse(400, 'the client has left')
     finally:
         desk.running.value -= 1
-        if gone: gone.cancel()
+        if gone:
+            gone.cancel()
 
 # %% ../../nbs/37_serving.ipynb #0da1201f
-_HEALTH = {status: dict(description=what, content={'application/json': dict(schema=dict(
-    type='object', required=['status'], properties=dict(status=dict(enum=states))))})
-    for status,what,states in ((200, 'It can', ['ready']), (503, 'It cannot now', ['not ready', 'overloaded', 'stopping']))}
+_HEALTH = {
+    status: dict(
+        description=what,
+        content={
+            'application/json': dict(
+                schema=dict(type='object', required=['status'], properties=dict(status=dict(enum=states)))
+            )
+        },
+    )
+    for status, what, states in (
+        (200, 'It can', ['ready']),
+        (503, 'It cannot now', ['not ready', 'overloaded', 'stopping']),
+    )
+}
 
 async def as_events(first, rest):
     "Write answers as server-sent events."
@@ -653,30 +838,72 @@ async def as_events(first, rest):
     event = lambda answer: f'data: {json.dumps(answer, ensure_ascii=False)}\n\n'
     yield event(first)
     try:
-        async for answer in rest: yield event(answer)
-    except HTTPException as e: yield event(dict(status=e.status_code, detail=e.detail))
+        async for answer in rest:
+            yield event(answer)
+    except HTTPException as e:
+        yield event(dict(status=e.status_code, detail=e.detail))
 
-_text = lambda **fields: dict(type='object', required=list(fields), properties={k: dict(type='string', **v) for k,v in fields.items()})
-_BODY = dict(requestBody=dict(required=True, content={
-    'multipart/form-data': dict(schema=_text(file=dict(format='binary', description='The image'))),
-    'application/json': dict(schema=_text(image=dict(description='The image as base64, or as a data URL; other URLs are refused')))}))
-_ERRORS = {400: 'Not sent to its end', 403: 'Sent by another web page, or to another host', 408: 'It took too long to come', 413: 'Too many bytes or pixels',
-           415: 'Not an image', 422: 'Malformed', 429: 'Too many requests are waiting, of all or of this client', 500: 'The model failed at this image',
-           503: 'The server is stopping', 504: 'It took too long'}
+_text = lambda **fields: dict(
+    type='object', required=list(fields), properties={k: dict(type='string', **v) for k, v in fields.items()}
+)
+_BODY = dict(
+    requestBody=dict(
+        required=True,
+        content={
+            'multipart/form-data': dict(schema=_text(file=dict(format='binary', description='The image'))),
+            'application/json': dict(
+                schema=_text(
+                    image=dict(description='The image as base64, or as a data URL; other URLs are refused')
+                )
+            ),
+        },
+    )
+)
+_ERRORS = {
+    400: 'Not sent to its end',
+    403: 'Sent by another web page, or to another host',
+    408: 'It took too long to come',
+    413: 'Too many bytes or pixels',
+    415: 'Not an image',
+    422: 'Malformed',
+    429: 'Too many requests are waiting, of all or of this client',
+    500: 'The model failed at this image',
+    503: 'The server is stopping',
+    504: 'It took too long',
+}
 _number, _list = dict(type='number'), lambda items, **more: dict(type='array', items=items, **more)
-_WORD = dict(type='object', required=['text','probability','alternatives','patches'], properties=dict(text=dict(type='string'), probability=_number,
-    alternatives=_list(_list({}, minItems=2, maxItems=2), description='What else could have stood at its beginning, best first: text and probability'),
-    patches=_list(_list(_number), description='Rows of a grid over the image: nats that the word loses when that part is covered')))
+_WORD = dict(
+    type='object',
+    required=['text', 'probability', 'alternatives', 'patches'],
+    properties=dict(
+        text=dict(type='string'),
+        probability=_number,
+        alternatives=_list(
+            _list({}, minItems=2, maxItems=2),
+            description='What else could have stood at its beginning, best first: text and probability',
+        ),
+        patches=_list(
+            _list(_number),
+            description='Rows of a grid over the image: nats that the word loses when that part is covered',
+        ),
+    ),
+)
 _WITH_WORDS = _text(caption={})
 _WITH_SCORE = _text(caption={})
 _WITH_SCORE['required'].append('score')
 _WITH_SCORE['properties']['score'] = _number
 _WITH_WORDS['properties']['captions'] = _list(
-    _WITH_SCORE, description='Of a server that writes several: all, best first, with the mean log-probability of their tokens')
+    _WITH_SCORE,
+    description=(
+        'Of a server that writes several: all, best first, with the mean log-probability of their tokens'
+    ),
+)
 _WITH_WORDS['properties']['words'] = _list(_WORD, description='With `explain=true`: why each word was said')
 _EVENTS = """With `stream=true`, server-sent events, each a line `data: ` with JSON: {"text": the caption so far}, again and again, then {"caption": ...},
 and with `explain=true` at last {"caption": ..., "words": ...}. If it fails on the way, the last event is {"status": ..., "detail": ...}."""
-_EXAMPLE = 'data: {"text": "A black"}\n\ndata: {"text": "A black fish."}\n\ndata: {"caption": "A black fish."}\n\n'
+_EXAMPLE = (
+    'data: {"text": "A black"}\n\ndata: {"text": "A black fish."}\n\ndata: {"caption": "A black fish."}\n\n'
+)
 
 def _responses(
     key, # Whether a key is wanted
@@ -700,13 +927,20 @@ def docs_page(
         for way,what in ways.items():
             key = ', with the header <code>Authorization: Bearer KEY</code>' if what.get('security') else ''
             found.append(f"<h2>{way.upper()} {text(path)}</h2><p>{text(what['summary'])}{key}</p><dl>")
-            for p in what.get('parameters', ()): found.append(f"<dt>?{text(p['name'])}=true</dt><dd>{text(p.get('description', ''))}</dd>")
+            for p in what.get('parameters', ()):
+                found.append(f"<dt>?{text(p['name'])}=true</dt><dd>{text(p.get('description', ''))}</dd>")
             bodies = what.get('requestBody', {}).get('content', {})
             for kind,body in bodies.items():
                 for name,field in body['schema']['properties'].items():
-                    found.append(f"<dt>Content-Type: {text(kind)}</dt><dd>{text(name)}: {text(field['description'])}</dd>")
+                    found.append(
+                        f"<dt>Content-Type: {text(kind)}</dt><dd>{text(name)}:"
+                        f" {text(field['description'])}</dd>"
+                    )
             for status,answer in what['responses'].items():
-                found.append(f"<dt>{text(status)}</dt><dd>{text(answer['description'])} ({text(', '.join(answer.get('content', ())))})</dd>")
+                found.append(
+                    f"<dt>{text(status)}</dt><dd>{text(answer['description'])}"
+                    f" ({text(', '.join(answer.get('content', ())))})</dd>"
+                )
             found.append('</dl>')
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{text(schema['info']['title'])}</title>
@@ -735,10 +969,20 @@ def make_app(
             async with desk.server.lifespan(app):
                 ready()
                 yield
-    app = FastAPI(title='capnb', version=capnb.__version__, description='Captions for images.', lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title='capnb',
+        version=capnb.__version__,
+        description='Captions for images.',
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request, error): return JSONResponse(dict(detail='; '.join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())), 422)
+    async def invalid(request, error):
+        return JSONResponse(
+            dict(detail='; '.join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())), 422
+        )
 
     @app.get('/', include_in_schema=False)
     async def page():
@@ -752,8 +996,10 @@ def make_app(
     @app.get('/health', summary='Whether it can caption', response_model=None, responses=_HEALTH)
     async def health():
         found = 'ready' if 'ready' in desk.server.workers_setup_status.values() else 'not ready'
-        if found=='ready' and desk.overloaded(): found = 'overloaded'
-        if state.value==STOPPING: found = 'stopping'
+        if found=='ready' and desk.overloaded():
+            found = 'overloaded'
+        if state.value==STOPPING:
+            found = 'stopping'
         return JSONResponse(dict(status=found), 200 if found=='ready' else 503)
 
     _add_caption(app, desk, key, state)
@@ -765,20 +1011,46 @@ def _add_caption(app, desk, key, state):
     from fastapi.responses import StreamingResponse
     from fastapi.security import HTTPBearer
     def no_key(): return None
-    bearer = HTTPBearer(auto_error=False, description='The key that the server was started with') if key else no_key
+    bearer = (
+        HTTPBearer(auto_error=False, description='The key that the server was started with')
+        if key
+        else no_key
+    )
 
-    @app.post('/caption', summary='Caption an image', openapi_extra=_BODY, response_model=None, responses=_responses(key))
-    async def caption(request:Request, stream:bool=Query(False, description='Send the words as they are written'),
-                      explain:bool=Query(False, description='Say why each word was said: dozens of times the work of the caption, done between the captions of others'),
-                      sent=Depends(bearer)):
+    @app.post(
+        '/caption',
+        summary='Caption an image',
+        openapi_extra=_BODY,
+        response_model=None,
+        responses=_responses(key),
+    )
+    async def caption(
+        request: Request,
+        stream: bool = Query(False, description='Send the words as they are written'),
+        explain: bool = Query(
+            False,
+            description=(
+                'Say why each word was said: dozens of times the work of the caption, done between the'
+                ' captions of others'
+            ),
+        ),
+        sent=Depends(bearer),
+    ):
         if key and not (sent and hmac.compare_digest(sent.credentials.encode(), key.encode())):
             await read_body(request, desk.limits) # many programs listen only after their last byte
             refuse(401, 'send the key of this server: Authorization: Bearer KEY', WWW_Authenticate='Bearer')
-        if state.value==STOPPING: refuse(503, 'the server is stopping; try again later', Retry_After='5')
+        if state.value==STOPPING:
+            refuse(503, 'the server is stopping; try again later', Retry_After='5')
         coming = answers(desk, request, stream, explain)
         answer = await anext(coming)
-        if stream: return StreamingResponse(as_events(answer, coming), media_type='text/event-stream', headers={'Cache-Control': 'no-store'})
-        async for answer in coming: pass
+        if stream:
+            return StreamingResponse(
+                as_events(answer, coming),
+                media_type='text/event-stream',
+                headers={'Cache-Control': 'no-store'},
+            )
+        async for answer in coming:
+            pass
         return answer
 
 # %% ../../nbs/37_serving.ipynb #0da12022
@@ -915,9 +1187,14 @@ PAGE = f"""<!DOCTYPE html>
 # %% ../../nbs/37_serving.ipynb #0da12026
 def _litserve():
     "The package litserve, quiet."
-    try: import litserve, python_multipart
-    except ImportError: raise ValueError("serving needs the package litserve; install it with: pip install 'capnb[serve]'") from None
-    logging.getLogger('python_multipart').setLevel(logging.ERROR) # what is wrong with a form, its sender is told
+    try:
+        import litserve, python_multipart
+    except ImportError:
+        raise ValueError(
+            "serving needs the package litserve; install it with: pip install 'capnb[serve]'"
+        ) from None
+    # what is wrong with a form, its sender is told
+    logging.getLogger('python_multipart').setLevel(logging.ERROR)
     return litserve
 
 def _server_class():
@@ -927,29 +1204,42 @@ def _server_class():
         def _start_server(self, *args, **kwargs):
             workers = super()._start_server(*args, **kwargs)
             for thread in workers.values():
-                if isinstance(thread, threading.Thread): thread.terminate = partial(setattr, thread._target.__self__, 'should_exit', True)
+                if isinstance(thread, threading.Thread):
+                    thread.terminate = partial(setattr, thread._target.__self__, 'should_exit', True)
             return workers
     return Server
 
 def _check_port(host, port):
     with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET) as s:
-        exclusive = getattr(socket, 'SO_EXCLUSIVEADDRUSE', socket.SO_REUSEADDR) # on Windows the latter takes a port from another
+        # on Windows the latter takes a port from another
+        exclusive = getattr(socket, 'SO_EXCLUSIVEADDRUSE', socket.SO_REUSEADDR)
         s.setsockopt(socket.SOL_SOCKET, exclusive, 1)
-        try: s.bind((host, port))
-        except OSError as e: raise ValueError(f"port {port} of {host} cannot be listened at: {e.strerror}; choose another with --port") from None
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise ValueError(
+                f"port {port} of {host} cannot be listened at: {e.strerror}; choose another with --port"
+            ) from None
 
 def _on_signal(server, running, state, limits):
-    "Let SIGTERM and SIGINT stop the server when it has finished what is at work; gives a dictionary in which the signal will stand."
+    """Let SIGTERM and SIGINT stop the server when it has finished what is at work; gives a dictionary in
+    which the signal will stand."""
     came, main = {}, os.getpid()
     def stop(number, frame):
-        if os.getpid()!=main: return # the process for HTTP has its own way, and comes here at its end
+        if os.getpid()!=main:
+            return # the process for HTTP has its own way, and comes here at its end
         came['signal'], before, end = number, state.value, time.monotonic()+limits.seconds
         state.value = STOPPING
-        if before!=SERVING: raise KeyboardInterrupt # nothing to finish yet, or asked twice
-        while running.value and time.monotonic() < end: time.sleep(.02)
-        logging.getLogger('litserve.server').setLevel(logging.CRITICAL) # its watch over the workers would complain that they end
-        threading.Thread(target=server._shutdown_event.set).start() # this thread is waiting for that very event
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)
+        if before!=SERVING:
+            raise KeyboardInterrupt # nothing to finish yet, or asked twice
+        while running.value and time.monotonic() < end:
+            time.sleep(.02)
+        # its watch over the workers would complain that they end
+        logging.getLogger('litserve.server').setLevel(logging.CRITICAL)
+        # this thread is waiting for that very event
+        threading.Thread(target=server._shutdown_event.set).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     return came
 
 # %% ../../nbs/37_serving.ipynb #0da12027
@@ -964,13 +1254,15 @@ def serve(
     allowed_hosts:tuple=(), # Names by which the server is reached, beside those of this machine
     options:dict=None, # How captions are written: what `check_options` takes, such as dict(num_beams=3)
 ):
-    "Serve captions over HTTP until SIGTERM, after which it returns, or Ctrl-C; raises `ValueError` if it cannot begin."
+    """Serve captions over HTTP until SIGTERM, after which it returns, or Ctrl-C; raises `ValueError` if it
+    cannot begin."""
     check_key(key, host, without_key)
     options = check_options(options or {})
     litserve, limits = _litserve(), limits or Limits()
     read_metadata(checkpoint)
     _check_port(host, port)
-    shared = multiprocessing.get_context('spawn') # what a worker gets must be made for processes that are spawned
+    # what a worker gets must be made for processes that are spawned
+    shared = multiprocessing.get_context('spawn')
     started, min_side, failure = shared.Value('i'), shared.Value('i'), shared.SimpleQueue()
     running, state = multiprocessing.Value('i'), multiprocessing.Value('i', STARTING)
     worker = Worker(str(checkpoint), failure, started, min_side, options=options)
@@ -984,40 +1276,75 @@ def serve(
     server.app = make_app(Desk(server, limits, running, started, min_side), key, state, ready)
     server.app.add_middleware(Guard, ours=host_check(host, key, allowed_hosts), more=allowed_hosts)
     came = _on_signal(server, running, state, limits)
-    http = dict(http=connection_class(limits), ws='none', proxy_headers=False, server_header=False, log_level='warning')
-    try: server.run(host, port, num_api_servers=1, generate_client_file=False, **http)
-    except RuntimeError: raise ValueError(failure.get()) if not failure.empty() else RuntimeError('the worker died while it loaded the model') from None
-    except KeyboardInterrupt: pass
+    http = dict(
+        http=connection_class(limits),
+        ws='none',
+        proxy_headers=False,
+        server_header=False,
+        log_level='warning',
+    )
+    try:
+        server.run(host, port, num_api_servers=1, generate_client_file=False, **http)
+    except RuntimeError:
+        raise (
+            ValueError(failure.get())
+            if not failure.empty()
+            else RuntimeError('the worker died while it loaded the model')
+        ) from None
+    except KeyboardInterrupt:
+        pass
     finally:
-        for process in multiprocessing.active_children(): process.terminate()
+        for process in multiprocessing.active_children():
+            process.terminate()
     if came.get('signal')==signal.SIGINT: raise KeyboardInterrupt
 
 # %% ../../nbs/37_serving.ipynb #0da12028
 @command
 def serve_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?')=None,
-    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
-    best:Param(BEST, store_true)=False,
-    host:Param('127.0.0.1 for this machine only, 0.0.0.0 or :: for all that reach it', str)='127.0.0.1',
-    port:Number('Port to listen at', lo=1024, hi=65535)=8000,
-    api_key:Param('Clients must send "Authorization: Bearer KEY"; better put it into the environment as CAPNB_API_KEY, where nobody sees it in a list of processes', str)=None,
-    without_key:Param('With --host: let everybody ask who can reach this machine', store_true)=False,
-    allowed_hosts:Param('Names by which the server is reached, with commas between, such as that of a proxy in front of it', str)='',
-    max_upload:Number('Most megabytes of a request', float)=Limits.upload,
-    max_pixels:Number('Most millions of pixels of an image', float)=Limits.pixels,
-    max_waiting:Number('Most requests at a time')=Limits.waiting,
-    max_per_client:Number('Most requests at a time of one client; without it half of max_waiting')=None,
-    timeout:Number('Most seconds for a request to come, and then for its answer', float)=Limits.seconds,
-    batch_size:Number('Most captions written together')=32,
-    num_beams:Number('Width of the beam; 1 is greedy, and only then words can be sent as they are written')=1,
-    num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
+    checkpoint: Param(
+        'Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?'
+    ) = None,
+    folder: Param('Where to look for the newest checkpoint', any_path) = 'saved_models',
+    best: Param(BEST, store_true) = False,
+    host: Param('127.0.0.1 for this machine only, 0.0.0.0 or :: for all that reach it', str) = '127.0.0.1',
+    port: Number('Port to listen at', lo=1024, hi=65535) = 8000,
+    api_key: Param(
+        'Clients must send "Authorization: Bearer KEY"; better put it into the environment as CAPNB_API_KEY,'
+        ' where nobody sees it in a list of processes',
+        str,
+    ) = None,
+    without_key: Param('With --host: let everybody ask who can reach this machine', store_true) = False,
+    allowed_hosts: Param(
+        'Names by which the server is reached, with commas between, such as that of a proxy in front of it',
+        str,
+    ) = '',
+    max_upload: Number('Most megabytes of a request', float) = Limits.upload,
+    max_pixels: Number('Most millions of pixels of an image', float) = Limits.pixels,
+    max_waiting: Number('Most requests at a time') = Limits.waiting,
+    max_per_client: Number('Most requests at a time of one client; without it half of max_waiting') = None,
+    timeout: Number('Most seconds for a request to come, and then for its answer', float) = Limits.seconds,
+    batch_size: Number('Most captions written together') = 32,
+    num_beams: Number(
+        'Width of the beam; 1 is greedy, and only then words can be sent as they are written'
+    ) = 1,
+    num_return_sequences: Number('Captions of each image, best first, up to num_beams') = 1,
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
     names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
     limits = Limits(max_upload, max_pixels, max_waiting, timeout, max_per_client)
     options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
-    serve(find_checkpoint(checkpoint, folder, best), host, port, key, limits, batch_size, without_key, names, options)
+    serve(
+        find_checkpoint(checkpoint, folder, best),
+        host,
+        port,
+        key,
+        limits,
+        batch_size,
+        without_key,
+        names,
+        options,
+    )
 
 # %% ../../nbs/37_serving.ipynb #0da1203b
 def send_load(
@@ -1027,9 +1354,13 @@ def send_load(
     seconds:float=60,
     key:str=None, # If the server wants one
 ) -> dict: # 'answers': (number of the picture, status, answer, seconds) of each request; 'seconds' in all
-    "Let many clients ask a server for captions, each again as soon as it has its answer, and note what they get."
+    """Let many clients ask a server for captions, each again as soon as it has its answer, and note what
+    they get."""
     bodies = [json.dumps(dict(image=base64.b64encode(p).decode())) for p in pictures]
-    headers, answers = {'Content-Type': 'application/json', **({'Authorization': f'Bearer {key}'} if key else {})}, []
+    headers, answers = {
+        'Content-Type': 'application/json',
+        **({'Authorization': f'Bearer {key}'} if key else {}),
+    }, []
     start = time.perf_counter()
     def client(i):
         connection = http.client.HTTPConnection(address.removeprefix('http://'), timeout=120)
@@ -1040,8 +1371,10 @@ def send_load(
             i += clients
         connection.close()
     threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     return dict(answers=answers, seconds=time.perf_counter()-start)
 
 # %% ../../nbs/37_serving.ipynb #0da1213b
@@ -1051,7 +1384,13 @@ def load_report(
     "Sum a load up."
     times = sorted(took for _,_,_,took in load['answers'])
     good = sum(status==200 for _,status,_,_ in load['answers'])
-    return dict(requests=len(times), refused=len(times)-good, rate=good/load['seconds'], p50=times[len(times)//2], p99=times[len(times)*99//100])
+    return dict(
+        requests=len(times),
+        refused=len(times) - good,
+        rate=good / load['seconds'],
+        p50=times[len(times) // 2],
+        p99=times[len(times) * 99 // 100],
+    )
 
 def memory(
     pid:int, # Of the server
