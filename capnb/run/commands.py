@@ -55,7 +55,7 @@ def prepare(
     from capnb.captioner import build_captioner, check_models
     from capnb.run.checkpoints import start_from
     from capnb.run.sources.load import load_for
-    from capnb.encoder import encode_data, features_folder
+    from capnb.fast.cache import encode_data, features_folder
     from capnb.training import main_process_first, join_processes, shard_decoder, sharding_asked
     check_models(h) # before pictures are fetched for a model that does not exist
     splits = {
