@@ -37,7 +37,8 @@ class CaptionStreamer:
                 self.told[row] = text
                 self.tell(row, text)
 
-    def end(self): pass
+    def end(self):
+        pass
 
 # %% ../nbs/08_inference.ipynb #09ee0001
 @dataclass
@@ -46,42 +47,72 @@ class Word:
     text: str # As it stands in the caption; a punctuation mark is a word of its own
     probability: float # Of all its tokens, 0 to 1, given the picture and what stands before
     alternatives: list # Of (text, probability): other tokens that could stand at its beginning, best first
-    patches: object = None # numpy array (rows, columns): nats that the word loses when this part of the picture is covered; None if nobody asked
+    # numpy array (rows, columns): nats that the word loses when this part of the picture is covered; None if
+    # nobody asked
+    patches: object = None
 
 def _words(tokenizer, caption, most):
-    "Take a caption apart: of each word its text and the places of its tokens, of which there are at most `most`."
-    if not tokenizer.is_fast: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its words cannot be explained; take a model that has a fast tokenizer")
-    found = tokenizer(caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    """Take a caption apart: of each word its text and the places of its tokens, of which there are at most
+    `most`."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its"
+            " words cannot be explained; take a model that has a fast tokenizer"
+        )
+    found = tokenizer(
+        caption, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     spans, words = found['offset_mapping'][:most], []
     inside = {at for start,end in word_spans(caption) for at in range(start+1, end)}
     for i,(start,end) in enumerate(spans):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
         joins = words and (start < words[-1][1] or start==words[-1][1] and start in inside)
-        if words and words[-1][0]==words[-1][1]: words[-1] = [start, end, words[-1][2]+[i]] # a space alone goes with what follows
-        elif joins: words[-1][1] = end; words[-1][2].append(i)
-        else: words.append([start, end, [i]])
+        if words and words[-1][0]==words[-1][1]:
+            words[-1] = [start, end, words[-1][2]+[i]] # a space alone goes with what follows
+        elif joins:
+            words[-1][1] = end
+            words[-1][2].append(i)
+        else:
+            words.append([start, end, [i]])
     return [(caption[start:end], tokens) for start,end,tokens in words]
 
 # %% ../nbs/08_inference.ipynb #09ee0002
 @torch.no_grad()
 def _next_tokens(model, image, caption):
-    "Logarithms of the probabilities of all tokens at each place of a caption, its end included, and the tokens that stand there."
+    """Logarithms of the probabilities of all tokens at each place of a caption, its end included, and the
+    tokens that stand there."""
     prefix, embed = model.prefix(model.encoder.encode([image])), model.decoder.get_input_embeddings()
-    ids = tokenize_captions(model.tokenizer, [caption], model.max_caption_length)[0].to(model.device)       # (1, n)
+    # (1, n)
+    ids = tokenize_captions(model.tokenizer, [caption], model.max_caption_length)[0].to(model.device)
     seen = embed(ids[:,:-1])
-    logits = model.decoder(inputs_embeds=torch.cat([prefix.to(seen.dtype), seen], 1), use_cache=False, logits_to_keep=ids.shape[1]).logits
-    return logits[0].float().log_softmax(-1).cpu(), ids[0].cpu()                                            # (n, vocabulary), (n,)
+    logits = model.decoder(
+        inputs_embeds=torch.cat([prefix.to(seen.dtype), seen], 1),
+        use_cache=False,
+        logits_to_keep=ids.shape[1],
+    ).logits
+    # (n, vocabulary), (n,)
+    return logits[0].float().log_softmax(-1).cpu(), ids[0].cpu()
 
 def _others(model, scores, said, n):
     "The best `n` tokens beside the one that was said, as (text, probability)."
     best = [i for i in scores.topk(min(n+1, len(scores))).indices.tolist() if i!=said][:n]
-    return [('(end)' if i==model.tokenizer.eos_token_id else model.tokenizer.decode([i]).strip(), scores[i].exp().item()) for i in best]
+    return [
+        (
+            '(end)' if i == model.tokenizer.eos_token_id else model.tokenizer.decode([i]).strip(),
+            scores[i].exp().item(),
+        )
+        for i in best
+    ]
 
 # %% ../nbs/08_inference.ipynb #09ee0003
 def _covered(image, cells, window):
-    "Copies of a picture, one for each cell of a grid, in which a window around this cell has the picture's mean colour."
+    """Copies of a picture, one for each cell of a grid, in which a window around this cell has the picture's
+    mean colour."""
     (width, height), colour = image.size, tuple(round(c) for c in ImageStat.Stat(image).mean)
-    edge = lambda cell, size: (max(0, round((cell+.5-window/2)*size/cells)), min(size, round((cell+.5+window/2)*size/cells)))
+    edge = lambda cell, size: (
+        max(0, round((cell + 0.5 - window / 2) * size / cells)),
+        min(size, round((cell + 0.5 + window / 2) * size / cells)),
+    )
     for row in range(cells):
         for column in range(cells):
             (left, right), (top, bottom), copy = edge(column, width), edge(row, height), image.copy()
@@ -90,11 +121,14 @@ def _covered(image, cells, window):
 
 @torch.no_grad()
 def _relevance(model, image, caption, cells=8, window=3, batch_size=8, between=None):
-    "How many nats each token of a caption loses when a part of the picture is covered: (tokens, cells, cells)."
-    image, nats = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size))), [] # the encoder sees no more than this
+    """How many nats each token of a caption loses when a part of the picture is covered: (tokens, cells,
+    cells)."""
+    # the encoder sees no more than this
+    image, nats = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size))), []
     pictures = [image, *_covered(image, cells, window)]
     for at in range(0, len(pictures), batch_size):
-        if between: between()
+        if between:
+            between()
         part = pictures[at:at+batch_size]
         nats.append(model.nats(model.encoder.encode(part), [caption]*len(part))[0].cpu())
     nats = torch.cat(nats)
@@ -106,31 +140,47 @@ def explain(
     image, # A PIL picture of any size and mode, or the path of one
     caption:str=None, # What to explain; None for what the model writes
     alternatives:int=4, # Other tokens to name for each word
-    patches:bool=True, # Say which parts of the picture each word rests on; it takes 65 passes of encoder and decoder
-    between=None, # Called again and again in the course of the work, for whoever has something more urgent to do
+    # Say which parts of the picture each word rests on; it takes 65 passes of encoder and decoder
+    patches:bool=True,
+    # Called again and again in the course of the work, for whoever has something more urgent to do
+    between=None,
     **kwargs, # For `transformers`' `generate`, where the model writes
 ) -> tuple: # The caption, and a list of `Word`
-    "Say of each word of a caption how probable it was, what else could have been said, and on which part of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no picture and for a tokenizer that does not tell where its tokens stand."
+    """Say of each word of a caption how probable it was, what else could have been said, and on which part
+    of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no
+    picture and for a tokenizer that does not tell where its tokens stand."""
     image = open_image(image)
     kwargs = check_options(kwargs, one='an explanation is of one caption')
     caption = model.caption(image, **kwargs) if caption is None else one_line(caption)
     words = _words(model.tokenizer, caption, model.max_caption_length)
-    (scores, ids), relevance = _next_tokens(model, image, caption), _relevance(model, image, caption, between=between) if patches else None
+    (scores, ids), relevance = _next_tokens(model, image, caption), (
+        _relevance(model, image, caption, between=between) if patches else None
+    )
     sure = scores.gather(1, ids[:,None])[:,0]
-    return caption, [Word(text, sure[tokens].sum().exp().item(), _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives), relevance[tokens].sum(0) if patches else None)
-                     for text,tokens in words]
+    return caption, [
+        Word(
+            text,
+            sure[tokens].sum().exp().item(),
+            _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives),
+            relevance[tokens].sum(0) if patches else None,
+        )
+        for text, tokens in words
+    ]
 
 # %% ../nbs/08_inference.ipynb #eaf8fb96
 def _fields(found, scores):
     "What is said of an image, by name."
-    return dict(zip(('caption', 'score'), split_scores(found), strict=True)) if scores else dict(caption=found)
+    return (
+        dict(zip(('caption', 'score'), split_scores(found), strict=True)) if scores else dict(caption=found)
+    )
 
 def caption_files(
     model:Captioner,
     files, # Paths of images
     batch_size:int=32, # Images at a time
     progress:bool=False, # Show a progress bar
-    scores:bool=False, # Say of each caption how sure the model is, too: `score`, as `Captioner.caption` gives it
+    # Say of each caption how sure the model is, too: `score`, as `Captioner.caption` gives it
+    scores:bool=False,
     **kwargs, # For `transformers`' `generate`
 ): # Yields `{'file', 'caption'}`, or `{'file', 'error'}` for an unreadable image, in the order of `files`
     """Caption image files one after the other.
@@ -145,5 +195,6 @@ def caption_files(
             good = [i for i,image in enumerate(opened) if not isinstance(image, ValueError)]
             captions = model.caption([opened[i] for i in good], scores, **kwargs)
             said = {i: _fields(found, scores) for i,found in zip(good, captions, strict=True)}
-            for i,file in enumerate(files[at:at+batch_size]): yield dict(file=str(file), **said.get(i, dict(error=str(opened[i]))))
+            for i,file in enumerate(files[at:at+batch_size]):
+                yield dict(file=str(file), **said.get(i, dict(error=str(opened[i]))))
             bar.update(len(opened))

@@ -27,7 +27,8 @@ from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex
 from ..decoder import use_int8
-from ..encoder import EncodedData, encode_data, features_folder, load_encoder
+from ..encoder import EncodedData, load_encoder
+from ..fast.cache import encode_data, features_folder
 from capnb.evaluation import (
     BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors,
     mean_parts, score, score_parts, score_table, with_intervals

@@ -52,9 +52,10 @@ def prepare(
     only=None, # Names of the splits to prepare; None for all
 ): # The captioner, with an adapter that has learned nothing; for each split its pictures; the same encoded
     "Load what a run needs: the frozen pair, the data, and each picture encoded once."
-    from capnb.captioner import build_captioner, check_models, start_from
+    from capnb.captioner import build_captioner, check_models
+    from capnb.run.checkpoints import start_from
     from capnb.run.sources.load import load_for
-    from capnb.encoder import encode_data, features_folder
+    from capnb.fast.cache import encode_data, features_folder
     from capnb.training import main_process_first, join_processes, shard_decoder, sharding_asked
     check_models(h) # before pictures are fetched for a model that does not exist
     splits = {
@@ -275,7 +276,7 @@ def find_checkpoint(
 ) -> Path: # Of the weights
     """Find the checkpoint that a command works with; raises `FileNotFoundError` or `ValueError` if there is
     none."""
-    from capnb.captioner import best_checkpoint, newest_checkpoint
+    from capnb.run.checkpoints import best_checkpoint, newest_checkpoint
     if checkpoint and best:
         raise ValueError('name a checkpoint or ask for the best one of a run with --best, not both')
     if checkpoint: return Path(checkpoint)
