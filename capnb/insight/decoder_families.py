@@ -15,7 +15,7 @@ from fastcore.script import Param
 from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from ..run.commands import Number, command, new_file
+from ..run.command_line import Number, command, new_file
 from ..settings import atomic_write, read_model, say
 from ..decoder import (caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions,
                            tokenize_captions)
