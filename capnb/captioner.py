@@ -19,14 +19,21 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from .settings import Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path, parse_json, read_text, weights_fingerprint, write_json
+from capnb.settings import (
+    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path,
+    parse_json, read_text, weights_fingerprint, with_new_names, write_json
+)
 from .images import open_images
-from .decoder import begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder, tokenize_captions
+from capnb.decoder import (
+    begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder,
+    tokenize_captions
+)
 from .encoder import ImageEncoder, in_slices, check_encoder, load_encoder
 
 # %% ../nbs/05_captioner.ipynb #f387e0aa
 class Captioner(nn.Module):
-    "A frozen encoder, an adapter that learns and a decoder, which is frozen unless `unfreeze` or LoRA let parts of it learn."
+    """A frozen encoder, an adapter that learns and a decoder, which is frozen unless `unfreeze` or LoRA let
+    parts of it learn."""
     def __init__(self,
         encoder, # `ImageEncoder`
         adapter, # `Adapter` or `PatchAdapter`
@@ -43,9 +50,11 @@ class Captioner(nn.Module):
     def device(self): return next(self.adapter.parameters()).device
 
     def train(self, mode:bool=True):
-        "Set the mode of the adapter; encoder and decoder stay in evaluation mode, even where parts of the decoder learn."
+        """Set the mode of the adapter; encoder and decoder stay in evaluation mode, even where parts of the
+        decoder learn."""
         super().train(mode)
-        self.encoder.eval(); self.decoder.eval()
+        self.encoder.eval()
+        self.decoder.eval()
         return self
 
 # %% ../nbs/05_captioner.ipynb #c755bf84
@@ -62,7 +71,8 @@ def new_adapter(
         return Adapter(encoder.width, width, h.prefix_length, h.adapter_width, size)
 
 def _check_size(h, text):
-    "Raise a `ValueError` for an adapter or a LoRA larger than any that makes sense, before memory is taken for it."
+    """Raise a `ValueError` for an adapter or a LoRA larger than any that makes sense, before memory is taken
+    for it."""
     numbers = h.adapter_width*h.prefix_length*text.hidden_size
     if h.features=='pooled' and numbers > 2**32:
         raise ValueError(f"adapter_width {h.adapter_width:,} and prefix_length {h.prefix_length:,} "
@@ -79,13 +89,30 @@ def check_pair(
     name, text = h.decoder_name or h.tokenizer_name, decoder.get_text_config()
     size = check_encoder(h.encoder_name, encoder, h.image_size, h.features)
     check_decoder(name, decoder)
-    prefix = (size//getattr(encoder, 'vision_config', encoder).patch_size)**2 if h.features=='patch' else h.prefix_length
+    prefix = (
+        (size // getattr(encoder, 'vision_config', encoder).patch_size) ** 2
+        if h.features == 'patch'
+        else h.prefix_length
+    )
     longest = getattr(text, 'max_position_embeddings', None)
-    if longest and longest < prefix+h.max_caption_length: raise ValueError(f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest} positions of decoder {name!r}")
-    if h.unfreeze_layers > text.num_hidden_layers: raise ValueError(f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers} layers")
-    if h.unfreeze_layers and h.unfreeze_epoch > h.num_epochs: raise ValueError(f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs): nothing would unfreeze")
+    if longest and longest < prefix+h.max_caption_length:
+        raise ValueError(
+            f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest}"
+            f" positions of decoder {name!r}"
+        )
+    if h.unfreeze_layers > text.num_hidden_layers:
+        raise ValueError(
+            f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers}"
+            " layers"
+        )
+    if h.unfreeze_layers and h.unfreeze_epoch > h.num_epochs:
+        raise ValueError(
+            f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs):"
+            " nothing would unfreeze"
+        )
     _check_size(h, text)
-    if h.lora_rank and h.unfreeze_layers: raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
+    if h.lora_rank and h.unfreeze_layers:
+        raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
 def check_models(h:Hyperparameters):
     "Read the configurations of the frozen pair, and nothing large, and check it as `check_pair` does."
@@ -95,33 +122,59 @@ def build_captioner(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     device=None, # None for the best device
 ) -> Captioner: # With an adapter that has learned nothing
-    "Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair cannot take what `h` asks for."
+    """Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair
+    cannot take what `h` asks for."""
     device = device or default_device()
     check_models(h)
     encoder = load_encoder(h.encoder_name, device, h.image_size, h.features)
-    decoder, tokenizer = load_decoder(h.decoder_name or h.tokenizer_name, h.tokenizer_name, device, torch.float32 if h.unfreeze_layers else None) # small corrections are lost in half precision
-    if h.lora_rank: decoder = add_lora(decoder, h)
-    return Captioner(encoder, new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, embedding_size(decoder)).to(device), decoder, tokenizer, h.max_caption_length)
+    # small corrections are lost in half precision
+    decoder, tokenizer = load_decoder(
+        h.decoder_name or h.tokenizer_name,
+        h.tokenizer_name,
+        device,
+        torch.float32 if h.unfreeze_layers else None,
+    )
+    if h.lora_rank:
+        decoder = add_lora(decoder, h)
+    return Captioner(
+        encoder,
+        new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, embedding_size(decoder)).to(
+            device
+        ),
+        decoder,
+        tokenizer,
+        h.max_caption_length,
+    )
 
 # %% ../nbs/05_captioner.ipynb #1f4447e9
 @patch
 def prefix(self:Captioner,
     features, # (batch, encoder width) or (batch, patches, encoder width)
 ) -> torch.Tensor: # (batch, prefix, decoder width)
-    "Say what stands before a caption: the token that a text begins with, if this decoder has one, then the picture."
-    prefix = self.adapter(features.to(self.device))                                          # (batch, prefix, width)
+    """Say what stands before a caption: the token that a text begins with, if this decoder has one, then the
+    picture."""
+    # (batch, prefix, width)
+    prefix = self.adapter(features.to(self.device))
     begin = torch.tensor([begin_ids(self.tokenizer)]*len(prefix), dtype=torch.long, device=self.device)
-    return torch.cat([self.decoder.get_input_embeddings()(begin).to(prefix.dtype), prefix], 1) if begin.numel() else prefix
+    return (
+        torch.cat([self.decoder.get_input_embeddings()(begin).to(prefix.dtype), prefix], 1)
+        if begin.numel()
+        else prefix
+    )
 
 @patch
 def nats(self:Captioner,
     features, # (batch, encoder width) or (batch, patches, encoder width)
     captions, # One per row, a text; or several, a list of texts
-): # Nats of each token (captions, n) and the mask of real tokens (captions, n); where rows have more captions than others, the others have empty ones
+# Nats of each token (captions, n) and the mask of real tokens (captions, n); where rows have more captions
+# than others, the others have empty ones
+):
     "Say how surprising each token of each caption is, given its picture."
     captions = [[c] if isinstance(c, str) else list(c) for c in captions]
     k = max(map(len, captions), default=0)
-    ids, mask = tokenize_captions(self.tokenizer, [c for cs in captions for c in cs+['']*(k-len(cs))], self.max_caption_length)
+    ids, mask = tokenize_captions(
+        self.tokenizer, [c for cs in captions for c in cs + [''] * (k - len(cs))], self.max_caption_length
+    )
     mask *= torch.tensor([j < len(cs) for cs in captions for j in range(k)])[:,None]
     ids, mask = ids.to(self.device), mask.to(self.device)
     return token_nll(self.decoder, self.prefix(features), ids, mask), mask
@@ -140,24 +193,37 @@ def caption_features(self:Captioner,
     scores:bool=False, # As for `caption`
     **kwargs, # As for `caption`
 ) -> list: # For each row what `caption` gives for an image
-    "Write captions for encoded images, as many at a time as memory holds; raises `ValueError` if not even one."
-    def remember(size): self.most = size
+    """Write captions for encoded images, as many at a time as memory holds; raises `ValueError` if not even
+    one."""
+    def remember(size):
+        self.most = size
     def write(here):
         prefix = self.prefix(features[here])
-        return generate_captions(self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs)
-    if 'streamer' in kwargs: return write(slice(None)) # what it was sent cannot be taken back
+        return generate_captions(
+            self.decoder, self.tokenizer, prefix, self.max_caption_length, scores=scores, **kwargs
+        )
+    if 'streamer' in kwargs:
+        return write(slice(None)) # what it was sent cannot be taken back
     return [c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part]
 
 @patch
 def caption(self:Captioner,
-    images, # A PIL image or a list of them, of any size and mode; or paths of images, of which large ones are made smaller as they are opened
-    scores:bool=False, # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
+    # A PIL image or a list of them, of any size and mode; or paths of images, of which large ones are made
+    # smaller as they are opened
+    images,
+    # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
+    scores:bool=False,
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3`; what `check_options` takes
-): # A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of these
+# A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of
+# these
+):
     """Write a caption for each image; greedy unless `kwargs` say otherwise.
 
-    Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without effect."""
-    if isinstance(images, (Image.Image, str, Path)): return self.caption([images], scores, **kwargs)[0]
+    Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without
+    effect.
+    """
+    if isinstance(images, (Image.Image, str, Path)):
+        return self.caption([images], scores, **kwargs)[0]
     opened = list(open_images(images, self.encoder.min_side))
     if bad := [error for error in opened if isinstance(error, ValueError)]: raise bad[0]
     return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []
@@ -175,8 +241,11 @@ def parameter_groups(
     "Say what learns in the course of a run, in groups of one learning rate each."
     named = lambda prefix, module: {f'{prefix}.{n}': p for n,p in module.named_parameters()}
     groups, decoder = dict(adapter=named('adapter', model.adapter)), named('decoder', model.decoder)
-    unfreezing = {id(p) for layer in _last_layers(model.decoder, h.unfreeze_layers) for p in layer.parameters()}
-    if learns := {n: p for n,p in decoder.items() if id(p) in unfreezing or '.lora_' in n}: groups['decoder'] = learns
+    unfreezing = {
+        id(p) for layer in _last_layers(model.decoder, h.unfreeze_layers) for p in layer.parameters()
+    }
+    if learns := {n: p for n,p in decoder.items() if id(p) in unfreezing or '.lora_' in n}:
+        groups['decoder'] = learns
     return groups
 
 def unfreeze(
@@ -185,28 +254,39 @@ def unfreeze(
     epoch:int, # Counted from 1
 ):
     "Let those parameters learn that `h` says should learn in this epoch."
-    for name,p in parameter_groups(model, h).get('decoder', {}).items(): p.requires_grad_('.lora_' in name or epoch >= h.unfreeze_epoch)
+    for name,p in parameter_groups(model, h).get('decoder', {}).items():
+        p.requires_grad_('.lora_' in name or epoch >= h.unfreeze_epoch)
 
 def add_lora(
     decoder, # Causal language model; it is changed
     h:Hyperparameters,
 ): # The decoder
     "Put low-rank additions into every linear layer of the decoder (`peft`); they begin as zero."
-    try: from peft import LoraConfig, inject_adapter_in_model
-    except ImportError: raise ValueError("lora_rank needs the package peft; install it with: pip install 'capnb[lora]'") from None
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError(
+            "lora_rank needs the package peft; install it with: pip install 'capnb[lora]'"
+        ) from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(h.seed)
-        decoder = inject_adapter_in_model(LoraConfig(r=h.lora_rank, lora_alpha=2*h.lora_rank, target_modules='all-linear'), decoder)
+        decoder = inject_adapter_in_model(
+            LoraConfig(r=h.lora_rank, lora_alpha=2 * h.lora_rank, target_modules='all-linear'), decoder
+        )
     for name,p in decoder.named_parameters():
-        if '.lora_' in name: p.data = p.data.float() # small corrections are lost in half precision
+        if '.lora_' in name:
+            p.data = p.data.float() # small corrections are lost in half precision
     return decoder
 
 # %% ../nbs/05_captioner.ipynb #346128b6
 def frozen_fingerprint(
     model:Captioner,
 ) -> str: # 8 hexadecimal digits
-    "Identify the encoder's and the decoder's weights as they were in their files, whatever number type they are held in."
-    parts = [getattr(m, 'stored', None) or weights_fingerprint(m) for m in (model.encoder.model, model.decoder)]
+    """Identify the encoder's and the decoder's weights as they were in their files, whatever number type
+    they are held in."""
+    parts = [
+        getattr(m, 'stored', None) or weights_fingerprint(m) for m in (model.encoder.model, model.decoder)
+    ]
     return f"{crc32(' '.join(parts).encode()):08x}"
 
 # %% ../nbs/05_captioner.ipynb #a00b2b76
@@ -224,7 +304,10 @@ def weights_path(
     "Name the file of weights of an epoch."
     return Path(folder)/f'model_state_dict_{stamp}-{epoch}.pth'
 
-def _metadata_path(weights): return weights.with_name(weights.name.replace('model_state_dict_', 'training_metadata_')).with_suffix('.json')
+def _metadata_path(weights):
+    return weights.with_name(weights.name.replace('model_state_dict_', 'training_metadata_')).with_suffix(
+        '.json'
+    )
 
 def save_metadata(
     weights, # Path of the weights that the metadata belongs to
@@ -237,10 +320,12 @@ def save_tensors(
     path, # File to write or to replace
     state:dict, # Tensors and plain data, by name
 ):
-    "Write tensors and plain data atomically, in the form that `read_tensors` reads; a full disk raises an `OSError` that names the file."
+    """Write tensors and plain data atomically, in the form that `read_tensors` reads; a full disk raises an
+    `OSError` that names the file."""
     whole = io.BytesIO()
     torch.save(state, whole) # straight into the file, a full disk would be an error of PyTorch's own making
-    with atomic_write(path, 'wb') as f: f.write(whole.getbuffer())
+    with atomic_write(path, 'wb') as f:
+        f.write(whole.getbuffer())
 
 def save_checkpoint(
     model:Captioner,
@@ -259,30 +344,42 @@ def delete_checkpoint(
     weights, # As for `save_metadata`
 ):
     "Remove a file of weights and its metadata; what is not there is left out."
-    for path in (Path(weights), _metadata_path(Path(weights))): path.unlink(missing_ok=True)
+    for path in (Path(weights), _metadata_path(Path(weights))):
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/05_captioner.ipynb #ca36f4ab
 def _checkpoints(folder):
     "The complete checkpoints of a folder, in order: time of the run's start, epoch, weights."
-    found = [(m[1], int(m[2]), p) for p in Path(folder).glob('model_state_dict_*.pth')
-             if (m := re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)\.pth', p.name)) and _metadata_path(p).exists()]
-    if not found: raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}; train one with capnb_train")
+    found = [
+        (m[1], int(m[2]), p)
+        for p in Path(folder).glob('model_state_dict_*.pth')
+        if (m := re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)\.pth', p.name))
+        and _metadata_path(p).exists()
+    ]
+    if not found:
+        raise FileNotFoundError(f"there is no checkpoint in {str(folder)!r}; train one with capnb_train")
     return sorted(found)
 
 def newest_checkpoint(
     folder='saved_models',
 ) -> Path: # Of the weights
-    "Find the newest complete checkpoint by the time and epoch in its name; raises `FileNotFoundError` if there is none."
+    """Find the newest complete checkpoint by the time and epoch in its name; raises `FileNotFoundError` if
+    there is none."""
     return _checkpoints(folder)[-1][-1]
 
 def best_checkpoint(
     folder='saved_models',
 ) -> Path: # Of the weights
-    "Find the checkpoint with the lowest validation loss of the newest run; raises `FileNotFoundError` if there is no checkpoint, `ValueError` if none of that run knows its validation loss."
+    """Find the checkpoint with the lowest validation loss of the newest run; raises `FileNotFoundError` if
+    there is no checkpoint, `ValueError` if none of that run knows its validation loss."""
     *_, (run, _, _) = found = _checkpoints(folder)
     losses = [(read_metadata(path).get('validation_loss'), path) for stamp,_,path in found if stamp==run]
     known = [(loss, path) for loss,path in losses if loss is not None]
-    if not known: raise ValueError(f"no checkpoint of the run of {run} in {str(folder)!r} knows its validation loss: it was trained with evaluation_enabled set to False")
+    if not known:
+        raise ValueError(
+            f"no checkpoint of the run of {run} in {str(folder)!r} knows its validation loss: it was trained"
+            " with evaluation_enabled set to False"
+        )
     return min(known, key=lambda pair: pair[0])[1] # of equals the first
 
 _NAMES = ('encoder_name', 'tokenizer_name', 'decoder_name')
@@ -294,10 +391,13 @@ def model_places(
     "Say where those models lie that are folders or files here, as seen from the checkpoints."
     folder, places = Path(folder).resolve(), {}
     for name in _NAMES:
-        if not h[name] or model_path(h[name])!=h[name] or not Path(h[name]).exists(): continue # it ships, or is the hub's
+        if not h[name] or model_path(h[name])!=h[name] or not Path(h[name]).exists():
+            continue # it ships, or is the hub's
         path = Path(h[name]).absolute()
-        try: places[name] = Path(os.path.relpath(path, folder)).as_posix()
-        except ValueError: places[name] = path.as_posix() # on another drive of Windows
+        try:
+            places[name] = Path(os.path.relpath(path, folder)).as_posix()
+        except ValueError:
+            places[name] = path.as_posix() # on another drive of Windows
     return places
 
 def find_models(
@@ -305,42 +405,84 @@ def find_models(
     places:dict, # From `model_places`; None where it was not written
     folder, # That the checkpoint lies in now
 ) -> dict: # The hyperparameters, in which each model is named so that it is found from here
-    "Find models again that were named by a folder, from any working directory, and where they moved with the checkpoint."
+    """Find models again that were named by a folder, from any working directory, and where they moved with
+    the checkpoint."""
     found, places = dict(hyperparameters), places if isinstance(places, dict) else {}
     for name in _NAMES:
         place, now = places.get(name), found.get(name)
         if not isinstance(place, str) or not isinstance(now, str): continue
         path = Path(os.path.normpath(Path(folder).resolve()/place))
-        if path.exists() and not (Path(now).exists() and path.samefile(now)): found[name] = str(path)
+        if path.exists() and not (Path(now).exists() and path.samefile(now)):
+            found[name] = str(path)
     return found
 
 def read_metadata(
     path, # Of the weights
 ) -> dict:
-    "Read the metadata beside a file of weights; raises `ValueError` or `FileNotFoundError` that names the file."
+    """Read the metadata beside a file of weights; raises `ValueError` or `FileNotFoundError` that names the
+    file."""
     file = _metadata_path(Path(path))
-    if not file.exists() or file==Path(path): raise FileNotFoundError(f"{path} has no metadata beside it ({file.name}); is it a checkpoint of capnb?")
-    try: metadata = parse_json(read_text(file, limit=SMALL_TEXT))
-    except ValueError: metadata = None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get('hyperparameters'), dict) or type(metadata.get('epoch', 1)) is not int: raise ValueError(f"{file} is not the metadata of a checkpoint")
-    missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(metadata['hyperparameters']) # what came later has a default
-    if missing: raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")
+    if not file.exists() or file==Path(path):
+        raise FileNotFoundError(
+            f"{path} has no metadata beside it ({file.name}); is it a checkpoint of capnb?"
+        )
+    try:
+        metadata = parse_json(read_text(file, limit=SMALL_TEXT))
+    except ValueError:
+        metadata = None
+    if (
+        not isinstance(metadata, dict)
+        or not isinstance(metadata.get('hyperparameters'), dict)
+        or type(metadata.get('epoch', 1)) is not int
+    ):
+        raise ValueError(f"{file} is not the metadata of a checkpoint")
+    # what came later has a default
+    try:
+        metadata = with_new_names(metadata)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+    missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(
+        metadata['hyperparameters']
+    )
+    if missing:
+        raise ValueError(f"{file}: the hyperparameters lack {', '.join(sorted(missing))}")
     hyperparameters = find_models(metadata['hyperparameters'], metadata.pop('places', None), file.parent)
     return metadata | dict(hyperparameters=hyperparameters)
 
 # %% ../nbs/05_captioner.ipynb #b5765eb5
-_NOT_A_CHECKPOINT = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, struct.error) # what `torch.load` makes of other bytes
+# what `torch.load` makes of other bytes
+_NOT_A_CHECKPOINT = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+)
 
 def read_tensors(
     path, # File written by `save_tensors`, or by a stranger
 ) -> dict: # Tensors (on the CPU) and plain data, by name
-    "Read tensors and plain data without running code from the file; raises `ValueError` or `FileNotFoundError` that names the file."
+    """Read tensors and plain data without running code from the file; raises `ValueError` or
+    `FileNotFoundError` that names the file."""
     try:
-        with warnings.catch_warnings(action='ignore'): state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise FileNotFoundError(f"checkpoint {path} does not exist") from None
-    except pickle.UnpicklingError: raise ValueError(f"{path} is not a readable checkpoint: it holds something other than plain tensors") from None
-    except _NOT_A_CHECKPOINT as e: raise ValueError(f"{path} is not a readable checkpoint: {(str(e) or 'it is empty').splitlines()[0]:.100}") from None
-    if not isinstance(state, dict): raise ValueError(f"{path} is not a readable checkpoint: it holds no tensors by name")
+        with warnings.catch_warnings(action='ignore'):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is not a readable checkpoint: it holds something other than plain tensors"
+        ) from None
+    except _NOT_A_CHECKPOINT as e:
+        raise ValueError(
+            f"{path} is not a readable checkpoint: {(str(e) or 'it is empty').splitlines()[0]:.100}"
+        ) from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a readable checkpoint: it holds no tensors by name")
     return state
 
 def check_weights(
@@ -349,11 +491,23 @@ def check_weights(
 ):
     "Raise a `ValueError` unless a dictionary holds whole tensors of finite fractions, by name."
     for name,t in state.items():
-        plain = isinstance(name, str) and isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout==torch.strided
-        if not plain: raise ValueError(f"{source} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions")
+        plain = (
+            isinstance(name, str)
+            and isinstance(t, torch.Tensor)
+            and t.is_floating_point()
+            and t.layout == torch.strided
+        )
+        if not plain:
+            raise ValueError(
+                f"{source} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions"
+            )
         whole = not t.is_meta and t.untyped_storage().nbytes() >= t.numel()*t.element_size()
-        if not whole: raise ValueError(f"{source} is not a checkpoint of weights: {name!r:.60} has a shape, but not its numbers")
-        if not t.isfinite().all(): raise ValueError(f"{source}: {name!r:.60} holds what is no number (NaN or infinity)")
+        if not whole:
+            raise ValueError(
+                f"{source} is not a checkpoint of weights: {name!r:.60} has a shape, but not its numbers"
+            )
+        if not t.isfinite().all():
+            raise ValueError(f"{source}: {name!r:.60} holds what is no number (NaN or infinity)")
 
 def _read_weights(path):
     state = read_tensors(path)
@@ -362,7 +516,11 @@ def _read_weights(path):
 
 def _check_shapes(wanted, state, source):
     for name in wanted.keys() & state.keys():
-        if wanted[name].shape!=state[name].shape: raise ValueError(f"{source}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(wanted[name].shape)}")
+        if wanted[name].shape!=state[name].shape:
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(state[name].shape)}, the model needs"
+                f" {tuple(wanted[name].shape)}"
+            )
 
 def check_trained(
     h:Hyperparameters,
@@ -375,14 +533,24 @@ def check_trained(
     first, last = ('linear_1', 'linear_2') if h.features=='patch' else ('layers.1', 'layers.3')
     names = f'adapter.{first}.weight', f'adapter.{last}.weight'
     for name in names:
-        if len(shapes.get(name, ())) != 2: raise ValueError(f"{source}: {name} is missing")
+        if len(shapes.get(name, ())) != 2:
+            raise ValueError(f"{source}: {name} is missing")
     if h.features=='pooled':
         width, rows = shapes[names[0]][0], shapes[names[1]][0]
-        if width!=h.adapter_width: raise ValueError(f"{source}: adapter_width is {h.adapter_width:,}, the weights' is {width:,}")
-        if rows % h.prefix_length: raise ValueError(f"{source}: prefix_length is {h.prefix_length:,}, and the weights are of {rows:,} rows")
-    ranks = {shape[-1 if '.lora_B.' in name else 0] for name,shape in shapes.items() if '.lora_' in name and shape}
+        if width!=h.adapter_width:
+            raise ValueError(f"{source}: adapter_width is {h.adapter_width:,}, the weights' is {width:,}")
+        if rows % h.prefix_length:
+            raise ValueError(
+                f"{source}: prefix_length is {h.prefix_length:,}, and the weights are of {rows:,} rows"
+            )
+    ranks = {
+        shape[-1 if '.lora_B.' in name else 0] for name, shape in shapes.items() if '.lora_' in name and shape
+    }
     if ranks!={h.lora_rank}-{None}:
-        asked, found = (', '.join(f'{rank:,}' for rank in some if rank) or 'none' for some in ([h.lora_rank], sorted(ranks)))
+        asked, found = (
+            ', '.join(f'{rank:,}' for rank in some if rank) or 'none'
+            for some in ([h.lora_rank], sorted(ranks))
+        )
         raise ValueError(f"{source}: lora_rank is {asked}, the weights' is {found}")
 
 def load_trained(
@@ -392,8 +560,10 @@ def load_trained(
     wanted:dict=None, # Name: parameter to lay a tensor over; None for those that learn now
 ):
     "Lay trained parameters over a model; raises `ValueError` that names the first one that does not fit."
-    if wanted is None: wanted = {n:p for n,p in model.named_parameters() if p.requires_grad}
-    for name in sorted(wanted.keys() ^ state.keys()): raise ValueError(f"{source}: {name} is {'missing' if name in wanted else 'not part of this model'}")
+    if wanted is None:
+        wanted = {n:p for n,p in model.named_parameters() if p.requires_grad}
+    for name in sorted(wanted.keys() ^ state.keys()):
+        raise ValueError(f"{source}: {name} is {'missing' if name in wanted else 'not part of this model'}")
     _check_shapes(wanted, state, source)
     model.load_state_dict(state, strict=False)
 
@@ -404,16 +574,23 @@ def check_frozen(
 ):
     "Raise a `ValueError` if the frozen weights are not those that the model was trained with."
     now = frozen_fingerprint(model)
-    if fingerprint not in (None, now): raise ValueError(f"{source} was trained with other frozen weights than are here now ({fingerprint}, now {now}): the encoder or the decoder has changed")
+    if fingerprint not in (None, now):
+        raise ValueError(
+            f"{source} was trained with other frozen weights than are here now ({fingerprint}, now {now}):"
+            " the encoder or the decoder has changed"
+        )
 
 def load_model_from_checkpoint(
     path, # File of weights, `model_state_dict_....pth`
     device=None, # None for the best device
 ): # The model in evaluation mode, its metadata, its hyperparameters
-    "Build the captioner that a checkpoint describes, with the weights it learned; raises `ValueError` if something is broken, or if the frozen weights are not those it was trained with."
+    """Build the captioner that a checkpoint describes, with the weights it learned; raises `ValueError` if
+    something is broken, or if the frozen weights are not those it was trained with."""
     state, metadata = _read_weights(path), read_metadata(path)
-    try: h = as_hyperparameters({**asdict(Hyperparameters()), **metadata['hyperparameters']})
-    except ValueError as e: raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
+    try:
+        h = as_hyperparameters(metadata['hyperparameters'], None)
+    except ValueError as e:
+        raise ValueError(f"{_metadata_path(Path(path))}: {e}") from None
     check_trained(h, state, path)
     model = build_captioner(h, device)
     unfreeze(model, h, metadata.get('epoch', 1))
@@ -427,10 +604,16 @@ def start_from(
     path, # Weights of an earlier run, `model_state_dict_....pth`
     h:Hyperparameters, # Of the new run
 ):
-    "Lay the trained weights of an earlier run over a new model; raises `ValueError` that names the first one that does not fit."
+    """Lay the trained weights of an earlier run over a new model; raises `ValueError` that names the first
+    one that does not fit."""
     here = {n: p for group in parameter_groups(model, h).values() for n,p in group.items()}
     learned = _read_weights(path)
-    if missing := [n for n in here if n.startswith('adapter.') and n not in learned]: raise ValueError(f"{path}: {missing[0]} is missing")
-    if more := [n for n in learned if n not in here]: raise ValueError(f"{path}: {more[0]} learned there, but does not learn here; set features, unfreeze_layers and lora_rank as that run did")
+    if missing := [n for n in here if n.startswith('adapter.') and n not in learned]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
+    if more := [n for n in learned if n not in here]:
+        raise ValueError(
+            f"{path}: {more[0]} learned there, but does not learn here; set features, unfreeze_layers and"
+            " lora_rank as that run did"
+        )
     _check_shapes(here, learned, path)
     model.load_state_dict(learned, strict=False)

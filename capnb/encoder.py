@@ -25,13 +25,22 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .settings import Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model, read_zipped, say, split_zip
+from capnb.settings import (
+    Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model,
+    read_zipped, say, split_zip
+)
 from .data import _image
 from .images import MOST_FILE, ImageFile, image_opener
 
 # %% ../nbs/02_clip_encoder.ipynb #5597efde
-_TOWERS = dict(clip=('CLIPVisionModelWithProjection','CLIPVisionModel'), siglip=('SiglipVisionModel',)*2, siglip2=('Siglip2VisionModel',)*2, # for pooled and for patch features
-               dinov2=('Dinov2Model',)*2, dinov2_with_registers=('Dinov2WithRegistersModel',)*2)
+# for pooled and for patch features
+_TOWERS = dict(
+    clip=('CLIPVisionModelWithProjection', 'CLIPVisionModel'),
+    siglip=('SiglipVisionModel',) * 2,
+    siglip2=('Siglip2VisionModel',) * 2,
+    dinov2=('Dinov2Model',) * 2,
+    dinov2_with_registers=('Dinov2WithRegistersModel',) * 2,
+)
 _TOWERS |= {f'{kind}_vision_model': _TOWERS[kind] for kind in ('clip','siglip','siglip2')}
 def tower_class(
     kind:str, # Model type in the configuration
@@ -68,11 +77,13 @@ def in_slices(
     size:int, # Rows at a time; half as many where memory runs out
     on_less=None, # Called with the new size where memory ran out
 ): # Yields what `do` gives for each slice, in order
-    "Do something for many rows, some at a time; raises `ValueError` with advice if memory holds not even one."
+    """Do something for many rows, some at a time; raises `ValueError` with advice if memory holds not even
+    one."""
     at = 0
     while at < n:
         size = min(size, n-at)
-        try: out = do(slice(at, at+size))
+        try:
+            out = do(slice(at, at+size))
         except RuntimeError as e:
             if not memory_ran_out(e, alone=size==1): raise
             out = None
@@ -82,17 +93,22 @@ def in_slices(
             continue
         clear_device_cache(garbage_collection=True) # out here the error no longer holds the attempt's tensors
         if size==1:
-            raise ValueError('out of memory with a single image; what helps: a smaller model, shorter captions '
-                             f'(max_caption_length), and {ADVICE}')
+            raise ValueError(
+                'out of memory with a single image; what helps: a smaller model, shorter captions '
+                f'(max_caption_length), and {ADVICE}'
+            )
         say(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}')
         size //= 2
-        if on_less: on_less(size)
+        if on_less:
+            on_less(size)
 
 # %% ../nbs/02_clip_encoder.ipynb #0da7b011
-OVERSIZE = 3 # an image file is made smaller as it is opened, but not below so many times what the encoder sees
+# an image file is made smaller as it is opened, but not below so many times what the encoder sees
+OVERSIZE = 3
 
 class ImageEncoder(nn.Module):
-    "A frozen image tower with its image processor; a picture becomes one vector of `width` numbers, or `patches` of them."
+    """A frozen image tower with its image processor; a picture becomes one vector of `width` numbers, or
+    `patches` of them."""
     def __init__(self,
         model, # Image tower of CLIP, SigLIP, SigLIP2 or DINOv2
         processor, # Its image processor
@@ -106,18 +122,27 @@ class ImageEncoder(nn.Module):
         self.min_side = OVERSIZE*self.image_size
         self.patches = (self.image_size//config.patch_size)**2
         self.most = None # images at a time, once memory has run out
-        self.width = getattr(config, 'projection_dim', config.hidden_size) if features=='pooled' else config.hidden_size
+        self.width = (
+            getattr(config, 'projection_dim', config.hidden_size)
+            if features == 'pooled'
+            else config.hidden_size
+        )
 
-    def train(self, mode=True): return super().train(False) # what is frozen stays in evaluation mode
+    def train(self, mode=True):
+        return super().train(False) # what is frozen stays in evaluation mode
 
 # %% ../nbs/02_clip_encoder.ipynb #0da7b012
 def prepare_images(
     processor, # Image processor
     images, # List of PIL pictures
     image_size:int, # Width and height that the encoder sees, pixels
-) -> torch.Tensor: # `pixel_values`, (batch, 3, image_size, image_size); of SigLIP2's free-size form (batch, patches, numbers per patch)
+# `pixel_values`, (batch, 3, image_size, image_size); of SigLIP2's free-size form (batch, patches, numbers per
+# patch)
+) -> torch.Tensor:
     "Scale and normalise pictures as the encoder was trained on."
-    if hasattr(processor, 'max_num_patches'): images = [im.convert('RGB').resize((image_size,)*2, Image.Resampling.BICUBIC) for im in images] # square, as other encoders have it
+    if hasattr(processor, 'max_num_patches'):
+        # square, as other encoders have it
+        images = [im.convert('RGB').resize((image_size,)*2, Image.Resampling.BICUBIC) for im in images]
     return processor(images=list(images), return_tensors='pt')['pixel_values']
 
 @patch
@@ -127,7 +152,9 @@ def prepare(self:ImageEncoder,
     "Scale and normalise pictures for this encoder."
     return prepare_images(self.processor, images, self.image_size)
 
-def _free_size(config): return config.model_type.startswith('siglip2') # takes any number of patches, and wants to be told how many
+def _free_size(config):
+    # takes any number of patches, and wants to be told how many
+    return config.model_type.startswith('siglip2')
 
 @patch
 def _encode(self:ImageEncoder, pixel_values):
@@ -135,11 +162,22 @@ def _encode(self:ImageEncoder, pixel_values):
     inputs, n = dict(pixel_values=pixel_values.to(self.model.device, self.model.dtype)), len(pixel_values)
     if _free_size(self.model.config):
         side = self.image_size//self.model.config.patch_size
-        inputs |= dict(spatial_shapes=torch.full((n,2), side), pixel_attention_mask=pixel_values.new_ones(n, side*side, dtype=torch.long))
-    with torch.no_grad(): out = self.model(**inputs, output_hidden_states=self.features=='patch')
-    if self.features=='pooled': return (out.image_embeds if 'image_embeds' in out else out.pooler_output).float()
-    states = out.hidden_states[-2] if self.model.config.model_type.startswith('clip') else out.last_hidden_state
-    if states.shape[1] < self.patches: raise ValueError(f"{self.patches} patches were expected and {states.shape[1]} came: image_size is {self.image_size}, the pictures were made for another")
+        inputs |= dict(
+            spatial_shapes=torch.full((n, 2), side),
+            pixel_attention_mask=pixel_values.new_ones(n, side * side, dtype=torch.long),
+        )
+    with torch.no_grad():
+        out = self.model(**inputs, output_hidden_states=self.features=='patch')
+    if self.features=='pooled':
+        return (out.image_embeds if 'image_embeds' in out else out.pooler_output).float()
+    states = (
+        out.hidden_states[-2] if self.model.config.model_type.startswith('clip') else out.last_hidden_state
+    )
+    if states.shape[1] < self.patches:
+        raise ValueError(
+            f"{self.patches} patches were expected and {states.shape[1]} came: image_size is"
+            f" {self.image_size}, the pictures were made for another"
+        )
     return states[:,-self.patches:].float() # what comes before the patches stands for the whole picture
 
 @patch
@@ -147,7 +185,8 @@ def forward(self:ImageEncoder,
     pixel_values, # From `prepare`
 ) -> torch.Tensor: # (batch, width) or (batch, patches, width), float32
     "Encode prepared images, as many at a time as memory holds; raises `ValueError` where it holds none."
-    def remember(size): self.most = size
+    def remember(size):
+        self.most = size
     n = len(pixel_values)
     parts = list(in_slices(lambda here: self._encode(pixel_values[here]), n, self.most or n, remember))
     return parts[0] if len(parts)==1 else torch.cat(parts)
@@ -166,16 +205,28 @@ def check_encoder(
     image_size:int=None, # As for `load_encoder`
     features:str='pooled', # As for `load_encoder`
 ) -> int: # Width and height of the pictures that it is to see
-    "Raise a `ValueError` if this is no image encoder, or one that has not such features or cannot see that size."
-    if config.model_type not in _TOWERS: raise ValueError(f"encoder {name!r} is a {config.model_type!r} model; an image encoder is needed: {', '.join(k for k in _TOWERS if 'vision' not in k)}")
-    if features not in ('pooled','patch'): raise ValueError(f"features is {features!r}; allowed: pooled or patch")
+    """Raise a `ValueError` if this is no image encoder, or one that has not such features or cannot see that
+    size."""
+    if config.model_type not in _TOWERS:
+        raise ValueError(
+            f"encoder {name!r} is a {config.model_type!r} model; an image encoder is needed:"
+            f" {', '.join(k for k in _TOWERS if 'vision' not in k)}"
+        )
+    if features not in ('pooled','patch'):
+        raise ValueError(f"features is {features!r}; allowed: pooled or patch")
     vision = getattr(config, 'vision_config', config)
-    if features=='pooled' and not getattr(vision, 'vision_use_head', True): raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
+    if features=='pooled' and not getattr(vision, 'vision_use_head', True):
+        raise ValueError(f"encoder {name!r} has no pooled features; take features='patch'")
     if not vision.model_type.startswith(('dinov2','siglip2')): # the others know one grid of patches
-        if image_size not in (None, vision.image_size): raise ValueError(f"image_size is {image_size}, but encoder {name!r} takes {vision.image_size}")
+        if image_size not in (None, vision.image_size):
+            raise ValueError(f"image_size is {image_size}, but encoder {name!r} takes {vision.image_size}")
         return vision.image_size
     size, patch = image_size or 224, vision.patch_size
-    if size % patch: raise ValueError(f"image_size is {size}, but encoder {name!r} takes multiples of {patch}, such as {size//patch*patch or patch}")
+    if size % patch:
+        raise ValueError(
+            f"image_size is {size}, but encoder {name!r} takes multiples of {patch}, such as"
+            f" {size//patch*patch or patch}"
+        )
     return size
 
 def load_image_processor(
@@ -187,37 +238,64 @@ def load_image_processor(
     config = model_config(name, 'encoder')
     size, vision = check_encoder(name, config, image_size, features), getattr(config, 'vision_config', config)
     processor = read_model(AutoImageProcessor, name, f'image processor of encoder {name!r}', backend='pil')
-    if _free_size(vision): processor.max_num_patches = (size//vision.patch_size)**2
-    elif vision.model_type.startswith('dinov2'): processor.size, processor.crop_size = dict(shortest_edge=size*256//224), dict(height=size, width=size) # a little is cut off at the edges, as in training
+    if _free_size(vision):
+        processor.max_num_patches = (size//vision.patch_size)**2
+    elif vision.model_type.startswith('dinov2'):
+        # a little is cut off at the edges, as in training
+        processor.size, processor.crop_size = dict(shortest_edge=size*256//224), dict(height=size, width=size)
     return processor, size, config
 
 def load_encoder(
     name:str, # A shipped model, a hub id or a folder with a CLIP, SigLIP, SigLIP2 or DINOv2
     device=None, # Where to put it; None for the best device
-    image_size:int=None, # Width and height of the pictures, pixels; None for what it was made for, or 224 where it takes any
+    # Width and height of the pictures, pixels; None for what it was made for, or 224 where it takes any
+    image_size:int=None,
     features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
     "Load an encoder's image half and its processor (PIL backend)."
     processor, size, config = load_image_processor(name, image_size, features)
     device = device or default_device()
-    return ImageEncoder(load_whole(tower_class(config.model_type, features), name, 'encoder', device), processor, features, size)
+    return ImageEncoder(
+        load_whole(tower_class(config.model_type, features), name, 'encoder', device),
+        processor,
+        features,
+        size,
+    )
 
 # %% ../nbs/02_clip_encoder.ipynb #fea70003
 def features_key(
     encoder:ImageEncoder,
 ) -> tuple: # 16 hexadecimal digits; what they stand for, a dictionary
-    "Identify everything but the picture that a feature depends on: all weights, the revision, the kind of features, the size, the processor and its backend."
+    """Identify everything but the picture that a feature depends on: all weights, the revision, the kind of
+    features, the size, the processor and its backend."""
     weights, config = blake2b(digest_size=16), encoder.model.config
-    for name,p in encoder.model.state_dict().items(): weights.update(name.encode()); weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    plain = lambda d: {k: v for k,v in sorted(d.items()) if k not in ('_name_or_path','_commit_hash','transformers_version','dtype')} # where a model lies changes no feature
-    about = dict(weights=weights.hexdigest(), dtype=str(encoder.model.dtype), revision=getattr(config, '_commit_hash', None), features=encoder.features, oversize=OVERSIZE, image_size=encoder.image_size,
-                 model=plain(config.to_dict()), processor=plain(encoder.processor.to_dict()), backend=type(encoder.processor).__name__)
+    for name,p in encoder.model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    # where a model lies changes no feature
+    plain = lambda d: {
+        k: v
+        for k, v in sorted(d.items())
+        if k not in ('_name_or_path', '_commit_hash', 'transformers_version', 'dtype')
+    }
+    about = dict(
+        weights=weights.hexdigest(),
+        dtype=str(encoder.model.dtype),
+        revision=getattr(config, '_commit_hash', None),
+        features=encoder.features,
+        oversize=OVERSIZE,
+        image_size=encoder.image_size,
+        model=plain(config.to_dict()),
+        processor=plain(encoder.processor.to_dict()),
+        backend=type(encoder.processor).__name__,
+    )
     about = json.loads(json.dumps(about, default=str))
     return blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest(), about
 
 # %% ../nbs/02_clip_encoder.ipynb #fea70005
 def _file_bytes(image):
-    "What lies below an image that is not opened yet: the bytes of its file; None for an image of pixels, and where there is no file."
+    """What lies below an image that is not opened yet: the bytes of its file; None for an image of pixels,
+    and where there is no file."""
     if isinstance(image.source, Image.Image): return None
     if isinstance(image.source, bytes): return image.source
     if split_zip(image.source): return read_zipped(image.source, MOST_FILE)
@@ -230,7 +308,8 @@ def _digest_pixels(image): return _digest(repr(image.size).encode() + image.toby
 # %% ../nbs/02_clip_encoder.ipynb #fea70007
 SHARD_ROWS, SHARD_BYTES = 4096, 2**25 # a shard is full with so many pictures, or with so many bytes
 
-def _shard_type(n, shape): return np.dtype([('features','<f2',(n,*shape)), ('digests','S32',(n,)), ('crc','<u4')])
+def _shard_type(n, shape):
+    return np.dtype([('features','<f2',(n,*shape)), ('digests','S32',(n,)), ('crc','<u4')])
 
 class FeatureCache:
     "Features on disk by the content of their pictures, in shards that are .npy files of half precision."
@@ -239,35 +318,61 @@ class FeatureCache:
         shape, # Of one picture's features: (width,) or (patches, width)
         about:dict=None, # What the features depend on, written beside them
     ):
-        self.folder, self.shape, self.about, self.shards, self.digests, self.waiting = Path(folder), tuple(shape), about, [], [], []
+        self.folder, self.shape, self.about, self.shards, self.digests, self.waiting = (
+            Path(folder),
+            tuple(shape),
+            about,
+            [],
+            [],
+            [],
+        )
         self.writable = False # not known yet
         self.shard_rows = max(1, min(SHARD_ROWS, SHARD_BYTES//(2*int(np.prod(self.shape)))))
         for path in sorted(self.folder.glob('*.npy')):
             damaged = None
-            try: self._open(path)
-            except ValueError as e: damaged = str(e)
-            if damaged: say(f'⚠️ {path} is damaged ({damaged}): its pictures are encoded again')
-            if damaged: path.unlink(missing_ok=True) # out here, where nothing maps it any more: Windows would refuse
+            try:
+                self._open(path)
+            except ValueError as e:
+                damaged = str(e)
+            if damaged:
+                say(f'⚠️ {path} is damaged ({damaged}): its pictures are encoded again')
+            if damaged:
+                path.unlink(missing_ok=True) # out here, where nothing maps it any more: Windows would refuse
         self.index()
 
     def check_writable(self):
         "Raise an `OSError` if nothing can be written to the folder; asks once."
-        try: self.writable or check_writable(self.folder)
-        except OSError as e: raise self._advised(e) from None
+        try:
+            self.writable or check_writable(self.folder)
+        except OSError as e:
+            raise self._advised(e) from None
         self.writable = True
 
     def _advised(self, error, path=None):
-        return type(error)(error.errno, f'{error.strerror}; features are written there: make room, or name another folder with features_dir', str(error.filename or path))
+        return type(error)(
+            error.errno,
+            f'{error.strerror}; features are written there: make room, or name another folder with'
+            ' features_dir',
+            str(error.filename or path),
+        )
 
     def _open(self, path):
         "Map a shard into memory; raises `ValueError` if it is not whole."
         with open(path, 'rb') as f:
             np.lib.format.read_magic(f)
             dtype, start = np.lib.format.read_array_header_1_0(f)[2], f.tell()
-        raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()[start:] # as `np.memmap`, but keeps no file open
-        if dtype.names!=('features','digests','crc') or dtype!=_shard_type(len(np.empty(1, dtype)['digests'][0]), self.shape) or len(raw)!=dtype.itemsize: raise ValueError('not of the size it should be')
-        if crc32(raw[:-4])!=raw.view(dtype)['crc'][0]: raise ValueError('its checksum differs')
-        self.shards.append(raw.view(dtype)['features'][0]); self.digests.append(raw.view(dtype)['digests'][0].copy())
+        # as `np.memmap`, but keeps no file open
+        raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()[start:]
+        if (
+            dtype.names != ('features', 'digests', 'crc')
+            or dtype != _shard_type(len(np.empty(1, dtype)['digests'][0]), self.shape)
+            or len(raw) != dtype.itemsize
+        ):
+            raise ValueError('not of the size it should be')
+        if crc32(raw[:-4])!=raw.view(dtype)['crc'][0]:
+            raise ValueError('its checksum differs')
+        self.shards.append(raw.view(dtype)['features'][0])
+        self.digests.append(raw.view(dtype)['digests'][0].copy())
 
 # %% ../nbs/02_clip_encoder.ipynb #fea70009
 @patch
@@ -294,7 +399,8 @@ def add(self:FeatureCache,
 ):
     "Add a picture; a shard is written when it is full."
     self.waiting.append((digest, features))
-    if len(self.waiting)==self.shard_rows: self.flush()
+    if len(self.waiting)==self.shard_rows:
+        self.flush()
 
 @patch
 def flush(self:FeatureCache):
@@ -302,19 +408,26 @@ def flush(self:FeatureCache):
     if not self.waiting: return
     n, dtype = len(self.waiting), _shard_type(len(self.waiting), self.shape)
     shard = np.empty(1, dtype)
-    for i,(digest,features) in enumerate(self.waiting): shard['digests'][0,i], shard['features'][0,i] = digest, features
+    for i,(digest,features) in enumerate(self.waiting):
+        shard['digests'][0,i], shard['features'][0,i] = digest, features
     raw = shard.view(np.uint8)
     shard['crc'] = crc32(raw[:-4])
-    path = self.folder/f"{_digest(shard['digests'].tobytes())}.npy" # the same pictures, the same name: two processes write the same file
+    # the same pictures, the same name: two processes write the same file
+    path = self.folder/f"{_digest(shard['digests'].tobytes())}.npy"
     try:
         for part in self.folder.glob('.*.part'): # half a file, from a process that was killed
-            if part.stat().st_mtime < time.time()-86400: part.unlink(missing_ok=True)
+            if part.stat().st_mtime < time.time()-86400:
+                part.unlink(missing_ok=True)
         if not (about := self.folder/'about.json').exists():
-            with atomic_write(about) as f: json.dump(self.about, f, indent=1)
+            with atomic_write(about) as f:
+                json.dump(self.about, f, indent=1)
         with atomic_write(path, 'wb') as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=(1,)))
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=(1,))
+            )
             f.write(raw)
-    except OSError as e: raise self._advised(e, path) from None
+    except OSError as e:
+        raise self._advised(e, path) from None
     self.waiting = []
     self._open(path)
 
@@ -336,61 +449,89 @@ class Features:
     ) -> torch.Tensor: # float32
         "Read rows."
         if isinstance(i, (int, np.integer)): return self[[i]][0]
-        if not isinstance(i, slice): i = np.asarray(i)
+        if not isinstance(i, slice):
+            i = np.asarray(i)
         places = list(zip(self.shard[i].tolist(), self.row[i].tolist()))
         out = np.empty((len(places), *self.shape[1:]), np.float16)
-        for k,(shard,row) in enumerate(places): out[k] = self.shards[shard][row]
+        for k,(shard,row) in enumerate(places):
+            out[k] = self.shards[shard][row]
         return torch.from_numpy(out).float()
 
 # %% ../nbs/02_clip_encoder.ipynb #fea70013
 def _ahead(do, n, threads):
-    "What `do` gives for 0 to n-1, in order, from threads that share PyTorch's cores and are up to `threads` further than what was taken."
+    """What `do` gives for 0 to n-1, in order, from threads that share PyTorch's cores and are up to
+    `threads` further than what was taken."""
     cores = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores//threads),)) as pool:
+    with ThreadPoolExecutor(
+        threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)
+    ) as pool:
         waiting = deque()
         try:
             for i in range(n):
                 waiting.append(pool.submit(do, i))
-                if len(waiting) > threads: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-        finally: pool.shutdown(cancel_futures=True); torch.set_num_threads(cores)
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)
 
 def _looked_at(encoder, data, i, cache, opener):
-    "Row `i` without its image, the image's digest, and, where the cache has it not, what the encoder is to see."
+    """Row `i` without its image, the image's digest, and, where the cache has it not, what the encoder is to
+    see."""
     image, row, where = data._parts(i)
     image = _image(image, where)
     content, known = _file_bytes(image), lambda digest: cache.find([digest])[0] >= 0
     digest = content and _digest(content)
     if digest and known(digest): return row, digest, None # needs no decoding
-    if content: image = ImageFile(content, image.name) # the file is read once
+    if content:
+        image = ImageFile(content, image.name) # the file is read once
     image = opener(image, min_side=encoder.min_side)
     digest = digest or _digest_pixels(image)
     return row, digest, None if known(digest) else encoder.prepare([image])[0]
 
 # %% ../nbs/02_clip_encoder.ipynb #fea70015
 def _encoded(encoder, data, which, cache, taken, alone, opener):
-    "Some rows without their pictures, the digests of the pictures, and features, in half precision, by digest for those that neither the cache has nor another batch has `taken`; raises `ValueError` if that cannot hold them."
+    """Some rows without their pictures, the digests of the pictures, and features, in half precision, by
+    digest for those that neither the cache has nor another batch has `taken`; raises `ValueError` if that
+    cannot hold them."""
     rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache, opener) for i in which])
-    new = {digest: (row, p) for row,digest,p in zip(rows, digests, pixels, strict=True) if p is not None and taken.setdefault(digest, which)==which}
+    new = {
+        digest: (row, p)
+        for row, digest, p in zip(rows, digests, pixels, strict=True)
+        if p is not None and taken.setdefault(digest, which) == which
+    }
     if not new: return rows, digests, {}
     cache.check_writable() # before a picture is encoded, not after
-    with alone: features = encoder(torch.stack([p for _,p in new.values()])).half().cpu().numpy()
+    with alone:
+        features = encoder(torch.stack([p for _,p in new.values()])).half().cpu().numpy()
     for (row,_),f in zip(new.values(), features, strict=True):
-        if not np.isfinite(f).all(): raise ValueError(f"the features of {row['image_id']} are not numbers up to 65,504, which is what half precision holds")
+        if not np.isfinite(f).all():
+            raise ValueError(
+                f"the features of {row['image_id']} are not numbers up to 65,504, which is what half"
+                " precision holds"
+            )
     return rows, digests, dict(zip(new, features, strict=True))
 
 def _say_size(name, n, cache, where):
     each = 2*int(np.prod(cache.shape))
-    say(f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all, {where}", flush=True)
+    say(
+        f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all,"
+        f" {where}",
+        flush=True,
+    )
 
 # %% ../nbs/02_clip_encoder.ipynb #0788551f
 class EncodedData:
-    "Encoded pictures: row `i` is what the data set said about picture `i`, with `features` in place of `image`."
+    """Encoded pictures: row `i` is what the data set said about picture `i`, with `features` in place of
+    `image`."""
     def __init__(self,
         features, # A tensor or `Features`, (pictures, width) or (pictures, patches, width)
         rows:list, # One dictionary per picture
         num_skipped:int=0, # Rows of the data set that could not be read
-    ): self.features, self.rows, self.num_skipped = features, rows, num_skipped
+    ):
+        self.features, self.rows, self.num_skipped = features, rows, num_skipped
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(self.rows[i], features=self.features[i])
@@ -398,8 +539,10 @@ class EncodedData:
 def features_folder(
     h:Hyperparameters,
 ): # A path; None for a temporary folder
-    "Name the folder in which a run keeps features: the one of `features_dir`; else, unless the pictures are the storybook's, that of this user."
-    if h.features_dir or h.data=='storybook': return h.features_dir and Path(h.features_dir)
+    """Name the folder in which a run keeps features: the one of `features_dir`; else, unless the pictures
+    are the storybook's, that of this user."""
+    if h.features_dir or h.data=='storybook':
+        return h.features_dir and Path(h.features_dir)
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'capnb'/'features'
 
 def encode_data(
@@ -407,21 +550,47 @@ def encode_data(
     data, # `CaptionData`; its rows are read by several threads at once
     batch_size:int=32, # Pictures per call of the encoder
     progress:str='', # Text before the progress bar; empty for no bar
-    folder=None, # Where features are kept, for this run and others; None for a temporary folder from which all are read into memory
-    threads:int=None, # Each takes whole batches; None for one per core, 1 for rows that only one may read at a time
+    # Where features are kept, for this run and others; None for a temporary folder from which all are read
+    # into memory
+    folder=None,
+    # Each takes whole batches; None for one per core, 1 for rows that only one may read at a time
+    threads:int=None,
 ) -> EncodedData:
-    "Encode every picture of a data set that is not encoded yet; rows keep everything but the picture. Raises `OSError` where the folder cannot be written."
+    """Encode every picture of a data set that is not encoded yet; rows keep everything but the picture.
+
+    Raises `OSError` where the folder cannot be written.
+    """
     key, about = features_key(encoder)
-    opener, rows, digests, taken, alone = image_opener(len(data)), [], [], {}, nullcontext() if encoder.model.device.type=='cpu' else Lock()
+    opener, rows, digests, taken, alone = (
+        image_opener(len(data)),
+        [],
+        [],
+        {},
+        nullcontext() if encoder.model.device.type == 'cpu' else Lock(),
+    )
     with TemporaryDirectory() if folder is None else nullcontext(folder) as root:
-        cache = FeatureCache(Path(root)/key, (encoder.width,) if encoder.features=='pooled' else (encoder.patches, encoder.width), about)
-        if progress: _say_size(progress, len(data), cache, 'in memory' if folder is None else f'in {cache.folder}')
+        cache = FeatureCache(
+            Path(root) / key,
+            (encoder.width,) if encoder.features == 'pooled' else (encoder.patches, encoder.width),
+            about,
+        )
+        if progress:
+            _say_size(progress, len(data), cache, 'in memory' if folder is None else f'in {cache.folder}')
         batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
-        with tqdm(desc=progress, disable=not progress, unit='picture', total=len(data)) as bar, closing(_ahead(lambda i: _encoded(encoder, data, batches[i], cache, taken, alone, opener), len(batches), threads or os.cpu_count())) as done:
+        with tqdm(desc=progress, disable=not progress, unit='picture', total=len(data)) as bar, closing(
+            _ahead(
+                lambda i: _encoded(encoder, data, batches[i], cache, taken, alone, opener),
+                len(batches),
+                threads or os.cpu_count(),
+            )
+        ) as done:
             for some,theirs,new in done:
-                rows += some; digests += theirs
-                for digest,features in new.items(): cache.add(digest, features)
+                rows += some
+                digests += theirs
+                for digest,features in new.items():
+                    cache.add(digest, features)
                 bar.update(len(some))
-        cache.flush(); cache.index()
+        cache.flush()
+        cache.index()
         features = Features(cache.shards, cache.find(digests))
         return EncodedData(features[:] if folder is None else features, rows, data.num_skipped)

@@ -54,14 +54,24 @@ def _against(captions, references, n):
 def rouge_each(
     captions, # One generated caption per picture
     references, # For each picture its references; the same number is used of each
-) -> dict: # Of each picture `rouge_l`, `rouge_l_floor`, `rouge_l_ceiling` on the same number of references, `rouge_l_all` on all
-    "ROUGE-L of captions with the floor (another picture's references) and the ceiling (one reference against the others; None if there is one only)."
+# Of each picture `rouge_l`, `rouge_l_floor`, `rouge_l_ceiling` on the same number of references,
+# `rouge_l_all` on all
+) -> dict:
+    """ROUGE-L of captions with the floor (another picture's references) and the ceiling (one reference
+    against the others; None if there is one only)."""
     count = len(captions)
-    if len(references)!=count or not count: raise ValueError(f"{count} captions and references of {len(references)} pictures do not belong together")
+    if len(references)!=count or not count:
+        raise ValueError(
+            f"{count} captions and references of {len(references)} pictures do not belong together"
+        )
     n = min(map(len, references))
     own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references)]
     other = _against(captions, references[1:]+references[:1], n) if count>1 else None
-    people = [[rouge_l(refs[:i]+refs[i+1:n], refs[i]) for i in range(n)] for refs in references] if n>1 else None
+    people = (
+        [[rouge_l(refs[:i] + refs[i + 1 : n], refs[i]) for i in range(n)] for refs in references]
+        if n > 1
+        else None
+    )
     return dict(rouge_l=[_leave_one_out(s[:n]) for s in own], rouge_l_floor=other,
                 rouge_l_ceiling=people and [sum(p)/n for p in people], rouge_l_all=[max(s) for s in own])
 
@@ -74,26 +84,44 @@ def rouge_scores(
 
 
 # %% ../nbs/07_evaluation.ipynb #d796949f
-FACTS = dict(pairs='colour and kind', kind='kind', colour='colour', size='size', count='number of things', place='place', relation='relation')
+FACTS = dict(
+    pairs='colour and kind',
+    kind='kind',
+    colour='colour',
+    size='size',
+    count='number of things',
+    place='place',
+    relation='relation',
+)
 
 def _prf(true, said, there):
     "Precision, recall and F1 from the number of true statements, of statements, and of things to state."
     precision, recall = true/said if said else 0., true/there if there else 0.
     return dict(precision=precision, recall=recall, f1=2*precision*recall/(precision+recall) if true else 0.)
 
-def _matched(said, there): # how many are in both, are said, are there; what stands twice in a list counts twice
+# how many are in both, are said, are there; what stands twice in a list counts twice
+def _matched(said, there):
     said, there = Counter(said), Counter(there)
     return (said & there).total(), said.total(), there.total()
 
 def _claims(caption, fact):
     "Of one picture how many facts of each kind are said truly, are said, are there."
     said, things, heard = read_facts(caption), fact['things'], words(caption)
-    relations, said_relations, kinds = set(map(tuple, fact['relations'])), set(said['relations']), [w for w in heard if w in KINDS]
+    relations, said_relations, kinds = (
+        set(map(tuple, fact['relations'])),
+        set(said['relations']),
+        [w for w in heard if w in KINDS],
+    )
     true = len(relations & said_relations)
-    return dict(pairs=_matched(set(said['pairs']), {(t['colour'], t['kind']) for t in things}),
-                kind=_matched(kinds, [t['kind'] for t in things]), colour=_matched([w for w in heard if w in COLOURS], [t['colour'] for t in things]),
-                size=_matched(set(said['sizes']), {(t['size'], t['colour'], t['kind']) for t in things}), count=(int(len(kinds)==len(things)), int(bool(kinds)), 1),
-                place=_matched(set(said['places']), {fact['place']}), relation=(true, len(said_relations), max(true, bool(relations)))) # one is enough; who names two truly should not find more than there is
+    return dict(
+        pairs=_matched(set(said['pairs']), {(t['colour'], t['kind']) for t in things}),
+        kind=_matched(kinds, [t['kind'] for t in things]),
+        colour=_matched([w for w in heard if w in COLOURS], [t['colour'] for t in things]),
+        size=_matched(set(said['sizes']), {(t['size'], t['colour'], t['kind']) for t in things}),
+        count=(int(len(kinds) == len(things)), int(bool(kinds)), 1),
+        place=_matched(set(said['places']), {fact['place']}),
+        relation=(true, len(said_relations), max(true, bool(relations))),
+    )  # one is enough; who names two truly should not find more than there is
 
 
 # %% ../nbs/07_evaluation.ipynb #jd080001
@@ -101,7 +129,10 @@ def fact_counts(
     captions, # One per picture
     facts, # For each picture its facts, as `capnb.storybook.facts_of` gives them
 ) -> dict: # The names in `FACTS`: of each picture how many are said truly, are said, are there
-    "Count what captions claim and what is true. A relation is found if one true relation is named, since all of them follow from where things stand."
+    """Count what captions claim and what is true.
+
+    A relation is found if one true relation is named, since all of them follow from where things stand.
+    """
     each = [_claims(c, f) for c,f in zip(captions, facts, strict=True)]
     return {name: [claims[name] for claims in each] for name in FACTS}
 
@@ -126,10 +157,13 @@ def mean_parts(each) -> Parts:
     "The mean of one number per picture."
     return Parts(np.array([(v, 1) for v in each], float), lambda s: s[...,0]/s[...,1])
 
-def _f1(s): return 2*s[...,0]/np.maximum(s[...,1]+s[...,2], 1) # of numbers of true statements, of statements, and of things to state
+def _f1(s):
+    # of numbers of true statements, of statements, and of things to state
+    return 2*s[...,0]/np.maximum(s[...,1]+s[...,2], 1)
 
 def _bleu(n):
-    "BLEU-n from sums: n-grams found and n-grams, of 1 to 4 words, length, length of the references; small numbers as in `pycocoevalcap`."
+    """BLEU-n from sums: n-grams found and n-grams, of 1 to 4 words, length, length of the references; small
+    numbers as in `pycocoevalcap`."""
     def score(s):
         found, there, length, wanted = s[...,:n], s[...,4:4+n], s[...,8], s[...,9]
         ratio = (length+1e-15)/(wanted+1e-9)
@@ -139,10 +173,13 @@ def _bleu(n):
 
 # %% ../nbs/07_evaluation.ipynb #ca000003
 def _meteor(s):
-    "METEOR 1.5 for English from sums of its 23 statistics, with the weights of its manual (Denkowski and Lavie 2014)."
-    length, functions, matched = s[...,0:2], s[...,2:4], s[...,4:20].reshape(*s.shape[:-1], 4, 2, 2) # of caption and references; exact, stem, synonym, paraphrase
+    """METEOR 1.5 for English from sums of its 23 statistics, with the weights of its manual (Denkowski and
+    Lavie 2014)."""
+    # of caption and references; exact, stem, synonym, paraphrase
+    length, functions, matched = s[...,0:2], s[...,2:4], s[...,4:20].reshape(*s.shape[:-1], 4, 2, 2)
     kinds = np.array([1, .6, .8, .6])
-    found = np.einsum('...kfs,k,f->...s', matched, kinds, [.75, .25])          # content words count three times as much as function words
+    # content words count three times as much as function words
+    found = np.einsum('...kfs,k,f->...s', matched, kinds, [.75, .25])
     there = .75*(length-functions)+.25*functions
     precision, recall = np.moveaxis(found/np.where(there, there, 1), -1, 0)    # no words, nothing found
     chunks, pieces = s[...,20], s[...,20]*2/np.maximum(s[...,21]+s[...,22], 1)
@@ -156,8 +193,16 @@ def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`
         from pycocoevalcap.cider import cider
         from pycocoevalcap.meteor import meteor
         from pycocoevalcap.tokenizer import ptbtokenizer
-    except ImportError: raise ValueError("BLEU, METEOR and CIDEr need the package pycocoevalcap; install it with: pip install 'capnb[judge]'") from None
-    if not shutil.which('java'): raise ValueError("BLEU, METEOR and CIDEr need Java, for the tokenizer and for METEOR, and there is no program 'java'; install a Java runtime, such as Debian's default-jre-headless")
+    except ImportError:
+        raise ValueError(
+            "BLEU, METEOR and CIDEr need the package pycocoevalcap; install it with: pip install"
+            " 'capnb[judge]'"
+        ) from None
+    if not shutil.which('java'):
+        raise ValueError(
+            "BLEU, METEOR and CIDEr need Java, for the tokenizer and for METEOR, and there is no program"
+            " 'java'; install a Java runtime, such as Debian's default-jre-headless"
+        )
     return bleu_scorer, cider, meteor, ptbtokenizer
 
 def _coco_words(texts, ptbtokenizer):
@@ -168,15 +213,31 @@ def _coco_words(texts, ptbtokenizer):
 def coco_parts(
     captions, # One generated caption per picture
     references, # For each picture its references
-) -> dict: # 'bleu_1' to 'bleu_4', 'meteor' and 'cider': `Parts`; CIDEr-D with the rarity of words among all these pictures
+# 'bleu_1' to 'bleu_4', 'meteor' and 'cider': `Parts`; CIDEr-D with the rarity of words among all these
+# pictures
+) -> dict:
     "The scores of the COCO challenge (`pycocoevalcap`); raises `ValueError` as `coco_tools` does."
     bleu_scorer, cider, meteor, ptbtokenizer = coco_tools()
     said, refs = _coco_words([[c] for c in captions], ptbtokenizer), _coco_words(references, ptbtokenizer)
     bleu, java = bleu_scorer.BleuScorer(n=4), meteor.Meteor()
-    for i in said: bleu += (said[i][0], refs[i])
-    grams = np.array([[*c['correct'], *c['guess'], c['testlen'], bleu._single_reflen(c['reflen'], 'closest', c['testlen'])] for c in bleu.ctest], float)
+    for i in said:
+        bleu += (said[i][0], refs[i])
+    grams = np.array(
+        [
+            [
+                *c['correct'],
+                *c['guess'],
+                c['testlen'],
+                bleu._single_reflen(c['reflen'], 'closest', c['testlen']),
+            ]
+            for c in bleu.ctest
+        ],
+        float,
+    )
     stats = np.array([[float(x) for x in java._stat(said[i][0], refs[i]).split()] for i in said])
-    return {f'bleu_{n}': Parts(grams, _bleu(n)) for n in (1,2,3,4)} | dict(meteor=Parts(stats, _meteor), cider=mean_parts(cider.Cider().compute_score(refs, said)[1]))
+    return {f'bleu_{n}': Parts(grams, _bleu(n)) for n in (1, 2, 3, 4)} | dict(
+        meteor=Parts(stats, _meteor), cider=mean_parts(cider.Cider().compute_score(refs, said)[1])
+    )
 
 
 # %% ../nbs/07_evaluation.ipynb #ca000010
@@ -187,7 +248,10 @@ def resampled(
 ) -> np.ndarray: # (times,)
     "The score of selections of as many pictures, drawn with replacement."
     n, chance = len(parts.each), np.random.default_rng(seed)
-    sums = [chance.multinomial(n, np.full(n, 1/n), size=min(50, times-at)) @ parts.each for at in range(0, times, 50)]
+    sums = [
+        chance.multinomial(n, np.full(n, 1 / n), size=min(50, times - at)) @ parts.each
+        for at in range(0, times, 50)
+    ]
     return parts.score(np.concatenate(sums))
 
 def interval(
@@ -206,12 +270,18 @@ def with_intervals(
 def compare(
     parts:dict, # Name: `Parts` of one captioner
     other:dict, # The same of another, on the same pictures
-) -> dict: # Name, floor and ceiling left out: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies outside of that
+# Name, floor and ceiling left out: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies
+# outside of that
+) -> dict:
     "Compare scores on selections that are the same for both (paired bootstrap)."
     out = {}
     for name in parts:
         if name.endswith(('_floor','_ceiling')): continue # nobody wins by these
-        if len(parts[name].each)!=len(other[name].each): raise ValueError(f"{len(parts[name].each)} and {len(other[name].each)} pictures cannot be compared; score both on the same data")
+        if len(parts[name].each)!=len(other[name].each):
+            raise ValueError(
+                f"{len(parts[name].each)} and {len(other[name].each)} pictures cannot be compared; score both"
+                " on the same data"
+            )
         low, high = np.percentile(resampled(parts[name])-resampled(other[name]), (2.5, 97.5)).tolist()
         a, b = parts[name].value, other[name].value
         out[name] = dict(value=a, other=b, difference=a-b, interval=[low, high], real=not low <= 0 <= high)
@@ -243,21 +313,34 @@ def fact_parts(
 ) -> dict: # The names in `FACTS`: `Parts`; nothing if the data has no facts
     "The F1 of facts."
     if not all('facts' in r for r in data.rows): return {}
-    return {name: Parts(np.array(each, float), _f1) for name,each in fact_counts(captions, [r['facts'] for r in data.rows]).items()}
+    return {
+        name: Parts(np.array(each, float), _f1)
+        for name, each in fact_counts(captions, [r['facts'] for r in data.rows]).items()
+    }
 
 def score_parts(
     captions, # One per picture
     data, # As for `fact_parts`
 ) -> dict: # Name: `Parts`; those without a value left out
     "ROUGE-L, with floor and ceiling, and the F1 of facts where the data has them."
-    return {name: mean_parts(each) for name,each in rouge_each(captions, [r['captions'] for r in data.rows]).items() if each} | fact_parts(captions, data)
+    return {
+        name: mean_parts(each)
+        for name, each in rouge_each(captions, [r['captions'] for r in data.rows]).items()
+        if each
+    } | fact_parts(captions, data)
 
 def text_statistics(
     captions, # Texts
-) -> dict: # 'words' of a caption on average, 'vocabulary' (different words), 'distinct' (share of captions that are said once or first)
+# 'words' of a caption on average, 'vocabulary' (different words), 'distinct' (share of captions that are said
+# once or first)
+) -> dict:
     "Say how long and how varied captions are."
     each = [words(c) for c in captions]
-    return dict(words=sum(map(len, each))/len(each), vocabulary=len({w for ws in each for w in ws}), distinct=len(set(captions))/len(captions))
+    return dict(
+        words=sum(map(len, each)) / len(each),
+        vocabulary=len({w for ws in each for w in ws}),
+        distinct=len(set(captions)) / len(captions),
+    )
 
 
 # %% ../nbs/07_evaluation.ipynb #ca000015
@@ -265,13 +348,23 @@ def score(
     captions, # One per picture
     data, # As for `fact_parts`
 ) -> dict: # Plain data; `by_character`: whether there is text whose characters count as words
-    "Score captions: ROUGE-L with floor and ceiling, facts where the data has them, 95% intervals, length and variety."
+    """Score captions: ROUGE-L with floor and ceiling, facts where the data has them, 95% intervals, length
+    and variety."""
     parts = score_parts(captions, data)
     facts = {name: _prf(*parts[name].each.sum(0).tolist()) for name in FACTS} if 'pairs' in parts else None
-    rouge = {name: parts[name].value if name in parts else None for name in ('rouge_l','rouge_l_floor','rouge_l_ceiling','rouge_l_all')}
+    rouge = {
+        name: parts[name].value if name in parts else None
+        for name in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'rouge_l_all')
+    }
     by_character = counts_characters([*captions, *(c for r in data.rows for c in r['captions'])])
-    return dict(rouge, facts=facts, facts_f1=facts and facts['pairs']['f1'], intervals={name: interval(p) for name,p in parts.items()},
-                text=text_statistics(captions), by_character=by_character)
+    return dict(
+        rouge,
+        facts=facts,
+        facts_f1=facts and facts['pairs']['f1'],
+        intervals={name: interval(p) for name, p in parts.items()},
+        text=text_statistics(captions),
+        by_character=by_character,
+    )
 
 def evaluate(
     model:Captioner,
@@ -288,9 +381,12 @@ def evaluate(
 # %% ../nbs/07_evaluation.ipynb #jd080003
 def most_common_caption(
     captions, # All texts of the training data
-    sample:int=100, # Captions that are compared where several are the most common, and others that each is compared with; spread evenly over all
+    # Captions that are compared where several are the most common, and others that each is compared with;
+    # spread evenly over all
+    sample:int=100,
 ) -> str:
-    "Find the caption that is there most often; of several the one that is most like others, by its mean ROUGE-L."
+    """Find the caption that is there most often; of several the one that is most like others, by its mean
+    ROUGE-L."""
     counts = Counter(captions)
     most = max(counts.values())
     spread = lambda texts: texts[::-(-len(texts)//sample)]
@@ -307,7 +403,11 @@ def nearest_captions(
     data:EncodedData, # Pictures that are looked for
 ) -> list: # One caption per picture of `data`: the first one of the nearest picture of `train`
     "Caption pictures with what was said of the training picture whose features are nearest by their cosine."
-    wanted, best, found = _directions(data.features[:]), torch.full((len(data),), -2.), torch.zeros(len(data), dtype=torch.long)
+    wanted, best, found = (
+        _directions(data.features[:]),
+        torch.full((len(data),), -2.0),
+        torch.zeros(len(data), dtype=torch.long),
+    )
     for at in range(0, len(train), 1000):
         cosine, which = (wanted @ _directions(train.features[at:at+1000]).T).max(1)
         found, best = torch.where(cosine > best, which+at, found), torch.maximum(cosine, best)
@@ -316,19 +416,40 @@ def nearest_captions(
 def floors(
     train:EncodedData, # What training saw
     data:EncodedData, # Pictures to caption; where their features are None, there is no 'nearest'
-) -> dict: # 'common' and 'nearest': the same names as in `score_parts`, each with value and 95% interval; of 'common' also its 'caption'
-    "Score two captioners that learn nothing: one always says the most common caption, the other repeats the nearest neighbour's."
-    common, references = most_common_caption([c for r in train.rows for c in r['captions']]), [r['captions'] for r in data.rows]
+# 'common' and 'nearest': the same names as in `score_parts`, each with value and 95% interval; of 'common'
+# also its 'caption'
+) -> dict:
+    """Score two captioners that learn nothing: one always says the most common caption, the other repeats
+    the nearest neighbour's."""
+    common, references = most_common_caption([c for r in train.rows for c in r['captions']]), [
+        r['captions'] for r in data.rows
+    ]
     said, n = dict(common=[common]*len(data)), min(map(len, references))
-    if data.features is not None: said['nearest'] = nearest_captions(train, data)
-    scores = {name: with_intervals(dict(rouge_l=mean_parts(_against(c, references, n)), **fact_parts(c, data))) for name,c in said.items()}
+    if data.features is not None:
+        said['nearest'] = nearest_captions(train, data)
+    scores = {
+        name: with_intervals(dict(rouge_l=mean_parts(_against(c, references, n)), **fact_parts(c, data)))
+        for name, c in said.items()
+    }
     scores['common']['caption'] = common
     return scores
 
 
 # %% ../nbs/07_evaluation.ipynb #3c55e534
-TOOLS = dict(bleu_1='BLEU-1', bleu_4='BLEU-4', meteor='METEOR', cider='CIDEr-D', clipscore='CLIPScore', clipscore_floor='  floor: another picture ', clipscore_ceiling='  ceiling: a person ', refclipscore='RefCLIPScore')
-BY_CHARACTER = 'Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no spaces between words, are scored by character.'
+TOOLS = dict(
+    bleu_1='BLEU-1',
+    bleu_4='BLEU-4',
+    meteor='METEOR',
+    cider='CIDEr-D',
+    clipscore='CLIPScore',
+    clipscore_floor='  floor: another picture ',
+    clipscore_ceiling='  ceiling: a person ',
+    refclipscore='RefCLIPScore',
+)
+BY_CHARACTER = (
+    'Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no spaces between words, are scored by'
+    ' character.'
+)
 FLOORS = dict(common='most common caption', nearest='nearest neighbour')
 
 def _way(s):
@@ -340,11 +461,29 @@ def _table_rows(s):
     "A column of the table: by row a number, a list of a number and its interval, or None."
     sure = lambda name, value: value if value is None else [value, *s.get('intervals', {}).get(name, [])]
     rouge = lambda name: sure(name, s[name])
-    rows = {'ROUGE-L': rouge('rouge_l'), '  floor: another picture': rouge('rouge_l_floor'), **{f'  floor: {label}': v['rouge_l'] for name,label in FLOORS.items() if (v := s.get('floors', {}).get(name))},
-            '  ceiling: a person': rouge('rouge_l_ceiling'), '  way from floor to ceiling': _way(s), '  on all references': rouge('rouge_l_all')}
-    rows |= {f'F1 of {label}': sure(name, s['facts'][name]['f1']) for name,label in FACTS.items() if name in (s['facts'] or {})}
+    rows = {
+        'ROUGE-L': rouge('rouge_l'),
+        '  floor: another picture': rouge('rouge_l_floor'),
+        **{
+            f'  floor: {label}': v['rouge_l']
+            for name, label in FLOORS.items()
+            if (v := s.get('floors', {}).get(name))
+        },
+        '  ceiling: a person': rouge('rouge_l_ceiling'),
+        '  way from floor to ceiling': _way(s),
+        '  on all references': rouge('rouge_l_all'),
+    }
+    rows |= {
+        f'F1 of {label}': sure(name, s['facts'][name]['f1'])
+        for name, label in FACTS.items()
+        if name in (s['facts'] or {})
+    }
     tools = s.get('coco', {}) | s.get('clip', {}) # what chapter 18 may add
-    return rows | {label: tools[name] for name,label in TOOLS.items() if name in tools} | {'image gain, nats per caption': s.get('image_gain')}
+    return (
+        rows
+        | {label: tools[name] for name, label in TOOLS.items() if name in tools}
+        | {'image gain, nats per caption': s.get('image_gain')}
+    )
 
 def score_table(
     columns:dict, # Name of column: scores from `evaluate`
@@ -358,7 +497,18 @@ def score_table(
     labels = max(found.values(), key=len)
     lines = [f'{"":28}' + ''.join(f'{name:>19} ' for name in columns)]
     notes = [BY_CHARACTER]*any(s.get('by_character') for s in columns.values())
-    return '\n'.join(line.rstrip() for line in lines + [f'{label:28}' + ''.join(cell(rows.get(label)) for rows in found.values()) for label in labels if any(r.get(label) is not None for r in found.values())] + notes)
+    return '\n'.join(
+        line.rstrip()
+        for line in (
+            lines
+            + [
+                f'{label:28}' + ''.join(cell(rows.get(label)) for rows in found.values())
+                for label in labels
+                if any(r.get(label) is not None for r in found.values())
+            ]
+            + notes
+        )
+    )
 
 
 # %% ../nbs/07_evaluation.ipynb #ca000016
@@ -367,7 +517,14 @@ def compare_table(
 ) -> str:
     "Say of each score whether two captioners really differ in it."
     lines = [f'{"":16}{"this":>8}{"other":>8}{"difference":>12}   95% interval']
-    return '\n'.join(lines + ["{:16}{value:8.3f}{other:8.3f}{difference:+12.3f}   {interval[0]:+.3f} to {interval[1]:+.3f}   {}".format(name, 'real' if c['real'] else 'may be chance', **c) for name,c in compared.items()])
+    return '\n'.join(
+        lines
+        + [
+            "{:16}{value:8.3f}{other:8.3f}{difference:+12.3f}   {interval[0]:+.3f} to {interval[1]:+.3f}   {}"
+            .format(name, 'real' if c['real'] else 'may be chance', **c)
+            for name, c in compared.items()
+        ]
+    )
 
 def draw_samples(
     images, # PIL pictures
@@ -376,37 +533,49 @@ def draw_samples(
 ):
     "Draw pictures with their captions into one PNG."
     from matplotlib.figure import Figure
-    cols = min(3, len(images)); rows = -(-len(images)//cols)
+    cols = min(3, len(images))
+    rows = -(-len(images)//cols)
     fig = Figure(figsize=(2.6*cols, 3*rows), layout='tight')
     axs = fig.subplots(rows, cols, squeeze=False)
-    for ax in axs.flat: ax.axis('off')
+    for ax in axs.flat:
+        ax.axis('off')
     for ax,image,caption in zip(axs.flat[:len(images)], images, captions, strict=True):
         ax.imshow(image)
         ax.set_title('\n'.join(textwrap.wrap(caption, 30)[:3]), fontsize=8, parse_math=False)
-    with atomic_write(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
+    with atomic_write(path, 'wb') as f:
+        fig.savefig(f, format='png', dpi=110)
 
 # %% ../nbs/07_evaluation.ipynb #242b549c
 class Scores(Callback):
-    "Score validation after each epoch, and at the end the splits that learning never looks at, with what was learned and without."
+    """Score validation after each epoch, and at the end the splits that learning never looks at, with what
+    was learned and without."""
     keeps = ('untrained',) # a run that goes on is no longer untrained
     def __init__(self,
         pictures:dict, # Name of split: data with pictures, for the samples
         samples:int=6, # Captions shown with their pictures at the end
-    ): self.pictures, self.samples = pictures, samples
+    ):
+        self.pictures, self.samples = pictures, samples
 
-    def _held_back(self, run): return [s for s in run.data if s not in ('train','validation')]
-    def _weights(self, run): return {n: p.detach().cpu().clone() for n,p in _learning(run).items()}
-    def _score_all(self, run, name=''): return {split: evaluate(run.model, run.data[split], name+split) for split in self._held_back(run)}
-    def on_train_begin(self, run): self.untrained = self._weights(run) if self._held_back(run) else {}
+    def _held_back(self, run):
+        return [s for s in run.data if s not in ('train','validation')]
+    def _weights(self, run):
+        return {n: p.detach().cpu().clone() for n,p in _learning(run).items()}
+    def _score_all(self, run, name=''):
+        return {split: evaluate(run.model, run.data[split], name+split) for split in self._held_back(run)}
+    def on_train_begin(self, run):
+        self.untrained = self._weights(run) if self._held_back(run) else {}
 
     def on_epoch_end(self, run):
         validation = run.data['validation']
-        run.metadata.update(score(write_captions_for(run.model, validation, progress='validation'), validation))
+        run.metadata.update(
+            score(write_captions_for(run.model, validation, progress='validation'), validation)
+        )
 
     def on_train_end(self, run):
         results = self._score_all(run)
         if not results: return
-        for split,(scores,_) in results.items(): scores['floors'] = floors(run.data['train'], run.data[split])
+        for split,(scores,_) in results.items():
+            scores['floors'] = floors(run.data['train'], run.data[split])
         untrained = self._score_untrained(run)
         run.metadata.update({split: scores for split,(scores,_) in results.items()}, untrained=untrained)
         if not run.main: return # another process writes
@@ -419,15 +588,18 @@ class Scores(Callback):
         "Score the model as it was before the first step."
         trained = self._weights(run)
         load_trained(run.model, self.untrained, 'the state before training', _learning(run))
-        try: return {split: scores for split,(scores,_) in self._score_all(run, 'untrained, ').items()}
-        finally: load_trained(run.model, trained, wanted=_learning(run))
+        try:
+            return {split: scores for split,(scores,_) in self._score_all(run, 'untrained, ').items()}
+        finally:
+            load_trained(run.model, trained, wanted=_learning(run))
 
     def _show(self, run, split, captions):
         "Print and draw the first captions of a split."
         n = min(self.samples, len(captions))
         path = Path(run.h.output_dir)/f'samples_{run.stamp}.png'
         draw_samples([self.pictures[split][i]['image'] for i in range(n)], captions[:n], path)
-        for i in range(n): say(f"  {run.data[split].rows[i]['image_id']}: {captions[i]}")
+        for i in range(n):
+            say(f"  {run.data[split].rows[i]['image_id']}: {captions[i]}")
         say(f'🖼️  {path}')
 
 # %% ../nbs/07_evaluation.ipynb #08c0a002
@@ -437,26 +609,38 @@ _ERRORS = dict(mlflow='mlflow.exceptions.MlflowException', wandb='wandb.errors.E
 def _telling(tracker):
     "Turn what a tracker refuses into an `OSError` that names it."
     module, _, error = _ERRORS.get(tracker, 'builtins.OSError').rpartition('.')
-    try: yield
-    except (getattr(import_module(module), error), OSError) as e: raise OSError(f"tracker {tracker}: {' '.join(str(e).split())}") from e
+    try:
+        yield
+    except (getattr(import_module(module), error), OSError) as e:
+        raise OSError(f"tracker {tracker}: {' '.join(str(e).split())}") from e
 
 def _told(tracker, key):
     "The last step at which a tracker was told `key`; 0 where it cannot be asked."
     if tracker.name!='mlflow': return 0
     from mlflow import MlflowClient
-    return max((m.step for m in MlflowClient().get_metric_history(tracker.tracker.info.run_id, key)), default=0)
+    return max(
+        (m.step for m in MlflowClient().get_metric_history(tracker.tracker.info.run_id, key)), default=0
+    )
 
-def _id(tracker): return dict(mlflow=lambda: tracker.tracker.info.run_id, wandb=lambda: tracker.tracker.id).get(tracker.name, lambda: None)()
+def _id(tracker):
+    return dict(mlflow=lambda: tracker.tracker.info.run_id, wandb=lambda: tracker.tracker.id).get(
+        tracker.name, lambda: None
+    )()
 
 def _close(tracker, well):
     "End a tracker's run, as one that ended well or failed."
-    if tracker.name=='mlflow': import mlflow; mlflow.end_run('FINISHED' if well else 'FAILED')
-    elif tracker.name!='wandb': tracker.finish()
+    if tracker.name=='mlflow':
+        import mlflow
+        mlflow.end_run('FINISHED' if well else 'FAILED')
+    elif tracker.name!='wandb':
+        tracker.finish()
     else:
         import wandb
-        if wandb.run: wandb.run.finish(exit_code=0 if well else 1)
+        if wandb.run:
+            wandb.run.finish(exit_code=0 if well else 1)
 
-def _opening(tracker, id, name): # what `accelerate` opens a run with: a new one of this name, or that of this id
+# what `accelerate` opens a run with: a new one of this name, or that of this id
+def _opening(tracker, id, name):
     if tracker=='mlflow': return dict(run_id=id) if id else dict(run_name=name)
     if tracker=='wandb': return dict(id=id, resume='allow') if id else dict(name=name)
     return {}
@@ -465,11 +649,13 @@ def _opening(tracker, id, name): # what `accelerate` opens a run with: a new one
 def _files(tracker, name, *paths):
     "Give files to a tracker that keeps some: MLflow in a folder `name`, Weights & Biases as an artifact."
     if tracker.name=='mlflow':
-        for path in paths: tracker.log_artifact(str(path), name)
+        for path in paths:
+            tracker.log_artifact(str(path), name)
     elif tracker.name=='wandb':
         import wandb
         artifact = wandb.Artifact(f'{name}-{tracker.tracker.id}', type=name)
-        for path in paths: artifact.add_file(str(path))
+        for path in paths:
+            artifact.add_file(str(path))
         tracker.tracker.log_artifact(artifact)
 
 def _captioned(tracker, rows, images, captions, step):
@@ -488,36 +674,49 @@ def _captioned(tracker, rows, images, captions, step):
         tracker.log_table('samples', ['image_id', 'picture', 'caption', 'references'], cells, step=step)
 
 # %% ../nbs/07_evaluation.ipynb #08c0a004
-def _numbers(values): return {k: v for k,v in values.items() if isinstance(v, (int,float)) and not isinstance(v, bool)}
+def _numbers(values):
+    return {k: v for k,v in values.items() if isinstance(v, (int,float)) and not isinstance(v, bool)}
 
 class Tracker(Callback):
-    "Tell the trackers that `report_to` names how the run goes; comes after `Scores`. Raises `OSError` for what a tracker refuses."
+    """Tell the trackers that `report_to` names how the run goes; comes after `Scores`.
+
+    Raises `OSError` for what a tracker refuses.
+    """
     keeps = ('ids',) # a run that goes on is the same run for a tracker, too
     def __init__(self,
         pictures:dict, # Name of split: data with pictures, for the samples
         samples:int=6, # Pictures shown with their captions after each epoch
-    ): self.pictures, self.samples, self.ids, self.known = pictures, samples, {}, {}
+    ):
+        self.pictures, self.samples, self.ids, self.known = pictures, samples, {}, {}
 
     def _each(self, run, tell):
         for tracker in run.accelerator.trackers:
-            with _telling(tracker.name): tell(tracker)
+            with _telling(tracker.name):
+                tell(tracker)
 
     def _log(self, run, values):
         step, first = len(run.losses), next(iter(values))
         def tell(tracker): # what it knows already, from before the run was stopped, it is not told again
-            if step > self.known.setdefault((tracker.name, first), _told(tracker, first)): tracker.log(values, step=step)
+            if step > self.known.setdefault((tracker.name, first), _told(tracker, first)):
+                tracker.log(values, step=step)
         self._each(run, tell)
 
     def _open(self, run, settings=None):
         names = [str(n) for n in run.accelerator.log_with]
         with ExitStack() as stack:
-            for name in names: stack.enter_context(_telling(name))
-            run.accelerator.init_trackers('capnb', settings, {name: _opening(name, self.ids.get(name), run.stamp) for name in names})
+            for name in names:
+                stack.enter_context(_telling(name))
+            run.accelerator.init_trackers(
+                'capnb', settings, {name: _opening(name, self.ids.get(name), run.stamp) for name in names}
+            )
         self.ids = {t.name: _id(t) for t in run.accelerator.trackers}
 
-    def on_train_begin(self, run): self._open(run, {k: v for k,v in asdict(run.h).items() if v is not None})
-    def on_resume(self, run): self._open(run)
-    def on_step_end(self, run): self._log(run, dict(loss=run.losses[-1]))
+    def on_train_begin(self, run):
+        self._open(run, {k: v for k,v in asdict(run.h).items() if v is not None})
+    def on_resume(self, run):
+        self._open(run)
+    def on_step_end(self, run):
+        self._log(run, dict(loss=run.losses[-1]))
 
     def on_epoch_end(self, run):
         self._log(run, {k: v for k,v in _numbers(run.metadata).items() if k!='steps'})
@@ -531,8 +730,14 @@ class Tracker(Callback):
         self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, _metadata_path(run.checkpoint)))
 
     def on_train_end(self, run):
-        scores = {f'{split}/{k}': v for split in run.data if split in run.metadata for k,v in _numbers(run.metadata[split]).items()}
-        if scores: self._log(run, scores)
+        scores = {
+            f'{split}/{k}': v
+            for split in run.data
+            if split in run.metadata
+            for k, v in _numbers(run.metadata[split]).items()
+        }
+        if scores:
+            self._log(run, scores)
 
     def on_close(self, run):
         self._each(run, lambda t: _close(t, run.done))

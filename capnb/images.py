@@ -20,21 +20,37 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .settings import read_zipped, split_zip
 
 # %% ../nbs/30b_images.ipynb #1b000021
-_SUFFIXES = dict(PNG='png apng', JPEG='jpg jpeg jpe jfif mpo', WEBP='webp', GIF='gif', BMP='bmp', TIFF='tif tiff', AVIF='avif avifs',
-                 JPEG2000='jp2 j2k jpc jpf jpx j2c', PPM='ppm pgm pbm pnm', HEIF='heic heics heif heifs hif', JXL='jxl')
+_SUFFIXES = dict(
+    PNG='png apng',
+    JPEG='jpg jpeg jpe jfif mpo',
+    WEBP='webp',
+    GIF='gif',
+    BMP='bmp',
+    TIFF='tif tiff',
+    AVIF='avif avifs',
+    JPEG2000='jp2 j2k jpc jpf jpx j2c',
+    PPM='ppm pgm pbm pnm',
+    HEIF='heic heics heif heifs hif',
+    JXL='jxl',
+)
 _PACKAGES = dict(HEIF='pillow-heif', JXL='pillow-jxl-plugin')
-IMAGE_SUFFIX = rf"\.({'|'.join(' '.join(_SUFFIXES.values()).split())})" # pattern of the end of an image file's name, for `re.I`
+# pattern of the end of an image file's name, for `re.I`
+IMAGE_SUFFIX = rf"\.({'|'.join(' '.join(_SUFFIXES.values()).split())})"
 
 @cache
 def image_formats() -> tuple: # Names, as Pillow has them
-    "List the formats that are opened here; HEIF and JPEG XL are among them where their packages are installed."
+    """List the formats that are opened here; HEIF and JPEG XL are among them where their packages are
+    installed."""
     missing = []
     try:
         from pillow_heif import register_heif_opener
         register_heif_opener()
-    except ImportError: missing.append('HEIF')
-    try: import pillow_jxl # makes itself known
-    except ImportError: missing.append('JXL')
+    except ImportError:
+        missing.append('HEIF')
+    try:
+        import pillow_jxl # makes itself known
+    except ImportError:
+        missing.append('JXL')
     return tuple(name for name in _SUFFIXES if name not in missing)
 
 def image_format(
@@ -45,16 +61,36 @@ def image_format(
     return next((format for format,known in _SUFFIXES.items() if suffix and suffix in known.split()), None)
 
 def _missing_package(format):
-    return f"it is {format}, which needs the package {_PACKAGES[format]}; install it with: pip install 'capnb[formats]'"
+    return (
+        f"it is {format}, which needs the package {_PACKAGES[format]}; install it with: pip install"
+        " 'capnb[formats]'"
+    )
 
 def _foreign(head):
     "The format of a file that begins with `head`, if it needs a package."
-    if head[4:8]==b'ftyp' and head[8:12] in (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'): return 'HEIF'
+    if head[4:8] == b'ftyp' and head[8:12] in (
+        b'heic',
+        b'heix',
+        b'heim',
+        b'heis',
+        b'hevc',
+        b'hevx',
+        b'mif1',
+        b'msf1',
+    ):
+        return 'HEIF'
     if head.startswith((b'\xff\x0a', b'\0\0\0\x0cJXL ')): return 'JXL'
 
 # %% ../nbs/30b_images.ipynb #0da7a002
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIDEWAYS = [_TURNS[n] for n in (5, 6, 7, 8)]
 
 def _orientation(exif):
@@ -65,13 +101,16 @@ def _orientation(exif):
         at, = struct.unpack_from(f'{order}I', data, 4)
         count, = struct.unpack_from(f'{order}H', data, at)
         entries = [struct.unpack_from(f'{order}HHIH', data, at+2+12*i) for i in range(count)]
-    except struct.error: return None
+    except struct.error:
+        return None
     return next((value for tag,kind,count,value in entries if (tag,kind,count)==(0x0112,3,1)), None)
 
 def _turn(image):
     "How an image is to be turned; None for as it is, also where its metadata cannot be read."
-    try: return _TURNS.get(_orientation(image.info.get('exif') or b'') or image.getexif().get(0x0112))
-    except Exception: return None # Pillow's reader of metadata raises anything at all, and the pixels are whole without it
+    try:
+        return _TURNS.get(_orientation(image.info.get('exif') or b'') or image.getexif().get(0x0112))
+    except Exception:
+        return None # Pillow's reader of metadata raises anything at all, and the pixels are whole without it
 
 def _eight_bits(pixels):
     "An image of whole numbers: up to 65,535, or, if none is that high, up to 255."
@@ -79,24 +118,33 @@ def _eight_bits(pixels):
     return Image.fromarray((pixels.clip(0, 65535)//257 if wide else pixels.clip(0)).astype(np.uint8))
 
 def _shrunk(image, min_side, transparent):
-    "A larger image than is needed, averaged over squares of 2, 4, 8, ... pixels, at whose edges little is left over; another one as it is."
+    """A larger image than is needed, averaged over squares of 2, 4, 8, ... pixels, at whose edges little is
+    left over; another one as it is."""
     factor = min(image.size)//min_side if min_side else 1
     if factor < 2: return image
-    if transparent: image = image.convert('RGBA')
-    elif image.mode in ('1', 'P', 'PA'): image = image.convert('RGB')
+    if transparent:
+        image = image.convert('RGBA')
+    elif image.mode in ('1', 'P', 'PA'):
+        image = image.convert('RGB')
     return image.reduce(1 << factor.bit_length()-1)
 
 def _as_rgb(image, min_side=None, size=None):
-    "A PIL image as people see it: upright, 8 bits, on white where it is transparent, with nothing but its original size for metadata."
-    if image.mode=='F': raise ValueError("its brightness is in floating point; save it with 8 bits")
+    """A PIL image as people see it: upright, 8 bits, on white where it is transparent, with nothing but its
+    original size for metadata."""
+    if image.mode=='F':
+        raise ValueError("its brightness is in floating point; save it with 8 bits")
     size = size or image.size
     image.load()
     turn, transparent = _turn(image), image.has_transparency_data
-    if image.mode[0]=='I': image, transparent = _eight_bits(np.asarray(image)), False
+    if image.mode[0]=='I':
+        image, transparent = _eight_bits(np.asarray(image)), False
     image = _shrunk(image, min_side, transparent).convert('RGBA' if transparent else 'RGB')
-    if transparent: image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    if turn is not None: image = image.transpose(turn)
-    image.info = dict(original_size=size[::-1] if turn in _SIDEWAYS else size) # with EXIF data, who opens it again turns it again
+    if transparent:
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    if turn is not None:
+        image = image.transpose(turn)
+    # with EXIF data, who opens it again turns it again
+    image.info = dict(original_size=size[::-1] if turn in _SIDEWAYS else size)
     return image
 
 # %% ../nbs/30b_images.ipynb #1b000011
@@ -105,8 +153,10 @@ def _jpeg_pixels(data, exif):
     kept, at = [data[:2]], 2
     while data[at:at+1]==b'\xff' and (marker := data[at+1]) not in (0xd9, 0xda):
         end = at+2+int.from_bytes(data[at+2:at+4], 'big')
-        is_note = marker==0xfe or 0xe1 <= marker <= 0xef and marker!=0xee # 0xe0 and 0xee say how colours are stored
-        if not is_note or exif and data[at+4:at+10]==b'Exif\0\0': kept.append(data[at:end])
+        # 0xe0 and 0xee say how colours are stored
+        is_note = marker==0xfe or 0xe1 <= marker <= 0xef and marker!=0xee
+        if not is_note or exif and data[at+4:at+10]==b'Exif\0\0':
+            kept.append(data[at:end])
         at = end
     return b''.join(kept) + data[at:]
 
@@ -115,7 +165,8 @@ def _png_pixels(data, exif):
     kept, at = [data[:8]], 8
     while at < len(data):
         name, end = data[at+4:at+8], at+12+int.from_bytes(data[at:at+4], 'big')
-        if name[:1].isupper() or name==b'tRNS' or exif and name==b'eXIf': kept.append(data[at:end])
+        if name[:1].isupper() or name==b'tRNS' or exif and name==b'eXIf':
+            kept.append(data[at:end])
         at = end
     return b''.join(kept)
 
@@ -124,13 +175,42 @@ def _webp_pixels(data, exif):
     kept, at = [], 12
     while at < len(data):
         name, end = data[at:at+4], at+8+(int.from_bytes(data[at+4:at+8], 'little')+1)//2*2
-        if name==b'VP8X': kept += [data[at:at+8], bytes([data[at+8] & (0b011010 if exif else 0b010010)]), data[at+9:end]]
-        elif name not in (b'ICCP', b'XMP ') and (exif or name!=b'EXIF'): kept.append(data[at:end])
+        if name==b'VP8X':
+            kept += [data[at:at+8], bytes([data[at+8] & (0b011010 if exif else 0b010010)]), data[at+9:end]]
+        elif name not in (b'ICCP', b'XMP ') and (exif or name!=b'EXIF'):
+            kept.append(data[at:end])
         at = end
     body = b''.join(kept)
     return b'RIFF' + struct.pack('<I', len(body)+4) + b'WEBP' + body
 
-_TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347, 512, 513, 514, 529, 530, 532}
+_TIFF_PIXELS = {
+    256,
+    257,
+    258,
+    259,
+    262,
+    266,
+    273,
+    277,
+    278,
+    279,
+    284,
+    317,
+    320,
+    322,
+    323,
+    324,
+    325,
+    338,
+    339,
+    347,
+    512,
+    513,
+    514,
+    529,
+    530,
+    532,
+}
 
 def _tiff_pixels(data, exif):
     "A TIFF file without the tags that say nothing of its pixels, except for the orientation if asked."
@@ -143,14 +223,23 @@ def _tiff_pixels(data, exif):
     table = struct.pack(f'{order}H', len(kept)) + b''.join(kept) + bytes(4)
     return data[:at] + table + data[at+len(table):]
 
-_PIXELS = {b'\xff\xd8\xff': _jpeg_pixels, b'\x89PNG': _png_pixels, b'RIFF': _webp_pixels, b'II*\0': _tiff_pixels, b'MM\0*': _tiff_pixels}
+_PIXELS = {
+    b'\xff\xd8\xff': _jpeg_pixels,
+    b'\x89PNG': _png_pixels,
+    b'RIFF': _webp_pixels,
+    b'II*\0': _tiff_pixels,
+    b'MM\0*': _tiff_pixels,
+}
 
 def _without_metadata(data):
-    "Yield an image file without metadata: with EXIF data, and without; nothing for formats that we do not take apart."
+    """Yield an image file without metadata: with EXIF data, and without; nothing for formats that we do not
+    take apart."""
     strip = next((strip for magic,strip in _PIXELS.items() if data.startswith(magic)), None)
     for exif in (True, False) if strip else ():
-        try: yield strip(data, exif)
-        except (struct.error, IndexError): return # its parts are not those of such a file
+        try:
+            yield strip(data, exif)
+        except (struct.error, IndexError):
+            return # its parts are not those of such a file
 
 # %% ../nbs/30b_images.ipynb #1b000013
 MOST_FILE = 2**29 # bytes of an image file, at most
@@ -160,38 +249,58 @@ class TooManyPixels(ValueError):
 
 def _check_size(image, pixels):
     width, height = image.size
-    if pixels and width*height > pixels: raise TooManyPixels(f"it has {width*height/1e6:,.1f} million pixels, and {pixels/1e6:g} million are allowed")
-    if max(width, height) > 100*min(width, height): raise ValueError(f"it is a stripe, {width} pixels wide and {height} high")
+    if pixels and width*height > pixels:
+        raise TooManyPixels(
+            f"it has {width*height/1e6:,.1f} million pixels, and {pixels/1e6:g} million are allowed"
+        )
+    if max(width, height) > 100*min(width, height):
+        raise ValueError(f"it is a stripe, {width} pixels wide and {height} high")
 
 def _decoded(file, min_side, pixels, ask):
     with Image.open(file, formats=image_formats()) as image:
         _check_size(image, pixels)
         size, jpeg = image.size, image.format in ('JPEG', 'MPO')
-        if min_side and jpeg: image.draft(None, (min_side, min_side)) # decodes fewer pixels, not all to drop most
-        whole = size if not jpeg or image.info.get('progressive') else image.size # what is held while it is decoded
-        if ask: ask(whole[0]*whole[1])
+        if min_side and jpeg:
+            image.draft(None, (min_side, min_side)) # decodes fewer pixels, not all to drop most
+        # what is held while it is decoded
+        whole = size if not jpeg or image.info.get('progressive') else image.size
+        if ask:
+            ask(whole[0]*whole[1])
         return _as_rgb(image, min_side, size)
 
 def _from_file(source, *how):
     "The image in a file or in bytes; once more without metadata where that fails."
-    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode): raise ValueError("it is no file")
-    try: return _decoded(io.BytesIO(source) if isinstance(source, bytes) else source, *how)
-    except (MemoryError, Image.DecompressionBombError, TooManyPixels): raise
-    except Exception as e: first = e # see above
+    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
+        raise ValueError("it is no file")
+    try:
+        return _decoded(io.BytesIO(source) if isinstance(source, bytes) else source, *how)
+    except (MemoryError, Image.DecompressionBombError, TooManyPixels):
+        raise
+    except Exception as e:
+        first = e # see above
     for data in _without_metadata(source if isinstance(source, bytes) else Path(source).read_bytes()):
-        try: return _decoded(io.BytesIO(data), *how)
-        except Exception: pass # what was wrong first is told
+        try:
+            return _decoded(io.BytesIO(data), *how)
+        except Exception:
+            pass # what was wrong first is told
     raise first
 
 def _why(error, source):
     "Say in a few words what is wrong with an image."
     if isinstance(error, MemoryError): return 'it needs more memory than there is'
-    if not isinstance(error, UnidentifiedImageError): return ((str(error).splitlines() or [''])[0] or type(error).__name__)[:300]
-    if isinstance(source, bytes): head = source[:12]
+    if not isinstance(error, UnidentifiedImageError):
+        return ((str(error).splitlines() or [''])[0] or type(error).__name__)[:300]
+    if isinstance(source, bytes):
+        head = source[:12]
     else:
-        with open(source, 'rb') as f: head = f.read(12)
+        with open(source, 'rb') as f:
+            head = f.read(12)
     if not head: return 'it is empty'
-    return _missing_package(format) if (format := _foreign(head)) and format not in image_formats() else 'its content is of no known format'
+    return (
+        _missing_package(format)
+        if (format := _foreign(head)) and format not in image_formats()
+        else 'its content is of no known format'
+    )
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -205,10 +314,16 @@ class ImageFile:
 
 def _named(do, source, name):
     "What `do` gives; whatever it raises becomes a `ValueError` that names the image."
-    try: return do()
-    except (TooManyPixels, Image.DecompressionBombError) as e: error, why = TooManyPixels, _why(e, source)
-    except Exception as e: error, why = ValueError, _why(e, source) # see above
-    raise error(f"{name or (source if isinstance(source, (str, Path)) else 'the image')} is not a readable picture: {why}")
+    try:
+        return do()
+    except (TooManyPixels, Image.DecompressionBombError) as e:
+        error, why = TooManyPixels, _why(e, source)
+    except Exception as e:
+        error, why = ValueError, _why(e, source) # see above
+    raise error(
+        f"{name or (source if isinstance(source, (str, Path)) else 'the image')} is not a readable picture:"
+        f" {why}"
+    )
 
 def _unwrapped(source, name):
     return (source.source, source.name or name) if isinstance(source, ImageFile) else (source, name)
@@ -221,16 +336,21 @@ def _out_of_zip(source, name):
 def _open(source, name, min_side, pixels, ask=None):
     "As `open_image`; `ask` is called with the number of pixels to decode, before that begins."
     source, name = _out_of_zip(*_unwrapped(source, name))
-    if not isinstance(source, Image.Image): return _named(lambda: _from_file(source, min_side, pixels, ask), source, name)
+    if not isinstance(source, Image.Image):
+        return _named(lambda: _from_file(source, min_side, pixels, ask), source, name)
     return _named(lambda: _check_size(source, pixels) or _as_rgb(source), source, name)
 
 def open_image(
     source, # Path of a file, also through a zip, its bytes, an `ImageFile` or a PIL image
     name=None, # What to call it in an error; None for the path, or "the image"
-    min_side:int=None, # Pixels that the shorter side must keep: a file of twice as many or more comes out smaller; None for full size
+    # Pixels that the shorter side must keep: a file of twice as many or more comes out smaller; None for full
+    # size
+    min_side:int=None,
     pixels:float=None, # At most so many; None for Pillow's limit, about 179 million
 ) -> Image.Image: # RGB; its `info` holds `original_size`, width and height before it was made smaller
-    "Open an image as people see it: upright, of 8 bits, on white where transparent, the first frame if there are several. Raises `ValueError` that names what is not a readable image, `TooManyPixels` (a `ValueError`) for one that is too large."
+    """Open an image as people see it: upright, of 8 bits, on white where transparent, the first frame if
+    there are several. Raises `ValueError` that names what is not a readable image, `TooManyPixels` (a
+    `ValueError`) for one that is too large."""
     return _open(source, name, min_side, pixels)
 
 def measure_image(
@@ -241,7 +361,9 @@ def measure_image(
     "Read the size of an image without decoding it; raises as `open_image`."
     source, name = _out_of_zip(source, name)
     def measure():
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats()) as image:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats()
+        ) as image:
             _check_size(image, pixels)
             return image.size
     return _named(measure, source, name)
@@ -254,7 +376,9 @@ def _walk(folder, onerror=None):
         for root,folders,files in os.walk(later.popleft(), onerror=onerror):
             real = os.path.realpath(root)
             leads_up = real!=start and Path(start).is_relative_to(real)
-            if real in seen or leads_up: folders.clear(); continue
+            if real in seen or leads_up:
+                folders.clear()
+                continue
             seen.add(real)
             later += [Path(root)/name for name in sorted(folders) if os.path.islink(f'{root}/{name}')]
             yield Path(root), files
@@ -267,13 +391,15 @@ def walk_files(
     return sorted(root/name for root,files in _walk(folder, onerror) for name in files)
 
 def _matches(pattern):
-    "What a pattern names; where it has `**`, which `glob` would follow through loops of links, each folder is visited once."
+    """What a pattern names; where it has `**`, which `glob` would follow through loops of links, each folder
+    is visited once."""
     parts = Path(pattern).parts
     if '**' not in parts: return set(map(Path, glob.glob(pattern)))
     at = parts.index('**')
     rest, found = os.path.join(*parts[at+1:] or ('*',)), set()
     for top in glob.glob(os.path.join(*parts[:at])) if at else ['.']:
-        for folder,_ in _walk(top): found |= _matches(os.path.join(glob.escape(str(folder)), rest))
+        for folder,_ in _walk(top):
+            found |= _matches(os.path.join(glob.escape(str(folder)), rest))
     return found
 
 def _no_file(path):
@@ -304,19 +430,27 @@ def images_below(
 def _found_below(folder):
     found, others = images_below(folder)
     passed = passed_over(others)
-    if not found: raise FileNotFoundError(f"no picture at {folder!r} or below it" + (f'; passed over: {passed}' if passed else ''))
-    if passed: print(f'{folder}: passed over {passed}', file=sys.stderr)
+    if not found:
+        raise FileNotFoundError(
+            f"no picture at {folder!r} or below it" + (f'; passed over: {passed}' if passed else '')
+        )
+    if passed:
+        print(f'{folder}: passed over {passed}', file=sys.stderr)
     return found
 
 def find_images(
     paths, # Names of files, folders or patterns
 ) -> list: # Of `Path`
-    "List the image files that `paths` name, and say what was passed over in folders; raises `FileNotFoundError` for a name with nothing behind it."
+    """List the image files that `paths` name, and say what was passed over in folders; raises
+    `FileNotFoundError` for a name with nothing behind it."""
     files = []
     for path in map(str, paths):
-        if Path(path).is_dir(): found = _found_below(path)
-        elif Path(path).is_file(): found = [Path(path)]
-        else: found = sorted(p for p in _matches(path) if p.is_file())
+        if Path(path).is_dir():
+            found = _found_below(path)
+        elif Path(path).is_file():
+            found = [Path(path)]
+        else:
+            found = sorted(p for p in _matches(path) if p.is_file())
         if not found: raise FileNotFoundError(f"no picture at {path!r}")
         files += found
     return files
@@ -337,13 +471,15 @@ def _read(file, n):
     return data
 
 def _receive(file, most, buffer=None):
-    "Read a message with a body of at most so many bytes, into `buffer` if there is one; raises `EOFError` at the end, `ValueError` for what is no message."
+    """Read a message with a body of at most so many bytes, into `buffer` if there is one; raises `EOFError`
+    at the end, `ValueError` for what is no message."""
     size, length = struct.unpack('>IQ', _read(file, 12))
     if size > _MOST_HEAD or length > most: raise ValueError("a message is too long")
     head = json.loads(_read(file, size))
     if not isinstance(head, dict): raise ValueError("a message has no head")
     if buffer is None: return head, _read(file, length)
-    if length > len(buffer): buffer.extend(bytes(length-len(buffer)))
+    if length > len(buffer):
+        buffer.extend(bytes(length-len(buffer)))
     body = memoryview(buffer)[:length]
     if file.readinto(body)!=length: raise EOFError("it ended")
     return head, body
@@ -354,25 +490,32 @@ def _limit_memory(most):
         import resource
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    except (ImportError, ValueError, OSError): return False
+    except (ImportError, ValueError, OSError):
+        return False
     return True
 
 # %% ../nbs/30b_images.ipynb #1b000033
 def _answer(request, body, ask):
     "What a child says about a request: a head, and the pixels."
     source = Path(request['path']) if 'path' in request else body
-    try: image = _open(source, request['name'], request['min_side'], request['pixels'], ask)
-    except TooManyPixels as e: return dict(error=str(e)[:2000], too_many=True), b''
-    except ValueError as e: return dict(error=str(e)[:2000]), b''
+    try:
+        image = _open(source, request['name'], request['min_side'], request['pixels'], ask)
+    except TooManyPixels as e:
+        return dict(error=str(e)[:2000], too_many=True), b''
+    except ValueError as e:
+        return dict(error=str(e)[:2000]), b''
     return dict(size=image.size, original_size=image.info['original_size']), image.tobytes()
 
 def _requests(file):
-    "A function that gives the next message of the parent, read by a thread that ends this process where they end."
+    """A function that gives the next message of the parent, read by a thread that ends this process where
+    they end."""
     waiting = queue.SimpleQueue()
     def read():
         try:
-            while True: waiting.put(_receive(file, MOST_FILE))
-        finally: os._exit(0)
+            while True:
+                waiting.put(_receive(file, MOST_FILE))
+        finally:
+            os._exit(0)
     threading.Thread(target=read, daemon=True).start()
     return waiting.get
 
@@ -386,7 +529,8 @@ def decode_requests(
     memory:int, # Bytes that this process may take
     seconds:float, # For one image; a timer ends this process after twice that time, where the system has one
 ):
-    "Decode images that are asked for on the standard input, until it ends; this is what a child of `DecodingPool` runs."
+    """Decode images that are asked for on the standard input, until it ends; this is what a child of
+    `DecodingPool` runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is the parent's
     replies, hush = _take_over_output()
     image_formats()
@@ -408,11 +552,20 @@ def decode_requests(
         set_timer(0)
 
 # %% ../nbs/30b_images.ipynb #1b000035
-_CHILD = "import json, sys; root, path, memory, seconds = json.loads(sys.argv[1]); sys.path.insert(0, root); " \
-         "sys.path += [p for p in path if p not in sys.path]; from capnb.images import decode_requests; decode_requests(memory, seconds)"
+_CHILD = (
+    "import json, sys; root, path, memory, seconds = json.loads(sys.argv[1]); sys.path.insert(0, root);"
+    " sys.path += [p for p in path if p not in sys.path]; from capnb.images import decode_requests;"
+    " decode_requests(memory, seconds)"
+)
 
-_ENVIRONMENT = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', # one image at a time
-                    PILLOW_BLOCKS_MAX='4', MALLOC_MMAP_THRESHOLD_=str(2**26), MALLOC_TRIM_THRESHOLD_=str(2**27)) # memory is used again
+# memory is used again
+_ENVIRONMENT = dict(
+    OMP_NUM_THREADS='1',
+    OPENBLAS_NUM_THREADS='1',  # one image at a time
+    PILLOW_BLOCKS_MAX='4',
+    MALLOC_MMAP_THRESHOLD_=str(2**26),
+    MALLOC_TRIM_THRESHOLD_=str(2**27),
+)
 _KEPT = 2**24 # bytes for pixels that are kept for the next image
 
 class _Decoder:
@@ -421,13 +574,23 @@ class _Decoder:
         root = str(Path(capnb.__file__).resolve().parent.parent)
         arguments = json.dumps([root, [p for p in sys.path if p], memory, seconds])
         self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
-        self.process = subprocess.Popen([sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments], pipesize=2**20, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | _ENVIRONMENT, creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
-        try: self.limited = _receive(self.process.stdout, 0)[0]['limited']
+        self.process = subprocess.Popen(
+            [sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments],
+            pipesize=2**20,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | _ENVIRONMENT,
+            creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0),
+        )
+        try:
+            self.limited = _receive(self.process.stdout, 0)[0]['limited']
         except (EOFError, ValueError, KeyError):
             self.process.kill()
             said = self.process.stderr.read().decode(errors='replace').strip().splitlines()
-            raise OSError(f"no process for decoding images could be started: {said[-1] if said else 'it ended at once'}") from None
+            raise OSError(
+                f"no process for decoding images could be started: {said[-1] if said else 'it ended at once'}"
+            ) from None
         self.process.stderr.close()
 
     def alive(self): return self.process.poll() is None
@@ -435,12 +598,17 @@ class _Decoder:
     def kill(self):
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
-            try: pipe.close()
-            except OSError: pass # what was still to be written
+            try:
+                pipe.close()
+            except OSError:
+                pass # what was still to be written
         self.process.wait()
 
     def ask(self, request, body, large):
-        "What the child answers: a head, and an image if all is well. Raises `ValueError` that says why if there is no answer; then the child is gone."
+        """What the child answers: a head, and an image if all is well.
+
+        Raises `ValueError` that says why if there is no answer; then the child is gone.
+        """
         try:
             self.deadline = time.monotonic() + self.seconds
             _send(self.process.stdin, request, body)
@@ -453,37 +621,55 @@ class _Decoder:
                 return self._answer()
         except (EOFError, OSError, ValueError, KeyError, TypeError):
             self.kill()
-            raise ValueError(f"decoding it took longer than {self.seconds:g} seconds" if self.late else "its decoder died") from None
-        except BaseException: # Ctrl-C in the middle of an answer: the next one would begin with the rest of it
+            raise ValueError(
+                f"decoding it took longer than {self.seconds:g} seconds" if self.late else "its decoder died"
+            ) from None
+        # Ctrl-C in the middle of an answer: the next one would begin with the rest of it
+        except BaseException:
             self.kill()
             raise
-        finally: self.deadline = None
+        finally:
+            self.deadline = None
 
     def _answer(self):
         head, pixels = _receive(self.process.stdout, 2**32, self.buffer)
         image = None
         if 'size' in head:
-            if len(pixels) != 3*head['size'][0]*head['size'][1]: raise ValueError("the pixels do not fit")
+            if len(pixels) != 3*head['size'][0]*head['size'][1]:
+                raise ValueError("the pixels do not fit")
             image = Image.frombytes('RGB', tuple(head['size']), pixels)
             image.info['original_size'] = tuple(head['original_size'])
-        elif 'error' not in head and 'wait' not in head: raise ValueError("it is no answer")
-        if len(self.buffer) > _KEPT: self.buffer = bytearray()
+        elif 'error' not in head and 'wait' not in head:
+            raise ValueError("it is no answer")
+        if len(self.buffer) > _KEPT:
+            self.buffer = bytearray()
         return head, image
 
 # %% ../nbs/30b_images.ipynb #1b000037
 _FREE = 2**24 # pixels that every child may decode at any time; larger images come one after the other
 
 @cache
-def _say_unlimited(): print("this system sets no limit to the memory of a process; what is decoded is limited by its pixels and bytes only", file=sys.stderr)
+def _say_unlimited():
+    print(
+        "this system sets no limit to the memory of a process; what is decoded is limited by its pixels and"
+        " bytes only",
+        file=sys.stderr,
+    )
 
 class DecodingPool:
-    "Child processes that decode images, each with a limit of time and memory; one that hangs or dies is replaced, and only its image is an error."
+    """Child processes that decode images, each with a limit of time and memory; one that hangs or dies is
+    replaced, and only its image is an error."""
     def __init__(self,
         workers:int=None, # Children; None for one per core
         seconds:float=30, # For one image
         memory:int=2**31, # Bytes of address space for each child, where the system sets such limits
     ):
-        self.workers, self.seconds, self.memory, self.pid = workers or os.cpu_count() or 1, seconds, memory, os.getpid()
+        self.workers, self.seconds, self.memory, self.pid = (
+            workers or os.cpu_count() or 1,
+            seconds,
+            memory,
+            os.getpid(),
+        )
         self.idle, self.waiting, self.children = queue.LifoQueue(), queue.SimpleQueue(), set()
         self.large, self.closed = threading.Lock(), threading.Event()
         for _ in range(self.workers):
@@ -492,7 +678,8 @@ class DecodingPool:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __exit__(self, *error):
+        self.close()
 
     def _watch(self):
         "Kill children that are late."
@@ -507,8 +694,10 @@ class DecodingPool:
         while (task := self.waiting.get()) is not None:
             future, args, kwargs = task
             if not future.set_running_or_notify_cancel(): continue
-            try: future.set_result(self.open(*args, **kwargs))
-            except Exception as e: future.set_exception(e) # for whoever asks for the result
+            try:
+                future.set_result(self.open(*args, **kwargs))
+            except Exception as e:
+                future.set_exception(e) # for whoever asks for the result
 
     def _ask(self, request, body):
         "Let a child answer, which is started or replaced where needed."
@@ -520,9 +709,11 @@ class DecodingPool:
                 child = None
                 child = _Decoder(self.memory, self.seconds)
                 self.children.add(child)
-                if not child.limited: _say_unlimited()
+                if not child.limited:
+                    _say_unlimited()
             return child.ask(request, body, self.large)
-        finally: self.idle.put(child)
+        finally:
+            self.idle.put(child)
 
     def open(self,
         source, # As for `open_image`; a PIL image stays in this process
@@ -530,17 +721,27 @@ class DecodingPool:
         min_side:int=None, # As for `open_image`
         pixels:float=None, # As for `open_image`
     ) -> Image.Image: # As of `open_image`
-        "Open an image in a child; raises as `open_image`, also where the child took too long or died, and `OSError` where none can be started."
+        """Open an image in a child; raises as `open_image`, also where the child took too long or died, and
+        `OSError` where none can be started."""
         source, name = _unwrapped(source, name)
-        if isinstance(source, Image.Image): return open_image(source, name, min_side, pixels)
-        if self.closed.is_set() or os.getpid()!=self.pid: raise RuntimeError("the pool is closed, or belongs to another process")
+        if isinstance(source, Image.Image):
+            return open_image(source, name, min_side, pixels)
+        if self.closed.is_set() or os.getpid()!=self.pid:
+            raise RuntimeError("the pool is closed, or belongs to another process")
         name = str(name or (source if isinstance(source, (str, Path)) else 'the image'))
-        request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), source if isinstance(source, bytes) else b''
-        if not isinstance(source, bytes): request['path'] = os.path.abspath(source)
-        if len(body) > MOST_FILE: raise ValueError(f"{name} is not a readable picture: it has more than {MOST_FILE>>20} MB")
-        try: head, image = self._ask(request, body)
-        except ValueError as e: raise ValueError(f"{name} is not a readable picture: {e}") from None
-        if 'error' in head: raise (TooManyPixels if 'too_many' in head else ValueError)(str(head['error']))
+        request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), (
+            source if isinstance(source, bytes) else b''
+        )
+        if not isinstance(source, bytes):
+            request['path'] = os.path.abspath(source)
+        if len(body) > MOST_FILE:
+            raise ValueError(f"{name} is not a readable picture: it has more than {MOST_FILE>>20} MB")
+        try:
+            head, image = self._ask(request, body)
+        except ValueError as e:
+            raise ValueError(f"{name} is not a readable picture: {e}") from None
+        if 'error' in head:
+            raise (TooManyPixels if 'too_many' in head else ValueError)(str(head['error']))
         return image
 
     def submit(self, *args, **kwargs): # `Future`
@@ -552,9 +753,12 @@ class DecodingPool:
     def _begun(self, source, how):
         "What `map` waits for: a `Future`, or what needs no child."
         if isinstance(source, ValueError): return source
-        if not isinstance(_unwrapped(source, None)[0], Image.Image): return self.submit(source, **how)
-        try: return open_image(source, **how)
-        except ValueError as e: return e
+        if not isinstance(_unwrapped(source, None)[0], Image.Image):
+            return self.submit(source, **how)
+        try:
+            return open_image(source, **how)
+        except ValueError as e:
+            return e
 
     def map(self,
         sources, # As for `open`; a `ValueError` in place of a source comes out as it is
@@ -566,25 +770,34 @@ class DecodingPool:
         try:
             for source in sources:
                 waiting.append(self._begun(source, how))
-                if len(waiting) > (ahead or 2*self.workers): yield _result(waiting.popleft())
-            while waiting: yield _result(waiting.popleft())
+                if len(waiting) > (ahead or 2*self.workers):
+                    yield _result(waiting.popleft())
+            while waiting:
+                yield _result(waiting.popleft())
         finally:
-            for future in waiting: isinstance(future, Future) and future.cancel()
+            for future in waiting:
+                isinstance(future, Future) and future.cancel()
 
     def close(self):
         "End the children; what waits is given up, what is in work is an error."
-        if os.getpid()!=self.pid: return # a fork's copy: the children are the other process's
+        if os.getpid()!=self.pid:
+            return # a fork's copy: the children are the other process's
         self.closed.set()
-        for _ in range(self.workers): self.waiting.put(None)
-        for child in list(self.children): child.process.kill() # whoever waits for its answer is told
+        for _ in range(self.workers):
+            self.waiting.put(None)
+        for child in list(self.children):
+            child.process.kill() # whoever waits for its answer is told
         for _ in range(self.idle.qsize()):
-            if child := self.idle.get(): child.kill()
+            if child := self.idle.get():
+                child.kill()
             self.idle.put(None)
 
 def _result(future):
     "An image or a `ValueError`."
-    try: return future.result() if isinstance(future, Future) else future
-    except ValueError as e: return e
+    try:
+        return future.result() if isinstance(future, Future) else future
+    except ValueError as e:
+        return e
 
 # %% ../nbs/30b_images.ipynb #1b00003a
 _FEW = 8 # images that are not worth a pool's processes are fewer
@@ -614,5 +827,7 @@ def open_images(
         yield from decoding_pool().map(sources, ahead, min_side=min_side)
         return
     for source in sources:
-        try: yield open_image(source, min_side=min_side)
-        except ValueError as e: yield e
+        try:
+            yield open_image(source, min_side=min_side)
+        except ValueError as e:
+            yield e

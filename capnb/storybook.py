@@ -14,8 +14,16 @@ from PIL import Image, ImageDraw
 
 # %% ../nbs/10_storybook.ipynb #9b7346b2
 KINDS = ('cat', 'bird', 'fish', 'butterfly', 'flower', 'tree', 'house', 'boat', 'car', 'balloon')
-COLOURS = dict(red=(221,58,50), orange=(243,143,44), yellow=(250,214,64), green=(70,165,84), blue=(58,120,212),
-               purple=(138,82,186), pink=(245,150,188), black=(48,46,58))
+COLOURS = dict(
+    red=(221, 58, 50),
+    orange=(243, 143, 44),
+    yellow=(250, 214, 64),
+    green=(70, 165, 84),
+    blue=(58, 120, 212),
+    purple=(138, 82, 186),
+    pink=(245, 150, 188),
+    black=(48, 46, 58),
+)
 SIZES = dict(big=(.19, .23), small=(.13, .15)) # radius, as a share of the picture's width
 PLACES = ('meadow', 'beach', 'snow', 'night')
 RELATIONS = ('left of', 'right of', 'above', 'below', 'beside')
@@ -28,7 +36,10 @@ SPLITS = dict(train=5000, validation=200, test=300, compositional=200) # name: d
 # %% ../nbs/10_storybook.ipynb #f5ac2d00
 @dataclass(frozen=True)
 class Thing:
-    "One drawn thing. `x`, `y` (its centre) and `radius` are shares of the picture's width, `y` grows downwards."
+    """One drawn thing.
+
+    `x`, `y` (its centre) and `radius` are shares of the picture's width, `y` grows downwards.
+    """
     kind: str
     colour: str
     size: str
@@ -71,16 +82,22 @@ def random_scene(
 ) -> Scene: # One thing (every third time) or two, beside or above each other
     "Draw a scene by lot."
     layout = rng.random()
-    if layout < 1/3:   things = (_thing(rng, _between(rng,.3,.7), _between(rng,.4,.65)),)
-    elif layout < 2/3: y = _between(rng,.45,.65); things = (_thing(rng,.27,y), _thing(rng,.73,y))
-    else:              x = _between(rng,.35,.65); things = (_thing(rng,x,.27), _thing(rng,x,.74))
+    if layout < 1/3:
+        things = (_thing(rng, _between(rng,.3,.7), _between(rng,.4,.65)),)
+    elif layout < 2/3:
+        y = _between(rng,.45,.65)
+        things = (_thing(rng,.27,y), _thing(rng,.73,y))
+    else:
+        x = _between(rng,.35,.65)
+        things = (_thing(rng,x,.27), _thing(rng,x,.74))
     return Scene(_pick(rng, PLACES), things)
 
 # %% ../nbs/10_storybook.ipynb #e8d28181
 def split_of(
     scene:Scene,
 ) -> str: # 'compositional' if a held-out pair is in it, else 'train' (8 of 10), 'validation' or 'test'
-    "Name the one split that the things of a scene, by kind and colour, belong to; place, size and order make no difference."
+    """Name the one split that the things of a scene, by kind and colour, belong to; place, size and order
+    make no difference."""
     pairs = sorted(t.pair for t in scene.things)
     if HELD_OUT.intersection(pairs): return 'compositional'
     return {0:'validation', 1:'test'}.get(crc32(f'split {pairs}'.encode()) % 10, 'train')
@@ -91,27 +108,121 @@ def _oval(cx, cy, rx, ry, a0=0, a1=360, n=20):
     angles = [math.radians(a0 + (a1-a0)*i/n) for i in range(n+1)]
     return [(cx+rx*math.cos(a), cy+ry*math.sin(a)) for a in angles]
 
-_petals = [('main', _oval(.46*math.cos(a), -.35+.46*math.sin(a), .32, .32, n=12)) for a in [math.radians(60*i+30) for i in range(6)]]
+_petals = [
+    ('main', _oval(0.46 * math.cos(a), -0.35 + 0.46 * math.sin(a), 0.32, 0.32, n=12))
+    for a in [math.radians(60 * i + 30) for i in range(6)]
+]
 SHAPES = dict(
-    cat=[('deep', [(.35,.95),(.8,.9),(1,.45),(.85,.1),(.7,.15),(.8,.5),(.6,.7),(.3,.7)]), ('main', _oval(0,.42,.55,.58)),
-         ('main', [(-.55,-.45),(-.6,-1),(-.1,-.75)]), ('main', [(.55,-.45),(.6,-1),(.1,-.75)]), ('main', _oval(0,-.4,.6,.47)),
-         ('pale', _oval(0,.5,.25,.34)), ('eye', _oval(-.22,-.45,.11,.12)), ('eye', _oval(.22,-.45,.11,.12)), ('rose', [(-.09,-.25),(.09,-.25),(0,-.12)])],
-    bird=[('deep', [(.5,.0),(1,-.3),(.95,.25)]), ('gold', [(-.85,-.5),(-.98,-.3),(-.7,-.2)]), ('ink', [(-.1,.6),(-.02,.6),(-.02,1),(-.1,1)]), ('ink', [(.18,.6),(.26,.6),(.26,1),(.18,1)]),
-          ('main', _oval(.05,.15,.65,.52)), ('main', _oval(-.45,-.35,.4,.38)), ('deep', _oval(.22,.1,.38,.26)), ('eye', _oval(-.52,-.42,.1,.1))],
-    fish=[('deep', [(.35,0),(1,-.55),(.85,0),(1,.55)]), ('deep', [(-.35,-.4),(.15,-.85),(.3,-.35)]), ('main', _oval(-.2,0,.8,.55)), ('pale', _oval(-.2,.22,.5,.24)),
-          ('deep', [(-.1,.05),(.25,-.12),(.25,.25)]), ('eye', _oval(-.62,-.13,.12,.12))],
-    butterfly=[('main', _oval(-.52,-.4,.48,.5)), ('main', _oval(.52,-.4,.48,.5)), ('deep', _oval(-.42,.45,.38,.42)), ('deep', _oval(.42,.45,.38,.42)),
-               ('pale', _oval(-.55,-.42,.22,.24)), ('pale', _oval(.55,-.42,.22,.24)), ('ink', _oval(0,.05,.1,.7))],
-    flower=[('leaf', [(-.06,-.2),(.06,-.2),(.06,1),(-.06,1)]), ('leaf', [(.0,.8),(.5,.35),(.4,.75)]), ('leaf', [(.0,.9),(-.5,.5),(-.4,.85)])] + _petals + [('gold', _oval(0,-.35,.26,.26))],
-    tree=[('wood', [(-.16,.1),(.16,.1),(.24,1),(-.24,1)]), ('main', _oval(-.45,-.05,.5,.45)), ('main', _oval(.45,-.05,.5,.45)), ('main', _oval(0,-.5,.58,.5)),
-          ('pale', _oval(-.25,-.55,.16,.14)), ('pale', _oval(.3,-.2,.14,.12)), ('deep', _oval(-.4,.1,.14,.12))],
-    house=[('cream', [(.35,-.9),(.6,-.9),(.6,-.3),(.35,-.3)]), ('main', [(-.72,-.1),(.72,-.1),(.72,.95),(-.72,.95)]), ('deep', [(-.98,-.05),(0,-.95),(.98,-.05)]), ('cream', [(-.15,.3),(.2,.3),(.2,.95),(-.15,.95)]),
-           ('sky', [(-.58,.2),(-.28,.2),(-.28,.5),(-.58,.5)]), ('sky', [(.34,.2),(.62,.2),(.62,.5),(.34,.5)])],
-    boat=[('wood', [(-.06,-1),(.04,-1),(.04,.4),(-.06,.4)]), ('pale', [(.1,-.9),(.85,.25),(.1,.25)]), ('cream', [(-.14,-.7),(-.14,.25),(-.65,.25)]), ('main', [(-1,.35),(1,.35),(.6,.95),(-.6,.95)]), ('deep', [(-1,.35),(1,.35),(.92,.5),(-.92,.5)])],
-    car=[('main', [(-.55,-.05),(-.35,-.6),(.4,-.6),(.65,-.05)]), ('main', [(-1,-.05),(.8,-.05),(1,.15),(1,.55),(-1,.55)]), ('sky', [(-.4,-.05),(-.27,-.45),(0,-.45),(0,-.05)]), ('sky', [(.1,-.05),(.1,-.45),(.33,-.45),(.48,-.05)]),
-         ('ink', _oval(-.52,.55,.28,.28)), ('ink', _oval(.52,.55,.28,.28)), ('cream', _oval(-.52,.55,.11,.11)), ('cream', _oval(.52,.55,.11,.11)), ('gold', _oval(.9,.2,.1,.12))],
-    balloon=[('main', _oval(0,-.3,.68,.7)), ('deep', [(-.4,.22),(.4,.22),(.18,.6),(-.18,.6)]), ('pale', _oval(0,-.3,.25,.7)), ('wood', [(-.2,.68),(.2,.68),(.16,1),(-.16,1)])])
-_FIXED = dict(eye=(250,250,245), ink=(52,48,60), gold=(250,196,70), rose=(238,140,150), leaf=(88,150,78), wood=(140,98,66), cream=(253,244,222), sky=(186,224,242), paper=(255,253,247))
+    cat=[
+        (
+            'deep',
+            [
+                (0.35, 0.95),
+                (0.8, 0.9),
+                (1, 0.45),
+                (0.85, 0.1),
+                (0.7, 0.15),
+                (0.8, 0.5),
+                (0.6, 0.7),
+                (0.3, 0.7),
+            ],
+        ),
+        ('main', _oval(0, 0.42, 0.55, 0.58)),
+        ('main', [(-0.55, -0.45), (-0.6, -1), (-0.1, -0.75)]),
+        ('main', [(0.55, -0.45), (0.6, -1), (0.1, -0.75)]),
+        ('main', _oval(0, -0.4, 0.6, 0.47)),
+        ('pale', _oval(0, 0.5, 0.25, 0.34)),
+        ('eye', _oval(-0.22, -0.45, 0.11, 0.12)),
+        ('eye', _oval(0.22, -0.45, 0.11, 0.12)),
+        ('rose', [(-0.09, -0.25), (0.09, -0.25), (0, -0.12)]),
+    ],
+    bird=[
+        ('deep', [(0.5, 0.0), (1, -0.3), (0.95, 0.25)]),
+        ('gold', [(-0.85, -0.5), (-0.98, -0.3), (-0.7, -0.2)]),
+        ('ink', [(-0.1, 0.6), (-0.02, 0.6), (-0.02, 1), (-0.1, 1)]),
+        ('ink', [(0.18, 0.6), (0.26, 0.6), (0.26, 1), (0.18, 1)]),
+        ('main', _oval(0.05, 0.15, 0.65, 0.52)),
+        ('main', _oval(-0.45, -0.35, 0.4, 0.38)),
+        ('deep', _oval(0.22, 0.1, 0.38, 0.26)),
+        ('eye', _oval(-0.52, -0.42, 0.1, 0.1)),
+    ],
+    fish=[
+        ('deep', [(0.35, 0), (1, -0.55), (0.85, 0), (1, 0.55)]),
+        ('deep', [(-0.35, -0.4), (0.15, -0.85), (0.3, -0.35)]),
+        ('main', _oval(-0.2, 0, 0.8, 0.55)),
+        ('pale', _oval(-0.2, 0.22, 0.5, 0.24)),
+        ('deep', [(-0.1, 0.05), (0.25, -0.12), (0.25, 0.25)]),
+        ('eye', _oval(-0.62, -0.13, 0.12, 0.12)),
+    ],
+    butterfly=[
+        ('main', _oval(-0.52, -0.4, 0.48, 0.5)),
+        ('main', _oval(0.52, -0.4, 0.48, 0.5)),
+        ('deep', _oval(-0.42, 0.45, 0.38, 0.42)),
+        ('deep', _oval(0.42, 0.45, 0.38, 0.42)),
+        ('pale', _oval(-0.55, -0.42, 0.22, 0.24)),
+        ('pale', _oval(0.55, -0.42, 0.22, 0.24)),
+        ('ink', _oval(0, 0.05, 0.1, 0.7)),
+    ],
+    flower=[
+        ('leaf', [(-0.06, -0.2), (0.06, -0.2), (0.06, 1), (-0.06, 1)]),
+        ('leaf', [(0.0, 0.8), (0.5, 0.35), (0.4, 0.75)]),
+        ('leaf', [(0.0, 0.9), (-0.5, 0.5), (-0.4, 0.85)]),
+    ]
+    + _petals
+    + [('gold', _oval(0, -0.35, 0.26, 0.26))],
+    tree=[
+        ('wood', [(-0.16, 0.1), (0.16, 0.1), (0.24, 1), (-0.24, 1)]),
+        ('main', _oval(-0.45, -0.05, 0.5, 0.45)),
+        ('main', _oval(0.45, -0.05, 0.5, 0.45)),
+        ('main', _oval(0, -0.5, 0.58, 0.5)),
+        ('pale', _oval(-0.25, -0.55, 0.16, 0.14)),
+        ('pale', _oval(0.3, -0.2, 0.14, 0.12)),
+        ('deep', _oval(-0.4, 0.1, 0.14, 0.12)),
+    ],
+    house=[
+        ('cream', [(0.35, -0.9), (0.6, -0.9), (0.6, -0.3), (0.35, -0.3)]),
+        ('main', [(-0.72, -0.1), (0.72, -0.1), (0.72, 0.95), (-0.72, 0.95)]),
+        ('deep', [(-0.98, -0.05), (0, -0.95), (0.98, -0.05)]),
+        ('cream', [(-0.15, 0.3), (0.2, 0.3), (0.2, 0.95), (-0.15, 0.95)]),
+        ('sky', [(-0.58, 0.2), (-0.28, 0.2), (-0.28, 0.5), (-0.58, 0.5)]),
+        ('sky', [(0.34, 0.2), (0.62, 0.2), (0.62, 0.5), (0.34, 0.5)]),
+    ],
+    boat=[
+        ('wood', [(-0.06, -1), (0.04, -1), (0.04, 0.4), (-0.06, 0.4)]),
+        ('pale', [(0.1, -0.9), (0.85, 0.25), (0.1, 0.25)]),
+        ('cream', [(-0.14, -0.7), (-0.14, 0.25), (-0.65, 0.25)]),
+        ('main', [(-1, 0.35), (1, 0.35), (0.6, 0.95), (-0.6, 0.95)]),
+        ('deep', [(-1, 0.35), (1, 0.35), (0.92, 0.5), (-0.92, 0.5)]),
+    ],
+    car=[
+        ('main', [(-0.55, -0.05), (-0.35, -0.6), (0.4, -0.6), (0.65, -0.05)]),
+        ('main', [(-1, -0.05), (0.8, -0.05), (1, 0.15), (1, 0.55), (-1, 0.55)]),
+        ('sky', [(-0.4, -0.05), (-0.27, -0.45), (0, -0.45), (0, -0.05)]),
+        ('sky', [(0.1, -0.05), (0.1, -0.45), (0.33, -0.45), (0.48, -0.05)]),
+        ('ink', _oval(-0.52, 0.55, 0.28, 0.28)),
+        ('ink', _oval(0.52, 0.55, 0.28, 0.28)),
+        ('cream', _oval(-0.52, 0.55, 0.11, 0.11)),
+        ('cream', _oval(0.52, 0.55, 0.11, 0.11)),
+        ('gold', _oval(0.9, 0.2, 0.1, 0.12)),
+    ],
+    balloon=[
+        ('main', _oval(0, -0.3, 0.68, 0.7)),
+        ('deep', [(-0.4, 0.22), (0.4, 0.22), (0.18, 0.6), (-0.18, 0.6)]),
+        ('pale', _oval(0, -0.3, 0.25, 0.7)),
+        ('wood', [(-0.2, 0.68), (0.2, 0.68), (0.16, 1), (-0.16, 1)]),
+    ],
+)
+_FIXED = dict(
+    eye=(250, 250, 245),
+    ink=(52, 48, 60),
+    gold=(250, 196, 70),
+    rose=(238, 140, 150),
+    leaf=(88, 150, 78),
+    wood=(140, 98, 66),
+    cream=(253, 244, 222),
+    sky=(186, 224, 242),
+    paper=(255, 253, 247),
+)
 
 # %% ../nbs/10_storybook.ipynb #d4642f8d
 def _shade(rgb, by): return tuple(max(0, min(255, int(c+by))) for c in rgb)
@@ -123,19 +234,38 @@ def _draw_thing(draw, thing, width, rng, palette):
     roles = dict(_FIXED, main=_shade(main,0), deep=_shade(main,-34), pale=_shade(main,48))
     shapes = [(role, [(cx+flip*r*x, cy+r*y) for x,y in pts]) for role,pts in SHAPES[thing.kind]]
     edge = max(2, round(.035*width))
-    for _,pts in shapes: draw.line(pts+pts[:2], fill=roles['paper'], width=edge, joint='curve')
-    for role,pts in shapes: draw.polygon(pts, fill=roles[role])
-    for x,y in ((cx+flip*r*(x-.02), cy+r*y) for x,y in _pupils(thing.kind)): draw.ellipse((x-.05*r,y-.07*r,x+.05*r,y+.07*r), fill=_FIXED['ink'])
+    for _,pts in shapes:
+        draw.line(pts+pts[:2], fill=roles['paper'], width=edge, joint='curve')
+    for role,pts in shapes:
+        draw.polygon(pts, fill=roles[role])
+    for x,y in ((cx+flip*r*(x-.02), cy+r*y) for x,y in _pupils(thing.kind)):
+        draw.ellipse((x-.05*r,y-.07*r,x+.05*r,y+.07*r), fill=_FIXED['ink'])
 
-def _pupils(kind): return [(sum(x for x,_ in p)/len(p), sum(y for _,y in p)/len(p)) for role,p in SHAPES[kind] if role=='eye']
+def _pupils(kind):
+    return [
+        (sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p))
+        for role, p in SHAPES[kind]
+        if role == 'eye'
+    ]
 
 # %% ../nbs/10_storybook.ipynb #f4c51abc
-_SKY = dict(meadow=((150,208,240),(226,243,246)), beach=((128,198,238),(240,246,238)), snow=((178,196,222),(236,238,246)), night=((30,34,78),(84,80,140)))
-_LAND = dict(meadow=((150,200,110),(118,180,92)), beach=((94,178,206),(244,222,168)), snow=((222,230,242),(248,250,253)), night=((62,70,118),(44,52,92)))
+_SKY = dict(
+    meadow=((150, 208, 240), (226, 243, 246)),
+    beach=((128, 198, 238), (240, 246, 238)),
+    snow=((178, 196, 222), (236, 238, 246)),
+    night=((30, 34, 78), (84, 80, 140)),
+)
+_LAND = dict(
+    meadow=((150, 200, 110), (118, 180, 92)),
+    beach=((94, 178, 206), (244, 222, 168)),
+    snow=((222, 230, 242), (248, 250, 253)),
+    night=((62, 70, 118), (44, 52, 92)),
+)
 
 def _sky(place, width, rng):
     top, low = (tuple(int(c+_between(rng,-8,8)) for c in colour) for colour in _SKY[place])
-    column = Image.new('RGB', (1,2)); column.putdata([top, low])
+    column = Image.new('RGB', (1,2))
+    column.putdata([top, low])
     return column.resize((width,width), Image.Resampling.BILINEAR)
 
 def _land(draw, place, width, rng):
@@ -145,26 +275,38 @@ def _land(draw, place, width, rng):
         wave = [(x*width/12, width*(base+height*math.sin(phase+x*.5))) for x in range(13)]
         draw.polygon(wave+[(width,width),(0,width)], fill=tuple(int(c+_between(rng,-6,6)) for c in colour))
 
-def _dot(draw, x, y, r, width, fill): draw.ellipse(((x-r)*width,(y-r)*width,(x+r)*width,(y+r)*width), fill=fill)
+def _dot(draw, x, y, r, width, fill):
+    draw.ellipse(((x-r)*width,(y-r)*width,(x+r)*width,(y+r)*width), fill=fill)
 
 # %% ../nbs/10_storybook.ipynb #1bdb4ae2
 def _signs(draw, place, width, rng):
     "A sun or moon, and what is typical of the place: grass and daisies, waves and shells, snowflakes, stars."
     x, y = _between(rng,.1,.9), _between(rng,.08,.16)
     if place=='night':
-        _dot(draw, x, y, .075, width, (250,240,200)); _dot(draw, x+.035, y-.02, .065, width, _SKY['night'][0])
-        for _ in range(14): _dot(draw, rng.random(), _between(rng,0,.5), _between(rng,.006,.012), width, (255,246,214))
+        _dot(draw, x, y, .075, width, (250,240,200))
+        _dot(draw, x+.035, y-.02, .065, width, _SKY['night'][0])
+        for _ in range(14):
+            _dot(draw, rng.random(), _between(rng,0,.5), _between(rng,.006,.012), width, (255,246,214))
     elif place=='snow':
-        for _ in range(22): _dot(draw, rng.random(), rng.random(), _between(rng,.008,.016), width, (255,255,255))
+        for _ in range(22):
+            _dot(draw, rng.random(), rng.random(), _between(rng,.008,.016), width, (255,255,255))
     else:
-        _dot(draw, x, y, .085, width, (255,236,150)); _dot(draw, x, y, .06, width, (255,220,92))
+        _dot(draw, x, y, .085, width, (255,236,150))
+        _dot(draw, x, y, .06, width, (255,220,92))
         for cx in (_between(rng,0,.5), _between(rng,.5,1)):
             cy = _between(rng,.12,.3)
-            for dx,r in ((-.06,.03),(0,.045),(.06,.032)): _dot(draw, cx+dx, cy, r, width, (255,255,255))
+            for dx,r in ((-.06,.03),(0,.045),(.06,.032)):
+                _dot(draw, cx+dx, cy, r, width, (255,255,255))
     for _ in range(9 if place in ('meadow','beach') else 0):
         gx, gy = rng.random(), _between(rng,.82,.99)
-        if place=='beach': _dot(draw, gx, gy, _between(rng,.008,.014), width, _pick(rng, ((232,200,140),(255,250,240))))
-        else: draw.line([(gx*width,gy*width),((gx+.012)*width,(gy-.05)*width)], fill=(88,150,78), width=max(1,width//64))
+        if place=='beach':
+            _dot(draw, gx, gy, _between(rng,.008,.014), width, _pick(rng, ((232,200,140),(255,250,240))))
+        else:
+            draw.line(
+                [(gx * width, gy * width), ((gx + 0.012) * width, (gy - 0.05) * width)],
+                fill=(88, 150, 78),
+                width=max(1, width // 64),
+            )
 
 def draw_scene(
     scene:Scene,
@@ -178,15 +320,37 @@ def draw_scene(
     draw = ImageDraw.Draw(im)
     _land(draw, scene.place, width, rng)
     _signs(draw, scene.place, width, rng)
-    for thing in scene.things: _draw_thing(draw, thing, width, rng, palette)
+    for thing in scene.things:
+        _draw_thing(draw, thing, width, rng, palette)
     return im.reduce(2)
 
 # %% ../nbs/10_storybook.ipynb #39024ef2
 _SIZE_WORDS = dict(big=('big','large'), small=('small','little'))
-_PLACE_WORDS = dict(meadow=('in the meadow','on the grass'), beach=('on the beach','by the sea'), snow=('in the snow','on a snowy hill'), night=('at night','under the stars'))
-_RELATION_WORDS = {'left of':('to the left of',), 'right of':('to the right of',), 'beside':('beside','next to'), 'above':('above',), 'below':('below','under')}
-_VERBS = dict(cat='sits', bird='sits', fish='floats', butterfly='flutters', flower='grows', tree='grows', house='stands',
-              boat='rests', car='waits', balloon='hovers')
+_PLACE_WORDS = dict(
+    meadow=('in the meadow', 'on the grass'),
+    beach=('on the beach', 'by the sea'),
+    snow=('in the snow', 'on a snowy hill'),
+    night=('at night', 'under the stars'),
+)
+_RELATION_WORDS = {
+    'left of': ('to the left of',),
+    'right of': ('to the right of',),
+    'beside': ('beside', 'next to'),
+    'above': ('above',),
+    'below': ('below', 'under'),
+}
+_VERBS = dict(
+    cat='sits',
+    bird='sits',
+    fish='floats',
+    butterfly='flutters',
+    flower='grows',
+    tree='grows',
+    house='stands',
+    boat='rests',
+    car='waits',
+    balloon='hovers',
+)
 
 def _noun(rng, thing, sized):
     words = ([_pick(rng, _SIZE_WORDS[thing.size])] if sized else []) + [thing.colour, thing.kind]
@@ -198,17 +362,31 @@ def _sentence(*parts):
 
 # %% ../nbs/10_storybook.ipynb #2f9b3975
 def _writers(rng, place, verb, maybe):
-    "Five ways to put a caption; `a` and `b` are noun phrases, `rel` the words of a relation (`b` and `rel` may be empty)."
+    """Five ways to put a caption; `a` and `b` are noun phrases, `rel` the words of a relation (`b` and `rel`
+    may be empty)."""
     return dict(
-        plain=  (False, lambda a,rel,b: _sentence(a, rel, b, place)),
-        size=   (True,  lambda a,rel,b: _sentence(a, verb, rel, b, '' if b and maybe else place)),
-        place=  (False, lambda a,rel,b: _sentence(place+',', a, verb, rel, b) if b else _sentence(place, 'there is', a)),
-        there=  (maybe, lambda a,rel,b: _sentence('there is', a, rel, b, '' if maybe else place)),
-        list=   (maybe, lambda a,rel,b: _sentence('here are', a, 'and', b, place) if b else _sentence('here is', a, place)))
+        plain=(False, lambda a, rel, b: _sentence(a, rel, b, place)),
+        size=(True, lambda a, rel, b: _sentence(a, verb, rel, b, '' if b and maybe else place)),
+        place=(
+            False,
+            lambda a, rel, b: (
+                _sentence(place + ',', a, verb, rel, b) if b else _sentence(place, 'there is', a)
+            ),
+        ),
+        there=(maybe, lambda a, rel, b: _sentence('there is', a, rel, b, '' if maybe else place)),
+        list=(
+            maybe,
+            lambda a, rel, b: (
+                _sentence('here are', a, 'and', b, place) if b else _sentence('here is', a, place)
+            ),
+        ),
+    )
 
 def _write(rng, scene, writer):
     things = scene.things if rng.random()<.75 else scene.things[::-1]
-    sized, say = _writers(rng, _pick(rng, _PLACE_WORDS[scene.place]), _VERBS[things[0].kind], rng.random()<.4)[writer]
+    sized, say = _writers(
+        rng, _pick(rng, _PLACE_WORDS[scene.place]), _VERBS[things[0].kind], rng.random() < 0.4
+    )[writer]
     nouns = [_noun(rng, t, sized) for t in things]
     if len(things)==1: return say(nouns[0], '', '')
     true = [r for r in RELATIONS if relation_holds(things[0], r, things[1])]
@@ -226,21 +404,33 @@ def write_captions(
 # %% ../nbs/10_storybook.ipynb #af5cf52a
 def facts_of(
     scene:Scene,
-) -> dict: # `things` (kind, colour, size, and where), `place`, `relations` as (colour, kind, relation, colour, kind)
+# `things` (kind, colour, size, and where), `place`, `relations` as (colour, kind, relation, colour, kind)
+) -> dict:
     "List what is true of a scene, as plain data."
-    relations = [(*a.pair, r, *b.pair) for a in scene.things for b in scene.things if a is not b for r in RELATIONS if relation_holds(a, r, b)]
+    relations = [
+        (*a.pair, r, *b.pair)
+        for a in scene.things
+        for b in scene.things
+        if a is not b
+        for r in RELATIONS
+        if relation_holds(a, r, b)
+    ]
     return dict(things=[vars(t) for t in scene.things], place=scene.place, relations=relations)
 
 # %% ../nbs/10_storybook.ipynb #c881c503
 _words = lambda options: '|'.join(sorted(options, key=len, reverse=True))
-_NOUN_RE = re.compile(rf"\b(?:({_words(w for ws in _SIZE_WORDS.values() for w in ws)}) )?({_words(COLOURS)}) ({_words(KINDS)})\b")
+_NOUN_RE = re.compile(
+    rf"\b(?:({_words(w for ws in _SIZE_WORDS.values() for w in ws)}) )?({_words(COLOURS)})"
+    rf" ({_words(KINDS)})\b"
+)
 _meaning = lambda table: {w:k for k,ws in table.items() for w in ws}
 _SIZE_OF, _PLACE_OF, _RELATION_OF = map(_meaning, (_SIZE_WORDS, _PLACE_WORDS, _RELATION_WORDS))
 _PLACE_RE, _RELATION_RE = (re.compile(rf"\b({_words(t)})\b") for t in (_PLACE_OF, _RELATION_OF))
 
 def read_facts(
     caption:str, # Any sentence
-) -> dict: # `pairs` of (colour, kind), `sizes` of (size, colour, kind), `places`, `relations` as in `facts_of`
+# `pairs` of (colour, kind), `sizes` of (size, colour, kind), `places`, `relations` as in `facts_of`
+) -> dict:
     "Find what a caption claims about things, place and relation."
     text = caption.lower()
     nouns = list(_NOUN_RE.finditer(text))
@@ -254,24 +444,31 @@ def read_facts(
 class Storybook:
     "A book of drawn pictures, each with five captions and its facts."
     def __init__(self,
-        split:str='train', # 'train', 'validation', 'test' or 'compositional' (with pairs of colour and kind that no other split has)
-        seed:int=0, # Another seed is another book; what is in a split's scenes never is in another split's, whatever the seeds
+        # 'train', 'validation', 'test' or 'compositional' (with pairs of colour and kind that no other split
+        # has)
+        split:str='train',
+        # Another seed is another book; what is in a split's scenes never is in another split's, whatever the
+        # seeds
+        seed:int=0,
         size:int=64, # Width and height of the pictures in pixels
         n:int=None, # Number of pictures; None takes the number in `SPLITS`
     ):
-        if split not in SPLITS: raise ValueError(f"split is {split!r}; the storybook has {', '.join(SPLITS)}")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; the storybook has {', '.join(SPLITS)}")
         self.split, self.seed, self.size, self.n = split, seed, size, SPLITS[split] if n is None else n
 
     def __len__(self): return self.n
 
     def _key(self, i):
-        if not -self.n <= i < self.n: raise IndexError(f"page {i} of a storybook with {self.n} pages")
+        if not -self.n <= i < self.n:
+            raise IndexError(f"page {i} of a storybook with {self.n} pages")
         return f'{self.seed}/{self.split}/{i % self.n}'
 
     def scene(self, i:int) -> Scene:
         "The scene on page `i`: scenes are drawn by lot until one belongs to this split."
         rng = random.Random(self._key(i))
-        while split_of(scene := random_scene(rng)) != self.split: pass
+        while split_of(scene := random_scene(rng)) != self.split:
+            pass
         return scene
 
     def captions(self, i:int) -> list:
@@ -281,5 +478,10 @@ class Storybook:
     def __getitem__(self, i:int) -> dict:
         "`image`, `captions`, `facts`, `image_id` and `split` of page `i`."
         key, scene = self._key(i), self.scene(i)
-        return dict(image=draw_scene(scene, self.size, key), captions=write_captions(scene, key), facts=facts_of(scene),
-                    image_id=key.replace('/','-'), split=self.split)
+        return dict(
+            image=draw_scene(scene, self.size, key),
+            captions=write_captions(scene, key),
+            facts=facts_of(scene),
+            image_id=key.replace('/', '-'),
+            split=self.split,
+        )

@@ -30,13 +30,24 @@ def draw_strip(
     at, begin, line = 0, 0, 0
     for word in words:
         at = caption.find(word.text, at)
-        if at+len(word.text)-begin > width and caption[at-1:at].isspace(): begin, line = at, line+1
+        if at+len(word.text)-begin > width and caption[at-1:at].isspace():
+            begin, line = at, line+1
         x, wide = (at-begin)/width, len(word.text)/width
-        ax.text(x+wide/2, -line, word.text, ha='center', va='bottom', family='monospace', fontsize=14, parse_math=False)
+        ax.text(
+            x + wide / 2,
+            -line,
+            word.text,
+            ha='center',
+            va='bottom',
+            family='monospace',
+            fontsize=14,
+            parse_math=False,
+        )
         for share,colour in ((1, '#ccc'), (word.probability, '#06c')) if word.text[:1].isalnum() else ():
             ax.plot((x, x+wide*share), (-line-.08,)*2, color=colour, lw=3, solid_capstyle='butt')
         at += len(word.text)
-    ax.axis('off'); ax.set(xlim=(0,1), ylim=(-line-.3, .8))
+    ax.axis('off')
+    ax.set(xlim=(0,1), ylim=(-line-.3, .8))
 
 # %% ../../nbs/17_attribution.ipynb #22ee0012
 def _draw_word(ax, word, box):
@@ -44,7 +55,17 @@ def _draw_word(ax, word, box):
     others = ', '.join(f'{text} {p:.0%}' for text,p in word.alternatives[:3] if p >= .005)
     ax.imshow(veil(word.patches), extent=box, interpolation='bilinear')
     ax.set_title(f'{word.text}  {word.probability:.0%}', fontsize=11, weight='bold', parse_math=False)
-    ax.text(.5, -.04, textwrap.fill('or ' + (others or 'nothing else'), 32), transform=ax.transAxes, ha='center', va='top', fontsize=8, color='#444', parse_math=False)
+    ax.text(
+        0.5,
+        -0.04,
+        textwrap.fill('or ' + (others or 'nothing else'), 32),
+        transform=ax.transAxes,
+        ha='center',
+        va='top',
+        fontsize=8,
+        color='#444',
+        parse_math=False,
+    )
 
 def draw_explanation(
     caption:str,
@@ -53,7 +74,8 @@ def draw_explanation(
     least:float=.1, # Nats that a word must lose to get a picture of its own
     columns:int=4,
 ): # Figure of matplotlib
-    "Draw on which parts of a picture the words of its caption rest, how sure the model was of each, and what else it might have said."
+    """Draw on which parts of a picture the words of its caption rest, how sure the model was of each, and
+    what else it might have said."""
     from matplotlib.figure import Figure
     shown = [None] + [w for w in words if w.text[:1].isalnum() and w.patches.max() >= least]
     rows, width = -(-len(shown)//columns), 17*columns
@@ -62,10 +84,12 @@ def draw_explanation(
     top, below = fig.subfigures(2, 1, height_ratios=(strip, each*rows))
     draw_strip(top.subplots(), caption, words, width)
     axs, box = below.subplots(rows, columns, squeeze=False).ravel(), (0, image.width, image.height, 0)
-    for ax in axs: ax.axis('off')
+    for ax in axs:
+        ax.axis('off')
     for ax,word in zip(axs, shown):
         ax.imshow(image, extent=box)
-        if word: _draw_word(ax, word, box)
+        if word:
+            _draw_word(ax, word, box)
     return fig
 
 # %% ../../nbs/17_attribution.ipynb #22ee0015
@@ -73,11 +97,17 @@ def named_things(
     words, # `Word`s of a caption
     facts:dict, # Of the picture, from `capnb.storybook.facts_of`
 ) -> list: # Of (place of the word in `words`, number of the thing in `facts['things']`)
-    "Find the words that name colour and kind of a thing that is there; where two things are alike, nobody can say which is meant."
+    """Find the words that name colour and kind of a thing that is there; where two things are alike, nobody
+    can say which is meant."""
     things = {(t['colour'], t['kind']): i for i,t in enumerate(facts['things'])}
     if len(things) < len(facts['things']): return []
     texts = [w.text.lower() for w in words]
-    return [(at+part, things[pair]) for at,pair in enumerate(zip(texts, texts[1:])) if pair in things for part in (0,1)]
+    return [
+        (at + part, things[pair])
+        for at, pair in enumerate(zip(texts, texts[1:]))
+        if pair in things
+        for part in (0, 1)
+    ]
 
 def parts_inside(
     thing:dict, # With `x`, `y`, `radius`: shares of the picture
@@ -91,23 +121,44 @@ def parts_inside(
 def pointing(
     words, # `Word`s with patches
     facts:dict, # As for `named_things`
-) -> list: # For each word that names a thing: 'word', 'hit', 'chance', 'share' (of what it loses), 'other' (hit the other thing), 'own' (loses more in its own thing); None for the last two where there is only one thing
+# For each word that names a thing: 'word', 'hit', 'chance', 'share' (of what it loses), 'other' (hit the
+# other thing), 'own' (loses more in its own thing); None for the last two where there is only one thing
+) -> list:
     "Say how well each word that names a thing points at it."
     found = []
     for at,i in named_things(words, facts):
         patches = np.clip(words[at].patches, 0, None)
         inside = [parts_inside(t, patches.shape) for t in facts['things']]
-        most, others, total = np.unravel_index(words[at].patches.argmax(), patches.shape), [m for j,m in enumerate(inside) if j!=i], patches.sum()
-        found.append(dict(word=words[at].text, hit=float(inside[i][most]), chance=float(inside[i].mean()), share=float(patches[inside[i]].sum()/total if total else inside[i].mean()),
-                          other=float(others[0][most]) if others else None, own=float(patches[inside[i]].mean() > patches[others[0]].mean()) if others else None))
+        most, others, total = (
+            np.unravel_index(words[at].patches.argmax(), patches.shape),
+            [m for j, m in enumerate(inside) if j != i],
+            patches.sum(),
+        )
+        found.append(
+            dict(
+                word=words[at].text,
+                hit=float(inside[i][most]),
+                chance=float(inside[i].mean()),
+                share=float(patches[inside[i]].sum() / total if total else inside[i].mean()),
+                other=float(others[0][most]) if others else None,
+                own=float(patches[inside[i]].mean() > patches[others[0]].mean()) if others else None,
+            )
+        )
     return found
 
 def pointing_scores(
     pictures, # Of each picture what `pointing` gives
-) -> dict: # 'hit', 'chance', 'gain' (hit less chance), 'share', 'other', 'own': mean over pictures, of the mean over their words, and its 95% interval; 'words' and 'pictures': how many
+# 'hit', 'chance', 'gain' (hit less chance), 'share', 'other', 'own': mean over pictures, of the mean over
+# their words, and its 95% interval; 'words' and 'pictures': how many
+) -> dict:
     "Sum up how well words point at their things (pointing game, Zhang et al. 2016)."
     pictures = [p for p in pictures if p]
     each = lambda key: [np.mean(v) for p in pictures if (v := [w[key] for w in p if w[key] is not None])]
     scores = {key: each(key) for key in ('hit','chance','share','other','own')}
     scores['gain'] = [h-c for h,c in zip(scores['hit'], scores['chance'], strict=True)]
-    return {key: (parts.value, *interval(parts)) for key,values in scores.items() if values for parts in [mean_parts(values)]} | dict(words=sum(map(len, pictures)), pictures=len(pictures))
+    return {
+        key: (parts.value, *interval(parts))
+        for key, values in scores.items()
+        if values
+        for parts in [mean_parts(values)]
+    } | dict(words=sum(map(len, pictures)), pictures=len(pictures))

@@ -20,12 +20,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from ..settings import atomic_write, no_loading_bar
 from ..decoder import tokenize_captions
 from ..evaluation import facts_scores
-from ..storybook import COLOURS, HELD_OUT, KINDS, PLACES, Storybook, Scene, draw_scene, facts_of, read_facts, relation_holds, split_of, write_captions
+from capnb.storybook import (
+    COLOURS, HELD_OUT, KINDS, PLACES, Storybook, Scene, draw_scene, facts_of, read_facts, relation_holds,
+    split_of, write_captions
+)
 
 # %% ../../nbs/11_pretraining.ipynb #5d146c09
 _book = Storybook('train', seed=1, n=10**9) # pages are made on demand, so it may be as thick as we like
@@ -40,7 +45,15 @@ def train_tokenizer(
     "Train a byte-level BPE tokenizer, as Qwen's is."
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 # %% ../../nbs/11_pretraining.ipynb #d61dc802
@@ -49,7 +62,9 @@ def closing(
 ) -> PreTrainedTokenizerFast:
     "A copy of a tokenizer that appends end-of-text, as CLIP's does."
     bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    bpe.post_processor = processors.TemplateProcessing(single=f'$A {END}', special_tokens=[(END, tokenizer.eos_token_id)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f'$A {END}', special_tokens=[(END, tokenizer.eos_token_id)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 # %% ../../nbs/11_pretraining.ipynb #fc7562ff
@@ -60,45 +75,76 @@ def story_page(
     return '\n'.join(_book.captions(i)[:2])
 
 # %% ../../nbs/11_pretraining.ipynb #17d70c93
-_OTHER_LOOKS = ('wooden shiny striped golden silver soft round tall happy sleepy wet warm broken painted woolly spotted fluffy rusty crooked quiet '
-                'brave curly dusty lonely sunny velvet').split()
-_OTHER_THINGS = ('lamp hat drum bell chair ladder rabbit bear fox duck horse sheep mouse snail frog train wagon bridge tower barrel basket ball '
-                 'book clock bench fence cloud star shoe spoon cup cake pear robot doll').split()
+_OTHER_LOOKS = (
+    'wooden shiny striped golden silver soft round tall happy sleepy wet warm broken painted woolly spotted'
+    ' fluffy rusty crooked quiet brave curly dusty lonely sunny velvet'
+).split()
+_OTHER_THINGS = (
+    'lamp hat drum bell chair ladder rabbit bear fox duck horse sheep mouse snail frog train wagon bridge'
+    ' tower barrel basket ball book clock bench fence cloud star shoe spoon cup cake pear robot doll'
+).split()
 
 def _note(scene, words, rng):
     "Key words of a scene after a dash, thing by thing in any order; some are missing."
     beside = relation_holds(scene.things[0], 'beside', scene.things[-1])
     stands = [''] if len(scene.things)==1 else ['left','right'] if beside else ['top','bottom']
     kept = lambda *options: ' '.join(word for word,share in options if word and rng.random()<share)
-    parts = [kept((where,.9), (t.size,.8), (words[t.pair][0],.9), (words[t.pair][1],.9)) for where,t in zip(stands, scene.things)] + [kept((scene.place,.95))]
+    parts = [
+        kept((where, 0.9), (t.size, 0.8), (words[t.pair][0], 0.9), (words[t.pair][1], 0.9))
+        for where, t in zip(stands, scene.things)
+    ] + [kept((scene.place, 0.95))]
     rng.shuffle(parts)
     return '- ' + (', '.join(filter(None, parts)) or scene.place)
 
 def mixed_page(
     i:int, # Number of the page
 ) -> str: # A first line that tells a scene or notes it in key words, and a second that tells it
-    "A page of text in which what goes with what cannot be known by heart: on every second of the first 48,000 pages, and on all later ones, other words stand for some colours and kinds."
+    """A page of text in which what goes with what cannot be known by heart: on every second of the first
+    48,000 pages, and on all later ones, other words stand for some colours and kinds."""
     (first, second), scene, rng = story_page(i).split('\n'), _book.scene(i), random.Random(f'mixed {i}')
     share = .6 if i%2 or i>=48_000 else 0
-    words = {pair: [rng.choice(others) if rng.random()<share else word for word,others in zip(pair, (_OTHER_LOOKS, _OTHER_THINGS))] for pair in sorted({t.pair for t in scene.things})}
-    for old,new in words.items(): first, second = (_put(line, ' '.join(old), ' '.join(new)) for line in (first, second))
+    words = {
+        pair: [
+            rng.choice(others) if rng.random() < share else word
+            for word, others in zip(pair, (_OTHER_LOOKS, _OTHER_THINGS))
+        ]
+        for pair in sorted({t.pair for t in scene.things})
+    }
+    for old,new in words.items():
+        first, second = (_put(line, ' '.join(old), ' '.join(new)) for line in (first, second))
     return (_note(scene, words, rng) if rng.random()<.55 else first) + '\n' + second
 
 def _put(line, old, new):
     "Put other words into a line, with the article that they need."
-    return re.sub(rf'\b([Aa])n? {old}\b', rf"\1{'n' if new[0] in 'aeiou' else ''} {new}", line).replace(old, new)
+    return re.sub(rf'\b([Aa])n? {old}\b', rf"\1{'n' if new[0] in 'aeiou' else ''} {new}", line).replace(
+        old, new
+    )
 
 # %% ../../nbs/11_pretraining.ipynb #1179ad01
 def small_qwen3(
     tokenizer, # Fixes the size of the vocabulary
 ) -> Qwen3ForCausalLM:
     "A Qwen3 of under a million parameters, with random weights."
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 def _optimizer(parameters, rate, steps, hold=0.):
-    "AdamW with a short warm-up, a full rate for a share `hold` of the steps, and a cosine down to a fiftieth."
+    """AdamW with a short warm-up, a full rate for a share `hold` of the steps, and a cosine down to a
+    fiftieth."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(.9,.98), weight_decay=.02)
     cosine = lambda s: min(1, (s+1)/100)*(.51+.49*math.cos(math.pi*min(1, max(0, s/steps-hold)/(1-hold))))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
@@ -106,21 +152,29 @@ def _optimizer(parameters, rate, steps, hold=0.):
 def _learn(loss, parameters, optimizer, scheduler):
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.)
-    optimizer.step(); scheduler.step(); optimizer.zero_grad()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
 
 class Log:
     "Rows of what was measured when, printed and kept."
-    def __init__(self): self.rows, self.start = [], time.perf_counter()
+    def __init__(self):
+        self.rows, self.start = [], time.perf_counter()
     def __call__(self, **row):
         self.rows.append(dict(row, seconds=round(time.perf_counter()-self.start)))
-        tqdm.write('  '.join(f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}' for k,v in self.rows[-1].items()))
+        tqdm.write(
+            '  '.join(
+                f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}' for k, v in self.rows[-1].items()
+            )
+        )
 
 # %% ../../nbs/11_pretraining.ipynb #55a7972b
 def pooled(
     embeddings, # (pages, n, width)
     groups, # (pages, n) whole numbers; the tokens of a page that have the same number belong together
 ) -> torch.Tensor: # (pages, n, width)
-    "Give each token the sum of the embeddings of its group, divided by the root of their number: of independent words the sum is then as long as one of them."
+    """Give each token the sum of the embeddings of its group, divided by the root of their number: of
+    independent words the sum is then as long as one of them."""
     same = (groups[:,:,None]==groups[:,None,:]).float()
     return same/same.sum(-1, keepdim=True).sqrt() @ embeddings
 
@@ -133,21 +187,35 @@ def note_mask(
     dash, line_end = (tokenizer(mark)['input_ids'][0] for mark in '-\n')
     return (_before(input_ids==line_end)==0) & (input_ids[:,:1]==dash)
 
-def _before(marks): return marks.cumsum(1) - marks.long() # how many marks stand before each token
+def _before(marks):
+    return marks.cumsum(1) - marks.long() # how many marks stand before each token
 
 def blurred(
     lm, # Causal language model
     tokenizer, # Its tokenizer
     input_ids, # (pages, n)
 ) -> torch.Tensor: # (pages, n, width)
-    "Token embeddings in which notes are blurred: words of a thing added up, all words bleeding into each position, and noise up to the mean size of the whole table, each in four notes out of five and of its own strength; one token in ten of a noisy note becomes noise alone."
-    (pages, n), embeddings, note = input_ids.shape, lm.get_input_embeddings()(input_ids), note_mask(tokenizer, input_ids)
+    """Token embeddings in which notes are blurred: words of a thing added up, all words bleeding into each
+    position, and noise up to the mean size of the whole table, each in four notes out of five and of its
+    own strength; one token in ten of a noisy note becomes noise alone."""
+    (pages, n), embeddings, note = (
+        input_ids.shape,
+        lm.get_input_embeddings()(input_ids),
+        note_mask(tokenizer, input_ids),
+    )
     four_in_five = lambda: note & (torch.rand(pages,1)<.8)
     alone, part = torch.arange(n), -1-_before(input_ids==tokenizer(',')['input_ids'][0])
     mixed = pooled(embeddings, torch.where(four_in_five(), part, alone))
     bleeding = pooled(embeddings, torch.where(note, -1, alone))
-    noise, noisy = lm.get_input_embeddings().weight.detach().pow(2).mean().sqrt()*torch.randn_like(embeddings), four_in_five()
-    x = mixed + (four_in_five()*1.5*torch.rand(pages,1))[...,None]*bleeding + (noisy*torch.rand(pages,1))[...,None]*noise
+    noise, noisy = (
+        lm.get_input_embeddings().weight.detach().pow(2).mean().sqrt() * torch.randn_like(embeddings),
+        four_in_five(),
+    )
+    x = (
+        mixed
+        + (four_in_five() * 1.5 * torch.rand(pages, 1))[..., None] * bleeding
+        + (noisy * torch.rand(pages, 1))[..., None] * noise
+    )
     return torch.where((noisy & (torch.rand(pages,n)<.1))[...,None], noise, x)
 
 # %% ../../nbs/11_pretraining.ipynb #5808645b
@@ -164,7 +232,10 @@ def retell_f1(
     for at in range(0, n, 50):
         batch = tokenizer(prompts[at:at+50], padding=True, padding_side='left', return_tensors='pt')
         ids = lm.generate(**batch, do_sample=False, max_new_tokens=32, pad_token_id=tokenizer.pad_token_id)
-        said += [t.split('\n')[0] for t in tokenizer.batch_decode(ids[:,batch['input_ids'].shape[1]:], skip_special_tokens=True)]
+        said += [
+            t.split('\n')[0]
+            for t in tokenizer.batch_decode(ids[:, batch['input_ids'].shape[1] :], skip_special_tokens=True)
+        ]
     lm.train(was_training)
     return facts_scores(said, [facts_of(book.scene(i)) for i in range(n)])['pairs']['f1']
 
@@ -182,7 +253,14 @@ def pretrain_decoder(
         labels = ids.masked_fill((mask==0) | note_mask(tokenizer, ids), -100)
         loss = lm(inputs_embeds=blurred(lm, tokenizer, ids), attention_mask=mask, labels=labels).loss
         _learn(loss, list(lm.parameters()), optimizer, scheduler)
-        if (step+1)%500==0 or step+1==steps: log(model='qwen3', step=step+1, loss=loss.item(), retell_f1=retell_f1(lm, tokenizer), compositional=retell_f1(lm, tokenizer, 100, 'compositional'))
+        if (step+1)%500==0 or step+1==steps:
+            log(
+                model='qwen3',
+                step=step + 1,
+                loss=loss.item(),
+                retell_f1=retell_f1(lm, tokenizer),
+                compositional=retell_f1(lm, tokenizer, 100, 'compositional'),
+            )
     return lm.eval(), log
 
 # %% ../../nbs/11_pretraining.ipynb #80d34010
@@ -193,15 +271,42 @@ def small_clip(
     width:int=128, # Of the image tower
 ) -> CLIPModel:
     "A CLIP of about a million parameters whose projection is 512 wide; positions start as sines and cosines."
-    pad = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    clip = CLIPModel(CLIPConfig(projection_dim=512,
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=48, projection_dim=512, **pad),
-        vision_config=dict(hidden_size=width, intermediate_size=2*width, num_hidden_layers=3, num_attention_heads=4, image_size=_SIZE, patch_size=_PATCH, projection_dim=512)))
+    pad = dict(
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    clip = CLIPModel(
+        CLIPConfig(
+            projection_dim=512,
+            text_config=dict(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=48,
+                projection_dim=512,
+                **pad
+            ),
+            vision_config=dict(
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                image_size=_SIZE,
+                patch_size=_PATCH,
+                projection_dim=512,
+            ),
+        )
+    )
     side, waves = torch.arange(_SIZE//_PATCH), 1e4**(-torch.arange(width//4)/(width//4))
     axis = lambda p: torch.cat([torch.sin(p[:,None]*waves), torch.cos(p[:,None]*waves)], 1)
     with torch.no_grad():
         positions = clip.vision_model.embeddings.position_embedding.weight
-        positions[0], positions[1:] = 0, .5*torch.cat([axis(side.repeat_interleave(len(side))), axis(side.repeat(len(side)))], 1)
+        positions[0], positions[1:] = 0, 0.5 * torch.cat(
+            [axis(side.repeat_interleave(len(side))), axis(side.repeat(len(side)))], 1
+        )
     return clip
 
 def image_processor() -> CLIPImageProcessorPil:
@@ -225,16 +330,23 @@ _WIDTHS = 2*[len(options) for options in _FACTS.values()] + [3, len(PLACES)]
 
 def scene_labels(
     scene:Scene,
-) -> torch.Tensor: # Kind, colour and size of the left or upper thing and of the other one (-100 if there is none); layout (one, beside, above); place: eight whole numbers
+# Kind, colour and size of the left or upper thing and of the other one (-100 if there is none); layout (one,
+# beside, above); place: eight whole numbers
+) -> torch.Tensor:
     "Say what is in a scene, as numbers."
     labels = [options.index(getattr(t, fact)) for t in scene.things for fact,options in _FACTS.items()]
-    layout = 0 if len(scene.things)==1 else 1 if relation_holds(scene.things[0], 'beside', scene.things[1]) else 2
+    layout = (
+        0
+        if len(scene.things) == 1
+        else 1 if relation_holds(scene.things[0], 'beside', scene.things[1]) else 2
+    )
     return torch.tensor((labels + 3*[-100])[:6] + [layout, PLACES.index(scene.place)])
 
 # %% ../../nbs/11_pretraining.ipynb #cba83381
 class GeneratedDataset(Dataset):
     "Items made on demand by a function of their number."
-    def __init__(self, make, n): self.make, self.n = make, n
+    def __init__(self, make, n):
+        self.make, self.n = make, n
     def __len__(self): return self.n
     def __getitem__(self, i): return self.make(i)
 
@@ -252,7 +364,8 @@ def to_pixels(
 
 # %% ../../nbs/11_pretraining.ipynb #c0ffee11
 def _resembles(rgb, name):
-    "Might someone call this colour `name`? Generously: black is whatever is dark, any other name reaches an eighth of the colour circle to either side, however dark."
+    """Might someone call this colour `name`? Generously: black is whatever is dark, any other name reaches
+    an eighth of the colour circle to either side, however dark."""
     if name=='black': return max(rgb) < 120
     here, there = (colorsys.rgb_to_hsv(*c)[0] for c in (rgb, COLOURS[name]))
     return min(abs(here-there), 1-abs(here-there)) < 1/8
@@ -263,7 +376,10 @@ def _other_colour(scene, rng):
     taboo = [colour for colour,kind in sorted(HELD_OUT) if kind in kinds]
     while True:
         rgb = tuple(rng.randrange(256) for _ in range(3))
-        if min(math.dist(rgb, known) for known in COLOURS.values()) >= 60 and not any(_resembles(rgb, name) for name in taboo): return rgb
+        if min(math.dist(rgb, known) for known in COLOURS.values()) >= 60 and not any(
+            _resembles(rgb, name) for name in taboo
+        ):
+            return rgb
 
 # %% ../../nbs/11_pretraining.ipynb #c0ffee13
 def warmup_batch(
@@ -272,7 +388,10 @@ def warmup_batch(
 ): # Pixels (batch, 3, 64, 64), kind and colour of each patch (batch, 64), labels of the scene (batch, 8)
     "On every second picture things have other colours, which are not asked for (-100): shapes must do."
     scenes, rng = [_book.scene(i*size+j) for j in range(size)], random.Random(f'colours {i}')
-    palettes = [COLOURS if j%2 else {t.colour: _other_colour(s, rng) for t in s.things} for j,s in enumerate(scenes)]
+    palettes = [
+        COLOURS if j % 2 else {t.colour: _other_colour(s, rng) for t in s.things}
+        for j, s in enumerate(scenes)
+    ]
     images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in enumerate(zip(scenes, palettes))]
     kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes)))
     labels = torch.stack([scene_labels(s) for s in scenes])
@@ -286,21 +405,44 @@ def warm_up(
 ):
     "Teach the image tower what lies at each patch, and its feature what is in the picture, and where."
     config, tower = clip.config.vision_config, nn.ModuleList([clip.vision_model, clip.visual_projection])
-    heads = nn.ModuleDict(dict(kind=nn.Linear(config.hidden_size, len(KINDS)+1), colour=nn.Linear(config.hidden_size, len(COLOURS)+1), scene=nn.Linear(config.projection_dim, sum(_WIDTHS)), present=nn.Linear(config.projection_dim, len(KINDS))))
+    heads = nn.ModuleDict(
+        dict(
+            kind=nn.Linear(config.hidden_size, len(KINDS) + 1),
+            colour=nn.Linear(config.hidden_size, len(COLOURS) + 1),
+            scene=nn.Linear(config.projection_dim, sum(_WIDTHS)),
+            present=nn.Linear(config.projection_dim, len(KINDS)),
+        )
+    )
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer, scheduler = _optimizer(parameters, 1e-3, steps)
-    for step,(pixels,kind,colour,labels) in enumerate(tqdm(_batches(warmup_batch, steps), total=steps, desc='CLIP, warm-up')):
+    for step, (pixels, kind, colour, labels) in enumerate(
+        tqdm(_batches(warmup_batch, steps), total=steps, desc='CLIP, warm-up')
+    ):
         out = clip.get_image_features(pixel_values=pixels)
         present = (labels[:,[0,3],None]==torch.arange(len(KINDS))).any(1).float()       # (batch, kinds)
         patches, told = out.last_hidden_state[:,1:], heads['scene'](out.pooler_output).split(_WIDTHS, 1)
-        loss = (F.cross_entropy(heads['kind'](patches).flatten(0,1), kind.flatten()) + F.cross_entropy(heads['colour'](patches).flatten(0,1), colour.flatten())
-                + .3*sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T)) + 2*F.binary_cross_entropy_with_logits(heads['present'](out.pooler_output), present))
+        loss = (
+            F.cross_entropy(heads['kind'](patches).flatten(0, 1), kind.flatten())
+            + F.cross_entropy(heads['colour'](patches).flatten(0, 1), colour.flatten())
+            + 0.3 * sum(F.cross_entropy(t, l) for t, l in zip(told, labels.T))
+            + 2 * F.binary_cross_entropy_with_logits(heads['present'](out.pooler_output), present)
+        )
         right = (heads['kind'](patches).argmax(-1)==kind)[kind<len(KINDS)].float().mean().item()
         _learn(loss, parameters, optimizer, scheduler)
         if (step+1)%200==0 or step+1==steps:
             hit, asked = torch.stack([t.argmax(1) for t in told], 1)==labels, labels>=0
             share = lambda *columns: hit[:,columns][asked[:,columns]].float().mean().item()
-            log(model='clip, warm-up', step=step+1, loss=loss.item(), kind_at_patch=right, kind=share(0,3), colour=share(1,4), size=share(2,5), layout=share(6), place=share(7))
+            log(
+                model='clip, warm-up',
+                step=step + 1,
+                loss=loss.item(),
+                kind_at_patch=right,
+                kind=share(0, 3),
+                colour=share(1, 4),
+                size=share(2, 5),
+                layout=share(6),
+                place=share(7),
+            )
 
 # %% ../../nbs/11_pretraining.ipynb #376bfbbb
 _CHANGES = ('kind', 'colour', 'size', 'colours', 'kinds', 'places', 'layout')
@@ -308,13 +450,20 @@ _CHANGES = ('kind', 'colour', 'size', 'colours', 'kinds', 'places', 'layout')
 def _changed(things, how, rng):
     "Things after one change."
     chosen, (a, b) = rng.choice(things), (things[0], things[-1])
-    if how=='kind': new = replace(chosen, kind=rng.choice(KINDS))
-    elif how=='colour': new = replace(chosen, colour=rng.choice(list(COLOURS)))
-    elif how=='size': new = replace(chosen, **(dict(size='small', radius=.14) if chosen.size=='big' else dict(size='big', radius=.21)))
+    if how=='kind':
+        new = replace(chosen, kind=rng.choice(KINDS))
+    elif how=='colour':
+        new = replace(chosen, colour=rng.choice(list(COLOURS)))
+    elif how=='size':
+        new = replace(
+            chosen,
+            **(dict(size='small', radius=0.14) if chosen.size == 'big' else dict(size='big', radius=0.21))
+        )
     elif how=='colours': return replace(a, colour=b.colour), replace(b, colour=a.colour)
     elif how=='kinds': return replace(a, kind=b.kind), replace(b, kind=a.kind)
     elif how=='places': return replace(b, x=a.x, y=a.y), replace(a, x=b.x, y=b.y)
-    else: return replace(a, x=a.y, y=a.x), replace(b, x=b.y, y=b.x)
+    else:
+        return replace(a, x=a.y, y=a.x), replace(b, x=b.y, y=b.x)
     return tuple(new if t is chosen else t for t in things)
 
 def near_miss(
@@ -334,15 +483,21 @@ def is_true(
 ) -> bool:
     "Is everything that a caption claims true of a scene, and does it name all its things?"
     facts = facts_of(scene)
-    return (set(said['pairs'])=={t.pair for t in scene.things} and set(said['places']) <= {scene.place} and set(said['relations']) <= set(facts['relations'])
-            and set(said['sizes']) <= {(t.size, *t.pair) for t in scene.things})
+    return (
+        set(said['pairs']) == {t.pair for t in scene.things}
+        and set(said['places']) <= {scene.place}
+        and set(said['relations']) <= set(facts['relations'])
+        and set(said['sizes']) <= {(t.size, *t.pair) for t in scene.things}
+    )
 
 def contrast_batch(
     i:int, # Number of the batch
     tokenizer, # CLIP's
     size:int=24, # Scenes
     near:int=3, # Near misses of each
-): # Pixels (n, 3, 64, 64), `input_ids` and `attention_mask` (n, longest), and where a caption is also true of another picture (n pictures, n captions); n = size*(1+near)
+# Pixels (n, 3, 64, 64), `input_ids` and `attention_mask` (n, longest), and where a caption is also true of
+# another picture (n pictures, n captions); n = size*(1+near)
+):
     "Make a batch of pictures and captions in which each scene has its near misses beside it."
     scenes = []
     for j in range(size):
@@ -350,11 +505,17 @@ def contrast_batch(
         scenes += [scene] + [near_miss(scene, rng) for _ in range(near)]
     captions = [write_captions(s, f'contrast {i} {j}')[0] for j,s in enumerate(scenes)]
     same = {}
-    for j,s in enumerate(scenes): same.setdefault(frozenset(t.pair for t in s.things), []).append(j)
+    for j,s in enumerate(scenes):
+        same.setdefault(frozenset(t.pair for t in s.things), []).append(j)
     also = torch.zeros(len(scenes), len(scenes), dtype=torch.bool)
     for j,said in enumerate(map(read_facts, captions)):
-        for k in same[frozenset(said['pairs'])]: also[k,j] = k!=j and is_true(said, scenes[k])
-    return to_pixels([draw_scene(s, _SIZE, f'contrast {i} {j}') for j,s in enumerate(scenes)]), *tokenize_captions(tokenizer, captions, 48), also
+        for k in same[frozenset(said['pairs'])]:
+            also[k,j] = k!=j and is_true(said, scenes[k])
+    return (
+        to_pixels([draw_scene(s, _SIZE, f'contrast {i} {j}') for j, s in enumerate(scenes)]),
+        *tokenize_captions(tokenizer, captions, 48),
+        also,
+    )
 
 # %% ../../nbs/11_pretraining.ipynb #e633b90d
 def contrast(
@@ -365,9 +526,22 @@ def contrast(
     tower, right = list(clip.vision_model.parameters()), 0. # these can see already, and hardly change
     new = [*clip.text_model.parameters(), *clip.text_projection.parameters(), clip.logit_scale]
     parameters = tower + list(clip.visual_projection.parameters()) + new
-    optimizer, scheduler = _optimizer([dict(params=tower, lr=3e-5), dict(params=clip.visual_projection.parameters(), lr=3e-4), dict(params=new)], 1e-3, steps)
-    with torch.no_grad(): clip.logit_scale.fill_(math.log(10))
-    for step,(pixels,ids,mask,also) in enumerate(tqdm(_batches(partial(contrast_batch, tokenizer=tokenizer), steps), total=steps, desc='CLIP, contrast')):
+    optimizer, scheduler = _optimizer(
+        [
+            dict(params=tower, lr=3e-5),
+            dict(params=clip.visual_projection.parameters(), lr=3e-4),
+            dict(params=new),
+        ],
+        1e-3,
+        steps,
+    )
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(10))
+    for step, (pixels, ids, mask, also) in enumerate(
+        tqdm(
+            _batches(partial(contrast_batch, tokenizer=tokenizer), steps), total=steps, desc='CLIP, contrast'
+        )
+    ):
         images = F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         texts = F.normalize(clip.get_text_features(input_ids=ids, attention_mask=mask).pooler_output, dim=-1)
         logits = (clip.logit_scale.exp()*images@texts.T).masked_fill(also, -1e4)        # (pictures, captions)
@@ -375,8 +549,10 @@ def contrast(
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
         right = .95*right + .05*(logits.argmax(1)==target).float().mean().item()
         _learn(loss, parameters, optimizer, scheduler)
-        with torch.no_grad(): clip.logit_scale.clamp_(max=math.log(100))
-        if (step+1)%100==0 or step+1==steps: log(model='clip, contrast', step=step+1, loss=loss.item(), found=right)
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        if (step+1)%100==0 or step+1==steps:
+            log(model='clip, contrast', step=step+1, loss=loss.item(), found=right)
 
 # %% ../../nbs/11_pretraining.ipynb #9c9fd6e0
 @torch.no_grad()
@@ -385,7 +561,12 @@ def image_features(
     images, # PIL pictures of the storybook's size
 ) -> torch.Tensor: # (pictures, 512)
     "Pooled and projected features."
-    return torch.cat([clip.get_image_features(pixel_values=to_pixels(images[at:at+100])).pooler_output for at in range(0, len(images), 100)])
+    return torch.cat(
+        [
+            clip.get_image_features(pixel_values=to_pixels(images[at : at + 100])).pooler_output
+            for at in range(0, len(images), 100)
+        ]
+    )
 
 @torch.no_grad()
 def retrieval(
@@ -402,12 +583,16 @@ def retrieval(
 
 # %% ../../nbs/11_pretraining.ipynb #e6b70d0d
 def _fit_linear(x, labels):
-    "One linear layer for all questions of `scene_labels`, fitted by L-BFGS (a method for smooth problems that takes all pictures at once) with a little weight decay."
+    """One linear layer for all questions of `scene_labels`, fitted by L-BFGS (a method for smooth problems
+    that takes all pictures at once) with a little weight decay."""
     layer = nn.Linear(x.shape[1], sum(_WIDTHS))
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn='strong_wolfe')
     def closure():
         optimizer.zero_grad()
-        loss = sum(F.cross_entropy(told, l) for told,l in zip(layer(x).split(_WIDTHS, 1), labels.T)) + 1e-4*layer.weight.pow(2).sum()
+        loss = (
+            sum(F.cross_entropy(told, l) for told, l in zip(layer(x).split(_WIDTHS, 1), labels.T))
+            + 1e-4 * layer.weight.pow(2).sum()
+        )
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -416,35 +601,55 @@ def _fit_linear(x, labels):
 def linear_probe(
     clip:CLIPModel,
     n:int=5000, # Training pictures of the probe
-) -> dict: # 'kind', 'colour', 'size', 'layout' and 'place': the share that is found in unseen pictures, and chance
-    "Read from the pooled feature what `scene_labels` asks: of the left or upper thing and of the other one, and of the scene."
+# 'kind', 'colour', 'size', 'layout' and 'place': the share that is found in unseen pictures, and chance
+) -> dict:
+    """Read from the pooled feature what `scene_labels` asks: of the left or upper thing and of the other
+    one, and of the scene."""
     seen, unseen = Storybook('train', seed=2, n=n), Storybook('validation', seed=1, n=400)
     x, xt = (image_features(clip, [b[i]['image'] for i in range(len(b))]) for b in (seen, unseen))
     labels, truth = (torch.stack([scene_labels(b.scene(i)) for i in range(len(b))]) for b in (seen, unseen))
     mean, std = x.mean(0), x.std(0)
-    with torch.enable_grad(): layer = _fit_linear((x-mean)/std, labels)
+    with torch.enable_grad():
+        layer = _fit_linear((x-mean)/std, labels)
     told = torch.stack([t.argmax(1) for t in layer((xt-mean)/std).split(_WIDTHS, 1)], 1)
     share = lambda right, asked: right[asked].float().mean().item()
     commonest = labels.mode(0).values # among those that apply there is one answer that is right most often
     commonest[3:6] = labels[labels[:,3]>=0][:,3:6].mode(0).values
-    return {name: dict(found=share((told==truth)[:,at], truth[:,at]>=0), chance=share((commonest==truth)[:,at], truth[:,at]>=0))
-            for name,at in dict(kind=[0,3], colour=[1,4], size=[2,5], layout=[6], place=[7]).items()}
+    return {
+        name: dict(
+            found=share((told == truth)[:, at], truth[:, at] >= 0),
+            chance=share((commonest == truth)[:, at], truth[:, at] >= 0),
+        )
+        for name, at in dict(kind=[0, 3], colour=[1, 4], size=[2, 5], layout=[6], place=[7]).items()
+    }
 
 # %% ../../nbs/11_pretraining.ipynb #23a6b486
 @torch.no_grad()
 def perplexity(
     lm, tokenizer,
     n:int=400, # Scenes
-) -> dict: # Of the model on a caption ('caption', first token given) and on a second caption after a first ('retold'); of one who knows only how frequent tokens are; of one who knows nothing
+# Of the model on a caption ('caption', first token given) and on a second caption after a first ('retold');
+# of one who knows only how frequent tokens are; of one who knows nothing
+) -> dict:
     "Perplexity per token on captions of unseen scenes."
-    book, nats, counts = Storybook('validation', seed=1, n=n), dict(caption=[], retold=[]), torch.zeros(len(tokenizer))
+    book, nats, counts = (
+        Storybook('validation', seed=1, n=n),
+        dict(caption=[], retold=[]),
+        torch.zeros(len(tokenizer)),
+    )
     for first,second,*_ in map(book.captions, range(n)):
         ids = tokenizer(f'{first}\n{second}', return_tensors='pt')['input_ids']
-        surprise = F.cross_entropy(lm(input_ids=ids).logits[0,:-1], ids[0,1:], reduction='none') # of each token but the first
+        # of each token but the first
+        surprise = F.cross_entropy(lm(input_ids=ids).logits[0,:-1], ids[0,1:], reduction='none')
         start = len(tokenizer(first+'\n')['input_ids'])
-        nats['caption'].append(surprise[:start-1]); nats['retold'].append(surprise[start-1:])
+        nats['caption'].append(surprise[:start-1])
+        nats['retold'].append(surprise[start-1:])
         counts += torch.bincount(ids[0], minlength=len(counts))
-    return dict({k: torch.cat(v).mean().exp().item() for k,v in nats.items()}, frequencies=torch.special.entr(counts/counts.sum()).sum().exp().item(), nothing=float(len(tokenizer)))
+    return dict(
+        {k: torch.cat(v).mean().exp().item() for k, v in nats.items()},
+        frequencies=torch.special.entr(counts / counts.sum()).sum().exp().item(),
+        nothing=float(len(tokenizer)),
+    )
 
 # %% ../../nbs/11_pretraining.ipynb #0c23484d
 def save_pretrained(
@@ -455,30 +660,52 @@ def save_pretrained(
 ):
     "Save a model in float16 with what belongs to it, and its log."
     model.half().save_pretrained(folder)
-    for part in parts: part.save_pretrained(folder)
-    with atomic_write(Path(folder)/'training_log.jsonl') as f: f.writelines(json.dumps(r, allow_nan=False)+'\n' for r in log.rows)
+    for part in parts:
+        part.save_pretrained(folder)
+    with atomic_write(Path(folder)/'training_log.jsonl') as f:
+        f.writelines(json.dumps(r, allow_nan=False)+'\n' for r in log.rows)
 
 def _write_card(folder, what, made, measured):
     minutes = json.loads((folder/'training_log.jsonl').read_text().splitlines()[-1])['seconds']/60
     table = '\n'.join(f'| {k} | {v} |' for k,v in measured.items())
     with atomic_write(folder/'README.md') as f:
-        f.write(f'---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n# {folder.name}\n\n{what}\n\n## How it was made\n\n{made}\n\n'
-                f'It took {minutes:.0f} minutes on two cores; the log is in `training_log.jsonl`.\n\n## What was measured\n\n| | |\n|---|---|\n{table}\n')
+        f.write(
+            f'---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n# {folder.name}\n\n{what}\n\n## How'
+            f' it was made\n\n{made}\n\nIt took {minutes:.0f} minutes on two cores; the log is in'
+            f' `training_log.jsonl`.\n\n## What was measured\n\n| | |\n|---|---|\n{table}\n'
+        )
 
 # %% ../../nbs/11_pretraining.ipynb #85d31688
 def describe_decoder(
     folder:Path, # With a saved language model
 ) -> dict: # What was measured
     "Measure a saved language model and write its card."
-    with no_loading_bar(): lm = Qwen3ForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+    with no_loading_bar():
+        lm = Qwen3ForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    p, f1, new = perplexity(lm, tokenizer), retell_f1(lm, tokenizer, 400), retell_f1(lm, tokenizer, 400, 'compositional')
-    _write_card(folder, 'A small Qwen3 that has read picture books: the frozen decoder of the capnb course.',
-        'Next-token prediction on text alone: pages of two lines on one drawn scene, the first a caption or a note in key words, the second a caption; the embeddings of notes are added up, bleed into each other and are noisy; other words stand for some colours and kinds (capnb, notebook 10). '
-        'It has never seen a picture or a feature of one, nor any caption of the validation, test and compositional splits.',
-        {'perplexity per token, captions of unseen scenes': f"{p['caption']:.2f} (token frequencies alone: {p['frequencies']:.0f}; nothing: {p['nothing']:.0f})",
-         'the same, after another caption of the scene': f"{p['retold']:.2f}",
-         'F1 of colour and kind, given one caption of an unseen scene and telling it again': f'{f1:.3f}', 'the same with colour-kind pairs never met': f'{new:.3f}'})
+    p, f1, new = (
+        perplexity(lm, tokenizer),
+        retell_f1(lm, tokenizer, 400),
+        retell_f1(lm, tokenizer, 400, 'compositional'),
+    )
+    _write_card(
+        folder,
+        'A small Qwen3 that has read picture books: the frozen decoder of the capnb course.',
+        'Next-token prediction on text alone: pages of two lines on one drawn scene, the first a caption or a'
+        ' note in key words, the second a caption; the embeddings of notes are added up, bleed into each'
+        ' other and are noisy; other words stand for some colours and kinds (capnb, notebook 10). It has'
+        ' never seen a picture or a feature of one, nor any caption of the validation, test and compositional'
+        ' splits.',
+        {
+            'perplexity per token, captions of unseen scenes': (
+                f"{p['caption']:.2f} (token frequencies alone: {p['frequencies']:.0f}; nothing:"
+                f" {p['nothing']:.0f})"
+            ),
+            'the same, after another caption of the scene': f"{p['retold']:.2f}",
+            'F1 of colour and kind, given one caption of an unseen scene and telling it again': f'{f1:.3f}',
+            'the same with colour-kind pairs never met': f'{new:.3f}',
+        },
+    )
     return dict(perplexity=p, retell_f1=f1, compositional=new)
 
 # %% ../../nbs/11_pretraining.ipynb #e81bd163
@@ -486,15 +713,30 @@ def describe_encoder(
     folder:Path, # With a saved CLIP
 ) -> dict: # What was measured
     "Measure a saved CLIP and write its card."
-    with no_loading_bar(): clip = CLIPModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
+    with no_loading_bar():
+        clip = CLIPModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip)
     found = lambda d: f"{d['found']:.1%} (chance {d['chance']:.1%})"
-    _write_card(folder, 'A small CLIP that has seen picture books: the frozen encoder of the capnb course. Pictures of 64 pixels, features of 512 numbers.',
-        'The image tower and its projection were first warmed up on labels: kind and colour at each patch, and, asked of the whole feature, which kinds are there, kind, colour and size of the left or upper thing and of the other one, layout and place; on half of the pictures in colours without a name, none of which resembles one held out for a kind in the picture. Then both towers were trained by contrast of drawn pictures and their captions, with three near misses of each scene in the batch (capnb, notebook 10). '
-        'No picture or caption of the validation, test and compositional splits was used.',
-        {'own caption found among 400, unseen pictures (zero-shot retrieval)': found(r), 'the same with colour-kind pairs never met (fewer pages with one thing, so fewer captions that fit several pictures)': found(c),
-         **{f'linear probe of the pooled feature, {name} found': found(p) for name,p in probe.items()}})
+    _write_card(
+        folder,
+        'A small CLIP that has seen picture books: the frozen encoder of the capnb course. Pictures of 64'
+        ' pixels, features of 512 numbers.',
+        'The image tower and its projection were first warmed up on labels: kind and colour at each patch,'
+        ' and, asked of the whole feature, which kinds are there, kind, colour and size of the left or upper'
+        ' thing and of the other one, layout and place; on half of the pictures in colours without a name,'
+        ' none of which resembles one held out for a kind in the picture. Then both towers were trained by'
+        ' contrast of drawn pictures and their captions, with three near misses of each scene in the batch'
+        ' (capnb, notebook 10). No picture or caption of the validation, test and compositional splits was'
+        ' used.',
+        {
+            'own caption found among 400, unseen pictures (zero-shot retrieval)': found(r),
+            'the same with colour-kind pairs never met (fewer pages with one thing, so fewer captions that fit several pictures)': found(
+                c
+            ),
+            **{f'linear probe of the pooled feature, {name} found': found(p) for name, p in probe.items()},
+        },
+    )
     return dict(retrieval=r, compositional=c, **probe)
 
 # %% ../../nbs/11_pretraining.ipynb #b193ff70

@@ -14,15 +14,17 @@ from html import escape
 from threading import Thread
 import numpy as np, torch
 from fastcore.basics import patch
-from ipywidgets import Button, Dropdown, FileUpload, FloatSlider, HBox, HTML, IntProgress, IntRangeSlider, IntSlider, Label, Layout, Text, ToggleButtons, VBox
+from ipywidgets import (
+    Button, Dropdown, FileUpload, FloatSlider, HBox, HTML, IntProgress, IntRangeSlider, IntSlider, Label,
+    Layout, Text, ToggleButtons, VBox
+)
 from PIL import Image, ImageOps
 from ..captioner import Captioner
 from ..settings import Hyperparameters
 from ..images import open_image
 from ..evaluation import fact_counts, rouge_each
-from ..inference import explain
+from ..inference import CaptionStreamer, explain
 from .attribution import veil
-from ..run.serving import CaptionStreamer
 from ..training import Callback, Interrupted, ask_to_stop, fit, read_state, state_path
 
 # %% ../../nbs/17b_widgets.ipynb #0da23008
@@ -63,8 +65,13 @@ def errors_in(
 ):
     "Show an error with its traceback in a widget, where there is no cell to show it under."
     area.value = ''
-    try: yield
-    except Exception as e: area.value = f'<div class="wrong"><b>{type(e).__name__}</b>: {escape(str(e))}<details><summary>Where it happened</summary><pre>{escape(traceback.format_exc())}</pre></details></div>'
+    try:
+        yield
+    except Exception as e:
+        area.value = (
+            f'<div class="wrong"><b>{type(e).__name__}</b>: {escape(str(e))}<details><summary>Where it'
+            f' happened</summary><pre>{escape(traceback.format_exc())}</pre></details></div>'
+        )
 
 # %% ../../nbs/17b_widgets.ipynb #0da2300e
 def image_buttons(
@@ -76,18 +83,27 @@ def image_buttons(
     for i,image in enumerate(images):
         button = Button(tooltip=f'picture {i+1}')
         name = f'capnb-{button.model_id}'
-        rules.append(f'.{name} {{ background-image: url({_data_url(ImageOps.fit(image, (96,96)))}) !important; }}')
-        button.add_class('page'); button.add_class(name)
+        rules.append(
+            f'.{name} {{ background-image: url({_data_url(ImageOps.fit(image, (96,96)))}) !important; }}'
+        )
+        button.add_class('page')
+        button.add_class(name)
         button.on_click(lambda _, i=i: chosen(i))
         buttons.append(button)
-    return VBox([HTML(f"<style>{' '.join(rules)}</style>", layout=Layout(display='none')), HBox(buttons, layout=Layout(flex_flow='row wrap'))])
+    return VBox(
+        [
+            HTML(f"<style>{' '.join(rules)}</style>", layout=Layout(display='none')),
+            HBox(buttons, layout=Layout(flex_flow='row wrap')),
+        ]
+    )
 
 def mark(
     buttons, # Of which one is chosen
     i:int, # Its number; None for none
 ):
     "Give one of several buttons a frame."
-    for j,button in enumerate(buttons): button.add_class('chosen') if j==i else button.remove_class('chosen')
+    for j,button in enumerate(buttons):
+        button.add_class('chosen') if j==i else button.remove_class('chosen')
 
 # %% ../../nbs/17b_widgets.ipynb #0da23010
 def veiled(
@@ -99,16 +115,29 @@ def veiled(
     return Image.alpha_composite(image.convert('RGBA'), over).convert('RGB')
 
 # %% ../../nbs/17b_widgets.ipynb #0da23013
-_HOW = {'greedy': 'the most probable word each time', 'beams': 'the most probable sentence of several', 'sampling': 'words are drawn by lot'}
+_HOW = {
+    'greedy': 'the most probable word each time',
+    'beams': 'the most probable sentence of several',
+    'sampling': 'words are drawn by lot',
+}
 
 class Decoding(VBox):
     "Controls for how words are chosen; `options` gives them as `generate` of `transformers` takes them."
     def __init__(self,
         longest:int=64, # Most tokens of a caption
     ):
-        wide = dict(style=dict(description_width='8.5rem'), layout=Layout(width='23rem'), continuous_update=False)
-        self.how = ToggleButtons(options=list(_HOW), tooltips=list(_HOW.values()), style=dict(button_width='7rem'), layout=Layout(margin='0 0 .75rem 0'))
-        self.length = IntRangeSlider(value=(0, longest), min=0, max=longest, description='length, tokens', **wide)
+        wide = dict(
+            style=dict(description_width='8.5rem'), layout=Layout(width='23rem'), continuous_update=False
+        )
+        self.how = ToggleButtons(
+            options=list(_HOW),
+            tooltips=list(_HOW.values()),
+            style=dict(button_width='7rem'),
+            layout=Layout(margin='0 0 .75rem 0'),
+        )
+        self.length = IntRangeSlider(
+            value=(0, longest), min=0, max=longest, description='length, tokens', **wide
+        )
         self.penalty = FloatSlider(1., min=1., max=2., step=.05, description='repetition penalty', **wide)
         self.beams = IntSlider(4, min=2, max=8, description='beams', **wide)
         self.temperature = FloatSlider(1., min=.1, max=2.5, step=.1, description='temperature', **wide)
@@ -116,9 +145,11 @@ class Decoding(VBox):
         self.seed = IntSlider(0, min=0, max=99, description='draw', **wide)
         self.of = dict(greedy=[], beams=[self.beams], sampling=[self.temperature, self.top_p, self.seed])
         super().__init__()
-        self.how.observe(self._lay_out, 'value'); self._lay_out()
+        self.how.observe(self._lay_out, 'value')
+        self._lay_out()
 
-    def _lay_out(self, *_): self.children = [self.how, *self.of[self.how.value], self.length, self.penalty]
+    def _lay_out(self, *_):
+        self.children = [self.how, *self.of[self.how.value], self.length, self.penalty]
 
 # %% ../../nbs/17b_widgets.ipynb #0da23014
 @patch
@@ -126,15 +157,19 @@ def options(self:Decoding) -> dict:
     "Give what the controls say, for `generate`."
     shortest, longest = self.length.value
     found = dict(max_new_tokens=max(1, longest), min_new_tokens=shortest)
-    if self.penalty.value > 1: found |= dict(repetition_penalty=self.penalty.value)
-    if self.how.value=='beams': found |= dict(num_beams=self.beams.value)
-    if self.how.value=='sampling': found |= dict(do_sample=True, temperature=self.temperature.value, top_p=self.top_p.value)
+    if self.penalty.value > 1:
+        found |= dict(repetition_penalty=self.penalty.value)
+    if self.how.value=='beams':
+        found |= dict(num_beams=self.beams.value)
+    if self.how.value=='sampling':
+        found |= dict(do_sample=True, temperature=self.temperature.value, top_p=self.top_p.value)
     return found
 
 @patch
 def on_change(self:Decoding, do):
     "Call `do` whenever a control is moved."
-    for control in (self.how, self.length, self.penalty, *sum(self.of.values(), [])): control.observe(lambda _: do(), 'value')
+    for control in (self.how, self.length, self.penalty, *sum(self.of.values(), [])):
+        control.observe(lambda _: do(), 'value')
 
 # %% ../../nbs/17b_widgets.ipynb #0da23017
 def stream(
@@ -143,34 +178,67 @@ def stream(
     tell, # Called with a piece of the caption and the probability that the model gave to its token
     **options, # For `transformers`' `generate`, without beams
 ) -> str: # The caption
-    "Caption a picture and tell each piece as soon as it is written; beams weigh whole sentences and have no pieces to tell."
+    """Caption a picture and tell each piece as soon as it is written; beams weigh whole sentences and have
+    no pieces to tell."""
     logits, told = [], ['']
     def more(row, text):
         tell(text[len(told[-1]):], logits[-1].float().softmax(-1)[words.tokens[-1][0]].item())
         told.append(text)
     words = CaptionStreamer(model.tokenizer, [0], more)
     hook = model.decoder.register_forward_hook(lambda decoder, args, out: logits.append(out.logits[0,-1]))
-    try: return model.caption(image, streamer=words, **options)
-    finally: hook.remove()
+    try:
+        return model.caption(image, streamer=words, **options)
+    finally:
+        hook.remove()
 
 # %% ../../nbs/17b_widgets.ipynb #0da2301a
 def _colour(probability): return f'hsl({20+140*probability:.0f}, 60%, 78%)'
 
 class CaptionWidget(VBox):
-    "Caption a picture of yours or one of those given, and ask each word how sure it is, what else it might have been, and what it rests on."
+    """Caption a picture of yours or one of those given, and ask each word how sure it is, what else it might
+    have been, and what it rests on."""
     def __init__(self,
         model:Captioner,
         pictures=(), # To choose from: PIL pictures, or paths
     ):
-        self.model, self.pictures, self.image, self.caption, self.words = model, [open_image(p) for p in pictures], None, '', []
-        self.upload, self.decoding = FileUpload(accept='image/*', multiple=False, description='your picture'), Decoding(model.max_caption_length-1) # and its end
-        self.shown, self.hint, self.said, self.more, self.errors = HTML(), HTML(), HBox(layout=Layout(flex_flow='row wrap')), HTML(), HTML()
+        self.model, self.pictures, self.image, self.caption, self.words = (
+            model,
+            [open_image(p) for p in pictures],
+            None,
+            '',
+            [],
+        )
+        # and its end
+        self.upload, self.decoding = FileUpload(
+            accept='image/*', multiple=False, description='your picture'
+        ), Decoding(model.max_caption_length - 1)
+        self.shown, self.hint, self.said, self.more, self.errors = (
+            HTML(),
+            HTML(),
+            HBox(layout=Layout(flex_flow='row wrap')),
+            HTML(),
+            HTML(),
+        )
         self.pages = image_buttons(self.pictures, self.pick)
-        self.upload.observe(self._uploaded, 'value'); self.decoding.on_change(self.write)
-        super().__init__([HTML(STYLE), HBox([self.pages, self.upload], layout=Layout(align_items='center', flex_flow='row wrap')), HBox([self.shown, self.decoding], layout=Layout(flex_flow='row wrap', grid_gap='1.5rem', margin='.5rem 0')),
-                          self.hint, self.said, self.more, self.errors])
+        self.upload.observe(self._uploaded, 'value')
+        self.decoding.on_change(self.write)
+        super().__init__(
+            [
+                HTML(STYLE),
+                HBox([self.pages, self.upload], layout=Layout(align_items='center', flex_flow='row wrap')),
+                HBox(
+                    [self.shown, self.decoding],
+                    layout=Layout(flex_flow='row wrap', grid_gap='1.5rem', margin='.5rem 0'),
+                ),
+                self.hint,
+                self.said,
+                self.more,
+                self.errors,
+            ]
+        )
         self.add_class('capnb')
-        if self.pictures: self.pick(0)
+        if self.pictures:
+            self.pick(0)
 
     def pick(self, i):
         "Take one of the pictures that were given."
@@ -194,13 +262,25 @@ def _uploaded(self:CaptionWidget, change):
 @patch
 def _draw(self:CaptionWidget, patches=None, word=''):
     whole = ImageOps.contain(self.image, (320,320))
-    right = image_html(veiled(whole, patches), f'the same picture behind a veil that is lifted where the word {word!r} rests on it', 184) if patches is not None else ''
-    self.shown.value = f'<div class="pair">{image_html(whole, self.caption or "the picture", 184)}{right}</div>'
+    right = (
+        image_html(
+            veiled(whole, patches),
+            f'the same picture behind a veil that is lifted where the word {word!r} rests on it',
+            184,
+        )
+        if patches is not None
+        else ''
+    )
+    self.shown.value = (
+        f'<div class="pair">{image_html(whole, self.caption or "the picture", 184)}{right}</div>'
+    )
 
 @patch
 def _add(self:CaptionWidget, text, probability):
     "Add a word to those that are shown."
-    word, i = Button(description=f'{text.strip()}\n{probability:.0%}', tooltip=f'{text.strip()}: {probability:.1%}'), len(self.said.children)
+    word, i = Button(
+        description=f'{text.strip()}\n{probability:.0%}', tooltip=f'{text.strip()}: {probability:.1%}'
+    ), len(self.said.children)
     word.style.button_color, word.style.text_color = _colour(probability), '#222'
     word.add_class('word')
     word.on_click(lambda _: self.ask(i))
@@ -214,32 +294,59 @@ def write(self:CaptionWidget):
     with errors_in(self.errors), torch.random.fork_rng(devices=[]):
         torch.manual_seed(self.decoding.seed.value)
         self.caption, self.words = '', []
-        self._clear(); self._draw()
+        self._clear()
+        self._draw()
         beams, options = self.decoding.how.value=='beams', self.decoding.options()
-        self.hint.value = '<small>Beams weigh whole sentences, so the words come all at once. Click on one to ask about it.</small>' if beams else '<small>How probable was each word? Click on one to ask about it.</small>'
-        self.caption = self.model.caption(self.image, **options) if beams else stream(self.model, self.image, self._add, **options)
-        _, self.words = explain(self.model, self.image, self.caption, patches=False) # those take their time: when a word is asked
-        self._clear(); self._draw()
-        for word in self.words: self._add(word.text, word.probability)
+        self.hint.value = (
+            '<small>Beams weigh whole sentences, so the words come all at once. Click on one to ask about'
+            ' it.</small>'
+            if beams
+            else '<small>How probable was each word? Click on one to ask about it.</small>'
+        )
+        self.caption = (
+            self.model.caption(self.image, **options)
+            if beams
+            else stream(self.model, self.image, self._add, **options)
+        )
+        # those take their time: when a word is asked
+        _, self.words = explain(self.model, self.image, self.caption, patches=False)
+        self._clear()
+        self._draw()
+        for word in self.words:
+            self._add(word.text, word.probability)
 
 @patch
 def _clear(self:CaptionWidget):
     old, self.said.children, self.more.value = self.said.children, (), ''
-    for word in old: word.close()
+    for word in old:
+        word.close()
 
 @patch
 def ask(self:CaptionWidget, i:int):
     "Show of a word what else it might have been and what it rests on."
     if i >= len(self.words): return # it is still being written
     with errors_in(self.errors):
-        if self.words[i].patches is None: _, self.words = explain(self.model, self.image, self.caption)
+        if self.words[i].patches is None:
+            _, self.words = explain(self.model, self.image, self.caption)
         mark(self.said.children, i)
         word = self.words[i]
         self._draw(word.patches, word.text.strip())
         factor = math.exp(word.patches.max())
-        rests = f'Covering what is clear makes <b>{escape(word.text)}</b> up to {factor:,.1f} times less probable.' if factor > 1.05 else f'No single part of the picture matters to <b>{escape(word.text)}</b>.'
-        self.more.value = f'<p>{rests} Instead of it, it might have been:</p><table>' + ''.join(
-            f'<tr><td>{escape(text.strip()) or "(end)"}</td><td class="number">{p:.1%}</td><td><div class="bar" style="width:{12*p:.2f}rem"></div></td></tr>' for text,p in word.alternatives) + '</table>'
+        rests = (
+            f'Covering what is clear makes <b>{escape(word.text)}</b> up to {factor:,.1f} times less'
+            ' probable.'
+            if factor > 1.05
+            else f'No single part of the picture matters to <b>{escape(word.text)}</b>.'
+        )
+        self.more.value = (
+            f'<p>{rests} Instead of it, it might have been:</p><table>'
+            + ''.join(
+                f'<tr><td>{escape(text.strip()) or "(end)"}</td><td class="number">{p:.1%}</td><td><div'
+                f' class="bar" style="width:{12*p:.2f}rem"></div></td></tr>'
+                for text, p in word.alternatives
+            )
+            + '</table>'
+        )
 
 # %% ../../nbs/17b_widgets.ipynb #0da23023
 _KINDS = dict(pairs='colour or kind', place='place', relation='relation')
@@ -252,8 +359,10 @@ def mistakes(
     found, counts = [set() for _ in captions], fact_counts(captions, facts)
     for name,label in _KINDS.items():
         for kinds,(true,said,there) in zip(found, counts[name], strict=True):
-            if true < said: kinds.add(f'{label} said wrongly')
-            if true < there: kinds.add(f'{label} left out')
+            if true < said:
+                kinds.add(f'{label} said wrongly')
+            if true < there:
+                kinds.add(f'{label} left out')
     return found
 
 # %% ../../nbs/17b_widgets.ipynb #0da23025
@@ -264,9 +373,13 @@ def card(
     width:int=170, # Of the picture, pixels
 ) -> str:
     "Write a picture with its caption and more as HTML."
-    return f'<figure>{image_html(image, caption, width)}<figcaption><div class="said">{escape(caption)}</div>{"".join(lines)}</figcaption></figure>'
+    return (
+        f'<figure>{image_html(image, caption, width)}<figcaption><div'
+        f' class="said">{escape(caption)}</div>{"".join(lines)}</figcaption></figure>'
+    )
 
-def listed(lines): return '<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in lines) + '</ul>'
+def listed(lines):
+    return '<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in lines) + '</ul>'
 
 class ErrorBrowser(VBox):
     "Leaf through captions, those with the worst score first."
@@ -276,29 +389,60 @@ class ErrorBrowser(VBox):
         per_page:int=3, # Pictures
     ):
         self.data, self.per_page = data, per_page
-        rows = [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))] # not all pictures at once
-        if isinstance(captions, Captioner): captions = [c for at in range(0, len(rows), 32) for c in captions.caption([data[i]['image'] for i in range(at, min(at+32, len(rows)))])]
+        # not all pictures at once
+        rows = [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))]
+        if isinstance(captions, Captioner):
+            captions = [
+                c
+                for at in range(0, len(rows), 32)
+                for c in captions.caption([data[i]['image'] for i in range(at, min(at + 32, len(rows)))])
+            ]
         self.captions, self.references = list(captions), [r['captions'] for r in rows]
         self.scores = {'ROUGE-L': rouge_each(self.captions, self.references)['rouge_l_all']}
         self.kinds = [set() for _ in rows]
-        if all('facts' in r for r in rows): self._judge([r['facts'] for r in rows])
+        if all('facts' in r for r in rows):
+            self._judge([r['facts'] for r in rows])
         self._build()
 
     def _judge(self, facts):
         self.kinds = mistakes(self.captions, facts)
-        self.scores['F1 of colour and kind'] = [2*true/max(said+there, 1) for true,said,there in fact_counts(self.captions, facts)['pairs']]
+        self.scores['F1 of colour and kind'] = [
+            2 * true / max(said + there, 1)
+            for true, said, there in fact_counts(self.captions, facts)['pairs']
+        ]
 
 # %% ../../nbs/17b_widgets.ipynb #0da23026
 @patch
 def _build(self:ErrorBrowser):
     narrow = dict(layout=Layout(width='16rem'), style=dict(description_width='4.2rem'))
-    self.sort, self.word = Dropdown(options=list(self.scores), description='worst by', **narrow), Text(description='word', placeholder='in caption or reference', continuous_update=False, **narrow)
+    self.sort, self.word = Dropdown(options=list(self.scores), description='worst by', **narrow), Text(
+        description='word', placeholder='in caption or reference', continuous_update=False, **narrow
+    )
     self.kind = Dropdown(options=['any', *sorted(set().union(*self.kinds))], description='mistake', **narrow)
-    self.back, self.forth, self.where, self.cards, self.errors = Button(description='← back'), Button(description='next →'), Label(), HTML(), HTML()
-    for control in (self.sort, self.word, self.kind): control.observe(lambda _: self.show(), 'value')
-    self.back.on_click(lambda _: self.show(self.at-self.per_page)); self.forth.on_click(lambda _: self.show(self.at+self.per_page))
-    row = lambda *parts: HBox(parts, layout=Layout(flex_flow='row wrap', align_items='center', margin='0 0 .5rem 0'))
-    VBox.__init__(self, [HTML(STYLE), row(self.sort, self.kind, self.word), row(self.back, self.forth, self.where), self.cards, self.errors])
+    self.back, self.forth, self.where, self.cards, self.errors = (
+        Button(description='← back'),
+        Button(description='next →'),
+        Label(),
+        HTML(),
+        HTML(),
+    )
+    for control in (self.sort, self.word, self.kind):
+        control.observe(lambda _: self.show(), 'value')
+    self.back.on_click(lambda _: self.show(self.at-self.per_page))
+    self.forth.on_click(lambda _: self.show(self.at+self.per_page))
+    row = lambda *parts: HBox(
+        parts, layout=Layout(flex_flow='row wrap', align_items='center', margin='0 0 .5rem 0')
+    )
+    VBox.__init__(
+        self,
+        [
+            HTML(STYLE),
+            row(self.sort, self.kind, self.word),
+            row(self.back, self.forth, self.where),
+            self.cards,
+            self.errors,
+        ],
+    )
     self.add_class('capnb')
     self.show()
 
@@ -306,7 +450,10 @@ def _build(self:ErrorBrowser):
 def found(self:ErrorBrowser) -> list: # Their numbers, worst first
     "Find the pictures that the controls ask for."
     score, word = self.scores[self.sort.value], self.word.value.strip()
-    fits = lambda i: (not word or re.search(rf'\b{re.escape(word)}\b', ' '.join([self.captions[i], *self.references[i]]), re.I)) and self.kind.value in ('any', *self.kinds[i])
+    fits = lambda i: (
+        not word
+        or re.search(rf'\b{re.escape(word)}\b', ' '.join([self.captions[i], *self.references[i]]), re.I)
+    ) and self.kind.value in ('any', *self.kinds[i])
     return sorted(filter(fits, range(len(score))), key=score.__getitem__)
 
 # %% ../../nbs/17b_widgets.ipynb #0da23027
@@ -325,7 +472,15 @@ def show(self:ErrorBrowser,
 @patch
 def _card(self:ErrorBrowser, i):
     scores = ' · '.join(f'{name} {each[i]:.2f}' for name,each in self.scores.items())
-    return card(self.data[i]['image'], self.captions[i], [f'<small>{scores}</small>', f'<div class="mistakes">{escape(", ".join(sorted(self.kinds[i])))}</div>', f'<small>{listed(self.references[i])}</small>'])
+    return card(
+        self.data[i]['image'],
+        self.captions[i],
+        [
+            f'<small>{scores}</small>',
+            f'<div class="mistakes">{escape(", ".join(sorted(self.kinds[i])))}</div>',
+            f'<small>{listed(self.references[i])}</small>',
+        ],
+    )
 
 # %% ../../nbs/17b_widgets.ipynb #0da2302c
 def draw_run(
@@ -342,22 +497,36 @@ def draw_run(
     left.set(xlabel='step', title='loss, nats per token')
     left.xaxis.get_major_locator().set_params(integer=True)
     right.plot(gains.keys(), gains.values(), 'o-', color='#e76f51', lw=2)
-    right.set(xlabel='epoch', title='image gain, nats per caption', ylim=(min(0, *gains.values(), 0), None), xticks=list(gains))
+    right.set(
+        xlabel='epoch',
+        title='image gain, nats per caption',
+        ylim=(min(0, *gains.values(), 0), None),
+        xticks=list(gains),
+    )
     for ax in (left, right):
-        ax.set_facecolor('none'); ax.title.set_fontsize(9); ax.tick_params(colors='#888', labelsize=8)
+        ax.set_facecolor('none')
+        ax.title.set_fontsize(9)
+        ax.tick_params(colors='#888', labelsize=8)
         ax.xaxis.label.set_fontsize(8)
-        for part in (ax.title, ax.xaxis.label, *ax.spines.values()): part.set_color('#888')
-    f = io.BytesIO(); fig.savefig(f, dpi=160, facecolor='none')
+        for part in (ax.title, ax.xaxis.label, *ax.spines.values()):
+            part.set_color('#888')
+    f = io.BytesIO()
+    fig.savefig(f, dpi=160, facecolor='none')
     return Image.open(f)
 
 # %% ../../nbs/17b_widgets.ipynb #0da2302e
 class _Watch(Callback):
     "Tells a `LiveTraining` how its run goes."
-    def __init__(self, view): self.view = view
-    def on_train_begin(self, run): self.view._begun(run)
-    def on_resume(self, run): self.view._begun(run)
-    def on_step_end(self, run): self.view._stepped(run)
-    def on_epoch_end(self, run): self.view._epoch_ended(run)
+    def __init__(self, view):
+        self.view = view
+    def on_train_begin(self, run):
+        self.view._begun(run)
+    def on_resume(self, run):
+        self.view._begun(run)
+    def on_step_end(self, run):
+        self.view._stepped(run)
+    def on_epoch_end(self, run):
+        self.view._epoch_ended(run)
 
 class LiveTraining(VBox):
     "Train in a thread of its own, watch it, stop it at any step and go on."
@@ -366,15 +535,50 @@ class LiveTraining(VBox):
         data:dict, # 'train' and, if evaluation is enabled, 'validation': `EncodedData`, as for `fit`
         h:Hyperparameters,
         pictures, # `CaptionData` of pictures to caption after each epoch
-        callbacks=(), # `Callback`s; with `Scores(splits)`, which `capnb_train` has, `capnb_train --resume` can go on with a run that was stopped here
+        # `Callback`s; with `Scores(splits)`, which `capnb_train` has, `capnb_train --resume` can go on with a
+        # run that was stopped here
+        callbacks=(),
         samples:int=4, # How many of them
     ):
-        self.model, self.data, self.h, self.callbacks, self.state, self.run, self.thread = model, data, h, [*callbacks, _Watch(self)], None, None, None
-        self.samples, self.told, self.gains, self.drawn = [pictures[i] for i in range(min(samples, len(pictures)))], [], {}, 0
-        self.start, self.stop = Button(description='start', icon='play', button_style='success'), Button(description='stop', icon='stop', disabled=True)
-        self.bar, self.status, self.curve, self.cards, self.errors = IntProgress(layout=Layout(width='14rem')), HTML('<span class="quiet">not started</span>'), HTML(), HTML(), HTML()
-        self.start.on_click(lambda _: self.begin()); self.stop.on_click(lambda _: self.halt())
-        super().__init__([HTML(STYLE), HBox([self.start, self.stop, self.bar, self.status], layout=Layout(flex_flow='row wrap', align_items='center', grid_gap='.5rem')), self.curve, self.cards, self.errors])
+        self.model, self.data, self.h, self.callbacks, self.state, self.run, self.thread = (
+            model,
+            data,
+            h,
+            [*callbacks, _Watch(self)],
+            None,
+            None,
+            None,
+        )
+        self.samples, self.told, self.gains, self.drawn = (
+            [pictures[i] for i in range(min(samples, len(pictures)))],
+            [],
+            {},
+            0,
+        )
+        self.start, self.stop = Button(description='start', icon='play', button_style='success'), Button(
+            description='stop', icon='stop', disabled=True
+        )
+        self.bar, self.status, self.curve, self.cards, self.errors = (
+            IntProgress(layout=Layout(width='14rem')),
+            HTML('<span class="quiet">not started</span>'),
+            HTML(),
+            HTML(),
+            HTML(),
+        )
+        self.start.on_click(lambda _: self.begin())
+        self.stop.on_click(lambda _: self.halt())
+        super().__init__(
+            [
+                HTML(STYLE),
+                HBox(
+                    [self.start, self.stop, self.bar, self.status],
+                    layout=Layout(flex_flow='row wrap', align_items='center', grid_gap='.5rem'),
+                ),
+                self.curve,
+                self.cards,
+                self.errors,
+            ]
+        )
         self.add_class('capnb')
 
 # %% ../../nbs/17b_widgets.ipynb #0da2302f
@@ -402,15 +606,19 @@ def _train(self:LiveTraining):
         try:
             fit(self.model, self.data, self.h, self.callbacks, self.state)
             self._say(f'done: {self.run.epoch} epochs, {self.run.checkpoint}')
-        except Interrupted as e: self._say(str(e))
+        except Interrupted as e:
+            self._say(str(e))
     done = self.run and self.run.done
-    if self.run and not done and state_path(self.run).exists(): self.state, self.start.description = read_state(state_path(self.run)), 'go on'
-    if done: self.start.description, self.start.icon = 'done', 'check'
+    if self.run and not done and state_path(self.run).exists():
+        self.state, self.start.description = read_state(state_path(self.run)), 'go on'
+    if done:
+        self.start.description, self.start.icon = 'done', 'check'
     self.stop.disabled, self.start.disabled = True, bool(done)
 
 # %% ../../nbs/17b_widgets.ipynb #0da23030
 @patch
-def _say(self:LiveTraining, text): self.status.value = f'<span class="quiet">{escape(text)}</span>'
+def _say(self:LiveTraining, text):
+    self.status.value = f'<span class="quiet">{escape(text)}</span>'
 
 @patch
 def _begun(self:LiveTraining, run):
@@ -420,17 +628,39 @@ def _begun(self:LiveTraining, run):
 @patch
 def _draw(self:LiveTraining, run):
     self.drawn = time.monotonic()
-    if run.losses: self.curve.value = image_html(draw_run(run.losses, self.gains), f'Curve of the loss over {len(run.losses)} steps, now {run.losses[-1]:.2f}; beside it the image gain of {len(self.gains)} epochs', 760)
+    if run.losses:
+        self.curve.value = image_html(
+            draw_run(run.losses, self.gains),
+            f'Curve of the loss over {len(run.losses)} steps, now {run.losses[-1]:.2f}; beside it the image'
+            f' gain of {len(self.gains)} epochs',
+            760,
+        )
 
 @patch
 def _stepped(self:LiveTraining, run):
     self.bar.max, self.bar.value = run.steps*run.h.num_epochs, run.epoch*run.steps + run.step
-    self._say(f'epoch {run.epoch+1} of {run.h.num_epochs}, step {run.step} of {run.steps}, loss {run.losses[-1]:.3f}')
-    if time.monotonic()-self.drawn > 1: self._draw(run)
+    self._say(
+        f'epoch {run.epoch+1} of {run.h.num_epochs}, step {run.step} of {run.steps}, loss'
+        f' {run.losses[-1]:.3f}'
+    )
+    if time.monotonic()-self.drawn > 1:
+        self._draw(run)
 
 @patch
 def _epoch_ended(self:LiveTraining, run):
-    if run.metadata['image_gain'] is not None: self.gains[run.epoch] = run.metadata['image_gain']
+    if run.metadata['image_gain'] is not None:
+        self.gains[run.epoch] = run.metadata['image_gain']
     self.told.append((run.epoch, run.model.caption([row['image'] for row in self.samples])))
-    self.cards.value = '<div class="cards">' + ''.join(card(row['image'], self.told[-1][1][i], [f'<small>epoch {epoch}: {escape(said[i])}</small><br>' for epoch,said in self.told[-2::-1]]) for i,row in enumerate(self.samples)) + '</div>'
+    self.cards.value = (
+        '<div class="cards">'
+        + ''.join(
+            card(
+                row['image'],
+                self.told[-1][1][i],
+                [f'<small>epoch {epoch}: {escape(said[i])}</small><br>' for epoch, said in self.told[-2::-1]],
+            )
+            for i, row in enumerate(self.samples)
+        )
+        + '</div>'
+    )
     self._draw(run)
