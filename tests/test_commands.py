@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from capnb.decoder import use_int8
-from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
+from capnb.captioner import load_model_from_checkpoint, read_metadata
+from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.settings import PRESETS, Hyperparameters
 from capnb.images import open_image
