@@ -14,11 +14,14 @@ from queue import SimpleQueue
 from fastcore.script import Param
 from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+)
 from ..run.command_line import Number, command, new_file
 from ..settings import atomic_write, read_model, say
-from ..decoder import (caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions,
-                           tokenize_captions)
+from capnb.decoder import (
+    caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions, tokenize_captions
+)
 
 # %% ../../nbs/13_other_models.ipynb #16de0011
 _TINY = { # names of settings by value
@@ -38,11 +41,15 @@ _TINY = {name: value for value,names in _TINY.items() for name in names.split()}
 
 def _for(kinds, **settings): return dict.fromkeys(kinds.split(), settings)
 
-_EXTRA = { # what a family needs besides, or what its makers set and the default leaves out
-    **_for('axk1 axk2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa', num_key_value_heads=4),
-    **_for('longcat_flash minicpm3 youtu', num_key_value_heads=4), # as many as queries: latent attention
-    **_for('qwen3_next qwen3_5_text qwen3_5_moe_text recurrent_gemma lfm3', num_hidden_layers=4), # one is attention
-    **_for('granite granite_swa granitemoe granitemoe_swa granitemoeshared', logits_scaling=8.),
+_EXTRA = {  # what a family needs besides, or what its makers set and the default leaves out
+    **_for(
+        'axk1 axk2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa', num_key_value_heads=4
+    ),
+    **_for('longcat_flash minicpm3 youtu', num_key_value_heads=4),  # as many as queries: latent attention
+    **_for(
+        'qwen3_next qwen3_5_text qwen3_5_moe_text recurrent_gemma lfm3', num_hidden_layers=4
+    ),  # one is attention
+    **_for('granite granite_swa granitemoe granitemoe_swa granitemoeshared', logits_scaling=8.0),
     **_for('hunyuan_v1_dense hunyuan_v1_moe ministral', head_dim=8),
     **_for('nemotron', num_key_value_heads=2),
     **_for('deepseek_v2', num_key_value_heads=4, num_experts_per_tok=2),
@@ -51,18 +58,37 @@ _EXTRA = { # what a family needs besides, or what its makers set and the default
     **_for('lfm2_moe', layer_types=['conv', 'full_attention']),
     **_for('zaya', num_experts_per_tok=1),
     **_for('mamba2', num_heads=4, head_dim=16, n_groups=1),
-    **_for('granitemoehybrid', mamba_n_heads=4, mamba_d_head=16, layer_types=['linear_attention', 'full_attention'],
-           logits_scaling=8.),
+    **_for(
+        'granitemoehybrid',
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        layer_types=['linear_attention', 'full_attention'],
+        logits_scaling=8.0,
+    ),
     **_for('jamba', attn_layer_period=2, attn_layer_offset=1),
     **_for('bailing_hybrid', num_key_value_heads=4, layer_group_size=2),
     **_for('kimi_linear', num_key_value_heads=4, layer_types=['linear_attention', 'full_attention']),
-    **_for('gemma4_text', num_hidden_layers=4, num_kv_shared_layers=2,
-           layer_types=['sliding_attention', 'full_attention']*2),
-    **_for('dbrx', attn_config=dict(kv_n_heads=2, clip_qkv=8., rope_theta=1e4)),
-    **_for('cohere_compass_text', rope_parameters=_for('full_attention sliding_attention', rope_type='default',
-                                                       rope_theta=1e4)),
-    **_for('qwen4_exp_text', num_hidden_layers=4, indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8,
-           indexer_budget=64, indexer_compress_ratio=2)}
+    **_for(
+        'gemma4_text',
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=['sliding_attention', 'full_attention'] * 2,
+    ),
+    **_for('dbrx', attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4)),
+    **_for(
+        'cohere_compass_text',
+        rope_parameters=_for('full_attention sliding_attention', rope_type='default', rope_theta=1e4),
+    ),
+    **_for(
+        'qwen4_exp_text',
+        num_hidden_layers=4,
+        indexer_n_heads=4,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=64,
+        indexer_compress_ratio=2,
+    ),
+}
 
 def _shrunken(config):
     "The same kind of configuration with small settings, in its parts, too."
@@ -99,12 +125,15 @@ def save_random_model(
     own = isinstance(config, cls.config_class) # else the class is for a part, the text
     model = cls(config if own else config.get_text_config()).float()
     for p in model.parameters():
-        if p.is_floating_point(): p.data += .2*torch.randn_like(p)
+        if p.is_floating_point():
+            p.data += .2*torch.randn_like(p)
     for layer in model.modules():
-        if getattr(layer, 'padding_idx', None) is None or not hasattr(layer, 'weight'): continue
+        if getattr(layer, 'padding_idx', None) is None or not hasattr(layer, 'weight'):
+            continue
         layer.weight.data[layer.padding_idx] = 0
     model.save_pretrained(folder)
-    if not own: config.save_pretrained(folder)
+    if not own:
+        config.save_pretrained(folder)
     read_model(AutoTokenizer, 'storybook-qwen3', 'tokenizer').save_pretrained(folder)
 
 # families that want labels shifted already, by their documentation
@@ -116,7 +145,8 @@ def _own_loss(decoder, prefix, ids, mask):
     for i,n in enumerate(mask.sum(1).tolist()):
         before, after = prefix[i*len(prefix)//len(ids)][None], ids[i:i+1,:n]
         labels = torch.cat([after.new_full(before.shape[:2], -100), after], 1)
-        if decoder.config.model_type in _UNSHIFTED: labels = torch.nn.functional.pad(labels[:,1:], (0,1), value=-100)
+        if decoder.config.model_type in _UNSHIFTED:
+            labels = torch.nn.functional.pad(labels[:,1:], (0,1), value=-100)
         joined = torch.cat([before, embed(after)], 1)
         total = total + decoder(inputs_embeds=joined, labels=labels, use_cache=False).loss*n
     return total/mask.sum()
@@ -132,12 +162,15 @@ def _greedy_alone(decoder, prefix, end):
     "What `transformers` writes after each prefix alone, as tokens."
     options = dict(do_sample=False, max_new_tokens=12, eos_token_id=end, pad_token_id=end)
     ones = torch.ones(1, prefix.shape[1], dtype=torch.long)
-    return [decoder.generate(inputs_embeds=p[None], attention_mask=ones, **options)[0].tolist() for p in prefix]
+    return [
+        decoder.generate(inputs_embeds=p[None], attention_mask=ones, **options)[0].tolist() for p in prefix
+    ]
 
 def compare_decoder(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
-) -> dict: # `loss_difference` (nats per token), `gradient_difference` (share of the largest number), `greedy_equal`, ...
+# `loss_difference` (nats per token), `gradient_difference` (share of the largest number), `greedy_equal`, ...
+) -> dict:
     "Compare loss, gradient and greedy text with what `transformers` computes for each caption alone."
     ids, mask = tokenize_captions(tokenizer, CAPTIONS)
     tokens = torch.randint(len(tokenizer), (7,3), generator=torch.Generator().manual_seed(1))
@@ -154,15 +187,22 @@ def compare_decoder(
 # %% ../../nbs/13_other_models.ipynb #16de0018
 def compare_family(
     kind:str, # As for `tiny_config`
-) -> dict: # As of `compare_decoder`; or the reason, as `refused` or, where no tiny model can be made, as `not_built`
+# As of `compare_decoder`; or the reason, as `refused` or, where no tiny model can be made, as `not_built`
+) -> dict:
     "Compare a tiny random model of a family, as `compare_decoder` does."
-    try: check_decoder(kind, default_config(kind))
-    except ValueError as e: return dict(refused=str(e))
+    try:
+        check_decoder(kind, default_config(kind))
+    except ValueError as e:
+        return dict(refused=str(e))
     with tempfile.TemporaryDirectory() as folder:
-        try: save_random_model(tiny_config(kind), folder)
-        except Exception as e: return dict(not_built=_one_line(e)) # a family may raise anything; the table tells it
-        try: decoder, tokenizer = load_decoder(folder, device='cpu')
-        except ValueError as e: return dict(refused=str(e).replace(folder, kind))
+        try:
+            save_random_model(tiny_config(kind), folder)
+        except Exception as e:
+            return dict(not_built=_one_line(e)) # a family may raise anything; the table tells it
+        try:
+            decoder, tokenizer = load_decoder(folder, device='cpu')
+        except ValueError as e:
+            return dict(refused=str(e).replace(folder, kind))
         return compare_decoder(decoder, tokenizer)
 
 def _one_line(e): return f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
@@ -176,8 +216,10 @@ def _answer(pipe):
     pipe.send('ready')
     while True:
         kind = pipe.recv()
-        try: pipe.send(compare_family(kind))
-        except Exception as e: pipe.send(dict(failed=_one_line(e))) # a family may raise anything; the table tells it
+        try:
+            pipe.send(compare_family(kind))
+        except Exception as e:
+            pipe.send(dict(failed=_one_line(e))) # a family may raise anything; the table tells it
 
 class _Child:
     "A process that compares families; where one is lost, another takes its place."
@@ -191,12 +233,14 @@ class _Child:
         self.pipe.recv()
 
     def ask(self, kind, seconds):
-        if self.process is None: self.start()
+        if self.process is None:
+            self.start()
         self.pipe.send(kind)
         try:
             if self.pipe.poll(seconds): return self.pipe.recv()
             lost = f'no answer within {seconds} s'
-        except EOFError: lost = 'its process was lost'
+        except EOFError:
+            lost = 'its process was lost'
         self.stop()
         return dict(failed=lost)
 
@@ -214,20 +258,30 @@ def compare_families(
     "Compare families, each in a child process with a limit of time."
     kinds = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if kinds is None else list(kinds)
     children, free = [_Child() for _ in range(processes)], SimpleQueue()
-    for child in children: free.put(child)
+    for child in children:
+        free.put(child)
     def compare(kind):
         child = free.get()
-        try: return child.ask(kind, seconds)
-        finally: free.put(child)
+        try:
+            return child.ask(kind, seconds)
+        finally:
+            free.put(child)
     try:
         with ThreadPoolExecutor(processes) as pool:
-            return dict(zip(kinds, tqdm(pool.map(compare, kinds), total=len(kinds), unit='family', disable=not progress)))
+            return dict(
+                zip(
+                    kinds,
+                    tqdm(pool.map(compare, kinds), total=len(kinds), unit='family', disable=not progress),
+                )
+            )
     finally:
         for child in children:
-            if child.process: child.stop()
+            if child.process:
+                child.stop()
 
 # %% ../../nbs/13_other_models.ipynb #16de0021
-LOSS_DIFFERENCE, GRADIENT_DIFFERENCE = 1e-5, 1e-4 # most that rounding explains: nats per token, share of the largest
+# most that rounding explains: nats per token, share of the largest
+LOSS_DIFFERENCE, GRADIENT_DIFFERENCE = 1e-5, 1e-4
 
 def agrees(
     row:dict, # As of `compare_families`
@@ -236,21 +290,30 @@ def agrees(
     if not row.get('greedy_equal'): return False
     return row['loss_difference'] <= LOSS_DIFFERENCE and row['gradient_difference'] <= GRADIENT_DIFFERENCE
 
-def _rounded(row): return {k: float(f'{v:.2g}') if isinstance(v, float) else v for k,v in row.items()}
+def _rounded(row):
+    return {k: float(f'{v:.2g}') if isinstance(v, float) else v for k,v in row.items()}
 
 def _table_row(kind, row):
     for what in ('refused', 'not_built', 'failed'):
-        if what in row: return f"| {kind} | {what.replace('_', ' ')}: {row[what].replace('|', '/')} | | | | |"
+        if what in row:
+            return f"| {kind} | {what.replace('_', ' ')}: {row[what].replace('|', '/')} | | | | |"
     differences = f"{row['loss_difference']:.0e} | {row['gradient_difference']:.0e}"
-    said = ' | '.join('yes' if row[what] else 'no' for what in ('greedy_equal', 'head_is_plain', 'shares_rows'))
+    said = ' | '.join(
+        'yes' if row[what] else 'no' for what in ('greedy_equal', 'head_is_plain', 'shares_rows')
+    )
     return f'| {kind} | {differences} | {said} |'
 
 def decoders_table(
     rows:dict, # As of `compare_families`
 ) -> str: # Markdown
     "Write families, differences and reasons as a table."
-    head = ['| family | loss differs by | gradient differs by | same text | head is plain | captions share rows |',
-            '|---|---|---|---|---|---|']
+    head = [
+        (
+            '| family | loss differs by | gradient differs by | same text | head is plain | captions share'
+            ' rows |'
+        ),
+        '|---|---|---|---|---|---|',
+    ]
     return '\n'.join([*head, *(_table_row(kind, row) for kind,row in rows.items())])
 
 @command
@@ -263,6 +326,10 @@ def decoders_command(
     found = compare_families(None, seconds, processes, progress=True)
     rows = {kind: _rounded(row) for kind,row in found.items()}
     versions = {m.__name__: m.__version__ for m in (torch, transformers)}
-    with atomic_write(output) as f: json.dump(dict(versions=versions, families=rows), f, indent=1)
+    with atomic_write(output) as f:
+        json.dump(dict(versions=versions, families=rows), f, indent=1)
     good, refused = sum(map(agrees, rows.values())), sum('refused' in row for row in rows.values())
-    say(f'📋 {len(rows)} families: {good} agree, {refused} are refused, {len(rows)-good-refused} neither; {output}')
+    say(
+        f'📋 {len(rows)} families: {good} agree, {refused} are refused, {len(rows)-good-refused} neither;'
+        f' {output}'
+    )

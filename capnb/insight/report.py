@@ -20,13 +20,20 @@ from transformers import AutoTokenizer
 from ..captioner import load_model_from_checkpoint, read_metadata
 from ..run.command_line import BEST, any_path, command, new_file
 from ..run.entry import OWN_DATA, find_checkpoint
-from ..settings import PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text, say, write_json
+from capnb.settings import (
+    PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text,
+    say, write_json
+)
 from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex
 from ..decoder import use_int8
-from ..encoder import EncodedData, encode_data, features_folder, load_encoder
-from ..evaluation import BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
+from ..encoder import EncodedData, load_encoder
+from ..fast.cache import encode_data, features_folder
+from capnb.evaluation import (
+    BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors,
+    mean_parts, score, score_parts, score_table, with_intervals
+)
 
 # %% ../../nbs/18_reports.ipynb #jd210006
 def clip_scores(
@@ -44,15 +51,24 @@ PROMPT = 'A photo depicts'
 _TEXT_HALF = dict(clip='CLIPTextModelWithProjection', siglip='SiglipTextModel', siglip2='Siglip2TextModel')
 
 class ClipScorer:
-    "A frozen CLIP or SigLIP that embeds pictures and texts. Raises `ValueError` for a model without a text half, and as `load_encoder` does."
+    """A frozen CLIP or SigLIP that embeds pictures and texts.
+
+    Raises `ValueError` for a model without a text half, and as `load_encoder` does.
+    """
     def __init__(self,
         name:str, # A shipped model, a hub id or a folder
         device=None, # Where to put it; None for the best device
     ):
         config = model_config(name, 'scorer')
-        if config.model_type not in _TEXT_HALF: raise ValueError(f"scorer {name!r} is a {config.model_type!r} model, and captions need one that reads texts, too: {', '.join(_TEXT_HALF)}")
+        if config.model_type not in _TEXT_HALF:
+            raise ValueError(
+                f"scorer {name!r} is a {config.model_type!r} model, and captions need one that reads texts,"
+                f" too: {', '.join(_TEXT_HALF)}"
+            )
         self.name, self.encoder = name, load_encoder(name, device)
-        self.texts = load_whole(getattr(transformers, _TEXT_HALF[config.model_type]), name, 'scorer', self.encoder.model.device)
+        self.texts = load_whole(
+            getattr(transformers, _TEXT_HALF[config.model_type]), name, 'scorer', self.encoder.model.device
+        )
         self.tokenizer = read_model(AutoTokenizer, name, f'tokenizer of scorer {name!r}')
         self.length, self.padded = config.text_config.max_position_embeddings, config.model_type!='clip'
 
@@ -65,8 +81,19 @@ def embed_texts(self:ClipScorer,
     "Embed captions after the words of the paper's prompt."
     out = []
     for at in range(0, len(texts), batch_size):
-        tokens = self.tokenizer([f'{PROMPT} {t}' for t in texts[at:at+batch_size]], padding='max_length' if self.padded else True, truncation=True, max_length=self.length, split_special_tokens=True, return_tensors='pt').to(self.texts.device)
-        found = self.texts(tokens['input_ids']) if self.padded else self.texts(tokens['input_ids'], tokens['attention_mask'])
+        tokens = self.tokenizer(
+            [f'{PROMPT} {t}' for t in texts[at : at + batch_size]],
+            padding='max_length' if self.padded else True,
+            truncation=True,
+            max_length=self.length,
+            split_special_tokens=True,
+            return_tensors='pt',
+        ).to(self.texts.device)
+        found = (
+            self.texts(tokens['input_ids'])
+            if self.padded
+            else self.texts(tokens['input_ids'], tokens['attention_mask'])
+        )
         out.append((found.pooler_output if self.padded else found.text_embeds).float().cpu())
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)
 
@@ -77,7 +104,9 @@ def embed_images(self:ClipScorer,
     progress:str='', # As for `encode_data`
 ) -> torch.Tensor: # (pictures, width), each of length 1
     "Embed the pictures of a data set."
-    return torch.nn.functional.normalize(encode_data(self.encoder, data, folder=folder, progress=progress).features[:].cpu(), dim=-1)
+    return torch.nn.functional.normalize(
+        encode_data(self.encoder, data, folder=folder, progress=progress).features[:].cpu(), dim=-1
+    )
 
 # %% ../../nbs/18_reports.ipynb #jd210015
 def clip_parts(
@@ -85,14 +114,22 @@ def clip_parts(
     images, # From its `embed_images`
     captions, # One per picture
     references, # For each picture its references
-) -> dict: # 'clipscore' and 'refclipscore' and the floors of both, '..._floor', and 'clipscore_ceiling': `Parts`
+# 'clipscore' and 'refclipscore' and the floors of both, '..._floor', and 'clipscore_ceiling': `Parts`
+) -> dict:
     "CLIPScore and RefCLIPScore, with another picture as the floor and people as the ceiling."
     said, ends = scorer.embed_texts(captions), np.cumsum([0, *map(len, references)])
     read = scorer.embed_texts([r for refs in references for r in refs])
     people = [read[a:b] for a,b in zip(ends, ends[1:])]
-    found, other = clip_scores(images, said, people), clip_scores(images.roll(-1, 0), said, people[1:]+people[:1])
+    found, other = clip_scores(images, said, people), clip_scores(
+        images.roll(-1, 0), said, people[1:] + people[:1]
+    )
     ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images, strict=True)]
-    return {name: mean_parts(each) for name,each in dict(found, **{f'{k}_floor': v for k,v in other.items()}, clipscore_ceiling=ceiling).items()}
+    return {
+        name: mean_parts(each)
+        for name, each in dict(
+            found, **{f'{k}_floor': v for k, v in other.items()}, clipscore_ceiling=ceiling
+        ).items()
+    }
 
 # %% ../../nbs/18_reports.ipynb #jd210021
 def coco_ids(
@@ -115,44 +152,72 @@ def write_predictions(
 def _entries(path):
     "Id, as a text, and caption, as one line, of each entry of a file of COCO results."
     text = read_text(path)
-    try: found = parse_json(text)
-    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
-    if not isinstance(found, list): raise ValueError(f"{path} must hold a list of objects with image_id and caption, as COCO results do")
+    try:
+        found = parse_json(text)
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(found, list):
+        raise ValueError(f"{path} must hold a list of objects with image_id and caption, as COCO results do")
     for n,entry in enumerate(found):
-        i, caption = (entry.get('image_id'), entry.get('caption')) if isinstance(entry, dict) else (None, None)
-        if type(i) not in (int, str) or not isinstance(caption, str): raise ValueError(f"{path}: entry {n} needs an image_id (a whole number or a text) and a caption (a text), not {json.dumps(entry):.80}")
-        if re.search('[\ud800-\udfff]', caption): raise ValueError(f"{path}: the caption of entry {n} holds half a character (a surrogate), which no text can")
+        i, caption = (
+            (entry.get('image_id'), entry.get('caption')) if isinstance(entry, dict) else (None, None)
+        )
+        if type(i) not in (int, str) or not isinstance(caption, str):
+            raise ValueError(
+                f"{path}: entry {n} needs an image_id (a whole number or a text) and a caption (a text), not"
+                f" {json.dumps(entry):.80}"
+            )
+        if re.search('[\ud800-\udfff]', caption):
+            raise ValueError(
+                f"{path}: the caption of entry {n} holds half a character (a surrogate), which no text can"
+            )
         yield str(i), one_line(caption)
 
 class _ImageFinder:
-    "Finds the number of the image that an id means: the id itself, COCO's number of it, or another spelling of its name."
+    """Finds the number of the image that an id means: the id itself, COCO's number of it, or another
+    spelling of its name."""
     def __init__(self, image_ids):
         self.where = {str(i): n for ids in (coco_ids(image_ids), image_ids) for n,i in enumerate(ids)}
         self.image_ids, self.index = image_ids, NameIndex(image_ids)
     def __call__(self, i):
-        if i not in self.where and i.isdecimal(): i = str(int(i)) if str(int(i)) in self.where else i
+        if i not in self.where and i.isdecimal():
+            i = str(int(i)) if str(int(i)) in self.where else i
         if i in self.where: return self.where[i]
-        try: return self.where[self.index.find(i)]
-        except KeyError: pass
+        try:
+            return self.where[self.index.find(i)]
+        except KeyError:
+            pass
         near = self.index.nearest(i)
-        raise ValueError(f"image_id {i!r} is none of the {len(self.image_ids)} pictures, such as {near or self.image_ids[0]!r}; "
-                         "name the data and the split that the captions are of")
+        raise ValueError(
+            f"image_id {i!r} is none of the {len(self.image_ids)} pictures, such as"
+            f" {near or self.image_ids[0]!r}; name the data and the split that the captions are of"
+        )
 
 def read_predictions(
     path, # JSON file of COCO results
     image_ids, # Texts, as in the data
 ) -> list: # One caption per id, in their order
-    "Read captions for these pictures; raises `ValueError` that names the file and the id that is missing, is there twice or is not known."
+    """Read captions for these pictures; raises `ValueError` that names the file and the id that is missing,
+    is there twice or is not known."""
     find, captions = _ImageFinder(image_ids), {}
     for i,caption in _entries(path):
-        try: n = find(i)
-        except ValueError as e: raise ValueError(f"{path}: {e}") from None
+        try:
+            n = find(i)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
         if n in captions: raise ValueError(f"{path}: image_id {i!r} has two captions")
         captions[n] = caption
     for given,real in list(find.index.respelt.items())[:1]:
-        say(f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as {given!r} for {real!r}")
+        say(
+            f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as"
+            f" {given!r} for {real!r}"
+        )
     missing = [i for n,i in enumerate(image_ids) if n not in captions]
-    if missing: raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is {missing[0]!r}; captions of one split are judged with --split")
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is"
+            f" {missing[0]!r}; captions of one split are judged with --split"
+        )
     return [captions[n] for n in range(len(image_ids))]
 
 # %% ../../nbs/18_reports.ipynb #jd210025
@@ -160,10 +225,18 @@ def _lengths(captions):
     "Of each caption in which third by length it is, in words."
     counts = [len(words(c)) for c in captions]
     low, high = np.percentile(counts, (33, 67)).astype(int).tolist()
-    return [f'up to {low} words' if n <= low else f'{low+1} to {high} words' if n <= high else f'{high+1} words or more' for n in counts]
+    return [
+        (
+            f'up to {low} words'
+            if n <= low
+            else f'{low+1} to {high} words' if n <= high else f'{high+1} words or more'
+        )
+        for n in counts
+    ]
 
 def _used_words(references, least):
-    "Of each picture the words in its references, of three letters or more in the Latin alphabet, without those that are in more than half of the pictures, or in fewer than `least`."
+    """Of each picture the words in its references, of three letters or more in the Latin alphabet, without
+    those that are in more than half of the pictures, or in fewer than `least`."""
     used = [{w for r in refs for w in words(r) if len(w) > 2 or not w.isascii()} for refs in references]
     counts = Counter(w for each in used for w in each)
     return [{w for w in each if least <= counts[w] <= len(references)/2} for each in used]
@@ -173,13 +246,21 @@ def image_slices(
     rows, # What the data says of each picture
     least:int=10, # Pictures that a word must be in
 ) -> list: # For each picture a list of pairs, such as ('kind', 'cat')
-    "Name what each picture has in common with others: facts, where there are some, the length of its caption, and words of its references."
+    """Name what each picture has in common with others: facts, where there are some, the length of its
+    caption, and words of its references."""
     out = []
     for length,used,row in zip(_lengths(captions), _used_words([r['captions'] for r in rows], least), rows):
         facts = row.get('facts', dict(things=[]))
         found = {(k, t[k]) for t in facts['things'] for k in ('kind','colour','size')}
-        if facts['things']: found |= {('place', facts['place']), ('number of things', str(len(facts['things'])))}
-        out.append(sorted(found | {('word in the references', w) for w in used - {v for _,v in found}} | {('caption length', length)}))
+        if facts['things']:
+            found |= {('place', facts['place']), ('number of things', str(len(facts['things'])))}
+        out.append(
+            sorted(
+                found
+                | {('word in the references', w) for w in used - {v for _, v in found}}
+                | {('caption length', length)}
+            )
+        )
     return out
 
 # %% ../../nbs/18_reports.ipynb #jd210027
@@ -187,7 +268,8 @@ def worst_first(
     parts:dict, # From `score_parts`
 ) -> list: # Numbers of pictures
     "Order pictures from the worst caption to the best: by what is true, where that is known, and by ROUGE-L."
-    keys = [parts[name].score(parts[name].each) for name in ('rouge_l', 'pairs') if name in parts] # the last counts first
+    # the last counts first
+    keys = [parts[name].score(parts[name].each) for name in ('rouge_l', 'pairs') if name in parts]
     return np.lexsort(keys).tolist()
 
 def slices(
@@ -195,14 +277,31 @@ def slices(
     rows, # As for `image_slices`
     parts:dict, # From `score_parts`, and from `clip_parts` if you like
     least:int=10, # Pictures that a slice must have
-) -> list: # Plain data, the worst first: 'slice', 'value', 'pictures', each score with its 95% interval, 'worst' (numbers of its three worst pictures), 'below' (surely below all pictures together)
+# Plain data, the worst first: 'slice', 'value', 'pictures', each score with its 95% interval, 'worst'
+# (numbers of its three worst pictures), 'below' (surely below all pictures together)
+) -> list:
     "Score all pictures that share something, apart."
-    groups, names, labels = defaultdict(list), [n for n in ('pairs', 'rouge_l', 'clipscore') if n in parts], image_slices(captions, rows, least)
+    groups, names, labels = (
+        defaultdict(list),
+        [n for n in ('pairs', 'rouge_l', 'clipscore') if n in parts],
+        image_slices(captions, rows, least),
+    )
     for i in worst_first(parts):
-        for label in labels[i]: groups[label].append(i)
-    out = [dict(slice=kind, value=value, pictures=len(group), **with_intervals({n: Parts(parts[n].each[group], parts[n].score) for n in names}), worst=group[:3])
-           for (kind,value),group in groups.items() if least <= len(group) < len(rows)]
-    for s in out: s['below'] = s[names[0]][2] < parts[names[0]].value
+        for label in labels[i]:
+            groups[label].append(i)
+    out = [
+        dict(
+            slice=kind,
+            value=value,
+            pictures=len(group),
+            **with_intervals({n: Parts(parts[n].each[group], parts[n].score) for n in names}),
+            worst=group[:3]
+        )
+        for (kind, value), group in groups.items()
+        if least <= len(group) < len(rows)
+    ]
+    for s in out:
+        s['below'] = s[names[0]][2] < parts[names[0]].value
     return sorted(out, key=lambda s: s[names[0]][0])
 
 def slice_table(
@@ -212,7 +311,15 @@ def slice_table(
     names = [n for n in ('pairs', 'rouge_l', 'clipscore') if n in found[0]] if found else []
     heads = dict(pairs='colour and kind', rouge_l='ROUGE-L', clipscore='CLIPScore')
     lines = [f"{'':40}{'pictures':>9}" + ''.join(f'{heads[n]:>22}' for n in names)]
-    return '\n'.join(lines + [f"{s['slice'] + ' ' + s['value']:40}{s['pictures']:9}" + ''.join('   {:5.3f} {:5.3f}–{:5.3f}'.format(*s[n]) for n in names) + '  ↓'*s['below'] for s in found])
+    return '\n'.join(
+        lines
+        + [
+            f"{s['slice'] + ' ' + s['value']:40}{s['pictures']:9}"
+            + ''.join('   {:5.3f} {:5.3f}–{:5.3f}'.format(*s[n]) for n in names)
+            + '  ↓' * s['below']
+            for s in found
+        ]
+    )
 
 # %% ../../nbs/18_reports.ipynb #jd210034
 @dataclass
@@ -239,31 +346,60 @@ def judge(
     "Score captions in all ways that were asked for."
     references, parts = [r['captions'] for r in data.rows], score_parts(captions, data)
     scores, more = dict(scores or dict(score(captions, data), pictures=len(data))), {}
-    if coco: more['coco'] = coco_parts(captions, references)
-    if scorer: more['clip'] = clip_parts(scorer, scorer.embed_images(pictures, folder), captions, references)
-    for name,found in more.items(): parts |= found; scores[name] = with_intervals(found)
-    if scorer: scores['clip']['model'] = Path(scorer.name).name if Path(scorer.name).is_dir() else scorer.name
+    if coco:
+        more['coco'] = coco_parts(captions, references)
+    if scorer:
+        more['clip'] = clip_parts(scorer, scorer.embed_images(pictures, folder), captions, references)
+    for name,found in more.items():
+        parts |= found
+        scores[name] = with_intervals(found)
+    if scorer:
+        scores['clip']['model'] = Path(scorer.name).name if Path(scorer.name).is_dir() else scorer.name
     return Judged(pictures, data, captions, parts, scores)
 
 def each_score(
     judged:Judged,
-) -> dict: # Name, floors and ceilings left out: a number per picture, None where a picture has nothing of the kind
+# Name, floors and ceilings left out: a number per picture, None where a picture has nothing of the kind
+) -> dict:
     "The scores of each picture by itself."
     own = {name: p for name,p in judged.parts.items() if not name.endswith(('_floor','_ceiling'))}
-    empty = {name: p.each[:,1:].sum(1)==0 if name in FACTS else np.zeros(len(p.each), bool) for name,p in own.items()} # neither said nor there
-    return {name: [None if e else float(v) for v,e in zip(p.score(p.each), empty[name], strict=True)] for name,p in own.items()}
+    # neither said nor there
+    empty = {
+        name: p.each[:, 1:].sum(1) == 0 if name in FACTS else np.zeros(len(p.each), bool)
+        for name, p in own.items()
+    }
+    return {
+        name: [None if e else float(v) for v, e in zip(p.score(p.each), empty[name], strict=True)]
+        for name, p in own.items()
+    }
 
 # %% ../../nbs/18_reports.ipynb #jd210037
 def write_csv(
     path, # CSV file
     judged:dict, # Name of split: `Judged`
 ):
-    "Write a row per picture: split, image_id, caption, references (with | between), and each score of that picture by itself; empty where there is none."
+    """Write a row per picture: split, image_id, caption, references (with | between), and each score of that
+    picture by itself; empty where there is none."""
     found = {split: each_score(j) for split,j in judged.items()}
     names = list(dict.fromkeys(name for scores in found.values() for name in scores))
-    rows = [[split, i, c, ' | '.join(r['captions']), *('' if (v := found[split].get(name)) is None or v[n] is None else f'{v[n]:.4f}' for name in names)]
-            for split,j in judged.items() for n,(i,c,r) in enumerate(zip(j.ids, j.captions, j.data.rows, strict=True))]
-    with atomic_write(path) as f: csv.writer(f, lineterminator='\n').writerows([['split', 'image_id', 'caption', 'references', *names], *rows])
+    rows = [
+        [
+            split,
+            i,
+            c,
+            ' | '.join(r['captions']),
+            *(
+                '' if (v := found[split].get(name)) is None or v[n] is None else f'{v[n]:.4f}'
+                for name in names
+            ),
+        ]
+        for split, j in judged.items()
+        for n, (i, c, r) in enumerate(zip(j.ids, j.captions, j.data.rows, strict=True))
+    ]
+    with atomic_write(path) as f:
+        csv.writer(f, lineterminator='\n').writerows(
+            [['split', 'image_id', 'caption', 'references', *names], *rows]
+        )
 
 # %% ../../nbs/18_reports.ipynb #jd210040
 def _mark(kind, label, found): # a tick: floor or ceiling
@@ -274,26 +410,69 @@ def _bar(label, found, marks=(), note='', top=1.):
     "What the page shows of a score; `top` is the right end of the bar."
     value, low, high = found
     at = lambda x: round(100*min(max(x/top, 0), 1), 2)
-    return dict(label=label, value=value, low=low, high=high, at=at(value), start=at(low), width=round(at(high)-at(low), 2), note=note, marks=[dict(m, at=at(m['value'])) for m in marks if m['value'] is not None])
+    return dict(
+        label=label,
+        value=value,
+        low=low,
+        high=high,
+        at=at(value),
+        start=at(low),
+        width=round(at(high) - at(low), 2),
+        note=note,
+        marks=[dict(m, at=at(m['value'])) for m in marks if m['value'] is not None],
+    )
 
-def _floor_marks(scores, name): return [_mark('floor', FLOORS[k], v[name]) for k,v in scores.get('floors', {}).items() if name in v]
+def _floor_marks(scores, name):
+    return [_mark('floor', FLOORS[k], v[name]) for k,v in scores.get('floors', {}).items() if name in v]
 
 def _bars(scores):
     "The bars of a split: words, facts, and a CLIP's opinion."
     sure = lambda name, value: [value, *scores['intervals'][name]]
     there = lambda name: scores.get(name) is not None
-    ends = [_mark(kind, label, sure(name, scores[name])) for kind,label,name in (('floor', 'another picture', 'rouge_l_floor'), ('ceiling', 'a person', 'rouge_l_ceiling')) if there(name)]
-    words = [_bar('ROUGE-L', sure('rouge_l', scores['rouge_l']), [*ends[:1], *_floor_marks(scores, 'rouge_l'), *ends[1:]])]
-    words += [_bar(label, scores['coco'][name], top=max(1, scores['coco'][name][2])) for name,label in _COCO.items() if 'coco' in scores]
-    facts = [_bar(label, sure(name, scores['facts'][name]['f1']), _floor_marks(scores, name)) for name,label in FACTS.items() if there('facts')]
+    ends = [
+        _mark(kind, label, sure(name, scores[name]))
+        for kind, label, name in (
+            ('floor', 'another picture', 'rouge_l_floor'),
+            ('ceiling', 'a person', 'rouge_l_ceiling'),
+        )
+        if there(name)
+    ]
+    words = [
+        _bar(
+            'ROUGE-L',
+            sure('rouge_l', scores['rouge_l']),
+            [*ends[:1], *_floor_marks(scores, 'rouge_l'), *ends[1:]],
+        )
+    ]
+    words += [
+        _bar(label, scores['coco'][name], top=max(1, scores['coco'][name][2]))
+        for name, label in _COCO.items()
+        if 'coco' in scores
+    ]
+    facts = [
+        _bar(label, sure(name, scores['facts'][name]['f1']), _floor_marks(scores, name))
+        for name, label in FACTS.items()
+        if there('facts')
+    ]
     return dict(words=words, facts=facts, clip=_clip_bars(scores['clip']) if 'clip' in scores else [])
 
-_COCO = dict(bleu_1='BLEU-1', bleu_2='BLEU-2', bleu_3='BLEU-3', bleu_4='BLEU-4', meteor='METEOR', cider='CIDEr-D')
+_COCO = dict(
+    bleu_1='BLEU-1', bleu_2='BLEU-2', bleu_3='BLEU-3', bleu_4='BLEU-4', meteor='METEOR', cider='CIDEr-D'
+)
 
 def _clip_bars(clip):
-    marks = {'clipscore': [_mark('floor', 'another picture', clip['clipscore_floor']), _mark('ceiling', 'a person', clip['clipscore_ceiling'])], 'refclipscore': [_mark('floor', 'another picture', clip['refclipscore_floor'])]}
+    marks = {
+        'clipscore': [
+            _mark('floor', 'another picture', clip['clipscore_floor']),
+            _mark('ceiling', 'a person', clip['clipscore_ceiling']),
+        ],
+        'refclipscore': [_mark('floor', 'another picture', clip['refclipscore_floor'])],
+    }
     top = max(1, *(clip[name][2] for name in marks))
-    return [_bar(label, clip[name], marks[name], top=top) for name,label in (('clipscore', 'CLIPScore'), ('refclipscore', 'RefCLIPScore'))]
+    return [
+        _bar(label, clip[name], marks[name], top=top)
+        for name, label in (('clipscore', 'CLIPScore'), ('refclipscore', 'RefCLIPScore'))
+    ]
 
 # %% ../../nbs/18_reports.ipynb #jd210042
 def image_uri(
@@ -309,25 +488,65 @@ def image_uri(
 def _cards(judged, which, size, each):
     "Pictures with their captions, references and scores."
     names = dict(rouge_l='ROUGE-L', pairs='facts', clipscore='CLIPScore')
-    return [dict(id=judged.ids[i], uri=image_uri(judged.pictures[i]['image'], size), caption=judged.captions[i], references=judged.data.rows[i]['captions'],
-                 scores=[(label, each[name][i]) for name,label in names.items() if name in each and each[name][i] is not None]) for i in which]
+    return [
+        dict(
+            id=judged.ids[i],
+            uri=image_uri(judged.pictures[i]['image'], size),
+            caption=judged.captions[i],
+            references=judged.data.rows[i]['captions'],
+            scores=[
+                (label, each[name][i])
+                for name, label in names.items()
+                if name in each and each[name][i] is not None
+            ],
+        )
+        for i in which
+    ]
 
 def _split_page(judged, compared, cards, words):
     "What the page shows of a split."
-    order, each, found = worst_first(judged.parts), each_score(judged), slices(judged.captions, judged.data.rows, judged.parts)
+    order, each, found = (
+        worst_first(judged.parts),
+        each_score(judged),
+        slices(judged.captions, judged.data.rows, judged.parts),
+    )
     n = min(cards, len(order)//2)
-    kinds = {kind: [s for s in found if s['slice']==kind][:words if kind.startswith('word') else None] for kind in dict.fromkeys(s['slice'] for s in found)}
+    kinds = {
+        kind: [s for s in found if s['slice'] == kind][: words if kind.startswith('word') else None]
+        for kind in dict.fromkeys(s['slice'] for s in found)
+    }
     main = 'pairs' if 'pairs' in judged.parts else 'rouge_l'
-    shown = {kind: [dict(s, bar=_bar(s['value'], s[main]), cards=_cards(judged, s['worst'], 160, each)) for s in rows] for kind,rows in kinds.items()}
-    return dict(scores=judged.scores, bars=_bars(judged.scores), compared=compared, slices=shown, main='colour and kind' if main=='pairs' else 'ROUGE-L', whole=_bar('all pictures', [judged.parts[main].value]*3),
-                worst=_cards(judged, order[:n], 320, each), best=_cards(judged, order[len(order)-n:][::-1], 320, each))
+    shown = {
+        kind: [
+            dict(s, bar=_bar(s['value'], s[main]), cards=_cards(judged, s['worst'], 160, each)) for s in rows
+        ]
+        for kind, rows in kinds.items()
+    }
+    return dict(
+        scores=judged.scores,
+        bars=_bars(judged.scores),
+        compared=compared,
+        slices=shown,
+        main='colour and kind' if main == 'pairs' else 'ROUGE-L',
+        whole=_bar('all pictures', [judged.parts[main].value] * 3),
+        worst=_cards(judged, order[:n], 320, each),
+        best=_cards(judged, order[len(order) - n :][::-1], 320, each),
+    )
 
 # %% ../../nbs/18_reports.ipynb #jd210045
 def _epochs(checkpoint):
     "The metadata of a run up to a checkpoint, as far as it is there."
     path = Path(checkpoint)
     stem, _, last = path.stem.rpartition('-')
-    files = [path] if not last.isdigit() else [f for e in range(1, int(last)+1) if (f := path.with_name(f'{stem}-{e}.pth'))==path or f.exists()]
+    files = (
+        [path]
+        if not last.isdigit()
+        else [
+            f
+            for e in range(1, int(last) + 1)
+            if (f := path.with_name(f'{stem}-{e}.pth')) == path or f.exists()
+        ]
+    )
     return [read_metadata(f) for f in files]
 
 def _chart(title, points, x, dots=False):
@@ -336,7 +555,17 @@ def _chart(title, points, x, dots=False):
     low, high = ys.min(), ys.max()
     px, py = (10+300*(xs-xs[0])/max(xs[-1]-xs[0], 1)), 130-120*(ys-low)/(high-low or 1)
     places = [(round(a, 1), round(b, 1)) for a,b in zip(px.tolist(), py.tolist())]
-    return dict(title=title, x=x, path='M' + ' L'.join(f'{a} {b}' for a,b in places), dots=places if dots else [], low=low, high=high, first=int(xs[0]), last=int(xs[-1]), end=ys[-1])
+    return dict(
+        title=title,
+        x=x,
+        path='M' + ' L'.join(f'{a} {b}' for a, b in places),
+        dots=places if dots else [],
+        low=low,
+        high=high,
+        first=int(xs[0]),
+        last=int(xs[-1]),
+        end=ys[-1],
+    )
 
 def training_charts(
     checkpoint, # File of weights
@@ -346,8 +575,17 @@ def training_charts(
     losses = epochs[-1].get('losses', [])
     n = max(1, len(losses)//100)
     smooth = [(i+n, float(np.mean(losses[i:i+n]))) for i in range(0, len(losses)-n+1, n)]
-    seen = lambda name: [(m.get('epoch', k), m[name]) for k,m in enumerate(epochs, 1) if m.get(name) is not None]
-    wanted = [('Training loss, nats per token', smooth, 'step', False)] + [(label, seen(name), 'epoch', True) for name,label in (('validation_loss', 'Validation loss'), ('rouge_l', 'ROUGE-L of validation'), ('image_gain', 'Image gain, nats per caption'))]
+    seen = lambda name: [
+        (m.get('epoch', k), m[name]) for k, m in enumerate(epochs, 1) if m.get(name) is not None
+    ]
+    wanted = [('Training loss, nats per token', smooth, 'step', False)] + [
+        (label, seen(name), 'epoch', True)
+        for name, label in (
+            ('validation_loss', 'Validation loss'),
+            ('rouge_l', 'ROUGE-L of validation'),
+            ('image_gain', 'Image gain, nats per caption'),
+        )
+    ]
     return [_chart(title, points, x, dots) for title,points,x,dots in wanted if len(points) > 1]
 
 # %% ../../nbs/18_reports.ipynb #jd210048
@@ -474,39 +712,70 @@ def report_page(
     cards:int=12, # Pictures that are shown of the worst, and of the best
     words:int=12, # Slices that are shown by a word in the references, the worst
 ) -> str: # HTML
-    "Write one page that needs nothing else: scores with floor and ceiling, the worst and the best pictures, slices, and how training went."
+    """Write one page that needs nothing else: scores with floor and ceiling, the worst and the best
+    pictures, slices, and how training went."""
     from jinja2 import Environment
     from markupsafe import Markup
-    pages = {split: dict(_split_page(j, compared.get(split), cards, words), against=against) for split,j in judged.items()}
-    return Environment(autoescape=True).from_string(_MACROS+_SPLIT+_PAGE).render(title=title, about=about, splits=pages, charts=charts, by_character=BY_CHARACTER, style=Markup(_STYLE)).strip()
+    pages = {
+        split: dict(_split_page(j, compared.get(split), cards, words), against=against)
+        for split, j in judged.items()
+    }
+    return (
+        Environment(autoescape=True)
+        .from_string(_MACROS + _SPLIT + _PAGE)
+        .render(
+            title=title,
+            about=about,
+            splits=pages,
+            charts=charts,
+            by_character=BY_CHARACTER,
+            style=Markup(_STYLE),
+        )
+        .strip()
+    )
 
 # %% ../../nbs/18_reports.ipynb #jd210056
 def _asked(splits, split): # names of the splits to judge
-    if split and split not in splits: raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
+    if split and split not in splits:
+        raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     return [split] if split else [s for s in splits if s not in ('train','validation')]
 
 def _captioned(path, split, int8=False, with_floors=True):
-    "What a checkpoint writes: its hyperparameters, metadata and captioner, and of each split the pictures, the same encoded, the captions, and the scores."
+    """What a checkpoint writes: its hyperparameters, metadata and captioner, and of each split the pictures,
+    the same encoded, the captions, and the scores."""
     model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
-    if int8: use_int8(model.decoder)
-    if h.data==OWN_DATA: raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with capnb.evaluation.evaluate")
+    if int8:
+        use_int8(model.decoder)
+    if h.data==OWN_DATA:
+        raise ValueError(
+            f"{path} was trained on data that was passed in Python; score it there, with"
+            " capnb.evaluation.evaluate"
+        )
     say(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits, out = load_for(h), {}
-    encoded = cache(lambda s: encode_data(model.encoder, splits[s], progress=f'Encoding {s}', folder=features_folder(h)))
+    encoded = cache(
+        lambda s: encode_data(model.encoder, splits[s], progress=f'Encoding {s}', folder=features_folder(h))
+    )
     for s in _asked(splits, split):
         scores, captions = evaluate(model, encoded(s), s)
-        if with_floors: scores['floors'] = metadata.get(s, {}).get('floors') or floors(encoded('train'), encoded(s))
+        if with_floors:
+            scores['floors'] = metadata.get(s, {}).get('floors') or floors(encoded('train'), encoded(s))
         out[s] = splits[s], encoded(s), captions, scores
     return h, metadata, model, out
 
 # %% ../../nbs/18_reports.ipynb #jd210057
 def _told_apart(ids): # ids of all pictures, which must tell them apart in one file
     twice = [i for i,n in Counter(ids).items() if n > 1]
-    if twice: raise ValueError(f"{len(twice)} ids stand for several pictures, such as {twice[0]!r}; take one split, with --split, or give the data an image_id for each picture")
+    if twice:
+        raise ValueError(
+            f"{len(twice)} ids stand for several pictures, such as {twice[0]!r}; take one split, with"
+            " --split, or give the data an image_id for each picture"
+        )
     return ids
 
 def _predicted(path, h, split):
-    "The same for the captions in a file: of each split the pictures, their rows, the captions, and the scores with the floor that needs no encoder."
+    """The same for the captions in a file: of each split the pictures, their rows, the captions, and the
+    scores with the floor that needs no encoder."""
     splits = load_for(h)
     rows = {s: EncodedData(None, splits[s].texts()) for s in _asked(splits, split)}
     ids = _told_apart([r['image_id'] for d in rows.values() for r in d.rows])
@@ -521,76 +790,149 @@ def _predicted(path, h, split):
 def _compared(judged, h, path, split, **how):
     "Of each split the scores of another checkpoint beside these (paired bootstrap)."
     other,_,_,others = _captioned(path, split, with_floors=False)
-    if other.data!=h.data: raise ValueError(f"{path} was trained on {other.data}, not on {h.data}; two checkpoints are compared on the same pictures")
+    if other.data!=h.data:
+        raise ValueError(
+            f"{path} was trained on {other.data}, not on {h.data}; two checkpoints are compared on the same"
+            " pictures"
+        )
     return {s: compare(j.parts, judge(*others[s], **how).parts) for s,j in judged.items()}
 
 def _plain(judged, compared):
     "What the JSON file says of each split."
-    return {s: dict(j.scores, captions=j.captions, slices=slices(j.captions, j.data.rows, j.parts), **(dict(against=compared[s]) if compared else {})) for s,j in judged.items()}
+    return {
+        s: dict(
+            j.scores,
+            captions=j.captions,
+            slices=slices(j.captions, j.data.rows, j.parts),
+            **(dict(against=compared[s]) if compared else {})
+        )
+        for s, j in judged.items()
+    }
 
-def _flatters(scorer, model, h): return scorer.name==h.encoder_name or scorer.encoder.model.stored==model.encoder.model.stored
+def _flatters(scorer, model, h):
+    return scorer.name==h.encoder_name or scorer.encoder.model.stored==model.encoder.model.stored
 
 # %% ../../nbs/18_reports.ipynb #jd210060
 @command
 def eval_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?')=None,
-    folder:Param('Where to look for the newest checkpoint', any_path)='saved_models',
-    best:Param(BEST, store_true)=False,
-    predictions:Param('Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of with --data or --preset', any_path)=None,
-    data:Param('Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', any_path)=None,
-    preset:Param('Preset whose data the predictions are of', str, choices=list(PRESETS))=None,
-    image_column:Param('Of the data of predictions: column of images, as for capnb_train', str)=None,
-    caption_column:Param('Of the data of predictions: column of captions, as for capnb_train', str)=None,
-    encoding:Param('Of the data of predictions: encoding of its tables, as for capnb_train', str)=None,
-    outside_files:Param('Of the data of predictions: also read images that a table names outside of its folder', store_true)=False,
-    split:Param('Split to score; without it every split that training did not see', str)=None,
-    coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
-    clipscore:Param('Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own encoder, which flatters', any_path)=None,
-    against:Param('Another checkpoint: say of each score whether the two really differ', any_path)=None,
-    report:Param('Write a page with scores, pictures and slices to this HTML file', new_file)=None,
-    json_file:Param('Write scores, captions and slices to this JSON file', new_file)=None,
-    csv:Param('Write a row per picture, with its scores, to this CSV file', new_file)=None,
-    coco_results:Param('Write the captions to this JSON file as COCO results', new_file)=None,
-    int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
+    checkpoint: Param(
+        'Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?'
+    ) = None,
+    folder: Param('Where to look for the newest checkpoint', any_path) = 'saved_models',
+    best: Param(BEST, store_true) = False,
+    predictions: Param(
+        'Judge the captions in this JSON file (COCO results) instead of a checkpoint; say what they are of'
+        ' with --data or --preset',
+        any_path,
+    ) = None,
+    data: Param(
+        'Data that the predictions are of: storybook, flickr30k, a hub id, or a folder', any_path
+    ) = None,
+    preset: Param('Preset whose data the predictions are of', str, choices=list(PRESETS)) = None,
+    image_column: Param('Of the data of predictions: column of images, as for capnb_train', str) = None,
+    caption_column: Param('Of the data of predictions: column of captions, as for capnb_train', str) = None,
+    encoding: Param('Of the data of predictions: encoding of its tables, as for capnb_train', str) = None,
+    outside_files: Param(
+        'Of the data of predictions: also read images that a table names outside of its folder', store_true
+    ) = False,
+    split: Param('Split to score; without it every split that training did not see', str) = None,
+    coco: Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true) = False,
+    clipscore: Param(
+        'Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; not by the own'
+        ' encoder, which flatters',
+        any_path,
+    ) = None,
+    against: Param('Another checkpoint: say of each score whether the two really differ', any_path) = None,
+    report: Param('Write a page with scores, pictures and slices to this HTML file', new_file) = None,
+    json_file: Param('Write scores, captions and slices to this JSON file', new_file) = None,
+    csv: Param('Write a row per picture, with its scores, to this CSV file', new_file) = None,
+    coco_results: Param('Write the captions to this JSON file as COCO results', new_file) = None,
+    int8: Param('Write with 8-bit integers, on the CPU', store_true) = False,
 ):
-    "Score a checkpoint on the data it was trained for, or captions of any origin: ROUGE-L between floors and ceiling, facts, and the image gain, with 95% intervals."
-    columns = dict(image_column=image_column, caption_column=caption_column, encoding=encoding, outside_files=outside_files or None)
+    """Score a checkpoint on the data it was trained for, or captions of any origin: ROUGE-L between floors
+    and ceiling, facts, and the image gain, with 95% intervals."""
+    columns = dict(
+        image_column=image_column,
+        caption_column=caption_column,
+        encoding=encoding,
+        outside_files=outside_files or None,
+    )
     about = {k: v for k,v in dict(data=data, **columns).items() if v is not None}
-    h, path = _settings(predictions, checkpoint, preset, about), predictions or find_checkpoint(checkpoint, folder, best)
-    if coco: coco_tools() # what is missing should be known before captions are written
+    h, path = _settings(predictions, checkpoint, preset, about), predictions or find_checkpoint(
+        checkpoint, folder, best
+    )
+    if coco:
+        coco_tools() # what is missing should be known before captions are written
     scorer = ClipScorer(clipscore, 'cpu' if int8 else None) if clipscore else None
-    if predictions: metadata, model, found = {}, None, _predicted(path, h, split)
-    else: h, metadata, model, found = _captioned(path, split, int8)
+    if predictions:
+        metadata, model, found = {}, None, _predicted(path, h, split)
+    else:
+        h, metadata, model, found = _captioned(path, split, int8)
     how = dict(coco=coco, scorer=scorer, folder=features_folder(h))
     judged = {s: judge(*v, **how) for s,v in found.items()}
-    if scorer and model and _flatters(scorer, model, h): _warn(judged, clipscore)
+    if scorer and model and _flatters(scorer, model, h):
+        _warn(judged, clipscore)
     compared = _compared(judged, h, Path(against), split, **how) if against else {}
     say(score_table({s: j.scores for s,j in judged.items()}))
-    for s,c in compared.items(): say(f'\n{s}, against {against}:\n{compare_table(c)}')
-    if json_file: write_json(json_file, _plain(judged, compared))
-    if csv: write_csv(csv, judged)
-    if coco_results: write_predictions(coco_results, _told_apart([i for j in judged.values() for i in j.ids]), [c for j in judged.values() for c in j.captions])
-    if report: _write(report, report_page(Path(path).stem, _about(h, metadata), judged, compared, against, [] if predictions else training_charts(path)))
+    for s,c in compared.items():
+        say(f'\n{s}, against {against}:\n{compare_table(c)}')
+    if json_file:
+        write_json(json_file, _plain(judged, compared))
+    if csv:
+        write_csv(csv, judged)
+    if coco_results:
+        write_predictions(
+            coco_results,
+            _told_apart([i for j in judged.values() for i in j.ids]),
+            [c for j in judged.values() for c in j.captions],
+        )
+    if report:
+        _write(
+            report,
+            report_page(
+                Path(path).stem,
+                _about(h, metadata),
+                judged,
+                compared,
+                against,
+                [] if predictions else training_charts(path),
+            ),
+        )
 
 # %% ../../nbs/18_reports.ipynb #jd210061
 def _settings(predictions, checkpoint, preset, about):
     "The hyperparameters that name the data of predictions; None where a checkpoint knows its own."
-    if predictions and checkpoint: raise ValueError("judge either a checkpoint or predictions; give one of them")
+    if predictions and checkpoint:
+        raise ValueError("judge either a checkpoint or predictions; give one of them")
     if not predictions and (preset or about):
         said = [f'--{name}' for name in ['preset']*bool(preset) + list(about)]
         raise ValueError(f"{' and '.join(said)} say what --predictions are of; a checkpoint knows its data")
     if not predictions: return None
-    if not (preset or 'data' in about): raise ValueError(f"say what {predictions} has captions of, with --data or --preset")
-    return as_hyperparameters(preset=preset or ('storybook' if about.get('data')=='storybook' else None), **about)
+    if not (preset or 'data' in about):
+        raise ValueError(f"say what {predictions} has captions of, with --data or --preset")
+    return as_hyperparameters(
+        preset=preset or ('storybook' if about.get('data') == 'storybook' else None), **about
+    )
 
 def _warn(judged, name):
     "Note and say that the scoring CLIP is the captioner's own."
-    for j in judged.values(): j.scores['clip']['own'] = True
+    for j in judged.values():
+        j.scores['clip']['own'] = True
     say(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
 
 def _about(h, metadata): # what stands on top of the page
-    learned = dict(encoder=metadata['encoder'], decoder=metadata['decoder'], epoch=metadata.get('epoch'), **{'training pictures': metadata['data']['train']}) if metadata else {}
+    learned = (
+        dict(
+            encoder=metadata['encoder'],
+            decoder=metadata['decoder'],
+            epoch=metadata.get('epoch'),
+            **{'training pictures': metadata['data']['train']}
+        )
+        if metadata
+        else {}
+    )
     return dict(data=h.data, **learned)
 
 def _write(path, text):
-    with atomic_write(path) as f: f.write(text)
+    with atomic_write(path) as f:
+        f.write(text)

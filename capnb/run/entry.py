@@ -10,11 +10,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from ..settings import Hyperparameters, as_hyperparameters, check_writable, chosen_settings
-from capnb.captioner import (
-    best_checkpoint, build_captioner, check_models, check_trained, newest_checkpoint, start_from,
-)
-from ..encoder import encode_data, features_folder
+from ..captioner import build_captioner, check_models, check_trained
 from ..evaluation import Scores, Tracker
+from ..fast.cache import encode_data, features_folder
+from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
 from capnb.training import (
     find_state, fit, join_processes, main_process_first, read_state, resumed_hyperparameters, shard_decoder,
