@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest, torch
 from capnb.captioner import load_model_from_checkpoint
 from capnb.run.checkpoints import newest_checkpoint
-from capnb.run.commands import train, train_command
+from capnb.run.entry import train
+from capnb.run.commands import train_command
 from capnb.storybook import Storybook
 from capnb.training import find_state, read_state
 

@@ -26,13 +26,14 @@ from capnb.captioner import (
     Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint,
     load_trained, save_checkpoint, unfreeze, trained_state
 )
-from .commands import BEST, any_path, command, find_checkpoint, new_folder
+from .command_line import BEST, any_path, command, new_folder
+from .entry import find_checkpoint
 from capnb.settings import (
     Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path,
     parse_json, read_text, say, with_new_names, write_json
 )
 from capnb.decoder import (
-    begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
+    captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )
 from ..encoder import load_image_processor, prepare_images
 

@@ -8,9 +8,8 @@ __all__ = ['serve_command']
 # %% ../../../nbs/37i_serving_command.ipynb #bce92b0b
 import os
 from fastcore.script import Param, store_true
-from ..commands import BEST, Number, any_path, command, find_checkpoint
+from ..command_line import BEST, Number, any_path, command
 from .limits import Limits
-from .server import serve
 
 # %% ../../../nbs/37i_serving_command.ipynb #0da12028
 @command
@@ -44,6 +43,8 @@ def serve_command(
     num_return_sequences: Number('Captions of each image, best first, up to num_beams') = 1,
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
+    from capnb.run.entry import find_checkpoint # these load PyTorch, which --help has no need of
+    from capnb.run.serving.server import serve
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
     names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
     limits = Limits(max_upload, max_pixels, max_waiting, timeout, max_per_client)
