@@ -43,7 +43,8 @@ def serve_command(
     num_return_sequences: Number('Captions of each image, best first, up to num_beams') = 1,
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
-    from capnb.run.entry import find_checkpoint # these load PyTorch, which --help has no need of
+    # These load PyTorch, which --help has no need of.
+    from capnb.run.entry import find_checkpoint
     from capnb.run.serving.server import serve
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
     names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
