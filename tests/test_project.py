@@ -112,6 +112,7 @@ NOT_YET_DOWN = {
     'insight.decoder_families': {'run.commands'},
     'insight.report': {'run.sources.tables', 'run.sources.load', 'run.commands'},
     'run.estimate': {'run.commands'},
+    'run.use': {'run.commands'},
     'run.sources.load': {'run.sources.tables', 'run.sources.archives'},
 }
 
