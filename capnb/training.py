@@ -30,13 +30,13 @@ from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from capnb.captioner import (
-    Captioner, _last_layers, check_weights, delete_checkpoint, find_models, frozen_fingerprint, load_trained,
-    model_places, parameter_groups, read_tensors, save_checkpoint, save_metadata, save_tensors, unfreeze,
-    weights_path
+    Captioner, last_layers, check_weights, find_models, frozen_fingerprint, load_trained, parameter_groups,
+    read_tensors, save_checkpoint, save_metadata, save_tensors, unfreeze, weights_path
 )
+from .run.checkpoints import delete_checkpoint, model_places
 from capnb.settings import (
     Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision,
-    free_lock, memory_in_use, revision_of, say, shell_line
+    free_lock, memory_in_use, revision_of, say, shell_line, with_new_names
 )
 from .data import captions_for_epoch
 from .decoder import count_cut, cut_text, text_ids
@@ -608,7 +608,11 @@ def read_state(
         raise ValueError(
             f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name"
         )
-    found = find_models(state['hyperparameters'], state.get('places'), path.parent)
+    try:
+        hyperparameters = with_new_names(state['hyperparameters'])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    found = find_models(hyperparameters, state.get('places'), path.parent)
     return dict(state, hyperparameters=found, path=path)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071b
@@ -659,7 +663,7 @@ def load_state(
         _set_random_state(state['random'], run.model.device)
         for c in run.callbacks:
             vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
-        run.metadata = json.loads(state['metadata'])
+        run.metadata = with_new_names(json.loads(state['metadata']))
     except _DOES_NOT_FIT as e:
         raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION:
@@ -708,7 +712,7 @@ def resumed_hyperparameters(
 ) -> Hyperparameters:
     """The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if
     nothing is left to do."""
-    path, saved = state['path'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
+    path, saved = state['path'], as_hyperparameters(state['hyperparameters'], None)
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
     for k in wanted.keys() - set(MAY_CHANGE):
         if saved[k]!=h[k]:
@@ -933,7 +937,7 @@ def share_held(model) -> float: # 1 for all
     "Say which part of the weights of the decoder's layers this process holds."
     layers = [
         p
-        for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers)
+        for layer in last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers)
         for p in layer.parameters()
     ]
     return sum(getattr(p, 'to_local', lambda: p)().numel() for p in layers)/sum(p.numel() for p in layers)
@@ -954,7 +958,7 @@ def shard_decoder(
     from torch.distributed.fsdp import fully_shard
     processes, device = PartialState().num_processes, torch.device(device)
     mesh = init_device_mesh(device.type, (processes,))
-    for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers):
+    for layer in last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers):
         fully_shard(layer.to(default_dtype(device)), mesh=mesh, reshard_after_forward=True)
     return model.to(device)
 

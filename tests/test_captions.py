@@ -3,7 +3,8 @@ captions are printed as they come."""
 import json, os, signal
 import numpy as np, pyarrow as pa, pytest, torch
 from capnb.captioner import Captioner, load_model_from_checkpoint
-from capnb.run.commands import caption_command, train
+from capnb.run.commands import caption_command
+from capnb.run.entry import train
 from capnb.decoder import check_options, generate_ids
 from capnb.encoder import EncodedData
 from capnb.evaluation import draw_samples, fact_counts, facts_scores, write_captions_for

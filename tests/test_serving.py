@@ -13,7 +13,7 @@ from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.images import open_image
 from capnb.run.serving import (
     PAGE, Worker, answer_batch, client_of, gather, load_report, memory, send_load, serve_command, why

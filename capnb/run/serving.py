@@ -21,7 +21,8 @@ import capnb, psutil, torch
 from fastcore.script import Param, store_true
 from PIL import Image
 from ..captioner import load_model_from_checkpoint, read_metadata
-from .commands import BEST, Number, any_path, command, find_checkpoint
+from .command_line import BEST, Number, any_path, command
+from .entry import find_checkpoint
 from ..settings import say
 from ..images import DecodingPool, TooManyPixels, image_formats
 from ..decoder import check_options
