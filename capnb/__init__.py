@@ -28,15 +28,15 @@ __all__ = [
 ]
 
 _HOMES = dict(
-    Callback='training', Captioner='captioner', Hyperparameters='settings', TrainingResult='run.commands',
+    Callback='training', Captioner='captioner', Hyperparameters='settings', TrainingResult='run.entry',
     caption='run.use', caption_files='inference', evaluate='run.use', explain='inference',
-    fit='training', load='run.use', load_data='run.sources.load', train='run.commands'
+    fit='training', load='run.use', load_data='run.sources.load', train='run.entry'
 )
 
 if TYPE_CHECKING:
     from capnb.captioner import Captioner
     from capnb.inference import caption_files, explain
-    from capnb.run.commands import TrainingResult, train
+    from capnb.run.entry import TrainingResult, train
     from capnb.run.sources.load import load_data
     from capnb.run.use import caption, evaluate, load
     from capnb.settings import Hyperparameters

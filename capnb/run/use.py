@@ -9,10 +9,10 @@ __all__ = ['load', 'caption', 'evaluate']
 from pathlib import Path
 from ..settings import as_hyperparameters
 from ..captioner import Captioner, load_model_from_checkpoint
-from ..encoder import encode_data
+from ..fast.cache import encode_data
 from ..evaluation import evaluate as evaluate_encoded
 from .sources.load import load_data, load_for
-from .commands import find_checkpoint
+from .entry import find_checkpoint
 
 # %% ../../nbs/33c_in_python.ipynb #e869baf4
 def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Captioner:
