@@ -25,10 +25,10 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from capnb.settings import (
-    Hyperparameters, atomic_write, check_writable, default_device, load_whole, model_config, read_model,
-    read_zipped, say, split_zip
-)
+from .settings import Hyperparameters
+from .files import atomic_write, check_writable, read_zipped, say, split_zip
+from .hardware import default_device
+from .hub import load_whole, model_config, read_model
 from .data import _image
 from .images import MOST_FILE, ImageFile, image_opener
 

@@ -9,7 +9,7 @@ from PIL import Image
 from capnb.decoder import use_int8
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
 from capnb.run.commands import train
-from capnb.settings import PRESETS, Hyperparameters
+from capnb.settings import Hyperparameters, PRESETS
 from capnb.images import open_image
 from capnb.storybook import Storybook
 

@@ -5,7 +5,7 @@ import pytest, torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
 from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.insight.pretraining import linear_probe, perplexity, retell_f1, retrieval
 
 @pytest.fixture(scope='module')

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
 from capnb.run.commands import train, train_command
-from capnb.settings import (
-    PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision,
-    default_attention, default_dtype, default_mixed_precision
+from capnb.settings import PRESETS, as_hyperparameters
+from capnb.hardware import (
+    Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
+    default_mixed_precision
 )
 from capnb.run.estimate import (
     FIELDS, KNOWN_MODELS, Plan, random_init_captioner, count, count_phases, download_of, planned_config,

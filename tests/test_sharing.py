@@ -5,7 +5,7 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 from capnb.captioner import newest_checkpoint, read_metadata
 from capnb.run.commands import train
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, share
 from capnb.storybook import Storybook
 from hub import Hub

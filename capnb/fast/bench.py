@@ -19,7 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 )
 from ..run.commands import command, new_file
-from ..settings import as_hyperparameters, atomic_write
+from ..settings import as_hyperparameters
+from ..files import atomic_write
 from ..decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
 from ..run.estimate import random_init_captioner
 from ..run.sharing import llava_config

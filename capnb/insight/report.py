@@ -19,10 +19,9 @@ from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from ..captioner import load_model_from_checkpoint, read_metadata
 from ..run.commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
-from capnb.settings import (
-    PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text,
-    say, write_json
-)
+from ..settings import PRESETS, as_hyperparameters
+from ..files import atomic_write, parse_json, read_text, say, write_json
+from ..hub import load_whole, model_config, read_model
 from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex

@@ -14,9 +14,9 @@ from functools import cache, wraps
 from pathlib import Path
 from fastcore.script import Param, anno_parser, store_true
 from capnb.settings import (
-    PRESETS, Hyperparameters, allowed, as_hyperparameters, check_value, check_writable, chosen_settings,
-    limits
+    Hyperparameters, PRESETS, allowed, as_hyperparameters, check_value, chosen_settings, limits
 )
+from ..files import check_writable
 
 # %% ../../nbs/35_commands.ipynb #3e515e54
 OWN_DATA = '(data of your own)' # stands for the name of data that has none
@@ -310,7 +310,7 @@ def data_command(
     """Look a data set over before a long run: what each split holds, samples, every row or image that cannot
     be used, and what may teach the wrong thing."""
     from functools import partial
-    from capnb.settings import say, write_json
+    from capnb.files import say, write_json
     from capnb.decoder import count_cut, cut_text, decoder_config, load_tokenizer
     from capnb.data import BadRows
     from capnb.run.sources.load import check_data, report_data

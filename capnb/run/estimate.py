@@ -24,11 +24,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from ..captioner import Captioner, add_lora, check_pair, new_adapter, read_metadata, unfreeze
 from .commands import any_path, command, new_file
-from capnb.settings import (
-    Hyperparameters, PRESETS, SMALL_TEXT, as_hyperparameters, atomic_write, choose_attention, choose_dtype,
-    choose_mixed_precision, default_device, describe_hardware, model_config, model_path, parse_json,
-    read_text, say, write_json
+from ..settings import Hyperparameters, PRESETS, as_hyperparameters
+from ..files import SMALL_TEXT, atomic_write, parse_json, read_text, say, write_json
+from capnb.hardware import (
+    choose_attention, choose_dtype, choose_mixed_precision, default_device, describe_hardware
 )
+from ..hub import model_config, model_path
 from .sources.load import held_back, load_for
 from capnb.decoder import (
     caption_loss, token_nll, count_cut, cut_text, decoder_config, generate_captions, load_tokenizer

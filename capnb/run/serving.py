@@ -22,7 +22,7 @@ from fastcore.script import Param, store_true
 from PIL import Image
 from ..captioner import load_model_from_checkpoint, read_metadata
 from .commands import BEST, Number, any_path, command, find_checkpoint
-from ..settings import say
+from ..files import say
 from ..images import DecodingPool, TooManyPixels, image_formats
 from ..decoder import check_options
 from ..inference import CaptionStreamer, explain

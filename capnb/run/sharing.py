@@ -27,10 +27,9 @@ from capnb.captioner import (
     load_trained, save_checkpoint, unfreeze, trained_state
 )
 from .commands import BEST, any_path, command, find_checkpoint, new_folder
-from capnb.settings import (
-    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path,
-    parse_json, read_text, say, with_new_names, write_json
-)
+from ..settings import Hyperparameters, as_hyperparameters, with_new_names
+from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, say, write_json
+from ..hub import hub_errors, model_path
 from capnb.decoder import (
     begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )
