@@ -20,7 +20,7 @@ import numpy as np, torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from tqdm.auto import tqdm
-from .captioner import Captioner, _metadata_path, load_trained, save_metadata
+from .captioner import Captioner, metadata_path, load_trained, save_metadata
 from .files import atomic_write, say, write_json
 from .data import counts_characters, one_line, space_characters, words
 from .decoder import check_options
@@ -727,7 +727,7 @@ class Tracker(Callback):
         save_metadata(run.checkpoint, run.metadata)
         images = [self.pictures[split][i]['image'] for i in range(len(captions))]
         self._each(run, lambda t: _captioned(t, data.rows, images, captions, len(run.losses)))
-        self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, _metadata_path(run.checkpoint)))
+        self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, metadata_path(run.checkpoint)))
 
     def on_train_end(self, run):
         scores = {

@@ -30,10 +30,10 @@ from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from capnb.captioner import (
-    Captioner, _last_layers, check_weights, delete_checkpoint, find_models, frozen_fingerprint, load_trained,
-    model_places, parameter_groups, read_tensors, save_checkpoint, save_metadata, save_tensors, unfreeze,
-    weights_path
+    Captioner, last_layers, check_weights, find_models, frozen_fingerprint, load_trained, parameter_groups,
+    read_tensors, save_checkpoint, save_metadata, save_tensors, unfreeze, weights_path
 )
+from .run.checkpoints import delete_checkpoint, model_places
 from .settings import Hyperparameters, as_hyperparameters, with_new_names
 from .files import atomic_write, free_lock, say, shell_line
 from .hardware import default_device, default_dtype, default_mixed_precision, memory_in_use
@@ -937,7 +937,7 @@ def share_held(model) -> float: # 1 for all
     "Say which part of the weights of the decoder's layers this process holds."
     layers = [
         p
-        for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers)
+        for layer in last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers)
         for p in layer.parameters()
     ]
     return sum(getattr(p, 'to_local', lambda: p)().numel() for p in layers)/sum(p.numel() for p in layers)
@@ -958,7 +958,7 @@ def shard_decoder(
     from torch.distributed.fsdp import fully_shard
     processes, device = PartialState().num_processes, torch.device(device)
     mesh = init_device_mesh(device.type, (processes,))
-    for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers):
+    for layer in last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers):
         fully_shard(layer.to(default_dtype(device)), mesh=mesh, reshard_after_forward=True)
     return model.to(device)
 

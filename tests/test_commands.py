@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from capnb.decoder import use_int8
-from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from capnb.run.commands import train
+from capnb.captioner import load_model_from_checkpoint, read_metadata
+from capnb.run.checkpoints import newest_checkpoint
+from capnb.run.entry import train
 from capnb.settings import Hyperparameters, PRESETS
 from capnb.images import open_image
 from capnb.storybook import Storybook
@@ -326,7 +327,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
     for name in (
         'capnb.insight.report.load_model_from_checkpoint',
         'capnb.run.sharing.share',
-        'capnb.run.serving.serve',
+        'capnb.run.serving.server.serve',
         'capnb.run.scale.read_metadata',
     ):
         monkeypatch.setattr(name, take)
@@ -717,7 +718,7 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
         raise AssertionError('too late')
     with pytest.MonkeyPatch.context() as m:
         for name in (
-            'capnb.run.commands.prepare',
+            'capnb.run.entry.prepare',
             'capnb.captioner.load_model_from_checkpoint',
             'capnb.insight.report.load_for',
             'capnb.run.sources.load.check_data',
@@ -726,7 +727,7 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
             'capnb.insight.pretraining.pretrain',
             'capnb.run.sharing.share',
             'capnb.insight.report._captioned',
-            'capnb.run.estimate.result_row',
+            'capnb.run.results.result_row',
         ):
             m.setattr(name, stop)
         done = call(*command, 'one.txt/below.json', cwd=trained[0])
@@ -789,7 +790,7 @@ def into_file(words, cwd, environment, encoding):
     )
 
 LIBRARY = """
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.storybook import Storybook
 rows = [dict(image=Storybook()[i]['image'], caption='\\u4e00\\u53ea\\u732b \\U0001f408') for i in range(24)]
 result = train(training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows, output_dir='runs')
@@ -827,6 +828,6 @@ def test_library_prints_in_one_place():
         and node.func.id == 'print'
         and 'file' not in {k.arg for k in node.keywords}
     ]
-    assert {name for name, _ in found} <= {'core.py', 'commands.py', 'speed.py'} and len(
-        [f for f in found if f[0] == 'core.py']
+    assert {name for name, _ in found} <= {'files.py', 'commands.py', 'bench.py'} and len(
+        [f for f in found if f[0] == 'files.py']
     ) == 1, found

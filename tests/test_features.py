@@ -5,19 +5,21 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from damage import saved
-from capnb import encoder as enc
+from capnb.fast import cache as enc
 from capnb.captioner import build_captioner
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.images import open_image
-from capnb.encoder import FeatureCache, encode_data, features_folder, load_encoder
+from capnb.encoder import load_encoder
+from capnb.fast.cache import FeatureCache, encode_data, features_folder
 
 PASS = """
-import sys, capnb.encoder as enc
+import sys, capnb.fast.cache as enc
+from capnb.encoder import load_encoder
 from capnb.run.sources.load import load_data
 enc.SHARD_ROWS = 32
-enc.encode_data(enc.load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
+enc.encode_data(load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
 """
 shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 import numpy as np, pytest, torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.hub import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data

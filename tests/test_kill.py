@@ -3,8 +3,9 @@ import json, os, shutil, signal, time
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from capnb.run.commands import train
+from capnb.captioner import load_model_from_checkpoint, read_metadata
+from capnb.run.checkpoints import newest_checkpoint
+from capnb.run.entry import train
 from capnb.storybook import Storybook
 from capnb.training import read_state
 

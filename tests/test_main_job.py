@@ -4,7 +4,8 @@ import re
 import pytest, torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
-from capnb.captioner import newest_checkpoint, read_metadata
+from capnb.captioner import read_metadata
+from capnb.run.checkpoints import newest_checkpoint
 from capnb.hub import model_path
 from capnb.insight.pretraining import linear_probe, perplexity, retell_f1, retrieval
 

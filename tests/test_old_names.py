@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.run.sharing import CapnbForImageCaptioning
 from capnb.run.sweeps import sweep
 from capnb.settings import Hyperparameters, OLD_NAMES, as_hyperparameters, with_new_names

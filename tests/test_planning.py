@@ -6,16 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
-from capnb.run.commands import train, train_command
+from capnb.run.entry import train
+from capnb.run.commands import train_command
 from capnb.settings import PRESETS, as_hyperparameters
 from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
     default_mixed_precision
 )
-from capnb.run.estimate import (
-    FIELDS, KNOWN_MODELS, Plan, random_init_captioner, count, count_phases, download_of, planned_config,
-    plan_text, results_command, results_table, run_seconds
-)
+from capnb.run.results import FIELDS, results_table
+from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
+from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
+from capnb.fast.memory import count_phases
+from capnb.run.commands import results_command
 from capnb.storybook import Storybook
 
 ROOT = Path(__file__).resolve().parent.parent

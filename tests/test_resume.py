@@ -3,8 +3,10 @@ neighbours and strangers do to it is told in one line."""
 import json, multiprocessing, os, random, re, resource, shlex, signal, subprocess, time
 from pathlib import Path
 import pytest, torch
-from capnb.captioner import load_model_from_checkpoint, newest_checkpoint
-from capnb.run.commands import train, train_command
+from capnb.captioner import load_model_from_checkpoint
+from capnb.run.checkpoints import newest_checkpoint
+from capnb.run.entry import train
+from capnb.run.commands import train_command
 from capnb.storybook import Storybook
 from capnb.training import find_state, read_state
 

@@ -5,7 +5,7 @@ from collections import Counter
 import psutil, pytest
 import pyarrow.parquet as pq
 from capnb.captioner import load_model_from_checkpoint
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.images import find_images
 from capnb.inference import caption_files
 from capnb.run.scale import scale_command

@@ -8,7 +8,8 @@ import numpy as np, pytest, torch
 from filelock import FileLock, Timeout
 from capnb.settings import Hyperparameters, PRESETS, as_hyperparameters
 from capnb.files import check_writable, free_lock, shell_line
-from capnb.encoder import encode_data, load_encoder
+from capnb.encoder import load_encoder
+from capnb.fast.cache import encode_data
 from capnb.run.sources.load import load_data
 from capnb.training import acquire_run_lock
 
@@ -186,7 +187,7 @@ def test_features_that_cannot_be_kept_are_told_before_an_image_is_encoded(tmp_pa
     (tmp_path/'file').write_text('no folder')
     with pytest.raises(OSError, match='file'):
         encode_data(encoder, data, folder=tmp_path/'file')
-    monkeypatch.setattr('capnb.encoder.check_writable', stop)
+    monkeypatch.setattr('capnb.fast.cache.check_writable', stop)
     assert len(encode_data(encoder, data, folder=tmp_path/'features')) == 8
 
 # --- Other systems

@@ -7,7 +7,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from capnb import training
 from capnb.run import commands
 from capnb.captioner import read_metadata
-from capnb.run.commands import train, train_command
+from capnb.run.entry import train
+from capnb.run.commands import train_command
 from capnb.storybook import Storybook
 from capnb.training import Callback
 
@@ -212,7 +213,7 @@ def test_wandb_goes_on_under_its_id(album, place):
 
 LOSE_SERVICE = """
 import psutil, sys
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.training import Callback
 class Lose(Callback):
     def on_step_end(self, run):

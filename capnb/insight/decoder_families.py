@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 )
-from ..run.commands import Number, command, new_file
+from ..run.command_line import Number, command, new_file
 from ..files import atomic_write, say
 from ..hub import read_model
 from capnb.decoder import (

@@ -16,7 +16,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ..captioner import load_model_from_checkpoint, read_metadata
-from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
+from .command_line import BEST, Number, any_path, command, new_folder
+from .entry import find_checkpoint
 from ..settings import as_hyperparameters
 from ..files import say
 from ..images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files

@@ -26,12 +26,13 @@ from capnb.captioner import (
     Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint,
     load_trained, save_checkpoint, unfreeze, trained_state
 )
-from .commands import BEST, any_path, command, find_checkpoint, new_folder
+from .command_line import BEST, any_path, command, new_folder
+from .entry import find_checkpoint
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, say, write_json
 from ..hub import hub_errors, model_path
 from capnb.decoder import (
-    begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
+    captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )
 from ..encoder import load_image_processor, prepare_images
 

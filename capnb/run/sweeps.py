@@ -9,14 +9,16 @@ __all__ = ['SAMPLERS', 'PLOTS', 'read_vary', 'classic_grid', 'TrialRunner', 'Pru
 
 # %% ../../nbs/36_sweeps.ipynb #19a00002
 import json, os, time, warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from fastcore.script import Param
 from filelock import FileLock, Timeout
-from ..captioner import Captioner, build_captioner, check_models, new_adapter, start_from
-from .commands import OWN_DATA, Number, any_path, command, prepare
+from ..captioner import Captioner, build_captioner, check_models, new_adapter
+from .checkpoints import start_from
+from .entry import OWN_DATA, prepare
+from .command_line import Number, any_path, command
 from capnb.settings import (
     Hyperparameters, PRESETS, as_hyperparameters, check_value, chosen_settings, limits, one_of, with_new_names
 )
@@ -115,7 +117,7 @@ _SHARED = (
 class TrialRunner:
     "What the trials of a process share: frozen models and encoded pictures."
     def __init__(self,
-        data=None, # As for `capnb.run.commands.train`
+        data=None, # As for `capnb.run.entry.train`
     ):
         self.own, self.key, self.frozen = data, None, None
 
@@ -440,12 +442,12 @@ def _say(t):
 
 # %% ../../nbs/36_sweeps.ipynb #19a00023
 def sweep(
-    settings=None, # As for `capnb.run.commands.train`: what all trials have in common
+    settings=None, # As for `capnb.run.entry.train`: what all trials have in common
     preset:str=None, # One of `PRESETS`
     vary=(), # As for `read_vary`; if empty, `classic_grid`
     sampler:str='grid', # One of `SAMPLERS`
     trials:int=None, # For tpe and random, 20 if not set; finished ones count
-    data=None, # As for `capnb.run.commands.train`
+    data=None, # As for `capnb.run.entry.train`
     **changes, # Single hyperparameters, over everything else
 ): # `optuna.Study`
     """Search for the settings with the least validation loss; called again, or elsewhere at the same time,
