@@ -19,7 +19,8 @@ from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from ..captioner import load_model_from_checkpoint, read_metadata
 from ..run.command_line import BEST, any_path, command, new_file
-from ..run.entry import OWN_DATA, find_checkpoint
+from ..settings import OWN_DATA
+from ..run.entry import find_checkpoint
 from capnb.settings import (
     PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text,
     say, write_json

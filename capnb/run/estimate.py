@@ -17,7 +17,8 @@ from ..fast.memory import READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
 from .sources.load import held_back, load_for
 from capnb.settings import (
-    Hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, model_path, say,
+    Hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, model_path,
+    say
 )
 from ..training import make_optimizer
 

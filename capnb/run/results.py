@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from ..captioner import read_metadata
 from capnb.settings import (
-    PRESETS, SMALL_TEXT, Hyperparameters, as_hyperparameters, atomic_write, parse_json, read_text, write_json,
+    PRESETS, SMALL_TEXT, Hyperparameters, as_hyperparameters, atomic_write, parse_json, read_text,
+    with_new_names, write_json
 )
 
 # %% ../../nbs/34b_results.ipynb #13a00039
@@ -146,7 +147,10 @@ def record_result(
         rows = parse_json(read_text(path, limit=SMALL_TEXT)) if path.exists() else []
     except ValueError:
         rows = None
-    if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows):
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f"{file} is no file of results")
+    rows = [with_new_names(r) for r in rows]
+    if any(set(r)!=set(FIELDS) for r in rows):
         raise ValueError(f"{file} is no file of results")
     rows = add_row(rows, result_row(checkpoint, hardware))
     write_json(path, rows)
