@@ -5,7 +5,8 @@ import pytest, torch
 from torch.nn import functional as F
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, XGLMTokenizer
 from capnb.captioner import build_captioner
-from capnb.settings import as_hyperparameters, model_path
+from capnb.settings import as_hyperparameters
+from capnb.hub import model_path
 from capnb.decoder import (
     caption_loss, token_nll, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 )

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.run.entry import train
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData

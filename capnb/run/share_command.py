@@ -8,7 +8,8 @@ __all__ = ['share_command']
 # %% ../../nbs/39c_share_command.ipynb #938e0d03
 from fastcore.script import Param, store_true
 from .command_line import BEST, any_path, command, new_folder
-from ..settings import model_path, say
+from ..hub import model_path
+from ..files import say
 
 # %% ../../nbs/39c_share_command.ipynb #0da7c033
 def _warn_of_folders(config):

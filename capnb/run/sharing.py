@@ -24,10 +24,9 @@ from capnb.captioner import (
     Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint,
     load_trained, save_checkpoint, unfreeze, trained_state
 )
-from capnb.settings import (
-    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors,
-    parse_json, read_text, with_new_names, write_json
-)
+from ..settings import Hyperparameters, as_hyperparameters, with_new_names
+from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, write_json
+from ..hub import hub_errors
 from capnb.decoder import (
     captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )

@@ -12,10 +12,8 @@ from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from filelock import FileLock, Timeout
-from capnb.settings import (
-    OWN_DATA, Hyperparameters, as_hyperparameters, atomic_write, check_value, free_lock, one_of, say,
-    shell_line, with_new_names, write_json
-)
+from ..settings import OWN_DATA, Hyperparameters, as_hyperparameters, check_value, one_of, with_new_names
+from ..files import atomic_write, free_lock, say, shell_line, write_json
 
 # %% ../../nbs/35d_studies.ipynb #19a00008
 def import_optuna():
