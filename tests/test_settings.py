@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from capnb.settings import PRESETS, Hyperparameters, as_hyperparameters, check_writable, free_lock, shell_line
 from capnb.encoder import load_encoder
 from capnb.fast.cache import encode_data
