@@ -12,7 +12,7 @@ from capnb.images import open_images
 from capnb.inference import caption_files, explain
 from capnb.insight.report import clip_scores, write_predictions
 from capnb.run.scale import ROW, CaptionWorker
-from capnb.run.serving import answer_batch
+from capnb.run.serving.worker import answer_batch
 from capnb.storybook import Storybook
 
 BEAMS = dict(num_beams=3, num_return_sequences=2)

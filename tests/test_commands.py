@@ -327,7 +327,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
     for name in (
         'capnb.insight.report.load_model_from_checkpoint',
         'capnb.run.sharing.share',
-        'capnb.run.serving.serve',
+        'capnb.run.serving.server.serve',
         'capnb.run.scale.read_metadata',
     ):
         monkeypatch.setattr(name, take)
