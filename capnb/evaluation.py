@@ -21,7 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from .captioner import Captioner, metadata_path, load_trained, save_metadata
-from .settings import atomic_write, say, write_json
+from .files import atomic_write, say, write_json
 from .data import counts_characters, one_line, space_characters, words
 from .decoder import check_options
 from .encoder import EncodedData

@@ -3,7 +3,7 @@ tokens that somebody wrote into a caption."""
 import csv, json
 import pytest, torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, XGLMTokenizer
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.decoder import (
     caption_loss, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 )

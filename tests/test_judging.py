@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 import numpy as np, pytest, torch
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.run.entry import train
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData

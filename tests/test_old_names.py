@@ -14,7 +14,7 @@ from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_
 from capnb.run.entry import train
 from capnb.run.sharing import CapnbForImageCaptioning
 from capnb.run.sweeps import sweep
-from capnb.settings import OLD_NAMES, Hyperparameters, as_hyperparameters, with_new_names
+from capnb.settings import Hyperparameters, OLD_NAMES, as_hyperparameters, with_new_names
 
 CAPTION = 'A big black bird sits in the meadow.' # of the first image, by the version before
 LOSSES = [16.2831, 16.2014, 16.1403, 16.0789] # of all steps, by the version before

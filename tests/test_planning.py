@@ -8,9 +8,10 @@ import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
-from capnb.settings import (
-    PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision,
-    default_attention, default_dtype, default_mixed_precision
+from capnb.settings import PRESETS, as_hyperparameters
+from capnb.hardware import (
+    Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
+    default_mixed_precision
 )
 from capnb.run.results import FIELDS, results_table
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config

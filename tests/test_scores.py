@@ -2,7 +2,7 @@
 import csv, json, random, string
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
-from capnb.settings import write_json
+from capnb.files import write_json
 from capnb.data import CaptionData, one_line, words
 from capnb.decoder import captions_of
 from capnb.encoder import EncodedData

@@ -20,10 +20,9 @@ from transformers import AutoTokenizer
 from ..captioner import load_model_from_checkpoint, read_metadata
 from ..run.command_line import BEST, any_path, command, new_file
 from ..run.entry import OWN_DATA, find_checkpoint
-from capnb.settings import (
-    PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text,
-    say, write_json
-)
+from ..settings import PRESETS, as_hyperparameters
+from ..files import atomic_write, parse_json, read_text, say, write_json
+from ..hub import load_whole, model_config, read_model
 from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex

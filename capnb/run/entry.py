@@ -9,7 +9,8 @@ __all__ = ['OWN_DATA', 'TrainingResult', 'prepare', 'train', 'find_checkpoint']
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from ..settings import Hyperparameters, as_hyperparameters, check_writable, chosen_settings
+from ..settings import Hyperparameters, as_hyperparameters, chosen_settings
+from ..files import check_writable
 from ..captioner import build_captioner, check_models, check_trained
 from ..evaluation import Scores, Tracker
 from ..fast.cache import encode_data, features_folder

@@ -9,9 +9,8 @@ __all__ = ['FIELDS', 'settings_name', 'result_row', 'add_row', 'results_table', 
 from dataclasses import asdict
 from pathlib import Path
 from ..captioner import read_metadata
-from capnb.settings import (
-    PRESETS, SMALL_TEXT, Hyperparameters, as_hyperparameters, atomic_write, parse_json, read_text, write_json,
-)
+from ..settings import Hyperparameters, PRESETS, as_hyperparameters
+from ..files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
 
 # %% ../../nbs/34b_results.ipynb #13a00039
 FIELDS = (

@@ -28,10 +28,9 @@ from capnb.captioner import (
 )
 from .command_line import BEST, any_path, command, new_folder
 from .entry import find_checkpoint
-from capnb.settings import (
-    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path,
-    parse_json, read_text, say, with_new_names, write_json
-)
+from ..settings import Hyperparameters, as_hyperparameters, with_new_names
+from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, say, write_json
+from ..hub import hub_errors, model_path
 from capnb.decoder import (
     captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )

@@ -20,9 +20,9 @@ from .checkpoints import start_from
 from .entry import OWN_DATA, prepare
 from .command_line import Number, any_path, command
 from capnb.settings import (
-    Hyperparameters, PRESETS, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings,
-    free_lock, limits, say, shell_line, with_new_names, write_json
+    Hyperparameters, PRESETS, as_hyperparameters, check_value, chosen_settings, limits, one_of, with_new_names
 )
+from ..files import atomic_write, free_lock, say, shell_line, write_json
 from ..decoder import embedding_size
 from ..evaluation import Tracker
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names
@@ -71,7 +71,7 @@ def read_vary(
     optuna, known, space = _optuna(), {f.name: f for f in fields(Hyperparameters) if f.name not in _FIXED}, {}
     for text in texts:
         name, _, what = text.partition('=')
-        f = known[_one_of('hyperparameter to vary', name, known)]
+        f = known[one_of('hyperparameter to vary', name, known)]
         if not what:
             raise ValueError(f"vary {text}: say what it may be, as in {name}=VALUE,VALUE or {name}=LOW:HIGH")
         if name in space:
@@ -406,7 +406,7 @@ def _settings(settings, preset, vary, sampler, trials, changes):
     "Check what was asked for: the settings in common, what varies, and how many trials."
     if in_processes():
         raise ValueError('start several sweeps in one output_dir, not one sweep in several processes')
-    _one_of('sampler', sampler, SAMPLERS)
+    one_of('sampler', sampler, SAMPLERS)
     h = as_hyperparameters(
         {'output_dir': 'sweep', **chosen_settings(settings, preset, **changes)}, preset or 'storybook'
     )

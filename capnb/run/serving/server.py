@@ -22,7 +22,7 @@ from .app import SERVING, STARTING, STOPPING, make_app
 from .desk import Desk
 from .limits import Limits, connection_class
 from .worker import Worker
-from ...settings import say
+from ...files import say
 
 # %% ../../../nbs/37h_serving_server.ipynb #0da12026
 def _litserve():
