@@ -9,7 +9,8 @@ __all__ = ['train_command', 'data_command', 'caption_command', 'results_command'
 from contextlib import contextmanager, nullcontext
 from fastcore.script import Param, store_true
 from .command_line import BEST, Number, any_path, command, new_file, new_folder
-from ..settings import PRESETS, as_hyperparameters, say, write_json
+from ..settings import PRESETS, as_hyperparameters
+from ..files import say, write_json
 
 # %% ../../nbs/35_commands.ipynb #8cb2136d
 @command
