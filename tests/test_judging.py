@@ -11,6 +11,7 @@ from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
 from capnb.insight.report import ClipScorer, clip_parts, eval_command, judge, image_slices, read_predictions, report_page, slices, worst_first
 from capnb.evaluation import score_parts
+from capnb.insight.facts import Facts
 from capnb.storybook import Storybook
 
 N = 12
@@ -170,7 +171,7 @@ def test_predictions_against_a_checkpoint(written, made):
 def test_slices_hold_what_they_say():
     data = EncodedData(None, [{k: v for k,v in Storybook('test')[i].items() if k!='image'} for i in range(60)])
     captions = [r['captions'][0] if i%2 else 'A view.' for i,r in enumerate(data.rows)]
-    parts = score_parts(captions, data)
+    parts = score_parts(captions, data, [Facts()])
     found = {(s['slice'], s['value']): s for s in slices(captions, data.rows, parts, least=5)}
     cats = [i for i,r in enumerate(data.rows) if any(t['kind']=='cat' for t in r['facts']['things'])]
     assert found['kind', 'cat']['pictures'] == len(cats) and found['kind', 'cat']['worst'] == [i for i in worst_first(parts) if i in cats][:3]

@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 from ..captioner import Captioner
 from ..settings import Hyperparameters
 from ..images import open_image
-from ..evaluation import fact_counts, rouge_each
+from ..evaluation import rouge_each
+from .facts import fact_counts
 from ..inference import explain
 from .attribution import veil
 from ..run.serving import CaptionStreamer
@@ -366,7 +367,7 @@ class LiveTraining(VBox):
         data:dict, # 'train' and, if evaluation is enabled, 'validation': `EncodedData`, as for `fit`
         h:Hyperparameters,
         pictures, # `CaptionData` of pictures to caption after each epoch
-        callbacks=(), # `Callback`s; with `Scores(splits)`, which `capnb_train` has, `capnb_train --resume` can go on with a run that was stopped here
+        callbacks=(), # `Callback`s; with `Scores()`, which `capnb_train` has, `capnb_train --resume` can go on with a run that was stopped here
         samples:int=4, # How many of them
     ):
         self.model, self.data, self.h, self.callbacks, self.state, self.run, self.thread = model, data, h, [*callbacks, _Watch(self)], None, None, None

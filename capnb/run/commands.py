@@ -104,7 +104,9 @@ def train(
     state = None
     if resume:
         state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
-    from capnb.evaluation import Scores, Tracker
+    from capnb.evaluation import Scores
+    from capnb.insight.facts import Facts
+    from capnb.run.trackers import Samples, Tracker
     from capnb.training import fit, tracker_names
     check_writable(h.output_dir) # before pictures are fetched and encoded for a run that cannot be saved
     trackers = tracker_names(h) # before pictures are fetched for a tracker that is not installed
@@ -114,7 +116,7 @@ def train(
         encoded,
         h,
         [
-            *([Scores(splits)] if h.evaluation_enabled else []),
+            *([Scores([Facts()]), Samples(splits)] if h.evaluation_enabled else []),
             *([Tracker(splits)] if trackers else []),
             *callbacks,
         ],

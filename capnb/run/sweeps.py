@@ -22,7 +22,7 @@ from capnb.settings import (
     free_lock, limits, say, shell_line, write_json
 )
 from ..decoder import embedding_size
-from ..evaluation import Tracker
+from .trackers import Tracker
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names
 
 # %% ../../nbs/36_sweeps.ipynb #19a00008
