@@ -27,7 +27,10 @@ setup(
                + [f'Programming Language :: Python :: {v}' for v in ('3', '3.11', '3.12', '3.13')],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    include_package_data=False, package_data={cfg['lib_path']: ['models/**/*']}, # the small models that come with the package
+    include_package_data=False, package_data={cfg['lib_path']: [
+        'models/**/*', # the small models that come with the package
+        '**/*.html', '**/*.css', '**/*.js', # pages
+    ]},
     install_requires=words('requirements'), extras_require={name.removesuffix('_requirements'): words(name) for name in cfg if name.endswith('_requirements')},
     entry_points=dict(console_scripts=words('console_scripts'),
                       nbdev=[f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]),

@@ -11,7 +11,8 @@ from torch import nn
 
 # %% ../nbs/03_adapter.ipynb #0ee2fa36
 class Adapter(nn.Module):
-    "A two-layer MLP (multi-layer perceptron) from one picture's features to `prefix_length` vectors that a decoder reads as if they were words."
+    """A two-layer MLP (multi-layer perceptron) from one picture's features to `prefix_length` vectors that a
+    decoder reads as if they were words."""
     def __init__(self,
         in_width:int=512, # Numbers per picture, the encoder's
         out_width:int=1024, # Width of the decoder's token embeddings
@@ -21,7 +22,12 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         self.prefix_length, self.out_width = prefix_length, out_width
-        self.layers = nn.Sequential(nn.LayerNorm(in_width), nn.Linear(in_width, hidden_width), nn.GELU(), nn.Linear(hidden_width, prefix_length*out_width))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(in_width),
+            nn.Linear(in_width, hidden_width),
+            nn.GELU(),
+            nn.Linear(hidden_width, prefix_length * out_width),
+        )
         self.norm = nn.RMSNorm(out_width, eps=1e-6)
         nn.init.constant_(self.norm.weight, scale)
 
@@ -34,7 +40,8 @@ class Adapter(nn.Module):
 
 # %% ../nbs/03_adapter.ipynb #0da7b041
 class PatchAdapter(nn.Module):
-    "LLaVA's projector: a two-layer MLP from each patch of a picture to one vector that a decoder reads as if it were a word."
+    """LLaVA's projector: a two-layer MLP from each patch of a picture to one vector that a decoder reads as
+    if it were a word."""
     def __init__(self,
         in_width:int=768, # Numbers per patch, the encoder's
         out_width:int=1024, # Width of the decoder's token embeddings, and between the two layers
@@ -42,8 +49,10 @@ class PatchAdapter(nn.Module):
     ):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(in_width, out_width), nn.Linear(out_width, out_width)
-        for layer,gain in ((self.linear_1, 1.), (self.linear_2, scale*1.53)): # GELU leaves 1/1.53 of the size of normal numbers
-            nn.init.normal_(layer.weight, std=gain*layer.in_features**-.5); nn.init.zeros_(layer.bias)
+        # GELU leaves 1/1.53 of the size of normal numbers
+        for layer,gain in ((self.linear_1, 1.), (self.linear_2, scale*1.53)):
+            nn.init.normal_(layer.weight, std=gain*layer.in_features**-.5)
+            nn.init.zeros_(layer.bias)
 
     def forward(self,
         features, # (batch, patches, in_width)

@@ -6,4 +6,6 @@
 __all__ = []
 
 # %% ../nbs/35b_old_names.ipynb #35b00003
+from .run.command_line import *
 from .run.commands import *
+from .run.entry import *

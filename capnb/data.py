@@ -17,10 +17,13 @@ from unicodedata import normalize
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .settings import is_regular, read_text, say, split_zip, zip_files
-from .images import ImageFile, image_format, open_image, walk_files # open_image: scripts import it from here
-from .run.sources.tables import (IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table,
-                          several_texts, unread_table)
+from .files import is_regular, read_text, say, split_zip, zip_files
+# open_image: scripts import it from here
+from .images import ImageFile, image_format, open_image, walk_files
+from capnb.run.sources.tables import (
+    IMAGE_COLUMNS, SPLIT_NAMES, NameIndex, caption_groups, caption_texts, read_table, several_texts,
+    unread_table
+)
 
 # %% ../nbs/01_data.ipynb #02a00002
 def one_line(text:str) -> str:
@@ -37,7 +40,8 @@ def _from_array(pixels):
     if first and last:
         told = 'may have its channels first or last; give a PIL image'
         raise ValueError(f"an array of shape {pixels.shape} {told}")
-    if first: pixels = pixels.transpose(1, 2, 0)
+    if first:
+        pixels = pixels.transpose(1, 2, 0)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
         if not 0 <= low <= high <= 1:
@@ -47,22 +51,30 @@ def _from_array(pixels):
     if pixels.dtype!=np.uint8:
         needed = 'uint8, or floating point from 0 to 1, is needed'
         raise ValueError(f"an array of {pixels.dtype} is no image; {needed}")
-    if pixels.ndim==3 and pixels.shape[2]==1: pixels = pixels[...,0]
+    if pixels.ndim==3 and pixels.shape[2]==1:
+        pixels = pixels[...,0]
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 def _image(image, where):
-    "The image of a row, not opened yet: PIL, the path or bytes of a file, both as `datasets` stores them, or an array."
+    """The image of a row, not opened yet: PIL, the path or bytes of a file, both as `datasets` stores them,
+    or an array."""
     if isinstance(image, ImageFile): return image
     if isinstance(image, Mapping):
-        image = image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
-    if isinstance(image, str): image = Path(image)
+        image = (
+            image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
+        )
+    if isinstance(image, str):
+        image = Path(image)
     if hasattr(image, 'detach'):
         image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy() # torch
-    try: image = _from_array(image) if isinstance(image, np.ndarray) else image
-    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    try:
+        image = _from_array(image) if isinstance(image, np.ndarray) else image
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
     if isinstance(image, Path) and not image.is_file():
         raise ValueError(f"{where}: there is no image {str(image)!r}")
-    if isinstance(image, (Image.Image, bytes, Path)): return ImageFile(image, f"{where}: the image")
+    if isinstance(image, (Image.Image, bytes, Path)):
+        return ImageFile(image, f"{where}: the image")
     needed = 'a PIL image, the path or bytes of a file, or an array'
     raise ValueError(f"{where}: 'image' must be {needed}, not {type(image).__name__}")
 
@@ -70,18 +82,28 @@ def _image(image, where):
 def _captions(row, where):
     "The captions of a row as a list, from `captions` or `caption`, one or several."
     found = next((row[k] for k in ('captions','caption') if row.get(k) is not None), None)
-    if found is None: raise ValueError(f"{where} has neither 'captions' nor 'caption', only {', '.join(map(str, row))}")
-    try: return [one_line(c) for c in caption_texts(found)]
-    except ValueError as e: raise ValueError(f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}: {e}") from None
+    if found is None:
+        raise ValueError(f"{where} has neither 'captions' nor 'caption', only {', '.join(map(str, row))}")
+    try:
+        return [one_line(c) for c in caption_texts(found)]
+    except ValueError as e:
+        raise ValueError(
+            f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}: {e}"
+        ) from None
 
 def _check_rows(rows):
-    if hasattr(rows, 'iloc'): raise ValueError("a table of pandas is no list of rows; give df.to_dict('records')")
-    if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')): raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
+    if hasattr(rows, 'iloc'):
+        raise ValueError("a table of pandas is no list of rows; give df.to_dict('records')")
+    if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')):
+        raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
 
 class CaptionData:
-    "Pictures with captions in one schema, over any object with `len` and integer index whose rows are dictionaries (`torch`, `datasets`, a list)."
+    """Pictures with captions in one schema, over any object with `len` and integer index whose rows are
+    dictionaries (`torch`, `datasets`, a list)."""
     def __init__(self,
-        rows, # The data: each row has `image` (PIL) and `captions` or `caption` (a text or several), and may have `image_id` and more
+        # The data: each row has `image` (PIL) and `captions` or `caption` (a text or several), and may have
+        # `image_id` and more
+        rows,
         limit:int=None, # Use only the first `limit` rows
     ):
         _check_rows(rows)
@@ -92,10 +114,14 @@ class CaptionData:
     def __len__(self): return len(self.order)
 
     def _parts(self, i): # the picture as the data has it, the rest in the one schema, and a name for errors
-        if not 0 <= i < len(self): raise IndexError(f"row {i} of a data set with {len(self)} rows")
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
         row = self.rows[at]
-        if not isinstance(row, Mapping): raise ValueError(f"row {at} is a {type(row).__name__}; a dictionary with 'image' and 'captions' is needed")
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {at} is a {type(row).__name__}; a dictionary with 'image' and 'captions' is needed"
+            )
         where = f"row {at} ({row['image_id']})" if 'image_id' in row else f"row {at}"
         rest = {k:v for k,v in row.items() if k not in ('caption','captions','image')}
         image = Path(row['image']) if isinstance(row.get('image'), str) else row.get('image')
@@ -116,11 +142,17 @@ _ID_COLUMNS = ('image_id', 'filename', 'file_name', 'img_id', 'id')
 def infer_columns(
     features:Mapping, # Types of the columns by name, as `datasets` has them
     image_column:str=None, # Name of the column with the picture, if you know it
-    caption_column:str=None, # Name of the column with captions, or several with commas between, if you know it
+    # Name of the column with captions, or several with commas between, if you know it
+    caption_column:str=None,
 ): # Name of the picture's column, list of names of the captions' columns
-    "Tell which columns hold picture and captions: the picture by its type, captions by their name; raises `ValueError` that lists the columns where that is not clear."
+    """Tell which columns hold picture and captions: the picture by its type, captions by their name; raises
+    `ValueError` that lists the columns where that is not clear."""
     from datasets import LargeList, List, Value
-    is_text = lambda f: is_text(f.feature) if isinstance(f, (List, LargeList)) else isinstance(f, Value) and 'string' in f.dtype
+    is_text = lambda f: (
+        is_text(f.feature)
+        if isinstance(f, (List, LargeList))
+        else isinstance(f, Value) and 'string' in f.dtype
+    )
     images = [image_column] if image_column else image_columns(features)
     texts = [n for n,f in features.items() if is_text(f)]
     captions = [n.strip() for n in caption_column.split(',')] if caption_column else _named_captions(texts)
@@ -128,9 +160,15 @@ def infer_columns(
         if name not in features:
             raise ValueError(f"there is no column {name!r}; there is {', '.join(features)}")
     if len(images)!=1:
-        raise ValueError(f"which column holds the picture? Name it with image_column; of type image: {', '.join(images) or 'none'}; all columns: {', '.join(features)}")
+        raise ValueError(
+            "which column holds the picture? Name it with image_column; of type image:"
+            f" {', '.join(images) or 'none'}; all columns: {', '.join(features)}"
+        )
     if not captions:
-        raise ValueError(f"which column holds the captions? Name it with caption_column; there are texts in: {', '.join(texts) or 'none'}")
+        raise ValueError(
+            "which column holds the captions? Name it with caption_column; there are texts in:"
+            f" {', '.join(texts) or 'none'}"
+        )
     return images[0], captions
 
 def image_columns(
@@ -139,7 +177,11 @@ def image_columns(
     "The columns that hold images: of that type, else arrays, else bytes or texts by their usual names."
     from datasets import Image, Value
     stored = lambda f: isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)
-    named = lambda n,f: isinstance(f, Value) and re.search('binary|string', f.dtype) and n.lower() in IMAGE_COLUMNS
+    named = (
+        lambda n, f: isinstance(f, Value)
+        and re.search('binary|string', f.dtype)
+        and n.lower() in IMAGE_COLUMNS
+    )
     found = [n for n,f in features.items() if stored(f)] or [n for n,f in features.items() if _array_type(f)]
     by_name = [n for n,f in features.items() if named(n, f)]
     by_name.sort(key=lambda n: IMAGE_COLUMNS.index(n.lower()))
@@ -149,7 +191,8 @@ def _array_type(feature):
     "The type of the numbers of a column of arrays of two or three axes; None for any other column."
     from datasets import Array2D, Array3D, LargeList, List, Value
     axes = 0
-    while isinstance(feature, (List, LargeList)): feature, axes = feature.feature, axes+1
+    while isinstance(feature, (List, LargeList)):
+        feature, axes = feature.feature, axes+1
     numbers = isinstance(feature, Value) and re.search('int|float', feature.dtype)
     return feature.dtype if isinstance(feature, (Array2D, Array3D)) or axes in (2,3) and numbers else None
 
@@ -171,25 +214,33 @@ class _NamedRows:
         texts = [t for name in self.captions if row.get(name) is not None for t in several_texts(row[name])]
         name = next((row[k] for k in _ID_COLUMNS if k in row), i)
         image = row.get(self.image)
-        if isinstance(image, Mapping) and image.get('bytes') is None: image = image.get('path')
+        if isinstance(image, Mapping) and image.get('bytes') is None:
+            image = image.get('path')
         if self.find and isinstance(image, str):
-            try: image = self.find(image)
-            except ValueError as e: raise ValueError(f"row {i}: {e}") from None
+            try:
+                image = self.find(image)
+            except ValueError as e:
+                raise ValueError(f"row {i}: {e}") from None
         return dict(rest, image=image, captions=texts, image_id=name)
 
 def named_rows(
     rows, # A `datasets.Dataset`, or any rows
     image_column:str=None, # As for `infer_columns`
     caption_column:str=None, # As for `infer_columns`
-    find=None, # Function that gives the path of an image of which a row has the name only; None for the name itself
+    # Function that gives the path of an image of which a row has the name only; None for the name itself
+    find=None,
 ):
-    "Give rows the names that `CaptionData` knows: always for a `datasets.Dataset`, for other rows where a column is named."
+    """Give rows the names that `CaptionData` knows: always for a `datasets.Dataset`, for other rows where a
+    column is named."""
     if hasattr(rows, 'cast_column'):
         from datasets import Image
-        if rows.format['type'] not in (None, 'custom'): rows = rows.with_format(None) # arrays and tensors of texts help nobody
+        if rows.format['type'] not in (None, 'custom'):
+            rows = rows.with_format(None) # arrays and tensors of texts help nobody
         image, captions = infer_columns(rows.features, image_column, caption_column)
-        if isinstance(rows.features[image], Image): rows = rows.cast_column(image, Image(decode=False))
-        elif kind := _array_type(rows.features[image]): rows = rows.with_format('numpy', columns=[image], output_all_columns=True, dtype=kind)
+        if isinstance(rows.features[image], Image):
+            rows = rows.cast_column(image, Image(decode=False))
+        elif kind := _array_type(rows.features[image]):
+            rows = rows.with_format('numpy', columns=[image], output_all_columns=True, dtype=kind)
         return _NamedRows(rows, image, captions, find)
     if not (image_column or caption_column): return rows
     _check_rows(rows)
@@ -197,7 +248,8 @@ def named_rows(
     usual = next((n for n in ('captions','caption') if n in there), 'captions')
     captions = [n.strip() for n in caption_column.split(',')] if caption_column else [usual]
     for name in [image_column or 'image', *captions]:
-        if there and name not in there: raise ValueError(f"there is no column {name!r}; there is {', '.join(map(str, there))}")
+        if there and name not in there:
+            raise ValueError(f"there is no column {name!r}; there is {', '.join(map(str, there))}")
     return _NamedRows(rows, image_column or 'image', captions)
 
 # %% ../nbs/01_data.ipynb #0da7a017
@@ -224,17 +276,25 @@ def is_zip(
 def _tables(folder, other=True):
     "The tables of captions in a folder: those of the usual names, else, with `other`, all that may be one."
     names = _entries(folder)[1]
-    images = {Path(n).stem for n in names if image_format(n)} # what is called as one of them is about it alone
+    # what is called as one of them is about it alone
+    images = {Path(n).stem for n in names if image_format(n)}
     files = [folder/n for n in names if n.lower().endswith(('.csv','.tsv','.txt','.jsonl','.json','.token'))]
     files = [f for f in files if not re.fullmatch(_NO_TABLE, f.name, re.I)]
     usual = [f for f in files if re.fullmatch(_TABLE, f.name)]
-    return usual or [f for f in files if other and f.stem not in images and re.fullmatch(_OTHER_TABLE, f.name, re.I)]
+    return usual or [
+        f for f in files if other and f.stem not in images and re.fullmatch(_OTHER_TABLE, f.name, re.I)
+    ]
 
 def _tables_below(folder, other):
     "The tables one level down, in folders before zips: of the usual names, and of any in `annotations`."
     below = [folder/name for name in _entries(folder)[0] if not name.startswith('.') and name!='__MACOSX']
     for zips in (False, True):
-        found = [t for f in below if is_zip(f)==zips for t in _tables(f, other and f.name.lower()=='annotations')]
+        found = [
+            t
+            for f in below
+            if is_zip(f) == zips
+            for t in _tables(f, other and f.name.lower() == 'annotations')
+        ]
         if found: return found
     return []
 
@@ -243,8 +303,16 @@ def _only_table(folder):
     if len(tables)==1: return tables[0]
     usual = 'one table of captions, such as captions.csv with the columns file_name and caption'
     others = 'parquet, WebDataset tars and a .txt beside each image are read, too'
-    unread = [told for name in sorted(os.listdir(folder)) if (told := unread_table(name))] if folder.is_dir() else []
-    found, help = (', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}') if tables else ('none', '; '.join(unread[:3]) or others)
+    unread = (
+        [told for name in sorted(os.listdir(folder)) if (told := unread_table(name))]
+        if folder.is_dir()
+        else []
+    )
+    found, help = (
+        (', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}')
+        if tables
+        else ('none', '; '.join(unread[:3]) or others)
+    )
     raise FileNotFoundError(f"{folder} needs {usual}; it has {found}; {help}")
 
 def split_of_name(
@@ -253,7 +321,8 @@ def split_of_name(
     "Tell the split from a name such as captions_train2017.json; raises `ValueError` if it names several."
     words = re.findall('[a-z]+', str(name).lower())
     found = list(dict.fromkeys(SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES))
-    if len(found) > 1: raise ValueError(f"{name}: its name tells {len(found)} splits: {', '.join(found)}")
+    if len(found) > 1:
+        raise ValueError(f"{name}: its name tells {len(found)} splits: {', '.join(found)}")
     return found[0] if found else None
 
 def folder_tables(
@@ -276,8 +345,11 @@ def folder_tables(
 def _folder_of(table):
     "The folder of the images of a table: where it lies, or the one above if only that has images."
     here, above = table.parent, table.parent.parent
-    has_images = lambda folder: any(map(image_format, _entries(folder)[1])) or any(map(is_zip, folder.glob('*.zip')))
-    if split_zip(table) or any(map(image_format, walk_files(here))) or any(map(is_zip, here.glob('*.zip'))): return here
+    has_images = lambda folder: any(map(image_format, _entries(folder)[1])) or any(
+        map(is_zip, folder.glob('*.zip'))
+    )
+    if split_zip(table) or any(map(image_format, walk_files(here))) or any(map(is_zip, here.glob('*.zip'))):
+        return here
     beside = [above, *(above/name for name in _entries(above)[0] if not is_zip(above/name))]
     return above if any(map(has_images, beside)) else here
 
@@ -296,7 +368,8 @@ def _split_lists(table):
     "The split of each image as files such as Flickr_8k.trainImages.txt, a name on each line, tell it."
     splits = {}
     for file in sorted(table.parent/n for n in _entries(table.parent)[1] if n.lower().endswith('images.txt')):
-        if not (kind := re.fullmatch(_LISTS, file.name, re.I)) or not is_regular(file): continue
+        if not (kind := re.fullmatch(_LISTS, file.name, re.I)) or not is_regular(file):
+            continue
         for name in filter(None, map(str.strip, read_text(file).split('\n'))):
             split = SPLIT_NAMES[kind[1].lower()]
             if splits.setdefault(name, split)!=split:
@@ -305,7 +378,8 @@ def _split_lists(table):
 
 # %% ../nbs/01_data.ipynb #0da7a015
 class BadRows(ValueError):
-    "Rows of a table do not fit: some, or all of those that may be left out; `bad` has what is wrong with each."
+    """Rows of a table do not fit: some, or all of those that may be left out; `bad` has what is wrong with
+    each."""
     def __init__(self,
         table, # Their file
         bad, # What is wrong with each
@@ -313,44 +387,57 @@ class BadRows(ValueError):
     ):
         self.bad = [f'{table}: {problem}' for problem in bad]
         more = f"; and {len(bad)-5} more: `capnb_data check` lists them" if len(bad) > 5 else ''
-        if more and bad_rows=='stop': more += ", bad_rows 'skip' leaves them out"
+        if more and bad_rows=='stop':
+            more += ", bad_rows 'skip' leaves them out"
         super().__init__(f"{table}: {'; '.join(bad[:5])}{more}")
 
 def _image_folder(folder, table):
-    "Where the images of a table lie: of `captions_val2017.json` in the folder `val2017` or `images/val2017`, if there is one."
+    """Where the images of a table lie: of `captions_val2017.json` in the folder `val2017` or
+    `images/val2017`, if there is one."""
     coco = re.fullmatch(r'captions_(.+)\.json', table.name)
     places = [folder/coco[1], folder/'images'/coco[1]] if coco else []
     return next((place for place in places if place.is_dir()), folder)
 
 class ImageFolder:
-    "Pictures in a folder, with their captions in a table beside them: `captions` or `metadata` as .csv, .tsv, .txt, .jsonl or .json, `results.csv`, a `.token` file as of Flickr8k, `captions_*.json` as of COCO, `dataset_*.json` as of Karpathy."
+    """Pictures in a folder, with their captions in a table beside them: `captions` or `metadata` as .csv,
+    .tsv, .txt, .jsonl or .json, `results.csv`, a `.token` file as of Flickr8k, `captions_*.json` as of
+    COCO, `dataset_*.json` as of Karpathy."""
     def __init__(self,
         folder, # With pictures, in it or in folders or zips below; or a zip
         table=None, # The file with the captions; None for the only one in the folder
         bad_rows:str='stop', # 'skip' to leave out rows that do not fit; they are told in `bad`
-        image_column:str=None, # Column of the file names, by name, or by number from 1 where there is no header
+        # Column of the file names, by name, or by number from 1 where there is no header
+        image_column:str=None,
         caption_column:str=None, # Column of the captions, or several with commas between
-        encoding:str=None, # Of the table; None for UTF-8 or marked UTF-16, see `capnb.settings.read_text`
+        encoding:str=None, # Of the table; None for UTF-8 or marked UTF-16, see `capnb.files.read_text`
         outside:bool=False, # Whether rows may name images outside of the folder
-    ): # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not fit
+    # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not
+    # fit
+    ):
         self.folder, self.outside = Path(folder), outside
         self.table = Path(table) if table else _only_table(self.folder)
         self.images = _image_folder(self.folder, self.table)
         self.captions, self.paths, self.where, self.splits = {}, {}, {}, {} # by name of the image
         self._known, self._of_file = {}, {} # name of the image by what a row says, and by its file
-        self._files, self._zips = None, None # index of the files below, and those in zips, made when first needed
+        # index of the files below, and those in zips, made when first needed
+        self._files, self._zips = None, None
         self._missing = 0 # files that were not there
         self.lists, self.unlisted = _split_lists(self.table), 0
         try:
             rows = read_table(self.table, image_column, caption_column, encoding)
             bad = [problem for row in rows if (problem := self._add(*row))]
-        except (ValueError, TypeError) as e: raise ValueError(f"{self.table}: {str(e).removeprefix(f'{self.table}: ')}") from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{self.table}: {str(e).removeprefix(f'{self.table}: ')}") from None
         if bad and (bad_rows=='stop' or not self.captions):
             raise BadRows(self.table, bad, bad_rows)
         if not self.captions: raise ValueError(f"{self.table}: it has no rows")
         self.bad, self.names = [f'{self.table}: {b}' for b in bad], list(self.captions)
-        if self.unlisted: rows.notes.append(f"{self.unlisted} rows are not used: their images are neither here nor in a list of a split")
-        self.notes = [f'{self.table}: {note}' for note in [*rows.notes, *self._respelt()]] # what people should know
+        if self.unlisted:
+            rows.notes.append(
+                f"{self.unlisted} rows are not used: their images are neither here nor in a list of a split"
+            )
+        # what people should know
+        self.notes = [f'{self.table}: {note}' for note in [*rows.notes, *self._respelt()]]
 
     def __len__(self): return len(self.names)
     def __getitem__(self, i):
@@ -376,29 +463,38 @@ def _leads_out(self:ImageFolder, picture):
 def _index(self:ImageFolder):
     "The names of the files below the folder of images, found when they are first needed."
     if self._files is None:
-        self._files = NameIndex([path.relative_to(self.folder).as_posix() for path in walk_files(self.images)])
+        self._files = NameIndex(
+            [path.relative_to(self.folder).as_posix() for path in walk_files(self.images)]
+        )
     return self._files
 
 @patch
 def _find(self:ImageFolder, picture):
-    "The file of a picture: where the table says, or the only one below the folder whose name fits; raises `ValueError` if there is none."
+    """The file of a picture: where the table says, or the only one below the folder whose name fits; raises
+    `ValueError` if there is none."""
     if not self.outside and self._leads_out(picture):
         raise ValueError(f"{picture!r} {LEADS_OUT}{self._inside(picture)}")
     name = os.path.normpath(picture) # of `link/../x` only `x` is left
     for place in ([self.images] if name==os.path.basename(name) else [self.images, self.folder]):
         if is_regular(file := place/name): return file
-    if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file(): return file
-    try: found = self.folder/self._look_up(picture)
-    except KeyError: raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
-    except ValueError as e: raise ValueError(f"picture {e}") from None
-    if not is_regular(found): raise ValueError(f"{picture!r} is no regular file") # opening a pipe would wait for ever
+    if self.outside and (file := self.folder/os.path.normpath(picture.replace('\\', '/'))).is_file():
+        return file
+    try:
+        found = self.folder/self._look_up(picture)
+    except KeyError:
+        raise ValueError(f"there is no picture {picture!r}{self._nearest(picture)}") from None
+    except ValueError as e:
+        raise ValueError(f"picture {e}") from None
+    if not is_regular(found):
+        raise ValueError(f"{picture!r} is no regular file") # opening a pipe would wait for ever
     return found
 
 @patch
 def _look_up(self:ImageFolder, picture):
     "The name in the folder that fits; zips are looked into when a name is not outside of them."
     names = lambda files: [path.relative_to(self.folder).as_posix() for path in files]
-    try: return self._index().find(picture)
+    try:
+        return self._index().find(picture)
     except KeyError:
         if self._zips is not None: raise
     zips = [self.folder] if is_zip(self.folder) else [self.folder/name for name in self._files.names]
@@ -425,32 +521,44 @@ def _inside(self:ImageFolder, picture):
 def _respelt(self:ImageFolder):
     "What to say about names that fit only in another spelling."
     found = self._files.respelt if self._files else {}
-    return [f"{len(found)} names are spelt otherwise than their files, such as {given!r} for {real!r}" for given,real in list(found.items())[:1]]
+    return [
+        f"{len(found)} names are spelt otherwise than their files, such as {given!r} for {real!r}"
+        for given, real in list(found.items())[:1]
+    ]
 
 # %% ../nbs/01_data.ipynb #7ab10001
 @patch
 def _add(self:ImageFolder, where, picture, captions, split):
     "Take in a row; the answer is what is wrong with it, if anything."
     if isinstance(picture, ValueError): return f"{where} {picture}"
-    if not isinstance(picture, str) or not picture: return f"{where}: there is no picture {picture!r:.80}"
+    if not isinstance(picture, str) or not picture:
+        return f"{where}: there is no picture {picture!r:.80}"
     split = split or self.lists.get(picture)
     if picture not in self._known:
-        try: path = self._find(picture)
+        try:
+            path = self._find(picture)
         except (ValueError, OSError) as e: # OSError: a name that no file can have
             if not self.lists or split: return f"{where}: {str(e):.300}"
             self.unlisted += 1
             return
         first = self._of_file.setdefault(str(path), picture) # the first name of the file
         if self._files and self._files.drops_apart(first, picture):
-            return f"{where}: {picture!r} and {first!r} would both be {path.relative_to(self.folder).as_posix()!r}; write its name"
+            return (
+                f"{where}: {picture!r} and {first!r} would both be"
+                f" {path.relative_to(self.folder).as_posix()!r}; write its name"
+            )
         self._known[picture] = first
         self.paths.setdefault(self._known[picture], path)
     picture = self._known[picture]
-    try: captions = caption_texts(captions)
-    except ValueError as e: return f"{where}: no caption for {picture!r}" + ('' if str(e)=='it is empty' else f": {e}")
+    try:
+        captions = caption_texts(captions)
+    except ValueError as e:
+        return f"{where}: no caption for {picture!r}" + ('' if str(e)=='it is empty' else f": {e}")
     split = SPLIT_NAMES.get(str(split).lower(), split) if split else None
-    if split not in (None, 'train', 'validation', 'test'): return f"{where}: split {split!r:.80} is none of train, validation, test"
-    if self.splits.get(picture, split)!=split: return f"{where}: {picture!r} is in {self.splits[picture]} already, not in {split}"
+    if split not in (None, 'train', 'validation', 'test'):
+        return f"{where}: split {split!r:.80} is none of train, validation, test"
+    if self.splits.get(picture, split)!=split:
+        return f"{where}: {picture!r} is in {self.splits[picture]} already, not in {split}"
     self.splits[picture] = split
     self.where.setdefault(picture, where)
     self.captions.setdefault(picture, []).extend(captions)
@@ -458,7 +566,8 @@ def _add(self:ImageFolder, where, picture, captions, split):
 # %% ../nbs/01_data.ipynb #1baa6201
 class _Rows:
     "Some rows of a data set, in a given order."
-    def __init__(self, rows, order): self.rows, self.order = rows, order
+    def __init__(self, rows, order):
+        self.rows, self.order = rows, order
     def __len__(self): return len(self.order)
     def __getitem__(self, i): return self.rows[self.order[i]]
 
@@ -469,22 +578,34 @@ def split_rows(
 ) -> dict: # 'train' and what is in `held`; every row is in exactly one
     "Cut a data set by a fixed shuffle: a tenth for each split that is held back, the rest for training."
     _check_rows(rows)
-    if len(rows) < 10: raise ValueError(f"{len(rows)} rows are too few to cut off {' and '.join(held)}; give 10 or more, or a dictionary with 'train', 'validation' and 'test'")
+    if len(rows) < 10:
+        raise ValueError(
+            f"{len(rows)} rows are too few to cut off {' and '.join(held)}; give 10 or more, or a dictionary"
+            " with 'train', 'validation' and 'test'"
+        )
     order, tenth = list(range(len(rows))), len(rows)//10
     Random(f'split {seed}').shuffle(order)
-    return dict(train=_Rows(rows, order[len(held)*tenth:]), **{name: _Rows(rows, order[k*tenth:(k+1)*tenth]) for k,name in enumerate(held)})
+    return dict(
+        train=_Rows(rows, order[len(held) * tenth :]),
+        **{name: _Rows(rows, order[k * tenth : (k + 1) * tenth]) for k, name in enumerate(held)}
+    )
 
 # %% ../nbs/01_data.ipynb #0da7b302
 class _Picked:
     "Rows of several sources, as pairs of source and index."
-    def __init__(self, rows): self.rows = rows
+    def __init__(self, rows):
+        self.rows = rows
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i][0][self.rows[i][1]]
 
 def _with_validation(parts):
     "Cut off what is missing: everything from rows without a split (`None`), validation from 'train'."
     if set(parts)=={None}: return split_rows(parts[None])
-    return parts if 'validation' in parts or 'train' not in parts else {**parts, **split_rows(parts['train'], held=('validation',))}
+    return (
+        parts
+        if 'validation' in parts or 'train' not in parts
+        else {**parts, **split_rows(parts['train'], held=('validation',))}
+    )
 
 class Source(NamedTuple):
     "What a source of data holds."
@@ -499,29 +620,38 @@ def as_source(
     bad=(), # As `Source` has it
     tables=(), # As `Source` has it
 ) -> Source:
-    "Make a `Source` of rows, some of which may have no split; raises `ValueError` if they are too few to be cut."
+    """Make a `Source` of rows, some of which may have no split; raises `ValueError` if they are too few to
+    be cut."""
     parts = {split: _Picked(rows) for split,rows in parts.items()}
     without_split = parts.pop(None, []) if len(parts) > 1 else []
-    try: return Source(_with_validation(parts), bad, without_split, tables)
-    except ValueError as e: raise ValueError(f"{name}: {e}") from None
+    try:
+        return Source(_with_validation(parts), bad, without_split, tables)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
 
 def read_folder(
-    folder, # As `ImageFolder` takes it, or with several tables of captions, one for each split; or such a table
+    # As `ImageFolder` takes it, or with several tables of captions, one for each split; or such a table
+    folder,
     bad_rows:str='stop', # 'skip' to leave out rows that do not fit
     image_column:str=None, # As for `ImageFolder`, as are the others
     caption_column:str=None,
     encoding:str=None,
     outside:bool=False,
 ) -> Source:
-    "Read a folder of pictures with the splits that it brings, else cut by `split_rows`; raises as `ImageFolder`."
+    """Read a folder of pictures with the splits that it brings, else cut by `split_rows`; raises as
+    `ImageFolder`."""
     folder, options = Path(folder), (bad_rows, image_column, caption_column, encoding, outside)
-    if folder.is_file() and not is_zip(folder): found = [(None, _folder_of(folder), folder)]
-    else: found = folder_tables(folder) or [(None, folder, _only_table(folder))]
+    if folder.is_file() and not is_zip(folder):
+        found = [(None, _folder_of(folder), folder)]
+    else:
+        found = folder_tables(folder) or [(None, folder, _only_table(folder))]
     sources = [(split, ImageFolder(place, table, *options)) for split,place,table in found]
     parts = {}
     for split,rows in sources:
-        for note in rows.notes: say(f'⚠️ {note}')
-        for i,name in enumerate(rows.names): parts.setdefault(split or rows.splits[name], []).append((rows, i))
+        for note in rows.notes:
+            say(f'⚠️ {note}')
+        for i,name in enumerate(rows.names):
+            parts.setdefault(split or rows.splits[name], []).append((rows, i))
     tables = [rows for _,rows in sources]
     return as_source(parts, folder, [b for rows in tables for b in rows.bad], tables)
 
@@ -533,7 +663,8 @@ def captions_for_epoch(
     seed:int=0, # Fixes the order for each picture
     k:int=1, # How many; all if there are fewer
 ) -> list: # Of some of `captions`
-    "Choose the captions that a picture is shown with in an epoch; all are used once before any is used twice."
+    """Choose the captions that a picture is shown with in an epoch; all are used once before any is used
+    twice."""
     k, chosen = min(k, len(captions)), []
     for turn,place in (divmod(n, len(captions)) for n in range(epoch*k, (epoch+1)*k)):
         order = list(captions)

@@ -17,64 +17,96 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .settings import check_value, default_device, limits, load_whole, model_config, read_model
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+)
+from .settings import check_value, limits
+from .hardware import default_device
+from .hub import load_whole, model_config, read_model
 from .data import one_line
 
 # %% ../nbs/04_qwen_decoder.ipynb #0da7b031
 def _settle_end(tokenizer, config):
-    "See to it that the tokenizer has an end-of-text token: its own, else the model's, else the end of a line."
+    """See to it that the tokenizer has an end-of-text token: its own, else the model's, else the end of a
+    line."""
     if tokenizer.eos_token_id is not None: return
-    ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) and config.eos_token_id < len(tokenizer) else tokenizer('\n', add_special_tokens=False)['input_ids']
-    if len(ids)!=1: raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, and none for the end of a line")
+    ids = (
+        [config.eos_token_id]
+        if isinstance(config.eos_token_id, int) and config.eos_token_id < len(tokenizer)
+        else tokenizer('\n', add_special_tokens=False)['input_ids']
+    )
+    if len(ids)!=1:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, and none for the end of a line"
+        )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
 
 def begin_ids(
     tokenizer, # Of the decoder
 ) -> list: # Of no token or one
-    "Give the token that every text begins with for this tokenizer: Llama and Gemma have one, Qwen3 and GPT-2 have none."
+    """Give the token that every text begins with for this tokenizer: Llama and Gemma have one, Qwen3 and
+    GPT-2 have none."""
     ids = tokenizer('')['input_ids']
     return ids[:1] if tokenizer.bos_token_id is not None and ids[:1]==[tokenizer.bos_token_id] else []
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a00000d
 _product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
-def _fits(x, weight): return weight.device.type=='cpu' and x.dtype==weight.dtype==torch.float32 and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()
+def _fits(x, weight):
+    return (
+        weight.device.type == 'cpu'
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+    )
 
 class _Product(torch.autograd.Function):
     "A frozen matrix product by oneDNN: only the input has a gradient."
     @staticmethod
-    def forward(ctx, x, weight, bias): ctx.save_for_backward(weight); return _product(x, weight, bias, 'none', [], '')
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias, 'none', [], '')
     @staticmethod
-    def backward(ctx, grad): return _product(grad, ctx.saved_tensors[0].t(), None, 'none', [], ''), None, None
+    def backward(ctx, grad):
+        return _product(grad, ctx.saved_tensors[0].t(), None, 'none', [], ''), None, None
 
 class FrozenLinear(nn.Linear):
     "A linear layer whose product is oneDNN's while it is frozen, in float32 and on a CPU."
     def forward(self, x):
-        if self.weight.requires_grad or not _fits(x, self.weight): return super().forward(x)
+        if self.weight.requires_grad or not _fits(x, self.weight):
+            return super().forward(x)
         return _Product.apply(x, self.weight, self.bias)
 
     def back(self, grad): # of the output; gives that of the input
-        return _product(grad, self.weight.t(), None, 'none', [], '') if _fits(grad, self.weight) else grad @ self.weight
+        return (
+            _product(grad, self.weight.t(), None, 'none', [], '')
+            if _fits(grad, self.weight)
+            else grad @ self.weight
+        )
 
 def use_onednn(
     model, # Any model; it is changed
 ):
-    "Let the large linear layers of a model be `FrozenLinear`, where PyTorch has oneDNN; small ones gain nothing."
+    """Let the large linear layers of a model be `FrozenLinear`, where PyTorch has oneDNN; small ones gain
+    nothing."""
     for layer in model.modules():
-        if type(layer) is nn.Linear and _product and layer.weight.numel() >= 2**18: layer.__class__ = FrozenLinear
+        if type(layer) is nn.Linear and _product and layer.weight.numel() >= 2**18:
+            layer.__class__ = FrozenLinear
 
 # %% ../nbs/04_qwen_decoder.ipynb #a28c2adc
 def decoder_config(
     name:str, # As for `load_decoder`
 ): # A `transformers` configuration
-    "Read the configuration of a model that can write what follows a prefix; raises `ValueError` for one that can't."
-    if name.endswith('.gguf') and not find_spec('gguf'): raise ValueError(f"to read {name!r}, install the package gguf: pip install 'capnb[gguf]'")
+    """Read the configuration of a model that can write what follows a prefix; raises `ValueError` for one
+    that can't."""
+    if name.endswith('.gguf') and not find_spec('gguf'):
+        raise ValueError(f"to read {name!r}, install the package gguf: pip install 'capnb[gguf]'")
     config = model_config(name, 'decoder')
     check_decoder(name, config)
     return config
 
-_PER_LAYER = 'adds what it knows of a token to each layer, and a vector is no token' # would write as it never read
+# would write as it never read
+_PER_LAYER = 'adds what it knows of a token to each layer, and a vector is no token'
 _REFUSED = dict(gemma3n=_PER_LAYER, gemma3n_text=_PER_LAYER,
                 git='has an image encoder of its own', # its loss leaves out as many tokens as an image has
                 rwkv='mixes up the captions of a batch when it writes') # in transformers 5.23
@@ -85,12 +117,24 @@ def check_decoder(
 ):
     "Raise a `ValueError` unless a model of this kind can write what follows a prefix."
     kind = config.model_type
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES: raise ValueError(f"decoder {name!r} is a {kind!r} model, which cannot write text")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(f"decoder {name!r} is a {kind!r} model, which cannot write text")
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kind in _REFUSED: raise ValueError(f"decoder {name!r} ({cls.__name__}) {_REFUSED[kind]}; take another one")
-    reads, writes = (inspect.signature(getattr(cls, method)).parameters for method in ('forward', 'prepare_inputs_for_generation'))
-    if 'inputs_embeds' in reads and not ('inputs_embeds' in writes and 'logits_to_keep' in reads): raise ValueError(f"decoder {name!r} ({cls.__name__}) cannot write from vectors; take a model for text only")
-    if 'inputs_embeds' not in reads: raise ValueError(f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a prefix made of a picture")
+    if kind in _REFUSED:
+        raise ValueError(f"decoder {name!r} ({cls.__name__}) {_REFUSED[kind]}; take another one")
+    reads, writes = (
+        inspect.signature(getattr(cls, method)).parameters
+        for method in ('forward', 'prepare_inputs_for_generation')
+    )
+    if 'inputs_embeds' in reads and not ('inputs_embeds' in writes and 'logits_to_keep' in reads):
+        raise ValueError(
+            f"decoder {name!r} ({cls.__name__}) cannot write from vectors; take a model for text only"
+        )
+    if 'inputs_embeds' not in reads:
+        raise ValueError(
+            f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a"
+            " prefix made of a picture"
+        )
 
 def load_tokenizer(
     name:str, # As for `load_decoder`
@@ -98,16 +142,25 @@ def load_tokenizer(
 ): # With an end-of-text token
     "Load the tokenizer of a decoder."
     tokenizer = read_model(AutoTokenizer, name, f'tokenizer {name!r}')
-    if not tokenizer('a', add_special_tokens=False)['input_ids']: raise ValueError(f"there is no tokenizer in {name!r}, or one that knows no words; name one with tokenizer_name")
+    if not tokenizer('a', add_special_tokens=False)['input_ids']:
+        raise ValueError(
+            f"there is no tokenizer in {name!r}, or one that knows no words; name one with tokenizer_name"
+        )
     _settle_end(tokenizer, config)
     return tokenizer
 
 def _check_vocabulary(tokenizer, name, tokenizer_name, config):
     "Raise a `ValueError` if the decoder has a tokenizer of its own in which a token has another number."
-    try: own = load_tokenizer(name, config).get_vocab()
-    except (OSError, ValueError): return # it has none
+    try:
+        own = load_tokenizer(name, config).get_vocab()
+    except (OSError, ValueError):
+        return # it has none
     for token,i in tokenizer.get_vocab().items():
-        if own.get(token, i)!=i: raise ValueError(f"tokenizer {tokenizer_name!r} is not that of decoder {name!r}: token {token!r} is number {i} there and {own[token]} here; set tokenizer_name and decoder_name together")
+        if own.get(token, i)!=i:
+            raise ValueError(
+                f"tokenizer {tokenizer_name!r} is not that of decoder {name!r}: token {token!r} is number {i}"
+                f" there and {own[token]} here; set tokenizer_name and decoder_name together"
+            )
 
 def _alike(a, b, half=.02):
     "Whether two tensors hold the same numbers, up to rounding: 1e-4 of the largest in float32, else `half`."
@@ -130,32 +183,43 @@ def _check_reading(name, decoder):
     ids, who = _random_ids(decoder, 2, 6), f"decoder {name!r} ({type(decoder).__name__})"
     ids[1,:3] = ids[0,:3]
     vectors = decoder.get_input_embeddings()(ids)
-    try: logits = decoder(inputs_embeds=vectors, use_cache=False).logits
-    except torch.OutOfMemoryError: raise
+    try:
+        logits = decoder(inputs_embeds=vectors, use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
     except _CANNOT_READ as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{who} cannot read vectors in place of tokens: {reason}") from e
-    if not logits.isfinite().any(-1).all(): raise ValueError(f"{who} computes no numbers (NaN): are its weights whole?")
+    if not logits.isfinite().any(-1).all():
+        raise ValueError(f"{who} computes no numbers (NaN): are its weights whole?")
     if _alike(logits[0,:3], logits[1,:3], half=.1): return
     raise ValueError(f"{who} looks at what comes after a token, too, so it cannot write; "
                      "is is_decoder set in its config.json?")
 
 def load_decoder(
-    name:str, # A shipped model, a hub id, a folder with a causal language model, or a file in GGUF format, `FOLDER/FILE.gguf`
+    # A shipped model, a hub id, a folder with a causal language model, or a file in GGUF format,
+    # `FOLDER/FILE.gguf`
+    name:str,
     tokenizer_name:str=None, # Its tokenizer; None for the one in the same place
     device=None, # Where to put it; None for the best device
     dtype=None, # Number type of its weights; None for what suits the device
 ): # The frozen model, its tokenizer
-    "Load a causal language model (one that predicts the next token from those before it) to be read from and written with; frozen."
+    """Load a causal language model (one that predicts the next token from those before it) to be read from
+    and written with; frozen."""
     config, device = decoder_config(name), device or default_device()
     tokenizer = load_tokenizer(tokenizer_name or name, config)
     model = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], name, 'decoder', device, dtype)
     rows = model.get_input_embeddings().num_embeddings
-    if tokenizer_name not in (None, name): _check_vocabulary(tokenizer, name, tokenizer_name, config)
-    if len(tokenizer) > rows: raise ValueError(f"tokenizer {tokenizer_name or name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}")
+    if tokenizer_name not in (None, name):
+        _check_vocabulary(tokenizer, name, tokenizer_name, config)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"tokenizer {tokenizer_name or name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}"
+        )
     use_onednn(model)
     _check_reading(name, model)
-    model.generation_config = GenerationConfig() # its makers' habits, such as a penalty for repeating, are not ours
+    # its makers' habits, such as a penalty for repeating, are not ours
+    model.generation_config = GenerationConfig()
     return model, tokenizer
 
 # %% ../nbs/04_qwen_decoder.ipynb #bf20139e
@@ -172,8 +236,8 @@ def text_ids(
             for text,ids in zip(texts, found['input_ids'], strict=True)]
 
 def _in_parts(tokenizer, text):
-    """The tokens of a text that special tokens are written in, each of them in two parts: where they are words of
-    the vocabulary, as with Unigram, `split_special_tokens` does nothing."""
+    """The tokens of a text that special tokens are written in, each of them in two parts: where they are
+    words of the vocabulary, as with Unigram, `split_special_tokens` does nothing."""
     written = '|'.join(map(re.escape, tokenizer.all_special_tokens))
     parts = re.sub(written, lambda token: f'{token[0][0]}\0{token[0][1:]}', text).split('\0')
     found = tokenizer(parts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
@@ -204,7 +268,8 @@ def count_cut(
     tokenizer, # Of the decoder
     rows, # Of a data set, with `captions` and `image_id`
     max_caption_length:int, # As for `tokenize_captions`
-) -> dict: # Plain data: numbers of `captions` and of those `cut`, the `longest` (tokens), its `image_id`, the limit
+# Plain data: numbers of `captions` and of those `cut`, the `longest` (tokens), its `image_id`, the limit
+) -> dict:
     "Count the captions that are too long, and find the longest."
     named = [(c, row.get('image_id', n)) for n,row in enumerate(rows) for c in row['captions']]
     lengths = caption_lengths(tokenizer, [c for c,_ in named])
@@ -218,7 +283,8 @@ def cut_text(
     "Say how many captions are cut; more than one in a hundred are a warning, with the flag that helps."
     cut, captions, most = found['cut'], found['captions'], found['max_caption_length']
     longest = f"the longest, of {found['image_id']}, has {found['longest']} tokens"
-    if not cut: return f"✂️ No caption is cut: {longest}, and max_caption_length is {most}"
+    if not cut:
+        return f"✂️ No caption is cut: {longest}, and max_caption_length is {most}"
     many = (f"{cut:,} of {captions:,} captions are longer than max_caption_length, {most} tokens, "
             f"and are cut; {longest}")
     if 100*cut <= captions: return f"✂️ {many}"
@@ -226,7 +292,8 @@ def cut_text(
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a000001
 def _shared_out(sizes, rows):
-    "(row, first column) of each picture when each, the largest first, goes into the row that is emptiest; and the longest row."
+    """(row, first column) of each picture when each, the largest first, goes into the row that is emptiest;
+    and the longest row."""
     taken, places = [0]*rows, [None]*len(sizes)
     for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         row = taken.index(min(taken))
@@ -239,15 +306,21 @@ def _rows_for(
 ): # (row, first column) of each picture; positions of a row
     "Share pictures out to rows of about 128 to 256 positions, as many rows as leave the least padding."
     fewest, most = (min(len(sizes), -(-sum(sizes)//room)) for room in (256, 128))
-    return min((_shared_out(sizes, rows) for rows in range(fewest, most+1)), key=lambda found: len({row for row,_ in found[0]})*found[1])
+    return min(
+        (_shared_out(sizes, rows) for rows in range(fewest, most + 1)),
+        key=lambda found: len({row for row, _ in found[0]}) * found[1],
+    )
 
 def _layout(
     lengths, # (pictures, k): tokens of the captions of each picture
     prefix:int, # Vectors of a picture
     apart:bool=False, # Whether each picture has a row of its own
-): # Of each vector that is read: row, column, picture, piece (0 for the picture, then its captions), place in it; of each token that is predicted: row and column where, its caption, place in it
+# Of each vector that is read: row, column, picture, piece (0 for the picture, then its captions), place in
+# it; of each token that is predicted: row and column where, its caption, place in it
+):
     "Lay out a batch; the last token of a caption predicts nothing and is not read."
-    pieces = F.pad((lengths-1).clamp(min=0), (1,0), value=prefix)              # (pictures, 1+k): vectors of each piece
+    # (pictures, 1+k): vectors of each piece
+    pieces = F.pad((lengths-1).clamp(min=0), (1,0), value=prefix)
     sizes = pieces.sum(1).tolist()
     places = [(i,0) for i in range(len(sizes))] if apart else _rows_for(sizes)[0]
     row, column = torch.tensor(places).T                                       # (pictures,)
@@ -263,14 +336,20 @@ def _attention(
 ): # (rows, n, n)
     "Say which positions each position sees: its picture, and what came before it in its own caption."
     n = picture.shape[1]
-    sees = (picture[:,None]==picture[:,:,None]) & ((piece[:,None]==piece[:,:,None]) | (piece[:,None]==0)) & torch.ones(n, n, dtype=torch.bool, device=picture.device).tril()
-    return sees | torch.eye(n, dtype=torch.bool, device=picture.device)        # a row that sees nothing would be NaN
+    sees = (
+        (picture[:, None] == picture[:, :, None])
+        & ((piece[:, None] == piece[:, :, None]) | (piece[:, None] == 0))
+        & torch.ones(n, n, dtype=torch.bool, device=picture.device).tril()
+    )
+    # a row that sees nothing would be NaN
+    return sees | torch.eye(n, dtype=torch.bool, device=picture.device)
 
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a000004
 @torch.no_grad()
 def _compare_head(decoder):
-    "Whether the head gets the last hidden states as they are, and nothing changes the logits that it makes of others."
+    """Whether the head gets the last hidden states as they are, and nothing changes the logits that it makes
+    of others."""
     base, head, given = decoder.base_model, decoder.get_output_embeddings(), []
     if base is decoder or not isinstance(head, nn.Linear): return False
     inputs = dict(inputs_embeds=decoder.get_input_embeddings()(_random_ids(decoder, 2, 4)), use_cache=False)
@@ -282,21 +361,26 @@ def _compare_head(decoder):
         given.append(args[0])
         return states
     hook = head.register_forward_pre_hook(replace)
-    try: logits = decoder(**inputs).logits
-    finally: hook.remove()
+    try:
+        logits = decoder(**inputs).logits
+    finally:
+        hook.remove()
     return len(given)==1 and _alike(given[0], last, half=.1) and _alike(logits, expected)
 
 def head_is_plain(
     decoder, # Causal language model
 ) -> bool:
-    "Whether the logits are the last hidden state times the head's matrix, and nothing else is done; tried once."
+    """Whether the logits are the last hidden state times the head's matrix, and nothing else is done; tried
+    once."""
     if decoder.device.type=='meta': return True # what has no content cannot be tried
-    if not hasattr(decoder, '_head_is_plain'): decoder._head_is_plain = _compare_head(decoder)
+    if not hasattr(decoder, '_head_is_plain'):
+        decoder._head_is_plain = _compare_head(decoder)
     return decoder._head_is_plain and not decoder.get_output_embeddings().weight.requires_grad
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a000014
 class _HeadNats(torch.autograd.Function):
-    "The nats of tokens behind a frozen head, 256 at a time; the gradient is worked out while the logits are there."
+    """The nats of tokens behind a frozen head, 256 at a time; the gradient is worked out while the logits
+    are there."""
     @staticmethod
     def forward(ctx, hidden, head, labels): # (tokens, width), layer, (tokens,)
         nats, grads = [], []
@@ -307,30 +391,41 @@ class _HeadNats(torch.autograd.Function):
             p.exp_()[torch.arange(len(l), device=l.device), l] -= 1
             p = p.to(head.weight.dtype)
             grads.append((head.back(p) if isinstance(head, FrozenLinear) else p @ head.weight).to(h.dtype))
-        if grads: ctx.save_for_backward(torch.cat(grads))
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
         return torch.cat(nats)
 
     @staticmethod
-    def backward(ctx, grad): return (ctx.saved_tensors[0]*grad[:,None]).to(ctx.saved_tensors[0].dtype), None, None
+    def backward(ctx, grad):
+        return (ctx.saved_tensors[0]*grad[:,None]).to(ctx.saved_tensors[0].dtype), None, None
 
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a000015
 def _inputs(decoder, prefix, input_ids, lengths, many):
     """What the decoder is given to read, `many` captions in a row or each in its own; and of each token
     where it is predicted (row, column) and where it stands in `input_ids`."""
-    if not many: prefix = prefix.repeat_interleave(len(input_ids)//len(prefix), 0)
+    if not many:
+        prefix = prefix.repeat_interleave(len(input_ids)//len(prefix), 0)
     (batch, k, width), captions, device = prefix.shape, len(input_ids)//len(prefix), prefix.device
     vectors, tokens = _layout(lengths.view(batch, captions), k, apart=not many)
     row, column, picture, piece, t = vectors
     shape = int(row.max())+1, int(column.max())+1                              # rows, positions
     pictures, words = ([v[which].to(device) for v in vectors] for which in (piece==0, piece>0))
     embedded = decoder.get_input_embeddings()(input_ids[words[2]*captions+words[3]-1, words[4]])
-    joined = embedded.new_zeros(*shape, width).index_put(pictures[:2], prefix.flatten(0,1).to(embedded.dtype)).index_put(words[:2], embedded)
+    joined = (
+        embedded.new_zeros(*shape, width)
+        .index_put(pictures[:2], prefix.flatten(0, 1).to(embedded.dtype))
+        .index_put(words[:2], embedded)
+    )
     spread = lambda v, fill: torch.full(shape, fill).index_put((row,column), v).to(device)
     inputs = dict(inputs_embeds=joined, attention_mask=(spread(picture, -1)>=0).long(), use_cache=False)
     if many:
-        hidden = ~_attention(spread(picture, -1), spread(piece, 0))[:,None]    # (rows, 1, positions, positions)
-        inputs |= dict(attention_mask=joined.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(joined.dtype).min), position_ids=spread(t+k*(piece>0), 0))
+        # (rows, 1, positions, positions)
+        hidden = ~_attention(spread(picture, -1), spread(piece, 0))[:,None]
+        inputs |= dict(
+            attention_mask=joined.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(joined.dtype).min),
+            position_ids=spread(t + k * (piece > 0), 0),
+        )
     return inputs, [v.to(device) for v in tokens]
 
 @torch.no_grad()
@@ -346,20 +441,23 @@ def _compare_rows(decoder):
 def _reads_rows(decoder):
     "What `_compare_rows` finds, tried once."
     if decoder.device.type=='meta': return True # what has no content cannot be tried
-    if not hasattr(decoder, '_shares_rows'): decoder._shares_rows = _compare_rows(decoder)
+    if not hasattr(decoder, '_shares_rows'):
+        decoder._shares_rows = _compare_rows(decoder)
     return decoder._shares_rows
 
 def takes_positions(
     decoder, # Causal language model
     length:int, # Positions of a caption, its prefix included
 ) -> bool:
-    """Whether each position of a row can be told where it stands and what it sees: the decoder heeds positions,
-    and every layer sees all that was read."""
+    """Whether each position of a row can be told where it stands and what it sees: the decoder heeds
+    positions, and every layer sees all that was read."""
     config = decoder.config.get_text_config()
     layers = set(getattr(config, 'layer_types', None) or ())
-    if decoder._is_stateful or not layers <= {'full_attention','sliding_attention'}: return False
+    if decoder._is_stateful or not layers <= {'full_attention','sliding_attention'}:
+        return False
     if getattr(config, 'alibi', False): return False # it counts positions itself
-    if 'local' in (getattr(config, 'attention_layers', None) or ()): return False # GPT-Neo looks back over columns
+    if 'local' in (getattr(config, 'attention_layers', None) or ()):
+        return False # GPT-Neo looks back over columns
     if config._attn_implementation not in ('eager','sdpa'): return False
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and _reads_rows(decoder)
@@ -374,8 +472,14 @@ def token_nll(
     many = takes_positions(decoder, prefix.shape[1]+input_ids.shape[1])
     inputs, (row, column, caption, t) = _inputs(decoder, prefix, input_ids, attention_mask.sum(1).cpu(), many)
     labels = input_ids[caption, t]
-    if head_is_plain(decoder): nats = _HeadNats.apply(decoder.base_model(**inputs).last_hidden_state[row,column], decoder.get_output_embeddings(), labels)
-    else: nats = F.cross_entropy(decoder(**inputs).logits[row,column].float(), labels, reduction='none')
+    if head_is_plain(decoder):
+        nats = _HeadNats.apply(
+            decoder.base_model(**inputs).last_hidden_state[row, column],
+            decoder.get_output_embeddings(),
+            labels,
+        )
+    else:
+        nats = F.cross_entropy(decoder(**inputs).logits[row,column].float(), labels, reduction='none')
     return nats.new_zeros(input_ids.shape).index_put((caption,t), nats)
 
 def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
@@ -386,8 +490,13 @@ def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # 
 class _RowsLayer(DynamicLayer):
     "Keys and values of one layer, (rows, heads, room, width); each row is at its own position."
     def make_room(self, keys, values, rows, upto):
-        if not self.is_initialized: self.keys, self.values, self.is_initialized = *(t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in (keys, values)), True
-        if (n := self.keys.shape[2]) < upto: self.keys, self.values = (F.pad(t, (0,0,0,max(upto-n,n))) for t in (self.keys, self.values))
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = (
+                *(t.new_zeros(rows, t.shape[1], 0, t.shape[3]) for t in (keys, values)),
+                True,
+            )
+        if (n := self.keys.shape[2]) < upto:
+            self.keys, self.values = (F.pad(t, (0,0,0,max(upto-n,n))) for t in (self.keys, self.values))
 
     def update(self, keys, values, *args, **kwargs):
         self.make_room(keys, values, len(keys), self.upto)
@@ -397,10 +506,13 @@ class _RowsLayer(DynamicLayer):
 
 class _Rows(Cache):
     "A key-value cache whose rows are at different positions."
-    def __init__(self, layers, rows): super().__init__(layers=[_RowsLayer() for _ in range(layers)]); self.rows = rows
+    def __init__(self, layers, rows):
+        super().__init__(layers=[_RowsLayer() for _ in range(layers)])
+        self.rows = rows
 
     def go_to(self, position): # (rows,): where the next token of each row stands
-        for layer in self.layers: layer.position, layer.upto = position, int(position.max())+1
+        for layer in self.layers:
+            layer.position, layer.upto = position, int(position.max())+1
 
     def fill(self, rows, read): # What was read into a `DynamicCache` becomes the beginning of some rows
         for mine,its in zip(self.layers, read.layers): # layers that take the keys of others have none
@@ -409,7 +521,8 @@ class _Rows(Cache):
 
     def keep(self, rows):
         for layer in self.layers:
-            if layer.is_initialized: layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a000008
 @torch.no_grad()
@@ -421,17 +534,32 @@ def greedy_ids(
     rows:int=32, # Captions written at a time
 ) -> list: # Of the tokens of each caption, a list
     "Write the most probable tokens after each prefix; a row that has finished takes the next prefix."
-    embed, (n,k,width), length = decoder.get_input_embeddings(), prefix.shape, decoder.config.get_text_config().num_hidden_layers
+    embed, (n, k, width), length = (
+        decoder.get_input_embeddings(),
+        prefix.shape,
+        decoder.config.get_text_config().num_hidden_layers,
+    )
     written, waiting, at = [[] for _ in range(n)], deque(range(n)), [None]*min(rows, n)
-    inputs, position, cache = prefix.new_zeros(len(at), 1, width), torch.zeros(len(at), dtype=torch.long, device=prefix.device), _Rows(length, len(at))
+    inputs, position, cache = (
+        prefix.new_zeros(len(at), 1, width),
+        torch.zeros(len(at), dtype=torch.long, device=prefix.device),
+        _Rows(length, len(at)),
+    )
     while True:
         free = [r for r,i in enumerate(at) if i is None]
         if waiting and free and (k==1 or 4*len(free) >= len(at)):
             free = free[:len(waiting)]
             new = [waiting.popleft() for _ in free]
-            if k > 1: cache.fill(free, decoder.base_model(inputs_embeds=prefix[new,:-1], past_key_values=DynamicCache(), use_cache=True).past_key_values)
+            if k > 1:
+                cache.fill(
+                    free,
+                    decoder.base_model(
+                        inputs_embeds=prefix[new, :-1], past_key_values=DynamicCache(), use_cache=True
+                    ).past_key_values,
+                )
             inputs[free], position[free] = prefix[new,-1:], k-1
-            for r,i in zip(free, new): at[r] = i
+            for r,i in zip(free, new):
+                at[r] = i
         elif free and not waiting: # the batch shrinks
             busy = [r for r,i in enumerate(at) if i is not None]
             if not busy: return written
@@ -439,30 +567,72 @@ def greedy_ids(
             cache.keep(busy)
         cache.go_to(position)
         hidden = torch.arange(int(position.max())+1, device=prefix.device) > position[:,None]
-        sees = prefix.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(prefix.dtype).min)[:,None,None] # (rows, 1, 1, positions)
-        tokens = decoder(inputs_embeds=inputs, attention_mask=sees, position_ids=position[:,None], past_key_values=cache, use_cache=True).logits[:,-1].argmax(-1)
+        # (rows, 1, 1, positions)
+        sees = prefix.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(prefix.dtype).min)[:,None,None]
+        tokens = (
+            decoder(
+                inputs_embeds=inputs,
+                attention_mask=sees,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .argmax(-1)
+        )
         inputs, position = embed(tokens)[:,None], position+1
         for r,(i,token) in enumerate(zip(at, tokens.tolist())):
             if i is None: continue
             written[i].append(token)
-            if token==end or len(written[i])==most[i]: at[r], position[r] = None, 0
+            if token==end or len(written[i])==most[i]:
+                at[r], position[r] = None, 0
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a0000c1
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'top_h', 'typical_p', 'epsilon_cutoff', 'eta_cutoff')
 _BEAMS = ('length_penalty', 'early_stopping')
 _OPTIONS = (
-    'batch_size', 'do_sample', 'num_beams', 'num_return_sequences', 'max_new_tokens', 'min_new_tokens', 'max_time',
-    'stop_strings', 'eos_token_id', 'repetition_penalty', 'no_repeat_ngram_size', 'bad_words_ids', 'sequence_bias',
-    'suppress_tokens', 'begin_suppress_tokens', 'forced_bos_token_id', 'forced_eos_token_id',
-    'exponential_decay_length_penalty', 'renormalize_logits', 'remove_invalid_values', 'watermarking_config',
-    'logits_processor', 'stopping_criteria', 'streamer', 'use_cache', 'cache_implementation', 'cache_config',
-    'compile_config', 'disable_compile', 'synced_gpus', *_SAMPLING, *_BEAMS)
+    'batch_size',
+    'do_sample',
+    'num_beams',
+    'num_return_sequences',
+    'max_new_tokens',
+    'min_new_tokens',
+    'max_time',
+    'stop_strings',
+    'eos_token_id',
+    'repetition_penalty',
+    'no_repeat_ngram_size',
+    'bad_words_ids',
+    'sequence_bias',
+    'suppress_tokens',
+    'begin_suppress_tokens',
+    'forced_bos_token_id',
+    'forced_eos_token_id',
+    'exponential_decay_length_penalty',
+    'renormalize_logits',
+    'remove_invalid_values',
+    'watermarking_config',
+    'logits_processor',
+    'stopping_criteria',
+    'streamer',
+    'use_cache',
+    'cache_implementation',
+    'cache_config',
+    'compile_config',
+    'disable_compile',
+    'synced_gpus',
+    *_SAMPLING,
+    *_BEAMS,
+)
 _FORM = 'it would change the form of the answer; with scores=True each caption comes with its score'
 _INSTEAD = dict(
     return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
     output_hidden_states=_FORM, generation_config='pass what it holds as single options',
     max_length='use max_new_tokens', min_length='use min_new_tokens')
-_NUMBERS = {name: (int, limits(lo=1)) for name in ('batch_size', 'num_beams', 'num_return_sequences', 'max_new_tokens')}
+_NUMBERS = {
+    name: (int, limits(lo=1))
+    for name in ('batch_size', 'num_beams', 'num_return_sequences', 'max_new_tokens')
+}
 _NUMBERS |= {name: (int, limits(lo=0)) for name in ('min_new_tokens', 'top_k', 'no_repeat_ngram_size')}
 _NUMBERS |= {name: (float, limits(lo=0)) for name in ('temperature', 'repetition_penalty', 'max_time')}
 _NUMBERS |= dict(top_p=(float, limits(lo=0, hi=1)), do_sample=(bool, limits()))
@@ -483,19 +653,27 @@ def check_options(
     options:dict, # Keyword arguments for `generate_ids`, by name; None stands for one that is not set
     one:str=None, # If there is room for one caption per image only: the reason
 ) -> dict: # Those that are set, numbers as `int` or `float`
-    "Check options for captions; raises `ValueError` for one that is unknown, out of range, or without effect."
-    for name in options: _check_name(name)
+    """Check options for captions; raises `ValueError` for one that is unknown, out of range, or without
+    effect."""
+    for name in options:
+        _check_name(name)
     found = {name: _checked_option(name, value) for name,value in options.items() if value is not None}
-    sample, beams, n = (found.get(k, v) for k,v in dict(do_sample=False, num_beams=1, num_return_sequences=1).items())
+    sample, beams, n = (
+        found.get(k, v) for k, v in dict(do_sample=False, num_beams=1, num_return_sequences=1).items()
+    )
     for names,met,need in (_SAMPLING, sample, 'do_sample=True'), (_BEAMS, beams > 1, 'num_beams above 1'):
         idle = [name for name in names if name in found and not met]
-        if idle: raise ValueError(f"{idle[0]} has no effect without {need}; set that too, or leave {idle[0]} out")
-    if n > 1 and one: raise ValueError(f"num_return_sequences is {n}; allowed: 1, since {one}")
+        if idle:
+            raise ValueError(f"{idle[0]} has no effect without {need}; set that too, or leave {idle[0]} out")
+    if n > 1 and one:
+        raise ValueError(f"num_return_sequences is {n}; allowed: 1, since {one}")
     if n > beams and not (sample and beams==1):
         more = f'up to num_beams, which is {beams}, or any number with do_sample=True'
         raise ValueError(f"num_return_sequences is {n}; allowed: {more}")
     if 'streamer' in found and max(beams, n) > 1:
-        raise ValueError('streamer follows one caption per image; leave it out, or num_beams and num_return_sequences')
+        raise ValueError(
+            'streamer follows one caption per image; leave it out, or num_beams and num_return_sequences'
+        )
     return found
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a00000a
@@ -510,18 +688,24 @@ def _generate(decoder, tokenizer, prefix, most, batch_size, options):
     pad = tokenizer.eos_token_id
     end = options.get('eos_token_id', pad)
     plain = dict(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=most, eos_token_id=end)
-    greedy = isinstance(end, int) and all(name in plain and plain[name]==value for name,value in options.items())
+    greedy = isinstance(end, int) and all(
+        name in plain and plain[name] == value for name, value in options.items()
+    )
     if greedy and takes_positions(decoder, prefix.shape[1]+most):
         return [torch.tensor(row) for row in greedy_ids(decoder, prefix, [most]*len(prefix), end, batch_size)]
     if 'streamer' in options and len(prefix) > batch_size:
-        raise ValueError(f"streamer follows one batch; {len(prefix)} images are more than batch_size, {batch_size}")
+        raise ValueError(
+            f"streamer follows one batch; {len(prefix)} images are more than batch_size, {batch_size}"
+        )
     options = plain | options | dict(pad_token_id=pad)
-    if 'stop_strings' in options: options['tokenizer'] = tokenizer
+    if 'stop_strings' in options:
+        options['tokenizer'] = tokenizer
     rows = []
     for part in prefix.split(batch_size):
         mask = part.new_ones(part.shape[:2], dtype=torch.long)
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Passing .* with `inputs_embeds` and without `input_ids`') # as it should be
+            # as it should be
+            warnings.filterwarnings('ignore', 'Passing .* with `inputs_embeds` and without `input_ids`')
             ids = decoder.generate(inputs_embeds=part, attention_mask=mask, **options)
         rows += _until_end(ids, [pad, *([end] if isinstance(end, int) else end)])
     return rows
@@ -549,20 +733,25 @@ def _check_room(decoder, prefix, most):
     room = getattr(decoder.config.get_text_config(), 'max_position_embeddings', None)
     if not room or prefix+most <= room: return
     why = f'the decoder has {room} positions and an image takes {prefix}'
-    raise ValueError(f"max_new_tokens is {most}; allowed: a whole number of 1 or more and up to {room-prefix}, as {why}")
+    raise ValueError(
+        f"max_new_tokens is {most}; allowed: a whole number of 1 or more and up to {room-prefix}, as {why}"
+    )
 
 @torch.no_grad()
 def _write(decoder, tokenizer, prefix, most, batch_size, scores, options):
-    "Of each caption the tokens, and a list of scores or None; the captions of an image one after another, best first."
+    """Of each caption the tokens, and a list of scores or None; the captions of an image one after another,
+    best first."""
     options = check_options(options | dict(batch_size=batch_size))
     batch_size, n = options.pop('batch_size'), options.get('num_return_sequences', 1)
     if not len(prefix): return [], []
-    if 'max_new_tokens' in options: _check_room(decoder, prefix.shape[1], options['max_new_tokens'])
+    if 'max_new_tokens' in options:
+        _check_room(decoder, prefix.shape[1], options['max_new_tokens'])
     prefix = prefix.to(decoder.get_input_embeddings().weight.dtype)
     rows = _generate(decoder, tokenizer, prefix, options.get('max_new_tokens', most), batch_size, options)
     if not scores and n==1: return rows, None
     values = score_ids(decoder, prefix, rows, options.get('length_penalty', 1.), batch_size)
-    order = sorted(range(len(rows)), key=lambda i: (i//n, -values[i])) # beams may be in the order of other scores
+    # beams may be in the order of other scores
+    order = sorted(range(len(rows)), key=lambda i: (i//n, -values[i]))
     return [rows[i] for i in order], [values[i] for i in order]
 
 def generate_ids(
@@ -576,14 +765,19 @@ def generate_ids(
 ) -> torch.Tensor: # (images*num_return_sequences, longest), the tokens of each caption and its end
     """Write what follows each prefix, as tokens; greedy unless `kwargs` say otherwise.
 
-    Several captions of an image come one after another, best first. Raises `ValueError` as `check_options` does."""
+    Several captions of an image come one after another, best first. Raises `ValueError` as `check_options`
+    does.
+    """
     rows, _ = _write(decoder, tokenizer, prefix, max_caption_length, batch_size, False, kwargs)
     if not rows: return torch.zeros(0, 0, dtype=torch.long, device=prefix.device)
     return pad_sequence(rows, True, tokenizer.eos_token_id).to(prefix.device)
 
 def captions_of(tokenizer, ids) -> list: # One text per row
     "Turn the tokens of captions into text: one line each, without marks."
-    return [one_line(text.strip().split('\n')[0]) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return [
+        one_line(text.strip().split('\n')[0])
+        for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ]
 
 def generate_captions(
     decoder, # Causal language model
@@ -598,7 +792,8 @@ def generate_captions(
     "Write what follows each prefix, as text. Raises `ValueError` as `check_options` does."
     rows, values = _write(decoder, tokenizer, prefix, max_caption_length, batch_size, scores, kwargs)
     found = captions_of(tokenizer, [row.tolist() for row in rows])
-    if scores: found = list(zip(found, values, strict=True))
+    if scores:
+        found = list(zip(found, values, strict=True))
     n = len(found)//max(1, len(prefix))
     return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
 
@@ -612,13 +807,20 @@ def split_scores(
 def use_int8(
     decoder, # Causal language model on a CPU, to write with; it is changed
 ):
-    "Let all linear layers compute with 8-bit integers, by PyTorch's dynamic quantization; raises `ValueError` where that cannot be."
+    """Let all linear layers compute with 8-bit integers, by PyTorch's dynamic quantization; raises
+    `ValueError` where that cannot be."""
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-    if decoder.device.type!='cpu': raise ValueError(f"8-bit integers are for a CPU, and the decoder is on {decoder.device}; set the device to 'cpu', or leave int8 out")
-    if any('.lora_' in name for name,_ in decoder.named_parameters()): raise ValueError('a decoder with LoRA cannot be put into 8-bit integers; leave int8 out')
+    if decoder.device.type!='cpu':
+        raise ValueError(
+            f"8-bit integers are for a CPU, and the decoder is on {decoder.device}; set the device to 'cpu',"
+            " or leave int8 out"
+        )
+    if any('.lora_' in name for name,_ in decoder.named_parameters()):
+        raise ValueError('a decoder with LoRA cannot be put into 8-bit integers; leave int8 out')
     _reads_rows(decoder) # tried while it is exact
     for layer in decoder.modules():
-        if type(layer) is FrozenLinear: layer.__class__ = nn.Linear
+        if type(layer) is FrozenLinear:
+            layer.__class__ = nn.Linear
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=DeprecationWarning, module='torch')
         warnings.filterwarnings('ignore', message='.*deprecat.*', module='torch')
@@ -632,5 +834,8 @@ def embedding_size(
 ) -> float: # Root mean square
     "Say how large the numbers of the decoder's token embeddings are, as it reads them."
     embed = decoder.get_input_embeddings()
-    parts = torch.arange(embed.num_embeddings, device=embed.weight.device).split(8192) # a whole table in float32 may be gigabytes
-    return (sum(embed(part).float().pow(2).mean().item()*len(part) for part in parts)/embed.num_embeddings)**.5
+    # a whole table in float32 may be gigabytes
+    parts = torch.arange(embed.num_embeddings, device=embed.weight.device).split(8192)
+    return (
+        sum(embed(part).float().pow(2).mean().item() * len(part) for part in parts) / embed.num_embeddings
+    ) ** 0.5

@@ -16,7 +16,7 @@ import numpy as np, torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from tqdm.auto import tqdm
-from .settings import atomic_write, say
+from .files import atomic_write, say
 from .data import counts_characters, words
 from .encoder import EncodedData
 from .decoder import check_options

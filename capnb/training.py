@@ -29,10 +29,15 @@ from accelerate.utils import LoggerType, broadcast_object_list, patch_environmen
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from .captioner import (Captioner, _last_layers, check_weights, delete_checkpoint, find_models, frozen_fingerprint, load_trained, model_places, parameter_groups, read_tensors, save_checkpoint, save_metadata,
-                             save_tensors, unfreeze, weights_path)
-from .settings import (Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision, free_lock, memory_in_use,
-                        revision_of, say, shell_line)
+from capnb.captioner import (
+    Captioner, last_layers, check_weights, find_models, frozen_fingerprint, load_trained, parameter_groups,
+    read_tensors, save_checkpoint, save_metadata, save_tensors, unfreeze, weights_path
+)
+from .run.checkpoints import delete_checkpoint, model_places
+from .settings import Hyperparameters, as_hyperparameters, with_new_names
+from .files import atomic_write, free_lock, say, shell_line
+from .hardware import default_device, default_dtype, default_mixed_precision, memory_in_use
+from .hub import revision_of
 from .data import captions_for_epoch
 from .decoder import count_cut, cut_text, text_ids
 from .encoder import ADVICE, EncodedData, in_slices, memory_ran_out
@@ -46,7 +51,8 @@ class EpochBatches:
     rows: list # Row numbers of each batch
 
     def __len__(self): return len(self.rows)
-    def read(self, rows): return self.data.features[rows], [self.captions[i] for i in rows]
+    def read(self, rows):
+        return self.data.features[rows], [self.captions[i] for i in rows]
     def __iter__(self): return map(self.read, self.rows)
 
 def epoch_batches(
@@ -57,7 +63,9 @@ def epoch_batches(
     captions_per_image:int=1, # All if a picture has fewer
 ) -> EpochBatches: # Gives pairs: features (batch, width), for each row a list of captions
     "Batches for one epoch, every picture once, in an order that follows from `seed` and `epoch`."
-    captions, rows = [captions_for_epoch(r['captions'], i, epoch, seed, captions_per_image) for i,r in enumerate(data.rows)], list(range(len(data)))
+    captions, rows = [
+        captions_for_epoch(r['captions'], i, epoch, seed, captions_per_image) for i, r in enumerate(data.rows)
+    ], list(range(len(data)))
     random.Random(f'{seed}/{epoch}').shuffle(rows)
     return EpochBatches(data, captions, [rows[at:at+batch_size] for at in range(0, len(rows), batch_size)])
 
@@ -66,8 +74,16 @@ def make_optimizer(
     model:Captioner,
     h:Hyperparameters,
 ): # The optimizer; the scheduler, to be stepped once after each epoch
-    "AdamW (Adam with weight decay) over what learns, and the schedule of its rate: constant, or decayed after every `learning_rate_decay_step` epochs."
-    groups = [dict(name=name, params=list(named.values()), lr=h.learning_rate*(h.decoder_lr_scale if name=='decoder' else 1)) for name,named in parameter_groups(model, h).items()]
+    """AdamW (Adam with weight decay) over what learns, and the schedule of its rate: constant, or decayed
+    after every `learning_rate_decay_step` epochs."""
+    groups = [
+        dict(
+            name=name,
+            params=list(named.values()),
+            lr=h.learning_rate * (h.decoder_lr_scale if name == 'decoder' else 1),
+        )
+        for name, named in parameter_groups(model, h).items()
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(.9,.98))
     decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, h.learning_rate_decay_step, decay)
@@ -92,7 +108,9 @@ def validate(
     total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size)))
     model.train(was_training)
     if not math.isfinite(total+swapped):
-        raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at the features')
+        raise ValueError(
+            f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at the features'
+        )
     return total/tokens, (swapped-total)/len(data) if len(data)>1 else None
 
 # %% ../nbs/06_training_loop.ipynb #9ed3c45f
@@ -103,7 +121,8 @@ class Run:
     data: dict # Name of split: `EncodedData`
     h: Hyperparameters
     stamp: str # When it began, YYYYmmdd_HHMMSS
-    metadata: dict = field(default_factory=dict) # Of the current epoch, plain data; written beside the weights
+    # Of the current epoch, plain data; written beside the weights
+    metadata: dict = field(default_factory=dict)
     losses: list = field(default_factory=list) # Of every step
     epoch: int = 0 # Epochs done
     checkpoint: Path = None # Weights of the last epoch
@@ -114,7 +133,8 @@ class Run:
     total: float = 0. # Sum of the nats of its tokens
     tokens: int = 0 # Those tokens
     seconds: float = 0. # Time that they took
-    validation: list = field(default_factory=list) # Validation loss of each epoch; None where it was not looked at
+    # Validation loss of each epoch; None where it was not looked at
+    validation: list = field(default_factory=list)
     micro_batch_size: int = None # Captions that go through the model at a time, if not the whole batch
     stop: bool = False # Set by a callback to end the run after this epoch
     main: bool = True # Whether this process is the one of several that writes files
@@ -131,17 +151,26 @@ class Run:
     captions: dict = None # What `capnb.decoder.count_cut` found in the training captions
     busy: bool = False # Within steps, which such a signal lets end
     saved: int = 0 # Steps that the last saved state knows of
-    cut: dict = None # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before
+    # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before
+    cut: dict = None
 
 class Callback:
     "Something that a run does besides learning."
     keeps = () # Names of attributes that a run which goes on must find again: plain data and tensors
-    def on_train_begin(self, run:Run): "Called before the first step of all."
-    def on_resume(self, run:Run): "Called instead when a run goes on; what `keeps` names is there again."
-    def on_step_end(self, run:Run): "Called after each step."
-    def on_epoch_end(self, run:Run): "Called after the checkpoint is written and validation is done; what it adds to `run.metadata` is saved."
-    def on_train_end(self, run:Run): "Called after the last epoch."
-    def on_close(self, run:Run): "Called last of all, also where an error or a signal ends the run; `run.done` tells the one from the other."
+    def on_train_begin(self, run:Run):
+        "Called before the first step of all."
+    def on_resume(self, run:Run):
+        "Called instead when a run goes on; what `keeps` names is there again."
+    def on_step_end(self, run:Run):
+        "Called after each step."
+    def on_epoch_end(self, run:Run):
+        """Called after the checkpoint is written and validation is done; what it adds to `run.metadata` is
+        saved."""
+    def on_train_end(self, run:Run):
+        "Called after the last epoch."
+    def on_close(self, run:Run):
+        """Called last of all, also where an error or a signal ends the run; `run.done` tells the one from
+        the other."""
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0703
 def token_counts(
@@ -174,10 +203,21 @@ def sharding_asked() -> bool:
 def _halve(run, n):
     "Go on with half as many of `n` captions at a time."
     size = min(run.micro_batch_size or n, n)
-    if sharding_asked(): raise ValueError(f'out of memory with {n} captions, and with FSDP a process cannot halve its batch alone; what helps: {ADVICE}')
-    if size==1: raise ValueError(f'out of memory with a single caption; what helps: shorter captions (max_caption_length), a smaller model, and {ADVICE}')
+    if sharding_asked():
+        raise ValueError(
+            f'out of memory with {n} captions, and with FSDP a process cannot halve its batch alone; what'
+            f' helps: {ADVICE}'
+        )
+    if size==1:
+        raise ValueError(
+            'out of memory with a single caption; what helps: shorter captions (max_caption_length), a'
+            f' smaller model, and {ADVICE}'
+        )
     run.micro_batch_size = size//2
-    say(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and the result the same. What also helps: {ADVICE}')
+    say(
+        f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and'
+        f' the result the same. What also helps: {ADVICE}'
+    )
 
 def backward(
     run:Run,
@@ -187,18 +227,23 @@ def backward(
     captions, # One per row
     share:float=1., # Part that these captions have of the tokens of a batch which several processes share
 ) -> float: # Loss of the batch, mean nats per token; the part that comes from these captions
-    "Make the gradient of one batch, in parts if `run.micro_batch_size` says so; where memory runs out, again in parts half as large."
+    """Make the gradient of one batch, in parts if `run.micro_batch_size` says so; where memory runs out,
+    again in parts half as large."""
     while True:
         try:
             total = 0.
             for part,weight in _parts(run, captions):
-                with accelerator.autocast(): loss = run.model(features[part], captions[part])*(weight*share)
+                with accelerator.autocast():
+                    loss = run.model(features[part], captions[part])*(weight*share)
                 accelerator.backward(loss)
                 total += loss.item()
             return total
         except RuntimeError as e:
-            if not memory_ran_out(e, min(run.micro_batch_size or len(captions), len(captions))==1): raise
-        optimizer.zero_grad(); clear_device_cache(garbage_collection=True) # out here, where the error no longer holds the tensors of the attempt
+            if not memory_ran_out(e, min(run.micro_batch_size or len(captions), len(captions))==1):
+                raise
+        optimizer.zero_grad()
+        # out here, where the error no longer holds the tensors of the attempt
+        clear_device_cache(garbage_collection=True)
         _halve(run, len(captions))
 
 # %% ../nbs/06_training_loop.ipynb #67f4d1ed
@@ -207,7 +252,8 @@ def read_ahead(
     rows, # Lists of row numbers, those to read
     device, # Where the features are wanted
 ): # Yields pairs, as `batches` does
-    "Read each batch in a thread while the one before it is used; on its way to a GPU it goes through pinned memory."
+    """Read each batch in a thread while the one before it is used; on its way to a GPU it goes through
+    pinned memory."""
     def read(rows):
         features, captions = batches.read(rows)
         return features.pin_memory() if torch.device(device).type=='cuda' else features, captions
@@ -218,22 +264,31 @@ def read_ahead(
     with ThreadPoolExecutor(1) as reader:
         for r in rows:
             coming.append(reader.submit(read, r))
-            if len(coming) > 1: yield ready()
-        if coming: yield ready()
+            if len(coming) > 1:
+                yield ready()
+        if coming:
+            yield ready()
 
 # %% ../nbs/06_training_loop.ipynb #07b10010
 def _own_rows(rows, counts, accelerator):
-    "The rows of a batch that this process takes, with about as many tokens as the others'; where there are more processes than rows, any one."
+    """The rows of a batch that this process takes, with about as many tokens as the others'; where there are
+    more processes than rows, any one."""
     if accelerator.num_processes==1: return rows
-    return sorted(rows, key=counts.__getitem__)[accelerator.process_index::accelerator.num_processes] or rows[:1]
+    return (
+        sorted(rows, key=counts.__getitem__)[accelerator.process_index :: accelerator.num_processes]
+        or rows[:1]
+    )
 
 def _together(accelerator, optimizer, loss, asked):
     "Add up gradients and losses over all processes, and hear whether any of them was asked to stop."
     if accelerator.num_processes==1: return loss, False
     gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.requires_grad]
     said = torch.tensor([loss, bool(asked)], device=gradients[0].device)
-    *sums, (loss, asked) = accelerator.reduce(torch.cat([*map(torch.flatten, gradients), said]), 'sum').split([*map(torch.numel, gradients), 2])
-    for gradient,total in zip(gradients, sums): gradient.copy_(total.view_as(gradient))
+    *sums, (loss, asked) = accelerator.reduce(torch.cat([*map(torch.flatten, gradients), said]), 'sum').split(
+        [*map(torch.numel, gradients), 2]
+    )
+    for gradient,total in zip(gradients, sums):
+        gradient.copy_(total.view_as(gradient))
     return loss.item(), asked.item() > 0
 
 # %% ../nbs/06_training_loop.ipynb #07b10011
@@ -244,26 +299,46 @@ def train_epoch(
     max_steps:int=None, # Stop after so many steps of this epoch
 ) -> float: # Mean loss of the epoch, nats per token
     "Show every picture once, or those that are still to come, and correct what learns after each batch."
-    batches = epoch_batches(run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.h.captions_per_image)
+    batches = epoch_batches(
+        run.data['train'], run.h.batch_size, run.epoch, run.h.seed, run.h.captions_per_image
+    )
     counts = token_counts(run.model.tokenizer, batches.captions, run.model.max_caption_length)
     run.whole, began = len(batches), time.perf_counter()-run.seconds
     run.steps = min(run.whole, max_steps or run.whole)
-    if run.random: _set_random_state(run.random, run.model.device); run.random = None
+    if run.random:
+        _set_random_state(run.random, run.model.device)
+        run.random = None
     rows = batches.rows[run.step:run.steps]
     own = [_own_rows(r, counts, accelerator) for r in rows]
-    bar = tqdm(zip(rows, own, read_ahead(batches, own, run.model.device)), initial=run.step, total=run.steps, desc=f'Training Epoch {run.epoch+1}/{run.h.num_epochs}')
+    bar = tqdm(
+        zip(rows, own, read_ahead(batches, own, run.model.device)),
+        initial=run.step,
+        total=run.steps,
+        desc=f'Training Epoch {run.epoch+1}/{run.h.num_epochs}',
+    )
     for whole,mine,(features,captions) in bar:
         tokens = sum(counts[i] for i in whole)
         share = sum(counts[i] for i in mine)/tokens if accelerator.process_index < len(whole) else 0.
         loss = backward(run, accelerator, optimizer, features, captions, share)
         loss, stop = _together(accelerator, optimizer, loss, run.asked)
-        if stop: run.signal = run.asked or signal.SIGTERM
+        if stop:
+            run.signal = run.asked or signal.SIGTERM
         accelerator.clip_grad_norm_((p for group in optimizer.param_groups for p in group['params']), 1.)
-        optimizer.step(); optimizer.zero_grad()
-        run.losses.append(loss); run.total += loss*tokens; run.tokens += tokens; run.step += 1; run.seconds = time.perf_counter()-began
-        if not math.isfinite(loss): raise ValueError(f'the loss is {loss} at step {len(run.losses)}: lower the learning rate, and look at the features')
+        optimizer.step()
+        optimizer.zero_grad()
+        run.losses.append(loss)
+        run.total += loss*tokens
+        run.tokens += tokens
+        run.step += 1
+        run.seconds = time.perf_counter()-began
+        if not math.isfinite(loss):
+            raise ValueError(
+                f'the loss is {loss} at step {len(run.losses)}: lower the learning rate, and look at the'
+                ' features'
+            )
         bar.set_postfix({'Loss': f'{loss:.4f}', 'Avg Loss': f'{run.total/run.tokens:.4f}'}, refresh=False)
-        for c in run.callbacks: c.on_step_end(run)
+        for c in run.callbacks:
+            c.on_step_end(run)
     bar.close()
     mean, run.step, run.total, run.tokens = run.total/run.tokens, 0, 0., 0
     return mean
@@ -281,24 +356,66 @@ def save_curve(
     ax.plot(range(n, len(run.losses)+1), smooth, color='#275')
     ax.set(xlabel='step', ylabel='loss, nats per token', yscale='log')
     path = Path(run.h.output_dir)/f'loss_curve_{run.stamp}.png'
-    with atomic_write(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
+    with atomic_write(path, 'wb') as f:
+        fig.savefig(f, format='png', dpi=110)
     return path
 
 # %% ../nbs/06_training_loop.ipynb #997bf294
 def _groups(run):
-    "The optimizer's groups: how many parameters each has, how many of them learn in this epoch, and its learning rate."
-    return [dict(name=g['name'], parameters=sum(p.numel() for p in g['params']), learns=sum(p.numel() for p in g['params'] if p.requires_grad), learning_rate=g['lr']) for g in run.optimizer.param_groups]
+    """The optimizer's groups: how many parameters each has, how many of them learn in this epoch, and its
+    learning rate."""
+    return [
+        dict(
+            name=g['name'],
+            parameters=sum(p.numel() for p in g['params']),
+            learns=sum(p.numel() for p in g['params'] if p.requires_grad),
+            learning_rate=g['lr'],
+        )
+        for g in run.optimizer.param_groups
+    ]
 
-def _revisions(h): return {part: revision_of(name) for part,name in (('encoder', h.encoder_name), ('decoder', h.decoder_name or h.tokenizer_name), ('tokenizer', h.tokenizer_name))} # None for what came from no hub
+def _revisions(h):
+    # None for what came from no hub
+    return {
+        part: revision_of(name)
+        for part, name in (
+            ('encoder', h.encoder_name),
+            ('decoder', h.decoder_name or h.tokenizer_name),
+            ('tokenizer', h.tokenizer_name),
+        )
+    }
 
 def _new_metadata(run, training_loss, seconds):
     "What is known after an epoch, before validation and scores."
     num_skipped = run.data['train'].num_skipped
-    scores = dict.fromkeys(('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1'))
-    return dict(epoch=run.epoch, training_loss=training_loss, **scores, learning_rate=None, steps=len(run.losses), losses=[round(l,4) for l in run.losses],
-                hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir), encoder=run.h.encoder_name, decoder=run.h.decoder_name or run.h.tokenizer_name,
-                data=dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()}, **(dict(num_skipped=num_skipped) if num_skipped else {})), captions=run.captions, device=str(run.model.device), seconds=round(seconds,1),
-                frozen=frozen_fingerprint(run.model), revisions=_revisions(run.h), optimizer_groups=_groups(run), mixed_precision=run.accelerator.mixed_precision, versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)})
+    scores = dict.fromkeys(
+        ('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1')
+    )
+    return dict(
+        epoch=run.epoch,
+        training_loss=training_loss,
+        **scores,
+        learning_rate=None,
+        steps=len(run.losses),
+        losses=[round(l, 4) for l in run.losses],
+        hyperparameters=asdict(run.h),
+        places=model_places(run.h, run.h.output_dir),
+        encoder=run.h.encoder_name,
+        decoder=run.h.decoder_name or run.h.tokenizer_name,
+        data=dict(
+            name=run.h.data,
+            **{split: len(d) for split, d in run.data.items()},
+            **(dict(num_skipped=num_skipped) if num_skipped else {})
+        ),
+        captions=run.captions,
+        device=str(run.model.device),
+        seconds=round(seconds, 1),
+        frozen=frozen_fingerprint(run.model),
+        revisions=_revisions(run.h),
+        optimizer_groups=_groups(run),
+        mixed_precision=run.accelerator.mixed_precision,
+        versions={m.__name__: m.__version__ for m in (capnb, torch, transformers, accelerate)}
+    )
 
 def report_epoch(run:Run):
     "Print what an epoch brought: five lines as scripts of this kind have them, then what stands behind them."
@@ -308,28 +425,55 @@ def report_epoch(run:Run):
     say(f"📊 Training loss: {show(m['training_loss'])}")
     say(f"📈 Validation loss: {show(m['validation_loss'])}")
     say(f"🎯 ROUGE-L score: {show(m['rouge_l'])}")
-    say(f"⏱️ Epoch {run.epoch}/{run.h.num_epochs}: {m['seconds']:.0f} s on {m['device']}, {memory_in_use(run.model.device):.1f} GB of memory in use")
-    if m['image_gain'] is not None: say(f"🔍 Image gain: {m['image_gain']:.2f} nats per caption")
-    if m['rouge_l'] is not None: say(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
+    say(
+        f"⏱️ Epoch {run.epoch}/{run.h.num_epochs}: {m['seconds']:.0f} s on {m['device']},"
+        f" {memory_in_use(run.model.device):.1f} GB of memory in use"
+    )
+    if m['image_gain'] is not None:
+        say(f"🔍 Image gain: {m['image_gain']:.2f} nats per caption")
+    if m['rouge_l'] is not None:
+        say(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
-        say("⚠️ The captions hardly depend on the picture: they are about as likely with another picture. Look at samples before training on; see the troubleshooting chapter.")
+        say(
+            "⚠️ The captions hardly depend on the picture: they are about as likely with another picture."
+            " Look at samples before training on; see the troubleshooting chapter."
+        )
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0714
 def _random_state(device):
     "The states of all generators that a training may draw from, as plain data and tensors."
     name, keys, *rest = numpy.random.get_state()
     of_device = getattr(torch, device.type).get_rng_state() if device.type in ('cuda','mps') else None
-    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(), device=of_device)
+    return dict(
+        python=random.getstate(),
+        numpy=(name, keys.tolist(), *rest),
+        torch=torch.get_rng_state(),
+        device=of_device,
+    )
 
 def _set_random_state(state, device):
     "Put all generators where they were."
-    random.setstate(state['python']); numpy.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
-    if state['device'] is not None and device.type in ('cuda','mps'): getattr(torch, device.type).set_rng_state(state['device'])
+    random.setstate(state['python'])
+    numpy.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'])
+    if state['device'] is not None and device.type in ('cuda','mps'):
+        getattr(torch, device.type).set_rng_state(state['device'])
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0717
-_POSITION = dict(stamp=str, epoch=int, step=int, total=float, tokens=int, seconds=float, losses=list, validation=list, done=bool)
+_POSITION = dict(
+    stamp=str,
+    epoch=int,
+    step=int,
+    total=float,
+    tokens=int,
+    seconds=float,
+    losses=list,
+    validation=list,
+    done=bool,
+)
 
-def state_path(run:Run) -> Path: return Path(run.h.output_dir)/f'training_state_{run.stamp}.pt'
+def state_path(run:Run) -> Path:
+    return Path(run.h.output_dir)/f'training_state_{run.stamp}.pt'
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0724
 def _learning(run):
@@ -344,38 +488,78 @@ def _data_fingerprint(data):
 def _kept(callbacks):
     "What callbacks name in `keeps`, by the name of their class."
     names = [type(c).__name__ for c in callbacks]
-    if twice := [n for c,n in zip(callbacks, names) if c.keeps and names.count(n)>1]: raise ValueError(f'two callbacks are named {twice[0]}; a run that goes on could not tell which is which')
-    return {n: {k: getattr(c, k) for k in c.keeps if hasattr(c, k)} for c,n in zip(callbacks, names) if c.keeps}
+    if twice := [n for c,n in zip(callbacks, names) if c.keeps and names.count(n)>1]:
+        raise ValueError(
+            f'two callbacks are named {twice[0]}; a run that goes on could not tell which is which'
+        )
+    return {
+        n: {k: getattr(c, k) for k in c.keeps if hasattr(c, k)} for c, n in zip(callbacks, names) if c.keeps
+    }
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0718
 def training_state(
     run:Run, # With what `fit` gave it: `optimizer`, `scheduler`, `scaler`, `identity`
 ) -> dict: # Tensors and plain data
     "All that a run must remember to go on exactly."
-    return dict(position={k: getattr(run, k) for k in _POSITION}, micro_batch_size=run.micro_batch_size, hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir), identity=run.identity,
-                metadata=json.dumps(run.metadata, allow_nan=False), weights={n: p.detach().cpu() for n,p in _learning(run).items()}, optimizer=run.optimizer.state_dict(),
-                scheduler=run.scheduler.state_dict(), scaler=run.scaler.state_dict() if run.scaler else {}, random=_random_state(run.model.device), callbacks=_kept(run.callbacks), cut=run.cut)
+    return dict(
+        position={k: getattr(run, k) for k in _POSITION},
+        micro_batch_size=run.micro_batch_size,
+        hyperparameters=asdict(run.h),
+        places=model_places(run.h, run.h.output_dir),
+        identity=run.identity,
+        metadata=json.dumps(run.metadata, allow_nan=False),
+        weights={n: p.detach().cpu() for n, p in _learning(run).items()},
+        optimizer=run.optimizer.state_dict(),
+        scheduler=run.scheduler.state_dict(),
+        scaler=run.scaler.state_dict() if run.scaler else {},
+        random=_random_state(run.model.device),
+        callbacks=_kept(run.callbacks),
+        cut=run.cut,
+    )
 
-_CLOSING = ('position', 'metadata', 'scheduler', 'random', 'callbacks') # what closing an epoch changes, beside the learning rates
+# what closing an epoch changes, beside the learning rates
+_CLOSING = ('position', 'metadata', 'scheduler', 'random', 'callbacks')
 
 def _before_closing(run):
     state = training_state(run)
-    return deepcopy({k: state[k] for k in _CLOSING} | dict(rates=[g['lr'] for g in state['optimizer']['param_groups']]))
+    return deepcopy(
+        {k: state[k] for k in _CLOSING} | dict(rates=[g['lr'] for g in state['optimizer']['param_groups']])
+    )
 
 def _reopened(state, h):
     "A state as it was before `max_steps` ended its epoch, if the run may now go further; else the state."
     more = h.max_steps is None or h.max_steps > len(state['position']['losses'])
     if not (state.get('cut') and more): return state
-    groups = [{**g, 'lr': rate} for g,rate in zip(state['optimizer']['param_groups'], state['cut']['rates'], strict=True)]
-    return {**state, **{k: state['cut'][k] for k in _CLOSING}, 'optimizer': {**state['optimizer'], 'param_groups': groups}, 'cut': None}
+    groups = [
+        {**g, 'lr': rate}
+        for g, rate in zip(state['optimizer']['param_groups'], state['cut']['rates'], strict=True)
+    ]
+    return {
+        **state,
+        **{k: state['cut'][k] for k in _CLOSING},
+        'optimizer': {**state['optimizer'], 'param_groups': groups},
+        'cut': None,
+    }
 
 def save_state(run:Run):
     "Write the training state, in place of the last one."
-    if run.main: save_tensors(state_path(run), training_state(run))
+    if run.main:
+        save_tensors(state_path(run), training_state(run))
     run.saved = len(run.losses)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071a
-_STATE = dict(position=dict, hyperparameters=dict, identity=dict, metadata=str, weights=dict, optimizer=dict, scheduler=dict, scaler=dict, random=dict, callbacks=dict)
+_STATE = dict(
+    position=dict,
+    hyperparameters=dict,
+    identity=dict,
+    metadata=str,
+    weights=dict,
+    optimizer=dict,
+    scheduler=dict,
+    scaler=dict,
+    random=dict,
+    callbacks=dict,
+)
 
 def find_state(
     where, # Folder with runs, for its newest; or a file of a run: its training state, weights or metadata
@@ -383,42 +567,76 @@ def find_state(
     "Find the run to go on with; raises `FileNotFoundError` if there is none."
     where = Path(where)
     stamp = re.search(r'_(\d{8}_\d{6})[-.]', where.name)
-    path = max(where.glob('training_state_*.pt'), default=None) if where.is_dir() else stamp and where.with_name(f'training_state_{stamp[1]}.pt')
-    if not path or not path.exists(): raise FileNotFoundError(f"there is no run to go on with in {str(where)!r}: no training state; start one with capnb_train")
+    path = (
+        max(where.glob('training_state_*.pt'), default=None)
+        if where.is_dir()
+        else stamp and where.with_name(f'training_state_{stamp[1]}.pt')
+    )
+    if not path or not path.exists():
+        raise FileNotFoundError(
+            f"there is no run to go on with in {str(where)!r}: no training state; start one with capnb_train"
+        )
     return path
 
 def _kinds(state):
     "The parts of a state: name, value, and the kind that the value must be of."
     kinds = [(k, state.get(k), kind) for k,kind in _STATE.items()]
-    if isinstance(state.get('position'), dict): kinds += [(k, state['position'].get(k), kind) for k,kind in _POSITION.items()]
+    if isinstance(state.get('position'), dict):
+        kinds += [(k, state['position'].get(k), kind) for k,kind in _POSITION.items()]
     return kinds
 
 def read_state(
     path, # From `find_state`
 ) -> dict: # As from `training_state`; `path` is added
-    "Read the training state of a run; no code in the file runs. Raises `ValueError` or `FileNotFoundError` that names the file."
+    """Read the training state of a run; no code in the file runs.
+
+    Raises `ValueError` or `FileNotFoundError` that names the file.
+    """
     path, state = Path(path), read_tensors(path)
     kinds, cut = _kinds(state), state.get('cut')
-    if isinstance(cut, dict): kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | cut)] + [('cut: rates', cut.get('rates'), list)]
+    if isinstance(cut, dict):
+        kinds += [(f'cut: {k}', v, kind) for k, v, kind in _kinds(state | cut)] + [
+            ('cut: rates', cut.get('rates'), list)
+        ]
     for name,value,kind in kinds + [('cut', cut, (dict, type(None)))]:
-        if not isinstance(value, kind): raise ValueError(f"{path} is not the state of a training run: {name} is missing or of another kind")
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{path} is not the state of a training run: {name} is missing or of another kind"
+            )
     check_weights(state['weights'], path)
-    if path.name!=f"training_state_{state['position']['stamp']}.pt": raise ValueError(f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name")
-    found = find_models(state['hyperparameters'], state.get('places'), path.parent)
+    if path.name!=f"training_state_{state['position']['stamp']}.pt":
+        raise ValueError(
+            f"{path} is the state of another run, {state['position']['stamp']!r:.60}; give it back its name"
+        )
+    try:
+        hyperparameters = with_new_names(state['hyperparameters'])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    found = find_models(hyperparameters, state.get('places'), path.parent)
     return dict(state, hyperparameters=found, path=path)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071b
-_DOES_NOT_FIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError) # what `load_state_dict` and the generators make of other content
+# what `load_state_dict` and the generators make of other content
+_DOES_NOT_FIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
 def _check_alike(here, saved):
     "Raise a `ValueError` unless two dictionaries have the same names and kinds of values."
-    if {k: type(v) for k,v in here.items()}!={k: type(v) for k,v in saved.items()}: raise ValueError('other settings')
+    if {k: type(v) for k,v in here.items()}!={k: type(v) for k,v in saved.items()}:
+        raise ValueError('other settings')
 
 def _load_optimizer(optimizer, saved):
-    for here,there in zip(optimizer.param_groups, saved['param_groups'], strict=True): _check_alike(here, there)
-    for p,i in zip((p for g in optimizer.param_groups for p in g['params']), (i for g in saved['param_groups'] for i in g['params']), strict=True):
+    for here,there in zip(optimizer.param_groups, saved['param_groups'], strict=True):
+        _check_alike(here, there)
+    for p, i in zip(
+        (p for g in optimizer.param_groups for p in g['params']),
+        (i for g in saved['param_groups'] for i in g['params']),
+        strict=True,
+    ):
         for t in saved['state'].get(i, {}).values():
-            if t.shape not in (p.shape, ()): raise ValueError(f"an average of shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}")
+            if t.shape not in (p.shape, ()):
+                raise ValueError(
+                    f"an average of shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}"
+                )
     optimizer.load_state_dict(saved)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071ea
@@ -430,23 +648,43 @@ def load_state(
     state = deepcopy(state) # the run works on its own lists and tensors
     path, position = state['path'], state['position']
     for what in ('data', 'frozen'):
-        if state['identity'].get(what)!=run.identity[what]: raise ValueError(f"{path}: the {'data' if what=='data' else 'frozen models'} of this run were others ({state['identity'].get(what)}, now {run.identity[what]})")
+        if state['identity'].get(what)!=run.identity[what]:
+            raise ValueError(
+                f"{path}: the {'data' if what=='data' else 'frozen models'} of this run were others"
+                f" ({state['identity'].get(what)}, now {run.identity[what]})"
+            )
     load_trained(run.model, state['weights'], path, _learning(run))
     try:
         _load_optimizer(run.optimizer, state['optimizer'])
-        _check_alike(run.scheduler.state_dict(), state['scheduler']); run.scheduler.load_state_dict(state['scheduler'])
-        if run.scaler: run.scaler.load_state_dict(state['scaler'])
+        _check_alike(run.scheduler.state_dict(), state['scheduler'])
+        run.scheduler.load_state_dict(state['scheduler'])
+        if run.scaler:
+            run.scaler.load_state_dict(state['scaler'])
         _set_random_state(state['random'], run.model.device)
-        for c in run.callbacks: vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
-        run.metadata = json.loads(state['metadata'])
-    except _DOES_NOT_FIT as e: raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
-    for k in _POSITION: setattr(run, k, position[k])
+        for c in run.callbacks:
+            vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
+        run.metadata = with_new_names(json.loads(state['metadata']))
+    except _DOES_NOT_FIT as e:
+        raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
+    for k in _POSITION:
+        setattr(run, k, position[k])
     run.random, run.done, run.saved, run.cut = state['random'], False, len(run.losses), state.get('cut')
-    if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'): run.micro_batch_size = state['micro_batch_size']
-    if run.epoch: run.checkpoint = weights_path(path.parent, run.stamp, run.epoch)
+    if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'):
+        run.micro_batch_size = state['micro_batch_size']
+    if run.epoch:
+        run.checkpoint = weights_path(path.parent, run.stamp, run.epoch)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071d
-MAY_CHANGE = ('num_epochs', 'max_steps', 'patience', 'keep_checkpoints', 'checkpoint_steps', 'micro_batch_size', 'features_dir', 'output_dir')
+MAY_CHANGE = (
+    'num_epochs',
+    'max_steps',
+    'patience',
+    'keep_checkpoints',
+    'checkpoint_steps',
+    'micro_batch_size',
+    'features_dir',
+    'output_dir',
+)
 
 def _nothing_left(state, saved, h):
     "Why a run cannot go on with `h`, and which setting helps; None if it can."
@@ -454,10 +692,16 @@ def _nothing_left(state, saved, h):
     steps, begun = len(position['losses']), position['epoch'] + (position['step'] > 0)
     last = position['epoch'] >= h.num_epochs and not state.get('cut')
     ended = f"{run} has ended after {position['epoch']} epochs; to go on, ask for a larger"
-    if h.num_epochs < begun: return f"num_epochs is {h.num_epochs}, but {run} has begun its epoch {begun}"
-    if h.max_steps and h.max_steps < steps: return f"max_steps is {h.max_steps}, but {run} has made {steps} steps"
+    if h.num_epochs < begun:
+        return f"num_epochs is {h.num_epochs}, but {run} has begun its epoch {begun}"
+    if h.max_steps and h.max_steps < steps:
+        return f"max_steps is {h.max_steps}, but {run} has made {steps} steps"
     if not position['done']: return None
-    if h.max_steps==steps: return f"{run} has ended after {steps} steps (max_steps); to go on, ask for a larger max_steps{' and num_epochs' if last else ''}"
+    if h.max_steps==steps:
+        return (
+            f"{run} has ended after {steps} steps (max_steps); to go on, ask for a larger"
+            f" max_steps{' and num_epochs' if last else ''}"
+        )
     if last: return f"{ended} num_epochs"
     same = (h.num_epochs, h.max_steps, h.patience)==(saved.num_epochs, saved.max_steps, saved.patience)
     return f"{ended} patience" if same else None
@@ -466,14 +710,20 @@ def resumed_hyperparameters(
     state:dict, # From `read_state`
     wanted:dict, # What was asked for now, by name
 ) -> Hyperparameters:
-    "The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if nothing is left to do."
-    path, saved = state['path'], as_hyperparameters({**asdict(Hyperparameters()), **state['hyperparameters']})
+    """The hyperparameters that a run goes on with; raises `ValueError` that names what cannot change, or if
+    nothing is left to do."""
+    path, saved = state['path'], as_hyperparameters(state['hyperparameters'], None)
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
     for k in wanted.keys() - set(MAY_CHANGE):
-        if saved[k]!=h[k]: raise ValueError(f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {h[k]!r}; what may change: {', '.join(MAY_CHANGE)}")
+        if saved[k]!=h[k]:
+            raise ValueError(
+                f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {h[k]!r}; what may"
+                f" change: {', '.join(MAY_CHANGE)}"
+            )
     if why := _nothing_left(state, saved, h): raise ValueError(why)
     new = Path(h.output_dir)/path.name
-    if new.exists() and not new.samefile(path): raise ValueError(f"{new} exists; going on from {path} would write over it")
+    if new.exists() and not new.samefile(path):
+        raise ValueError(f"{new} exists; going on from {path} would write over it")
     return h
 
 # %% ../nbs/06_training_loop.ipynb #6c6f071f
@@ -481,87 +731,120 @@ class Interrupted(KeyboardInterrupt):
     "A signal stopped the run; the text says how to go on."
     def __init__(self, run):
         self.exit_code = 128 + run.signal # as shells say it: 130 for SIGINT, 143 for SIGTERM
-        super().__init__('stopped before the first step; start anew' if not state_path(run).exists() else f'stopped after step {run.saved}; {_how_to_go_on(run)}')
+        super().__init__(
+            'stopped before the first step; start anew'
+            if not state_path(run).exists()
+            else f'stopped after step {run.saved}; {_how_to_go_on(run)}'
+        )
 
-def _how_to_go_on(run): return f"go on with: {shell_line(['capnb_train', '--resume', str(state_path(run))])}"
+def _how_to_go_on(run):
+    return f"go on with: {shell_line(['capnb_train', '--resume', str(state_path(run))])}"
 
 def ask_to_stop(
     run:Run, # One that is going on, in this thread or in another
     number:int=signal.SIGINT, # Signal that it should take this for
 ):
-    "Ask a run to save and to stop with `Interrupted`: at the end of its step, or of the epoch's validation if that is where it is."
-    if run.accelerator.num_processes > 1: run.asked = number # the next step tells the others
-    else: run.signal = number
+    """Ask a run to save and to stop with `Interrupted`: at the end of its step, or of the epoch's validation
+    if that is where it is."""
+    if run.accelerator.num_processes > 1:
+        run.asked = number # the next step tells the others
+    else:
+        run.signal = number
 
 @contextmanager
 def _stoppable(run):
-    "Turn SIGINT and SIGTERM into `Interrupted`: within a step at its end, else at once; of several processes after a step that all make. What the disk refuses is told together with the way to go on."
+    """Turn SIGINT and SIGTERM into `Interrupted`: within a step at its end, else at once; of several
+    processes after a step that all make. What the disk refuses is told together with the way to go on."""
     def handle(number, _):
         wait = run.accelerator.num_processes > 1 or run.busy and not run.signal
         ask_to_stop(run, number)
         if not wait: raise Interrupted(run)
-    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else () # Python allows it there only
+    # Python allows it there only
+    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     old = {number: signal.signal(number, handle) for number in mine}
-    try: yield
+    try:
+        yield
     except OSError as e:
         if not state_path(run).exists(): raise
         raise OSError(f'{e}; when that is put right, {_how_to_go_on(run)}') from e
     finally:
-        for number,handler in old.items(): signal.signal(number, handler)
+        for number,handler in old.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0723
 @contextmanager
 def _whole_steps(run):
     "Let a first signal wait for the end of a step."
     run.busy = True
-    try: yield
-    finally: run.busy = False
+    try:
+        yield
+    finally:
+        run.busy = False
     if run.signal: raise Interrupted(run)
 
 class SaveState(Callback):
-    "Save the training state after every `checkpoint_steps` steps, after the last one of an epoch, and when a signal asks to stop."
+    """Save the training state after every `checkpoint_steps` steps, after the last one of an epoch, and when
+    a signal asks to stop."""
     def on_step_end(self, run):
         n, stop = run.h.checkpoint_steps, run.signal # read once: it may be set at any moment
-        if stop or run.step==run.steps or n and len(run.losses)%n==0: save_state(run)
-        if run.step==run.steps: run.cut = _before_closing(run) if run.steps < run.whole else None
-        if stop: run.accelerator.wait_for_everyone(); raise Interrupted(run)
+        if stop or run.step==run.steps or n and len(run.losses)%n==0:
+            save_state(run)
+        if run.step==run.steps:
+            run.cut = _before_closing(run) if run.steps < run.whole else None
+        if stop:
+            run.accelerator.wait_for_everyone()
+            raise Interrupted(run)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0721
 def best_epoch(
     run:Run,
 ) -> int: # Counted from 1; None if validation was never looked at
     "Name the epoch with the best validation loss."
-    return min(((loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None), default=(None, None))[1]
+    return min(
+        ((loss, e) for e, loss in enumerate(run.validation, 1) if loss is not None), default=(None, None)
+    )[1]
 
 def report_best(run:Run):
     "Name the checkpoint with the best validation loss, of those that are there."
     path = lambda epoch: weights_path(run.h.output_dir, run.stamp, epoch)
     there = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None and path(e).exists()]
-    if there: say(f'🏆 Best by validation loss: epoch {min(there)[1]}, {min(there)[0]:.4f}, {path(min(there)[1])}; other commands take it with --best')
+    if there:
+        say(
+            f'🏆 Best by validation loss: epoch {min(there)[1]}, {min(there)[0]:.4f}, {path(min(there)[1])};'
+            ' other commands take it with --best'
+        )
 
 class KeepCheckpoints(Callback):
     "Keep the last `keep_checkpoints` checkpoints of the run and the best one."
     def on_epoch_end(self, run):
         if not (n := run.h.keep_checkpoints) or not run.main: return
-        for epoch in set(range(1, run.epoch-n+1)) - {best_epoch(run)}: delete_checkpoint(weights_path(run.h.output_dir, run.stamp, epoch))
+        for epoch in set(range(1, run.epoch-n+1)) - {best_epoch(run)}:
+            delete_checkpoint(weights_path(run.h.output_dir, run.stamp, epoch))
 
 class EarlyStopping(Callback):
     "End the run after `patience` epochs in a row without a better validation loss."
     def on_epoch_end(self, run):
         if not run.h.patience or run.epoch-best_epoch(run) < run.h.patience: return
         run.stop = True
-        say(f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the best was epoch {best_epoch(run)}')
+        say(
+            f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the'
+            f' best was epoch {best_epoch(run)}'
+        )
 
     def on_resume(self, run):
-        if run.validation: self.on_epoch_end(run)
+        if run.validation:
+            self.on_epoch_end(run)
 
 # %% ../nbs/06_training_loop.ipynb #6a354920
 def _lock(folder, stamp):
     "The lock of a run if it is free, else None."
     lock = FileLock(folder/f'.training_{stamp}.lock')
-    try: lock.acquire(blocking=False)
-    except Timeout: return None
-    except OSError as e: raise OSError(e.errno, e.strerror, str(folder)) from None
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(folder)) from None
     return lock
 
 def _new_stamp(folder):
@@ -579,34 +862,51 @@ def acquire_run_lock(
     folder, # For checkpoints; made if it is not there
     stamp:str=None, # Of the run to go on with; None for a new one
 ): # Context manager that gives the stamp
-    "Hold the stamp of a run, so that no other process writes files that bear it; raises `ValueError` if another process holds it."
+    """Hold the stamp of a run, so that no other process writes files that bear it; raises `ValueError` if
+    another process holds it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stamp, lock = (stamp, _lock(folder, stamp)) if stamp else _new_stamp(folder)
-    if not lock: raise ValueError(f"the run of {stamp} in {str(folder)!r} is still going on in another process")
+    if not lock:
+        raise ValueError(f"the run of {stamp} in {str(folder)!r} is still going on in another process")
     try:
-        for left in folder.glob(f'.*_{stamp}*.part'): left.unlink() # half a file, from a process that was killed
+        for left in folder.glob(f'.*_{stamp}*.part'):
+            left.unlink() # half a file, from a process that was killed
         yield stamp
-    finally: free_lock(lock)
+    finally:
+        free_lock(lock)
 
 # %% ../nbs/06_training_loop.ipynb #07b10012
-_ALONE = ("several processes were asked for, but `accelerate launch --cpu` starts a single one (accelerate 1.15); for several on CPUs: "
-          "accelerate launch --multi_gpu --num_processes 2 ..., which is right without a GPU, too; for one: the command without accelerate")
+_ALONE = (
+    "several processes were asked for, but `accelerate launch --cpu` starts a single one (accelerate 1.15);"
+    " for several on CPUs: accelerate launch --multi_gpu --num_processes 2 ..., which is right without a GPU,"
+    " too; for one: the command without accelerate"
+)
 
 def _launched_alone():
-    "Whether `accelerate launch` was asked for several processes on CPUs: it then names a meeting point, and starts one process that is not told of any others."
-    return os.environ.get('ACCELERATE_USE_CPU', '').lower()=='true' and 'MASTER_PORT' in os.environ and 'WORLD_SIZE' not in os.environ
+    """Whether `accelerate launch` was asked for several processes on CPUs: it then names a meeting point,
+    and starts one process that is not told of any others."""
+    return (
+        os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true'
+        and 'MASTER_PORT' in os.environ
+        and 'WORLD_SIZE' not in os.environ
+    )
 
 def join_processes(
     device=None, # Asked for; None for the best
 ): # Device of this process
-    "Take one's place among the processes that `accelerate launch` started, if it did; raises `ValueError` if on such a device they cannot talk to each other."
+    """Take one's place among the processes that `accelerate launch` started, if it did; raises `ValueError`
+    if on such a device they cannot talk to each other."""
     if not in_processes():
         if _launched_alone(): raise ValueError(_ALONE)
         return device
     device = torch.device(device or default_device())
-    state = PartialState(cpu=device.type=='cpu', timeout=timedelta(days=7)) # the others wait while the first encodes, and that may take hours
-    if state.num_processes==1: raise ValueError(f"several processes were started, but on {device.type!r} they cannot work together; start one")
+    # the others wait while the first encodes, and that may take hours
+    state = PartialState(cpu=device.type=='cpu', timeout=timedelta(days=7))
+    if state.num_processes==1:
+        raise ValueError(
+            f"several processes were started, but on {device.type!r} they cannot work together; start one"
+        )
     return state.device
 
 def broadcast_from_main(
@@ -618,18 +918,28 @@ def broadcast_from_main(
 @contextmanager
 def main_process_only():
     "Let one of several processes print and draw bars; errors come out of each."
-    if not in_processes() or PartialState().is_main_process: yield; return
-    with open(os.devnull, 'w', encoding='utf-8') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere): yield
+    if not in_processes() or PartialState().is_main_process:
+        yield
+        return
+    with open(os.devnull, 'w', encoding='utf-8') as nowhere, redirect_stdout(nowhere), redirect_stderr(
+        nowhere
+    ):
+        yield
 
 @contextmanager
 def main_process_first():
     "Let the first of several processes do something, and then the others, who find it done."
-    with PartialState().main_process_first() if in_processes() else nullcontext(), main_process_only(): yield
+    with PartialState().main_process_first() if in_processes() else nullcontext(), main_process_only():
+        yield
 
 # %% ../nbs/06_training_loop.ipynb #07b10055
 def share_held(model) -> float: # 1 for all
     "Say which part of the weights of the decoder's layers this process holds."
-    layers = [p for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers) for p in layer.parameters()]
+    layers = [
+        p
+        for layer in last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers)
+        for p in layer.parameters()
+    ]
     return sum(getattr(p, 'to_local', lambda: p)().numel() for p in layers)/sum(p.numel() for p in layers)
 
 def shard_decoder(
@@ -637,47 +947,88 @@ def shard_decoder(
     h:Hyperparameters,
     device, # Of this process
 ) -> Captioner: # The same, on its device
-    "Spread the frozen layers of the decoder over all processes (PyTorch's `fully_shard`); raises `ValueError` for what cannot be done so."
-    if h.unfreeze_layers or h.lora_rank or h.micro_batch_size: raise ValueError('FSDP is for a frozen decoder and whole batches; leave out unfreeze_layers, lora_rank and micro_batch_size, or FSDP')
+    """Spread the frozen layers of the decoder over all processes (PyTorch's `fully_shard`); raises
+    `ValueError` for what cannot be done so."""
+    if h.unfreeze_layers or h.lora_rank or h.micro_batch_size:
+        raise ValueError(
+            'FSDP is for a frozen decoder and whole batches; leave out unfreeze_layers, lora_rank and'
+            ' micro_batch_size, or FSDP'
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     processes, device = PartialState().num_processes, torch.device(device)
     mesh = init_device_mesh(device.type, (processes,))
-    for layer in _last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers): fully_shard(layer.to(default_dtype(device)), mesh=mesh, reshard_after_forward=True)
+    for layer in last_layers(model.decoder, model.decoder.config.get_text_config().num_hidden_layers):
+        fully_shard(layer.to(default_dtype(device)), mesh=mesh, reshard_after_forward=True)
     return model.to(device)
 
 def _check_sharded(model):
     "Raise a `ValueError` if FSDP was asked for and this process holds more than its share."
-    if sharding_asked() and share_held(model) > 1.5/PartialState().num_processes: raise ValueError(f'FSDP was asked for, but this process holds {share_held(model):.0%} of the decoder\'s layers; call shard_decoder before fit')
+    if sharding_asked() and share_held(model) > 1.5/PartialState().num_processes:
+        raise ValueError(
+            f'FSDP was asked for, but this process holds {share_held(model):.0%} of the decoder\'s layers;'
+            ' call shard_decoder before fit'
+        )
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0731
 def _check_run(data, h):
-    if h.evaluation_enabled and 'validation' not in data: raise ValueError(f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set evaluation_enabled to False")
-    if h.patience and not h.evaluation_enabled: raise ValueError('patience needs a validation loss to look at; set evaluation_enabled to True, or leave patience out')
+    if h.evaluation_enabled and 'validation' not in data:
+        raise ValueError(
+            f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set"
+            " evaluation_enabled to False"
+        )
+    if h.patience and not h.evaluation_enabled:
+        raise ValueError(
+            'patience needs a validation loss to look at; set evaluation_enabled to True, or leave'
+            ' patience out'
+        )
 
 def tracker_names(
     h:Hyperparameters,
 ) -> list: # As accelerate has them
-    "Name the trackers that `report_to` asks for; raises `ValueError` for one that nobody knows, or that is not installed."
-    names, known = [n.strip() for n in h.report_to.split(',')] if h.report_to else [], [n for n in LoggerType.list() if n!='all']
+    """Name the trackers that `report_to` asks for; raises `ValueError` for one that nobody knows, or that is
+    not installed."""
+    names, known = [n.strip() for n in h.report_to.split(',')] if h.report_to else [], [
+        n for n in LoggerType.list() if n != 'all'
+    ]
     for n in names:
-        if n not in known: raise ValueError(f"report_to: tracker {n!r} is not known; there is {', '.join(known)}")
+        if n not in known:
+            raise ValueError(f"report_to: tracker {n!r} is not known; there is {', '.join(known)}")
         package = f"'capnb[{n}]'" if n in ('mlflow','wandb') else n
-        if n not in map(str, get_available_trackers()): raise ValueError(f"report_to: tracker {n!r} is not installed; pip install {package}")
+        if n not in map(str, get_available_trackers()):
+            raise ValueError(f"report_to: tracker {n!r} is not installed; pip install {package}")
     return names
 
 def _accelerator(model, h):
     join_processes(model.device)
-    AcceleratorState._reset_state() # it would hold on to the mixed precision of an earlier run in this process
+    # it would hold on to the mixed precision of an earlier run in this process
+    AcceleratorState._reset_state()
     _check_sharded(model)
-    with patch_environment(ACCELERATE_USE_FSDP='false'): return Accelerator(cpu=model.device.type=='cpu', mixed_precision=h.mixed_precision or default_mixed_precision(model.device),
-                                                                             log_with=tracker_names(h) or None, project_dir=h.output_dir)
+    with patch_environment(ACCELERATE_USE_FSDP='false'):
+        return Accelerator(
+            cpu=model.device.type == 'cpu',
+            mixed_precision=h.mixed_precision or default_mixed_precision(model.device),
+            log_with=tracker_names(h) or None,
+            project_dir=h.output_dir,
+        )
 
 def _new_run(model, data, h, stamp, callbacks, accelerator):
     "A run with what learns and steers it."
-    run = Run(model, data, h, stamp, main=accelerator.is_main_process, micro_batch_size=h.micro_batch_size, callbacks=[*callbacks, KeepCheckpoints(), EarlyStopping(), SaveState()])
+    run = Run(
+        model,
+        data,
+        h,
+        stamp,
+        main=accelerator.is_main_process,
+        micro_batch_size=h.micro_batch_size,
+        callbacks=[*callbacks, KeepCheckpoints(), EarlyStopping(), SaveState()],
+    )
     optimizer, run.scheduler = make_optimizer(model, h)
-    run.accelerator, run.optimizer, run.scaler = accelerator, accelerator.prepare(optimizer), accelerator.scaler
+    run.accelerator, run.optimizer, run.scaler = (
+        accelerator,
+        accelerator.prepare(optimizer),
+        accelerator.scaler,
+    )
     run.identity = dict(data=_data_fingerprint(data), frozen=frozen_fingerprint(model))
     run.captions = count_cut(model.tokenizer, data['train'].rows, model.max_caption_length)
     return run
@@ -688,37 +1039,56 @@ def _begin(run, state):
     if state:
         state = _reopened(state, run.h)
         load_state(run, state)
-        say(f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of {run.h.num_epochs} epochs done")
+        say(
+            f"▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of"
+            f" {run.h.num_epochs} epochs done"
+        )
         if run.main:
             now = dict(hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir))
             now['position'] = {**state['position'], 'done': False}
             save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | now)
-    else: set_seed(run.h.seed) # for what draws at random in training, such as dropout
+    else:
+        set_seed(run.h.seed) # for what draws at random in training, such as dropout
     say(cut_text(run.captions))
-    for c in run.callbacks: c.on_resume(run) if state else c.on_train_begin(run)
-    if not state: save_state(run)
+    for c in run.callbacks:
+        c.on_resume(run) if state else c.on_train_begin(run)
+    if not state:
+        save_state(run)
 
 @contextmanager
 def _closing(run):
     "Let the callbacks close what they opened, however the run ends."
-    try: yield
+    try:
+        yield
     finally:
-        for c in run.callbacks: c.on_close(run)
+        for c in run.callbacks:
+            c.on_close(run)
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0732
 def close_epoch(run:Run, training_loss:float):
     "Save what an epoch brought, look at pictures it did not learn from, call the callbacks and report."
     run.epoch += 1
-    run.metadata, run.seconds = dict(_new_metadata(run, training_loss, run.seconds), learning_rate=run.scheduler.get_last_lr()[0]), 0.
+    run.metadata, run.seconds = (
+        dict(_new_metadata(run, training_loss, run.seconds), learning_rate=run.scheduler.get_last_lr()[0]),
+        0.0,
+    )
     run.scheduler.step()
     run.checkpoint = weights_path(run.h.output_dir, run.stamp, run.epoch)
-    if run.main: save_checkpoint(run.model, run.h.output_dir, run.stamp, run.epoch, run.metadata) # before anything that may fail
+    if run.main:
+        # before anything that may fail
+        save_checkpoint(run.model, run.h.output_dir, run.stamp, run.epoch, run.metadata)
     run.model.eval()
-    if run.h.evaluation_enabled: run.metadata['validation_loss'], run.metadata['image_gain'] = validate(run.model, run.data['validation'])
+    if run.h.evaluation_enabled:
+        run.metadata['validation_loss'], run.metadata['image_gain'] = validate(
+            run.model, run.data['validation']
+        )
     run.validation.append(run.metadata['validation_loss'])
-    for c in run.callbacks: c.on_epoch_end(run)
+    for c in run.callbacks:
+        c.on_epoch_end(run)
     run.stop = broadcast_from_main(run.stop)
-    if run.main: save_metadata(run.checkpoint, run.metadata); run.curve = save_curve(run)
+    if run.main:
+        save_metadata(run.checkpoint, run.metadata)
+        run.curve = save_curve(run)
     report_epoch(run)
     save_state(run)
 
@@ -733,17 +1103,34 @@ def fit(
     "Train what is to learn; after each epoch save, validate, call the callbacks and report."
     _check_run(data, h)
     accelerator = _accelerator(model, h)
-    with main_process_only(), acquire_run_lock(h.output_dir, state and state['position']['stamp']) if accelerator.is_main_process else nullcontext() as stamp: # a folder that cannot be written should be known now
+    # a folder that cannot be written should be known now
+    with main_process_only(), (
+        acquire_run_lock(h.output_dir, state and state['position']['stamp'])
+        if accelerator.is_main_process
+        else nullcontext()
+    ) as stamp:
         run = _new_run(model, data, h, broadcast_from_main(stamp), callbacks, accelerator)
         with _stoppable(run), _closing(run):
             _begin(run, state)
-            while run.step or run.epoch < h.num_epochs and not run.stop and (h.max_steps is None or len(run.losses) < h.max_steps):
+            while (
+                run.step
+                or run.epoch < h.num_epochs
+                and not run.stop
+                and (h.max_steps is None or len(run.losses) < h.max_steps)
+            ):
                 unfreeze(model, h, run.epoch+1)
                 model.train()
-                with _whole_steps(run): training_loss = train_epoch(run, run.accelerator, run.optimizer, h.max_steps and h.max_steps-len(run.losses)+run.step)
+                with _whole_steps(run):
+                    training_loss = train_epoch(
+                        run,
+                        run.accelerator,
+                        run.optimizer,
+                        h.max_steps and h.max_steps - len(run.losses) + run.step,
+                    )
                 close_epoch(run, training_loss)
                 if run.signal: raise Interrupted(run) # asked by another thread
-            for c in run.callbacks: c.on_train_end(run)
+            for c in run.callbacks:
+                c.on_train_end(run)
             run.done = True
             save_state(run)
             report_best(run)

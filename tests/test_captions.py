@@ -1,8 +1,10 @@
-"Several captions of an image belong to that image, best first, everywhere; options are checked by name; captions are printed as they come."
+"""Several captions of an image belong to that image, best first, everywhere; options are checked by name;
+captions are printed as they come."""
 import json, os, signal
 import numpy as np, pyarrow as pa, pytest, torch
 from capnb.captioner import Captioner, load_model_from_checkpoint
-from capnb.run.commands import caption_command, train
+from capnb.run.commands import caption_command
+from capnb.run.entry import train
 from capnb.decoder import check_options, generate_ids
 from capnb.encoder import EncodedData
 from capnb.evaluation import draw_samples, write_captions_for
@@ -11,7 +13,7 @@ from capnb.images import open_images
 from capnb.inference import caption_files, explain
 from capnb.insight.report import clip_scores, write_predictions
 from capnb.run.scale import ROW, CaptionWorker
-from capnb.run.serving import answer_batch
+from capnb.run.serving.worker import answer_batch
 from capnb.storybook import Storybook
 
 BEAMS = dict(num_beams=3, num_return_sequences=2)
@@ -33,25 +35,31 @@ def images(): return [Storybook('test')[i]['image'] for i in range(5)]
 def files(images, tmp_path):
     "Image files with a broken one among them."
     paths = [tmp_path/f'{i}.png' for i in range(5)]
-    for path,image in zip(paths, images, strict=True): image.save(path)
+    for path,image in zip(paths, images, strict=True):
+        image.save(path)
     paths[1].write_bytes(b'no image')
     return paths
 
 def nll(model, image, text):
     "Mean negative log-probability of the tokens of a caption, behind this image."
-    with torch.no_grad(): return model(model.encoder.encode([image]), [text]).item()
+    with torch.no_grad():
+        return model(model.encoder.encode([image]), [text]).item()
 
 # --- Which caption belongs to which image
 
 def test_one_caption_is_a_text(model, images):
     alone = model.caption(images[0])
     assert isinstance(alone, str) and model.caption(images[0], num_return_sequences=1) == alone
-    assert model.caption(images[:2], num_beams=3, num_return_sequences=1) == model.caption(images[:2], num_beams=3)
+    assert model.caption(images[:2], num_beams=3, num_return_sequences=1) == model.caption(
+        images[:2], num_beams=3
+    )
 
 @pytest.mark.parametrize('batch_size', [2, 32])
 def test_beams_belong_to_their_image(model, images, batch_size):
     several = model.caption(images, batch_size=batch_size, **BEAMS)
-    assert several == [model.caption(image, **BEAMS) for image in images] and {len(of_image) for of_image in several} == {2}
+    assert several == [model.caption(image, **BEAMS) for image in images] and {
+        len(of_image) for of_image in several
+    } == {2}
     assert [of_image[0] for of_image in several] == model.caption(images, num_beams=3)
     assert all(first != second for first,second in several)
 
@@ -59,10 +67,21 @@ def test_scores_are_those_of_transformers(model, images):
     prefix = model.prefix(model.encoder.encode(images))
     end = model.tokenizer.eos_token_id
     for length_penalty in (1., 2.):
-        theirs = model.decoder.generate(inputs_embeds=prefix, attention_mask=torch.ones(prefix.shape[:2]), max_new_tokens=48, **BEAMS, eos_token_id=end,
-                                        pad_token_id=end, length_penalty=length_penalty, return_dict_in_generate=True, output_scores=True)
+        theirs = model.decoder.generate(
+            inputs_embeds=prefix,
+            attention_mask=torch.ones(prefix.shape[:2]),
+            max_new_tokens=48,
+            **BEAMS,
+            eos_token_id=end,
+            pad_token_id=end,
+            length_penalty=length_penalty,
+            return_dict_in_generate=True,
+            output_scores=True
+        )
         ours = model.caption(images, scores=True, length_penalty=length_penalty, **BEAMS)
-        assert [score for of_image in ours for _,score in of_image] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
+        assert [score for of_image in ours for _, score in of_image] == pytest.approx(
+            theirs.sequences_scores.tolist(), abs=1e-4
+        )
 
 def test_drawn_captions_belong_to_their_image_best_first(model, images):
     torch.manual_seed(0)
@@ -97,80 +116,145 @@ def test_no_image_at_all(model):
 
 def test_files_have_their_captions(model, images, files):
     rows = list(caption_files(model, files, batch_size=3, scores=True, **BEAMS))
-    assert [r['file'] for r in rows] == [str(f) for f in files] and [r['file'] for r in rows if 'error' in r] == [str(files[1])]
+    assert [r['file'] for r in rows] == [str(f) for f in files] and [
+        r['file'] for r in rows if 'error' in r
+    ] == [str(files[1])]
     for row,image in zip(rows, images, strict=True):
         if 'error' in row: continue
         alone = model.caption(image, scores=True, **BEAMS)
-        assert row['caption'] == [text for text,_ in alone] and row['score'] == pytest.approx([score for _,score in alone], abs=1e-4)
+        assert row['caption'] == [text for text, _ in alone] and row['score'] == pytest.approx(
+            [score for _, score in alone], abs=1e-4
+        )
     one = list(caption_files(model, files[2:], scores=True))
-    assert [set(r) for r in one] == [{'file','caption','score'}]*3 and [r['caption'] for r in one] == model.caption(images[2:])
+    assert [set(r) for r in one] == [{'file', 'caption', 'score'}] * 3 and [
+        r['caption'] for r in one
+    ] == model.caption(images[2:])
 
 @pytest.mark.parametrize('options', [{}, BEAMS])
 def test_rows_at_scale_have_their_captions(model, checkpoint, images, files, options):
-    rows = pa.table([[f.name for f in files], [f.read_bytes() for f in files], [None, None, 'lost', None, None]], schema=ROW)
+    rows = pa.table(
+        [[f.name for f in files], [f.read_bytes() for f in files], [None, None, 'lost', None, None]],
+        schema=ROW,
+    )
     out = CaptionWorker('cpu', torch.get_num_threads(), str(checkpoint), options)(rows).to_pylist()
-    assert [r['id'] for r in out] == [f.name for f in files] and [r['id'] for r in out if r['error']] == ['1.png', '2.png']
+    assert [r['id'] for r in out] == [f.name for f in files] and [r['id'] for r in out if r['error']] == [
+        '1.png',
+        '2.png',
+    ]
     for row,image in zip(out, images, strict=True):
-        if row['error']: assert row['caption'] is row['score'] is None
-        else: assert row['caption'] == model.caption(image, **options)
+        if row['error']:
+            assert row['caption'] is row['score'] is None
+        else:
+            assert row['caption'] == model.caption(image, **options)
 
 def test_where_only_one_fits(model, images):
     data = EncodedData(model.encoder.encode(images), [{}]*5)
-    for ask in (lambda **o: write_captions_for(model, data, **o), lambda **o: explain(model, images[0], patches=False, **o)):
-        with pytest.raises(ValueError, match='num_return_sequences is 2; allowed: 1, since'): ask(**BEAMS)
+    for ask in (
+        lambda **o: write_captions_for(model, data, **o),
+        lambda **o: explain(model, images[0], patches=False, **o),
+    ):
+        with pytest.raises(ValueError, match='num_return_sequences is 2; allowed: 1, since'):
+            ask(**BEAMS)
         ask(num_beams=3)
 
 def test_requests_have_their_captions(model, images):
-    "Of several, the best one stands where one would, and all beside it; none is streamed, as beams weigh whole sentences."
+    """Of several, the best one stands where one would, and all beside it; none is streamed, as beams weigh
+    whole sentences."""
     said = []
     asked = [(f'request {i}', image, i==1) for i,image in enumerate(images)]
     best = answer_batch(model, asked, lambda uid, answer: said.append((uid, answer)), BEAMS)
     several = model.caption(images, scores=True, **BEAMS)
-    assert [uid for uid,_ in said] == [uid for uid,_,_ in asked] and list(best.values()) == [found[0][0] for found in several]
+    assert [uid for uid, _ in said] == [uid for uid, _, _ in asked] and list(best.values()) == [
+        found[0][0] for found in several
+    ]
     for (_, answer),found in zip(said, several, strict=True):
-        assert answer['caption'] == found[0][0] and [c['caption'] for c in answer['captions']] == [text for text,_ in found]
-        assert [c['score'] for c in answer['captions']] == pytest.approx([score for _,score in found], abs=1e-3)
+        assert answer['caption'] == found[0][0] and [c['caption'] for c in answer['captions']] == [
+            text for text, _ in found
+        ]
+        assert [c['score'] for c in answer['captions']] == pytest.approx(
+            [score for _, score in found], abs=1e-3
+        )
     said.clear()
     answer_batch(model, asked, lambda uid, answer: said.append(answer), dict(num_beams=3))
     assert said == [dict(caption=caption) for caption in model.caption(images, num_beams=3)]
 
 # --- Options
 
-FORM = ['return_dict_in_generate', 'output_scores', 'output_logits', 'output_attentions', 'output_hidden_states']
-REFUSED = {**{name: {name: True} for name in FORM}, 'generation_config': dict(generation_config=object()), 'assistant_model': dict(assistant_model=object()),
-           'prompt_lookup_num_tokens': dict(prompt_lookup_num_tokens=3), 'pad_token_id': dict(pad_token_id=7), 'input_ids': dict(input_ids=torch.zeros(1, 1)),
-           'max_length': dict(max_length=9), 'tokenizer': dict(tokenizer=object()), 'prefix_allowed_tokens_fn': dict(prefix_allowed_tokens_fn=max), 'custom_generate': dict(custom_generate='who/ever'),
-           'num_beam': dict(num_beam=3), 'temperature': dict(temperature=.5), 'top_p': dict(top_p=.9, num_beams=3), 'length_penalty': dict(length_penalty=2.),
-           'num_return_sequences': dict(num_return_sequences=2), 'num_return_sequences ': dict(num_beams=2, num_return_sequences=3),
-           'num_return_sequences  ': dict(do_sample=True, num_beams=2, num_return_sequences=3), 'streamer': dict(streamer=object(), num_beams=3),
-           'streamer ': dict(streamer=object(), do_sample=True, num_return_sequences=2)}
+FORM = [
+    'return_dict_in_generate',
+    'output_scores',
+    'output_logits',
+    'output_attentions',
+    'output_hidden_states',
+]
+REFUSED = {
+    **{name: {name: True} for name in FORM},
+    'generation_config': dict(generation_config=object()),
+    'assistant_model': dict(assistant_model=object()),
+    'prompt_lookup_num_tokens': dict(prompt_lookup_num_tokens=3),
+    'pad_token_id': dict(pad_token_id=7),
+    'input_ids': dict(input_ids=torch.zeros(1, 1)),
+    'max_length': dict(max_length=9),
+    'tokenizer': dict(tokenizer=object()),
+    'prefix_allowed_tokens_fn': dict(prefix_allowed_tokens_fn=max),
+    'custom_generate': dict(custom_generate='who/ever'),
+    'num_beam': dict(num_beam=3),
+    'temperature': dict(temperature=0.5),
+    'top_p': dict(top_p=0.9, num_beams=3),
+    'length_penalty': dict(length_penalty=2.0),
+    'num_return_sequences': dict(num_return_sequences=2),
+    'num_return_sequences ': dict(num_beams=2, num_return_sequences=3),
+    'num_return_sequences  ': dict(do_sample=True, num_beams=2, num_return_sequences=3),
+    'streamer': dict(streamer=object(), num_beams=3),
+    'streamer ': dict(streamer=object(), do_sample=True, num_return_sequences=2),
+}
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_option_is_refused_by_name(model, images, name):
-    with pytest.raises(ValueError, match=f'^{name.strip()} '): model.caption(images[0], **REFUSED[name])
+    with pytest.raises(ValueError, match=f'^{name.strip()} '):
+        model.caption(images[0], **REFUSED[name])
 
-RANGES = dict(num_beams=(0, -1, 1.5, True, '3', float('nan')), num_return_sequences=(0, -2), max_new_tokens=(0, 2.5), min_new_tokens=(-1,),
-              batch_size=(0, -3), top_k=(-1,), temperature=(0, -1., float('inf'), '1'), top_p=(0, 1.1), repetition_penalty=(0,), do_sample=(1, 'yes'))
+RANGES = dict(
+    num_beams=(0, -1, 1.5, True, '3', float('nan')),
+    num_return_sequences=(0, -2),
+    max_new_tokens=(0, 2.5),
+    min_new_tokens=(-1,),
+    batch_size=(0, -3),
+    top_k=(-1,),
+    temperature=(0, -1.0, float('inf'), '1'),
+    top_p=(0, 1.1),
+    repetition_penalty=(0,),
+    do_sample=(1, 'yes'),
+)
 
 @pytest.mark.parametrize('name', RANGES)
 def test_number_is_out_of_range(model, images, name):
     more = dict(do_sample=True) if name in ('temperature', 'top_p', 'top_k') else {}
     for value in RANGES[name]:
-        with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '): model.caption(images[0], **{name: value}, **more)
+        with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '):
+            model.caption(images[0], **{name: value}, **more)
 
 def test_numbers_of_other_types(model, images):
     assert check_options(dict(num_beams=3., num_return_sequences=np.int64(2), top_k=None)) == BEAMS
     assert type(check_options(dict(num_beams=np.float32(3)))['num_beams']) is int
     assert model.caption(images[0], max_new_tokens=None) == model.caption(images[0])
-    assert model.caption(images[0], max_new_tokens=np.int64(3)) == model.caption(images[0], max_new_tokens=3) == ' '.join(model.caption(images[0]).split()[:3])
+    assert (
+        model.caption(images[0], max_new_tokens=np.int64(3))
+        == model.caption(images[0], max_new_tokens=3)
+        == ' '.join(model.caption(images[0]).split()[:3])
+    )
 
 def test_more_tokens_than_positions(model, images):
-    room = model.decoder.config.max_position_embeddings - model.prefix(model.encoder.encode(images[:1])).shape[1]
-    with pytest.raises(ValueError, match=f'^max_new_tokens is {room+1}; allowed: .* up to {room}, as'): model.caption(images[0], max_new_tokens=room+1)
+    room = (
+        model.decoder.config.max_position_embeddings - model.prefix(model.encoder.encode(images[:1])).shape[1]
+    )
+    with pytest.raises(ValueError, match=f'^max_new_tokens is {room+1}; allowed: .* up to {room}, as'):
+        model.caption(images[0], max_new_tokens=room+1)
     assert model.caption(images[0], max_new_tokens=room) == model.caption(images[0])
 
 def test_streamer_of_more_than_a_batch(model, images):
-    with pytest.raises(ValueError, match='^streamer follows one batch'): model.caption(images, batch_size=2, streamer=object())
+    with pytest.raises(ValueError, match='^streamer follows one batch'):
+        model.caption(images, batch_size=2, streamer=object())
 
 # --- The command prints captions as they come
 
@@ -178,7 +262,8 @@ def test_streamer_of_more_than_a_batch(model, images):
 def folder(checkpoint, images):
     "Where the command finds a checkpoint, two images and a broken one."
     here = checkpoint.parent.parent
-    for i in range(2): images[i].save(here/f'{i}.png')
+    for i in range(2):
+        images[i].save(here/f'{i}.png')
     (here/'bad.png').write_bytes(b'no image')
     return here
 
@@ -186,20 +271,35 @@ def test_several_captions_from_the_command(call, model, folder, images):
     flags = ('--num_beams', 3, '--num_return_sequences', 2, '--scores')
     done = call('capnb_caption', '0.png', 'bad.png', '1.png', *flags, '--json', cwd=folder)
     rows = json.loads(done.stdout)
-    assert done.returncode == 1 and [r['file'] for r in rows] == ['0.png', 'bad.png', '1.png'] and set(rows[1]) == {'file','error'}
+    assert (
+        done.returncode == 1
+        and [r['file'] for r in rows] == ['0.png', 'bad.png', '1.png']
+        and set(rows[1]) == {'file', 'error'}
+    )
     assert [r['caption'] for r in rows if 'caption' in r] == model.caption(images[:2], **BEAMS)
     lines = call('capnb_caption', '0.png', 'bad.png', '1.png', *flags, cwd=folder).stdout.splitlines()
-    assert lines == [f"{r['file']}: {text}  ({score:.3f})" for r in rows if 'caption' in r for text,score in zip(r['caption'], r['score'], strict=True)]
+    assert lines == [
+        f"{r['file']}: {text}  ({score:.3f})"
+        for r in rows
+        if 'caption' in r
+        for text, score in zip(r['caption'], r['score'], strict=True)
+    ]
     assert call('capnb_caption', '0.png', cwd=folder).stdout == f'0.png: {model.caption(images[0])}\n'
 
 def test_drawn_captions_from_the_command(call, model, folder, images):
     flags = ('--do_sample', '--num_return_sequences', 3, '--temperature', .8, '--top_p', .95, '--seed', 3)
     lines = call('capnb_caption', '0.png', *flags, cwd=folder).stdout.splitlines()
     torch.manual_seed(3)
-    assert lines == [f'0.png: {text}' for text in model.caption(images[0], temperature=.8, top_p=.95, **DRAWN)]
+    assert lines == [
+        f'0.png: {text}' for text in model.caption(images[0], temperature=0.8, top_p=0.95, **DRAWN)
+    ]
 
 @pytest.mark.parametrize('command', [('capnb_caption', '0.png'), ('capnb_scale', '.', 'out')])
-@pytest.mark.parametrize('flags', [('--num_beams', 0), ('--num_beams', -5), ('--num_return_sequences', 0), ('--num_return_sequences', 2)], ids=str)
+@pytest.mark.parametrize(
+    'flags',
+    [('--num_beams', 0), ('--num_beams', -5), ('--num_return_sequences', 0), ('--num_return_sequences', 2)],
+    ids=str,
+)
 def test_number_that_is_not_allowed_is_one_line(call, folder, command, flags):
     done = call(*command, *flags, cwd=folder)
     assert done.returncode != 0 and not done.stdout and len(done.stderr.splitlines()) == 1
@@ -211,10 +311,12 @@ def test_error_does_not_lose_the_captions_before_it(model, folder, monkeypatch, 
     def fail_later(self, features, *args, **kwargs):
         monkeypatch.setattr(Captioner, 'caption_features', fail)
         return first(features, *args, **kwargs)
-    def fail(self, *args, **kwargs): raise RuntimeError('out of memory')
+    def fail(self, *args, **kwargs):
+        raise RuntimeError('out of memory')
     monkeypatch.setattr(Captioner, 'caption_features', fail_later)
     monkeypatch.chdir(folder)
-    with pytest.raises(RuntimeError): caption_command(['0.png']*40 + [*flags])
+    with pytest.raises(RuntimeError):
+        caption_command(['0.png']*40 + [*flags])
     out = capsys.readouterr().out
     assert len(json.loads(out) if flags else out.splitlines()) == 32
 
@@ -225,22 +327,29 @@ def test_interrupt_leaves_whole_json(start, folder):
             begun = process.stdout.readline() + process.stdout.readline() # while it is at work
             process.send_signal(signal.SIGINT)
             rows, err = json.loads(begun + process.stdout.read()), process.stderr.read()
-        finally: process.kill()
+        finally:
+            process.kill()
     assert process.returncode == 130 and err.splitlines()[-1] == 'stopped', err[-3000:]
-    assert 1 <= len(rows) < 8000 and [r['file'] for r in rows] == ['0.png', 'bad.png']*(len(rows)//2) + ['0.png']*(len(rows)%2)
+    assert 1 <= len(rows) < 8000 and [r['file'] for r in rows] == ['0.png', 'bad.png'] * (len(rows) // 2) + [
+        '0.png'
+    ] * (len(rows) % 2)
 
 # --- Lists that do not belong together are an error, not cut to the shorter one
 
 FACTS = [Storybook('test')[i]['facts'] for i in range(3)]
-UNEQUAL = {'facts': lambda images, file: fact_counts(['A red cat.']*2, FACTS),
-           'mistakes': lambda images, file: facts_scores(['A red cat.']*4, FACTS),
-           'predictions': lambda images, file: write_predictions(file, ['1', '2', '3'], ['A red cat.']*2),
-           'drawing': lambda images, file: draw_samples(images[:3], ['A red cat.']*2, file),
-           'CLIPScore': lambda images, file: clip_scores(torch.ones(1, 4), torch.ones(1, 4), [torch.ones(2, 4)]*3)}
+UNEQUAL = {
+    'facts': lambda images, file: fact_counts(['A red cat.'] * 2, FACTS),
+    'mistakes': lambda images, file: facts_scores(['A red cat.'] * 4, FACTS),
+    'predictions': lambda images, file: write_predictions(file, ['1', '2', '3'], ['A red cat.'] * 2),
+    'drawing': lambda images, file: draw_samples(images[:3], ['A red cat.'] * 2, file),
+    'CLIPScore': lambda images, file: clip_scores(torch.ones(1, 4), torch.ones(1, 4), [torch.ones(2, 4)] * 3),
+}
 
 @pytest.mark.parametrize('what', UNEQUAL)
 def test_unequal_lists_are_refused(images, tmp_path, what):
-    with pytest.raises(ValueError, match='zip|belong'): UNEQUAL[what](images, tmp_path/'out')
+    with pytest.raises(ValueError, match='zip|belong'):
+        UNEQUAL[what](images, tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
-def test_sources_of_images_may_come_one_by_one(images): assert len(list(open_images(iter(images)))) == 5
+def test_sources_of_images_may_come_one_by_one(images):
+    assert len(list(open_images(iter(images)))) == 5

@@ -1,21 +1,31 @@
-"Data sets by name against a hub on this machine, folders as they come out of archives, and bad pictures: each works, or is named."
+"""Data sets by name against a hub on this machine, folders as they come out of archives, and bad pictures:
+each works, or is named."""
 import hashlib, io, json, subprocess, sys, time
 from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image as ImageColumn, List, Value
 from PIL import Image
 from hub import Hub
-from capnb.captioner import newest_checkpoint, read_metadata
+from capnb.captioner import read_metadata
+from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.sources.load import load_data
 from capnb.storybook import Storybook
 
 BOOK = Storybook()
-FLICKR30K = dict(image=ImageColumn(), caption=List(Value('string')), sentids=List(Value('string')), split=Value('string'), img_id=Value('string'), filename=Value('string'))
+FLICKR30K = dict(
+    image=ImageColumn(),
+    caption=List(Value('string')),
+    sentids=List(Value('string')),
+    split=Value('string'),
+    img_id=Value('string'),
+    filename=Value('string'),
+)
 KARPATHY = ['train','train','val','train','test','train','train','train','val','test'] # lie mixed
 ROWS, GROUP = 400, 20
 
 def jpeg(i):
-    file = io.BytesIO(); BOOK[i]['image'].save(file, 'JPEG', quality=90)
+    file = io.BytesIO()
+    BOOK[i]['image'].save(file, 'JPEG', quality=90)
     return file.getvalue()
 
 def parquet(rows, features, group=GROUP):
@@ -25,17 +35,40 @@ def parquet(rows, features, group=GROUP):
     return file.getvalue()
 
 def flickr30k(start, stop):
-    return [dict(image=dict(bytes=jpeg(i), path=None), caption=BOOK.captions(i)[:5], sentids=[str(5*i+k) for k in range(5)], split=KARPATHY[i%10], img_id=str(i), filename=f'{1000+i}.jpg') for i in range(start, stop)]
+    return [
+        dict(
+            image=dict(bytes=jpeg(i), path=None),
+            caption=BOOK.captions(i)[:5],
+            sentids=[str(5 * i + k) for k in range(5)],
+            split=KARPATHY[i % 10],
+            img_id=str(i),
+            filename=f'{1000+i}.jpg',
+        )
+        for i in range(start, stop)
+    ]
 
 @pytest.fixture(scope='session')
 def files():
     "What the hub keeps: parquet with real JPEGs in the layout of each known repository."
-    whole = {f'TEST/test/{n:04}.parquet': parquet(flickr30k(n*ROWS//2, (n+1)*ROWS//2), FLICKR30K) for n in range(2)}
+    whole = {
+        f'TEST/test/{n:04}.parquet': parquet(flickr30k(n * ROWS // 2, (n + 1) * ROWS // 2), FLICKR30K)
+        for n in range(2)
+    }
     bare = {k: v for k,v in FLICKR30K.items() if k!='split'}
-    lmms = {'data/test-00000-of-00001.parquet': parquet([{k: v for k,v in row.items() if k!='split'} for row in flickr30k(0, 240)], bare)}
+    lmms = {
+        'data/test-00000-of-00001.parquet': parquet(
+            [{k: v for k, v in row.items() if k != 'split'} for row in flickr30k(0, 240)], bare
+        )
+    }
     eight = dict(image=ImageColumn(), **{f'caption_{k}': Value('string') for k in range(5)})
-    rows = [dict(image=dict(bytes=jpeg(i), path=None), **{f'caption_{k}': BOOK.captions(i)[k] for k in range(5)}) for i in range(80)]
-    flickr8k = {f'data/{split}-00000-of-00001.parquet': parquet(rows[a:b], eight) for split,a,b in [('train',0,40),('validation',40,60),('test',60,80)]}
+    rows = [
+        dict(image=dict(bytes=jpeg(i), path=None), **{f'caption_{k}': BOOK.captions(i)[k] for k in range(5)})
+        for i in range(80)
+    ]
+    flickr8k = {
+        f'data/{split}-00000-of-00001.parquet': parquet(rows[a:b], eight)
+        for split, a, b in [('train', 0, 40), ('validation', 40, 60), ('test', 60, 80)]
+    }
     return {'nlphuji/flickr30k': whole, 'lmms-lab/flickr30k': lmms, 'jxie/flickr8k': flickr8k}
 
 @pytest.fixture(scope='module')
@@ -48,7 +81,12 @@ def shared_hub():
 def hub(shared_hub, files):
     "The hub, with everything as it should be."
     shared_hub.repair()
-    for name,content in files.items(): shared_hub.add(name, content, revisions=('main','refs/convert/parquet') if name.startswith('nlphuji') else ('main',))
+    for name,content in files.items():
+        shared_hub.add(
+            name,
+            content,
+            revisions=('main', 'refs/convert/parquet') if name.startswith('nlphuji') else ('main',),
+        )
     return shared_hub
 
 @pytest.fixture(scope='module')
@@ -57,7 +95,13 @@ def whole(files):
     rows = {split: [] for split in ('train','validation','test')}
     for i in range(ROWS):
         image = Image.open(io.BytesIO(jpeg(i))).convert('RGB')
-        rows[dict(val='validation').get(KARPATHY[i%10], KARPATHY[i%10])].append([f'{1000+i}.jpg', [' '.join(c.split()) for c in BOOK.captions(i)[:5]], hashlib.md5(image.tobytes()).hexdigest()])
+        rows[dict(val='validation').get(KARPATHY[i % 10], KARPATHY[i % 10])].append(
+            [
+                f'{1000+i}.jpg',
+                [' '.join(c.split()) for c in BOOK.captions(i)[:5]],
+                hashlib.md5(image.tobytes()).hexdigest(),
+            ]
+        )
     return rows
 
 LOAD = '''import hashlib, json, sys
@@ -70,13 +114,23 @@ for job in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def load(hub, environment, tmp_path):
-    "Load data sets one after the other in a fresh process, because the clients of the hub read the environment on import. Gives for each its rows by split (image id, captions, fingerprint of the pixels), or the error, and the bytes that were sent."
+    """Load data sets one after the other in a fresh process, because the clients of the hub read the
+    environment on import. Gives for each its rows by split (image id, captions, fingerprint of the
+    pixels), or the error, and the bytes that were sent."""
     def load(*jobs, home='home', **env):
         env, found = environment(**{**hub.environment(tmp_path/home), **env}), []
-        with subprocess.Popen([sys.executable, '-c', LOAD, json.dumps(jobs)], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, '-c', LOAD, json.dumps(jobs)],
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
             for job in jobs:
                 before = hub.sent
-                process.stdin.write('\n'); process.stdin.flush()
+                process.stdin.write('\n')
+                process.stdin.flush()
                 line = next((line for line in process.stdout if line[:1] in '{"'), '')
                 assert line, process.stderr.read()
                 found.append((json.loads(line), hub.sent-before))
@@ -94,24 +148,36 @@ def run_on_hub(hub, run, tmp_path):
 
 def size(files, name): return sum(map(len, files[name].values()))
 
-def first(rows, limit, held): return {split: r[:limit if split=='train' else held] for split,r in rows.items()}
+def first(rows, limit, held):
+    return {split: r[:limit if split=='train' else held] for split,r in rows.items()}
 
 def test_flickr30k_whole(load, whole):
-    (found, _), (named, _) = load(dict(data='flickr30k'), dict(data='flickr30k', image_column='image', caption_column='filename'))
-    assert found == whole and {split: len(rows) for split,rows in whole.items()} == dict(train=240, validation=80, test=80)
+    (found, _), (named, _) = load(
+        dict(data='flickr30k'), dict(data='flickr30k', image_column='image', caption_column='filename')
+    )
+    assert found == whole and {split: len(rows) for split, rows in whole.items()} == dict(
+        train=240, validation=80, test=80
+    )
     assert named['train'][5][1] == ['1007.jpg']
 
 def test_limit_takes_the_first_rows_and_only_their_bytes(load, files, whole):
-    "30 pictures, once more, then 90. 30 for training need 50 rows, ten for each other split as many: three groups of twenty."
-    (part, sent), (again, nothing), (more, rest) = load(*(dict(data='flickr30k', limit=n) for n in (30, 30, 90)))
+    """30 pictures, once more, then 90. 30 for training need 50 rows, ten for each other split as many: three
+    groups of twenty."""
+    (part, sent), (again, nothing), (more, rest) = load(
+        *(dict(data='flickr30k', limit=n) for n in (30, 30, 90))
+    )
     assert part == again == first(whole, 30, 10) and more == first(whole, 90, 10)
     group = size(files, 'nlphuji/flickr30k')*GROUP/ROWS
     index = 65_536 # the end of the file, which tells where the groups are
-    assert 3*group < sent < 3.3*group+index and nothing == 0 and 5*group < rest < 5.3*group+index, (group, sent, nothing, rest)
+    assert (
+        3 * group < sent < 3.3 * group + index and nothing == 0 and 5 * group < rest < 5.3 * group + index
+    ), (group, sent, nothing, rest)
 
 def test_what_is_here_needs_no_network(load, whole):
     load(dict(data='flickr30k', limit=30))
-    (offline, sent), (more, _) = load(dict(data='flickr30k', limit=30), dict(data='flickr30k', limit=90), HF_HUB_OFFLINE='1')
+    (offline, sent), (more, _) = load(
+        dict(data='flickr30k', limit=30), dict(data='flickr30k', limit=90), HF_HUB_OFFLINE='1'
+    )
     assert (offline, sent) == (first(whole, 30, 10), 0) and 'HF_HUB_OFFLINE forbids' in more
 
 def test_flickr8k_and_columns_with_numbers(load):
@@ -121,34 +187,78 @@ def test_flickr8k_and_columns_with_numbers(load):
     assert part == {split: rows[:15 if split=='train' else 10] for split,rows in found.items()}
 
 def test_a_hub_split_alone_is_cut_by_number(load, files):
-    (found, _), (part, sent) = load(dict(data='lmms-lab/flickr30k'), dict(data='lmms-lab/flickr30k', limit=20))
+    (found, _), (part, sent) = load(
+        dict(data='lmms-lab/flickr30k'), dict(data='lmms-lab/flickr30k', limit=20)
+    )
     where = {int(row[0][:-4])-1000: split for split,rows in found.items() for row in rows}
-    assert set(found) == {'train','validation','test'} and sorted(where) == list(range(240)) and min(map(len, found.values())) >= 15
+    assert (
+        set(found) == {'train', 'validation', 'test'}
+        and sorted(where) == list(range(240))
+        and min(map(len, found.values())) >= 15
+    )
     assert part == first(found, 20, 10)
-    groups = next(g for g in range(1, 13) if all(sum(where[i]==split for i in range(g*GROUP)) >= (20 if split=='train' else 10) for split in found))
+    groups = next(
+        g
+        for g in range(1, 13)
+        if all(
+            sum(where[i] == split for i in range(g * GROUP)) >= (20 if split == 'train' else 10)
+            for split in found
+        )
+    )
     group = size(files, 'lmms-lab/flickr30k')*GROUP/240
     assert groups < 11 and groups*group < sent < (groups+.5)*group + 65_536
 
 def test_columns_that_cannot_be_told(hub, load):
     features = dict(photo=ImageColumn(), mask=ImageColumn(), says=Value('string'), licence=Value('string'))
-    rows = [dict(photo=dict(bytes=jpeg(i), path=None), mask=dict(bytes=jpeg(0), path=None), says=f'picture {i}', licence='free') for i in range(40)]
+    rows = [
+        dict(
+            photo=dict(bytes=jpeg(i), path=None),
+            mask=dict(bytes=jpeg(0), path=None),
+            says=f'picture {i}',
+            licence='free',
+        )
+        for i in range(40)
+    ]
     hub.add('me/photos', {'data/train-00000-of-00001.parquet': parquet(rows, features)})
-    (found, _), (no_caption, _) = load(dict(data='me/photos', image_column='photo', caption_column='says'), dict(data='me/photos', image_column='photo'))
-    assert sorted(row[1] for rows in found.values() for row in rows) == sorted([f'picture {i}'] for i in range(40))
+    (found, _), (no_caption, _) = load(
+        dict(data='me/photos', image_column='photo', caption_column='says'),
+        dict(data='me/photos', image_column='photo'),
+    )
+    assert sorted(row[1] for rows in found.values() for row in rows) == sorted(
+        [f'picture {i}'] for i in range(40)
+    )
     assert 'Name it with caption_column; there are texts in: says, licence' in no_caption
     assert 'Name it with image_column; of type image: photo, mask' in load(dict(data='me/photos'))[0][0]
 
 def test_preset_flickr30k_trains(hub, run_on_hub, tmp_path):
-    small = ['--encoder_name', 'storybook-clip', '--tokenizer_name', 'storybook-qwen3', '--image_size', 64, '--training_size_limit', 30, '--max_steps', 2, '--max_caption_length', 12]
+    small = [
+        '--encoder_name',
+        'storybook-clip',
+        '--tokenizer_name',
+        'storybook-qwen3',
+        '--image_size',
+        64,
+        '--training_size_limit',
+        30,
+        '--max_steps',
+        2,
+        '--max_caption_length',
+        12,
+    ]
     done = run_on_hub('capnb_train', '--preset', 'flickr30k', *small)
     assert done.returncode == 0, done.stderr[-3000:]
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert metadata['data'] == dict(name='flickr30k', train=30, validation=10, test=10)
     assert 'Downloading nlphuji/flickr30k' in done.stderr
     before = hub.sent
-    judged = run_on_hub('capnb_eval', '--json_file', 'scores.json') # the same pictures are held back, and nothing more is downloaded
+    # the same pictures are held back, and nothing more is downloaded
+    judged = run_on_hub('capnb_eval', '--json_file', 'scores.json')
     assert judged.returncode == 0, judged.stderr[-3000:]
-    assert json.loads((tmp_path/'scores.json').read_text())['test']['rouge_l'] == pytest.approx(metadata['test']['rouge_l'], abs=1e-6) and hub.sent-before < 20_000
+    assert (
+        json.loads((tmp_path / 'scores.json').read_text())['test']['rouge_l']
+        == pytest.approx(metadata['test']['rouge_l'], abs=1e-6)
+        and hub.sent - before < 20_000
+    )
 
 # --- What goes wrong on the way
 
@@ -160,39 +270,80 @@ def test_a_cut_connection_goes_on(hub, load, whole, limit):
 
 @pytest.mark.parametrize('limit', [None, 200])
 def test_a_killed_download_goes_on(hub, environment, load, files, whole, tmp_path, limit):
-    "Killed in the second of two files: the first is not fetched again, with a limit neither are the groups of the second that were complete."
+    """Killed in the second of two files: the first is not fetched again, with a limit neither are the groups
+    of the second that were complete."""
     total = size(files, 'nlphuji/flickr30k')
     hub.pause = .02 # so that there is time to kill
-    process = subprocess.Popen([sys.executable, '-c', LOAD, json.dumps([dict(data='flickr30k', limit=limit)])], env=environment(**hub.environment(tmp_path/'home')), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while hub.sent < .75*total: time.sleep(.01); assert process.poll() is None, process.communicate()
-    process.kill(); process.communicate()
+    process = subprocess.Popen(
+        [sys.executable, '-c', LOAD, json.dumps([dict(data='flickr30k', limit=limit)])],
+        env=environment(**hub.environment(tmp_path / 'home')),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while hub.sent < .75*total:
+        time.sleep(.01)
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
     hub.pause = 0
     (found, sent), = load(dict(data='flickr30k', limit=limit))
     assert found == first(whole, limit, limit and 20) and sent < (.4 if limit else .55)*total, (sent, total)
 
-FAULTS = { # what is done to the hub, name of the data set, the error
-    'missing': (lambda hub: None, 'nobody/nothing', 'FileNotFoundError: data set nobody/nothing: there is none of this name on the hub, or it is private; check the name, or log in with `hf auth login`'),
-    'revision': (lambda hub: hub.repos['datasets','nlphuji/flickr30k'].revisions.discard('refs/convert/parquet'), 'flickr30k', 'FileNotFoundError: data set nlphuji/flickr30k: it has no such revision'),
-    'gated': (lambda hub: setattr(hub.repos['datasets','nlphuji/flickr30k'], 'gated', True), 'flickr30k', 'PermissionError: data set nlphuji/flickr30k: its terms must be accepted first; do so at http'),
-    'empty': (lambda hub: hub.add('me/nothing', {'notes.txt~': b''}), 'me/nothing', 'FileNotFoundError: data set me/nothing: it has not the files that are needed'),
-    'broken': (lambda hub: setattr(hub, 'status', 500), 'flickr30k', 'ConnectionError: data set nlphuji/flickr30k: the hub answers with error 500; try again later'),
+FAULTS = {  # what is done to the hub, name of the data set, the error
+    'missing': (
+        lambda hub: None,
+        'nobody/nothing',
+        (
+            'FileNotFoundError: data set nobody/nothing: there is none of this name on the hub, or it is'
+            ' private; check the name, or log in with `hf auth login`'
+        ),
+    ),
+    'revision': (
+        lambda hub: hub.repos['datasets', 'nlphuji/flickr30k'].revisions.discard('refs/convert/parquet'),
+        'flickr30k',
+        'FileNotFoundError: data set nlphuji/flickr30k: it has no such revision',
+    ),
+    'gated': (
+        lambda hub: setattr(hub.repos['datasets', 'nlphuji/flickr30k'], 'gated', True),
+        'flickr30k',
+        'PermissionError: data set nlphuji/flickr30k: its terms must be accepted first; do so at http',
+    ),
+    'empty': (
+        lambda hub: hub.add('me/nothing', {'notes.txt~': b''}),
+        'me/nothing',
+        'FileNotFoundError: data set me/nothing: it has not the files that are needed',
+    ),
+    'broken': (
+        lambda hub: setattr(hub, 'status', 500),
+        'flickr30k',
+        'ConnectionError: data set nlphuji/flickr30k: the hub answers with error 500; try again later',
+    ),
 }
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_hub_fault_is_told(hub, load, fault):
     spoil, name, message = FAULTS[fault]
     spoil(hub)
-    for told,_ in load(dict(data=name), dict(data=name, limit=30)): assert told.startswith(message) and len(told.splitlines()) == 1
+    for told,_ in load(dict(data=name), dict(data=name, limit=30)):
+        assert told.startswith(message) and len(told.splitlines()) == 1
 
-LOCAL = '--encoder_name storybook-clip --tokenizer_name storybook-qwen3 --image_size 64'.split() # models that need no hub
+# models that need no hub
+LOCAL = '--encoder_name storybook-clip --tokenizer_name storybook-qwen3 --image_size 64'.split()
 
-@pytest.mark.parametrize('fault,word', [('gated', 'hf auth login'), ('closed', 'cannot be reached; check the network')])
+@pytest.mark.parametrize(
+    'fault,word', [('gated', 'hf auth login'), ('closed', 'cannot be reached; check the network')]
+)
 def test_hub_fault_is_one_line_of_the_command(hub, run, tmp_path, fault, word):
     env = hub.environment(tmp_path/'home')
-    if fault=='gated': hub.repos['datasets','nlphuji/flickr30k'].gated = True
-    else: env['HF_ENDPOINT'] = 'http://127.0.0.1:9' # where nobody listens
+    if fault=='gated':
+        hub.repos['datasets','nlphuji/flickr30k'].gated = True
+    else:
+        env['HF_ENDPOINT'] = 'http://127.0.0.1:9' # where nobody listens
     done = run('capnb_train', '--preset', 'flickr30k', *LOCAL, cwd=tmp_path, env=env)
-    assert (done.returncode, done.stdout) == (1, '') and len(done.stderr.splitlines()) == 1, done.stderr[-3000:]
+    assert (done.returncode, done.stdout) == (1, '') and len(done.stderr.splitlines()) == 1, done.stderr[
+        -3000:
+    ]
     assert done.stderr.startswith('train: data set nlphuji/flickr30k: ') and word in done.stderr
 
 FULL = '''import errno
@@ -201,65 +352,120 @@ def full(*args, **more): raise OSError(errno.ENOSPC, 'No space left on device')
 {where} = full
 data.load_data('flickr30k', limit={limit})'''
 
-@pytest.mark.parametrize('where,limit', [('data.atomic_write', 30), ('import huggingface_hub.file_download as d; d.http_get', None), ('import datasets.arrow_writer as d; d.ArrowWriter.write_table', None)])
+@pytest.mark.parametrize(
+    'where,limit',
+    [
+        ('data.atomic_write', 30),
+        ('import huggingface_hub.file_download as d; d.http_get', None),
+        ('import datasets.arrow_writer as d; d.ArrowWriter.write_table', None),
+    ],
+)
 def test_a_full_disk_is_told(hub, environment, tmp_path, where, limit):
     "At each place that writes: our own parts, the cache of the hub, the cache of `datasets`."
-    done = subprocess.run([sys.executable, '-c', FULL.format(where=where, limit=limit)], env=environment(**hub.environment(tmp_path/'home')), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', FULL.format(where=where, limit=limit)],
+        env=environment(**hub.environment(tmp_path / 'home')),
+        capture_output=True,
+        text=True,
+    )
     told = done.stderr.splitlines()[-1]
-    assert done.returncode and 'OSError: data set nlphuji/flickr30k: no space is left on the disk' in told and 'HF_HOME' in told
+    assert (
+        done.returncode
+        and 'OSError: data set nlphuji/flickr30k: no space is left on the disk' in told
+        and 'HF_HOME' in told
+    )
 
 # --- Folders as they come out of archives
 
 def pictures(folder, names):
     folder.mkdir(parents=True, exist_ok=True)
-    for i,name in enumerate(names): (folder/name).write_bytes(jpeg(i))
+    for i,name in enumerate(names):
+        (folder/name).write_bytes(jpeg(i))
 
 def flickr_csv(folder, names):
     "Flickr30k's own table, with the row that lacks its separator, and pictures one folder further down."
     pictures(folder/'flickr30k_images', names)
     rows = [f'{name}| {k}| {BOOK.captions(i)[k]}' for i,name in enumerate(names) for k in range(5)]
     rows[19] = rows[19].replace('| 4|', '| 4  ')
-    (folder/'results.csv').write_text('image_name| comment_number| comment\n' + '\n'.join(rows) + '\n', encoding='utf-8')
+    (folder / 'results.csv').write_text(
+        'image_name| comment_number| comment\n' + '\n'.join(rows) + '\n', encoding='utf-8'
+    )
 
 def flickr_token(folder, names):
     pictures(folder/'Images', names)
-    (folder/'Flickr8k.token.txt').write_text(''.join(f'{name}#{k}\t{BOOK.captions(i)[k]}\n' for i,name in enumerate(names) for k in range(5)), encoding='utf-8')
+    (folder / 'Flickr8k.token.txt').write_text(
+        ''.join(f'{name}#{k}\t{BOOK.captions(i)[k]}\n' for i, name in enumerate(names) for k in range(5)),
+        encoding='utf-8',
+    )
 
 def karpathy(folder, names):
     pictures(folder/'val2014', names)
-    images = [dict(filename=name, filepath='val2014', split=('train','restval','val','test')[i%4], sentences=[dict(raw=c, tokens=c.split()) for c in BOOK.captions(i)[:5]]) for i,name in enumerate(names)]
+    images = [
+        dict(
+            filename=name,
+            filepath='val2014',
+            split=('train', 'restval', 'val', 'test')[i % 4],
+            sentences=[dict(raw=c, tokens=c.split()) for c in BOOK.captions(i)[:5]],
+        )
+        for i, name in enumerate(names)
+    ]
     (folder/'dataset_coco.json').write_text(json.dumps(dict(dataset='coco', images=images)), encoding='utf-8')
 
 def coco(folder, names):
     for split,part in (('train', names[:28]), ('val', names[28:])):
         pictures(folder/f'{split}2017', part)
         images = [dict(id=100+i, file_name=name, height=64) for i,name in enumerate(part)]
-        annotations = [dict(id=i, image_id=100+i//5, caption=BOOK.captions(i//5)[i%5]) for i in range(5*len(part))]
+        annotations = [
+            dict(id=i, image_id=100 + i // 5, caption=BOOK.captions(i // 5)[i % 5])
+            for i in range(5 * len(part))
+        ]
         (folder/'annotations').mkdir(exist_ok=True)
-        (folder/'annotations'/f'captions_{split}2017.json').write_text(json.dumps(dict(images=images, annotations=annotations)), encoding='utf-8')
+        (folder / 'annotations' / f'captions_{split}2017.json').write_text(
+            json.dumps(dict(images=images, annotations=annotations)), encoding='utf-8'
+        )
 
 def imagefolder(folder, names):
     for split,part in (('train', names[:28]), ('validation', names[28:32]), ('test', names[32:])):
         pictures(folder/split, part)
-        (folder/split/'metadata.jsonl').write_text(''.join(json.dumps(dict(file_name=name, text=BOOK.captions(i)[0]))+'\n' for i,name in enumerate(part)), encoding='utf-8')
+        (folder / split / 'metadata.jsonl').write_text(
+            ''.join(
+                json.dumps(dict(file_name=name, text=BOOK.captions(i)[0])) + '\n'
+                for i, name in enumerate(part)
+            ),
+            encoding='utf-8',
+        )
 
-LAYOUTS = { # how it is written, then pictures in each split and captions of a picture
-    flickr_csv: (dict(train=32, validation=4, test=4), 5), flickr_token: (dict(train=32, validation=4, test=4), 5), karpathy: (dict(train=20, validation=10, test=10), 5),
-    coco: (dict(train=28, validation=12), 5), imagefolder: (dict(train=28, validation=4, test=8), 1)}
+LAYOUTS = {  # how it is written, then pictures in each split and captions of a picture
+    flickr_csv: (dict(train=32, validation=4, test=4), 5),
+    flickr_token: (dict(train=32, validation=4, test=4), 5),
+    karpathy: (dict(train=20, validation=10, test=10), 5),
+    coco: (dict(train=28, validation=12), 5),
+    imagefolder: (dict(train=28, validation=4, test=8), 1),
+}
 
 @pytest.mark.parametrize('write', LAYOUTS)
 def test_layouts(write, tmp_path):
     names, (sizes, captions) = [f'{2000+i}.jpg' for i in range(40)], LAYOUTS[write]
     write(tmp_path/'set', names)
     if write is flickr_csv:
-        with pytest.raises(ValueError, match=r"results.csv: line 21: no caption for '2003.jpg'"): load_data(tmp_path/'set')
+        with pytest.raises(ValueError, match=r"results.csv: line 21: no caption for '2003.jpg'"):
+            load_data(tmp_path/'set')
     found = load_data(tmp_path/'set', bad_rows='skip')
     assert {split: len(rows) for split,rows in found.items()} == sizes
     rows = [row for part in found.values() for row in part]
     assert len({Path(row['image_id']).name for row in rows}) == len(rows) == 40
-    assert all(len(row['captions']) == captions or write is flickr_csv and row['image_id']=='2003.jpg' and len(row['captions'])==4 for row in rows)
+    assert all(
+        len(row['captions']) == captions
+        or write is flickr_csv
+        and row['image_id'] == '2003.jpg'
+        and len(row['captions']) == 4
+        for row in rows
+    )
     if write in (flickr_csv, flickr_token, karpathy):
-        for row in rows: assert row['captions'][0] == ' '.join(BOOK.captions(int(Path(row['image_id']).stem)-2000)[0].split())
+        for row in rows:
+            assert row['captions'][0] == ' '.join(
+                BOOK.captions(int(Path(row['image_id']).stem) - 2000)[0].split()
+            )
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
@@ -276,26 +482,57 @@ def album(tmp_path_factory):
 def test_check_names_every_bad_row(call, album):
     done = call('capnb_data', 'check', album, '--json_file', 'found.json', cwd=album.parent)
     told = [line for line in done.stdout.splitlines() if line.startswith('bad: ')]
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'data: 4 bad rows in {album}; train with --bad_rows skip to leave them out'
+    assert (
+        done.returncode == 1
+        and done.stderr.splitlines()[-1]
+        == f'data: 4 bad rows in {album}; train with --bad_rows skip to leave them out'
+    )
     table = album/'captions.csv'
-    for words in (f"{table}: line 42: there is no picture '40.jpg'", f"{table}: line 43: no caption for '3.jpg'", f"{table}: line 9: {album/'7.jpg'} is not a readable picture", f"{table}: line 11: {album/'9.jpg'} is not a readable picture"):
+    for words in (
+        f"{table}: line 42: there is no picture '40.jpg'",
+        f"{table}: line 43: no caption for '3.jpg'",
+        f"{table}: line 9: {album/'7.jpg'} is not a readable picture",
+        f"{table}: line 11: {album/'9.jpg'} is not a readable picture",
+    ):
         assert sum(words in line for line in told) == 1, (words, told)
     found = json.loads((album.parent/'found.json').read_text(encoding='utf-8'))
     assert len(found['bad']) == len(told) == 4 and sum(s['images'] for s in found['splits'].values()) == 38
-    assert found['splits']['train']['smallest'] == found['splits']['train']['largest'] == [64, 64] and found['splits']['train']['captions_per_image'] == {'1': found['splits']['train']['images']}
+    assert found['splits']['train']['smallest'] == found['splits']['train']['largest'] == [64, 64] and found[
+        'splits'
+    ]['train']['captions_per_image'] == {'1': found['splits']['train']['images']}
 
 def test_check_of_good_data_and_of_the_hub(run, hub, tmp_path):
-    done = run('capnb_data', 'check', 'flickr30k', '--limit', 30, cwd=tmp_path, env=hub.environment(tmp_path/'home'))
+    done = run(
+        'capnb_data',
+        'check',
+        'flickr30k',
+        '--limit',
+        30,
+        cwd=tmp_path,
+        env=hub.environment(tmp_path / 'home'),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'train: 30 images, 150 captions (30 images with 5); from 64×64 to 64×64 pixels' in done.stdout and '1000.jpg: ' in done.stdout
+    assert (
+        'train: 30 images, 150 captions (30 images with 5); from 64×64 to 64×64 pixels' in done.stdout
+        and '1000.jpg: ' in done.stdout
+    )
 
 def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     small = ['--data', album, '--max_steps', 1, '--num_epochs', 1]
     done = call('capnb_train', *small, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip() == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg'); line 43: no caption for '3.jpg'"
+    assert (
+        done.returncode == 1
+        and done.stderr.strip()
+        == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg');"
+        " line 43: no caption for '3.jpg'"
+    )
     done = call('capnb_train', *small, '--bad_rows', 'skip', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[0] == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg')"
+    assert (
+        done.stdout.splitlines()[0]
+        == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is"
+        " no picture '40.jpg' (the nearest is '4.jpg')"
+    )
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert sum(metadata['data'][split] for split in ('train','validation','test')) == 38
     assert metadata['data']['num_skipped'] == 4
@@ -313,4 +550,6 @@ def test_rows_of_no_split_on_the_hub_are_not_used(hub, load):
     rows[5]['split'] = rows[6]['split'] = ''
     hub.add('me/some', {'data/test-00000-of-00001.parquet': parquet(rows, FLICKR30K)})
     for found,_ in load(dict(data='me/some'), dict(data='me/some', limit=25)):
-        assert set(found) == {'train', 'validation', 'test'} and not {'1005.jpg', '1006.jpg'} & {name for names in ids(found).values() for name in names}
+        assert set(found) == {'train', 'validation', 'test'} and not {'1005.jpg', '1006.jpg'} & {
+            name for names in ids(found).values() for name in names
+        }

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from capnb.insight.decoder_families import agrees, compare_families, compare_family, default_config, tiny_config
-from capnb.settings import model_path
+from capnb.insight.decoder_families import (
+    agrees, compare_families, compare_family, default_config, tiny_config
+)
+from capnb.hub import model_path
 from capnb.decoder import caption_loss, token_nll, head_is_plain, load_decoder, tokenize_captions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,57 +25,104 @@ def saved(folder, tokenizer, kind, pad_is_zero=True, **settings):
     config = tiny_config(kind)
     config.update(settings)
     model = AutoModelForCausalLM.from_config(config)
-    for p in model.parameters(): p.data += .2*torch.randn_like(p)
-    if pad_is_zero: model.get_input_embeddings().weight.data[0] = 0
+    for p in model.parameters():
+        p.data += .2*torch.randn_like(p)
+    if pad_is_zero:
+        model.get_input_embeddings().weight.data[0] = 0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return load_decoder(str(folder), device='cpu')
 
-FAMILIES = { # with what their makers set and the defaults leave out
-    'cohere': dict(logit_scale=.0625), 'granite': dict(logits_scaling=8.), 'gemma2': dict(final_logit_softcapping=5.), 'vaultgemma': dict(final_logit_softcapping=30.),
-    'qwen3': {}, 'llama': {}, 'gpt2': {}, 'opt': {}, 'gemma3_text': {}, 'llama4_text': {}, 'inkling_text': {}, 'bloom': {}, 'mamba': {}}
+FAMILIES = {  # with what their makers set and the defaults leave out
+    'cohere': dict(logit_scale=0.0625),
+    'granite': dict(logits_scaling=8.0),
+    'gemma2': dict(final_logit_softcapping=5.0),
+    'vaultgemma': dict(final_logit_softcapping=30.0),
+    'qwen3': {},
+    'llama': {},
+    'gpt2': {},
+    'opt': {},
+    'gemma3_text': {},
+    'llama4_text': {},
+    'inkling_text': {},
+    'bloom': {},
+    'mamba': {},
+}
 
 @pytest.mark.parametrize('pad_is_zero', [True, False], ids=['zero row', 'no zero row'])
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_the_loss_is_the_models_own(kind, pad_is_zero, tokenizer, tmp_path):
     decoder, tokenizer = saved(tmp_path, tokenizer, kind, pad_is_zero, **FAMILIES[kind])
     ids, mask = tokenize_captions(tokenizer, ['A red cat in the snow.', 'A dog.'])
-    prefix = decoder.get_input_embeddings()(torch.randint(590, (2, 3), generator=torch.Generator().manual_seed(1))).detach().requires_grad_()
+    prefix = (
+        decoder.get_input_embeddings()(torch.randint(590, (2, 3), generator=torch.Generator().manual_seed(1)))
+        .detach()
+        .requires_grad_()
+    )
     joined = torch.cat([prefix, decoder.get_input_embeddings()(ids)], 1)
-    seen, labels = torch.cat([mask.new_ones(2, 3), mask], 1), torch.cat([ids.new_full((2, 3), -100), ids.masked_fill(mask == 0, -100)], 1)
+    seen, labels = torch.cat([mask.new_ones(2, 3), mask], 1), torch.cat(
+        [ids.new_full((2, 3), -100), ids.masked_fill(mask == 0, -100)], 1
+    )
     own = decoder(inputs_embeds=joined, attention_mask=seen, labels=labels).loss
     ours = caption_loss(decoder, prefix, ids, mask)
     assert ours.item() == pytest.approx(own.item(), abs=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, prefix)[0] for loss in (ours, own)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, prefix)[0] for loss in (ours, own)), atol=1e-5, rtol=1e-4
+    )
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize('kind, settings, plain', [
-    ('gemma2', dict(final_logit_softcapping=None), True), ('gemma2', dict(final_logit_softcapping=30.), False), ('gemma2', dict(final_logit_softcapping=300.), False),
-    ('cohere', dict(logit_scale=1.), True), ('cohere', dict(logit_scale=.9), False), ('granite', dict(logits_scaling=1.), True), ('granite', dict(logits_scaling=1.1), False),
-    ('llama', {}, True), ('phi', {}, True)]) # Phi's head has a bias
+@pytest.mark.parametrize(
+    'kind, settings, plain',
+    [
+        ('gemma2', dict(final_logit_softcapping=None), True),
+        ('gemma2', dict(final_logit_softcapping=30.0), False),
+        ('gemma2', dict(final_logit_softcapping=300.0), False),
+        ('cohere', dict(logit_scale=1.0), True),
+        ('cohere', dict(logit_scale=0.9), False),
+        ('granite', dict(logits_scaling=1.0), True),
+        ('granite', dict(logits_scaling=1.1), False),
+        ('llama', {}, True),
+        ('phi', {}, True),
+    ],
+)  # Phi's head has a bias
 def test_a_head_is_plain_where_nothing_is_done_to_its_logits(kind, settings, plain, dtype):
     torch.manual_seed(0)
     config = tiny_config(kind)
     config.update(settings)
     decoder = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     decoder.get_input_embeddings().weight.data[0] = 0
-    for p in decoder.parameters(): p.data += .01*torch.randn_like(p) # small, as a cap hides best behind small logits
+    for p in decoder.parameters():
+        p.data += .01*torch.randn_like(p) # small, as a cap hides best behind small logits
     assert head_is_plain(decoder.requires_grad_(False)) == plain
 
 def test_a_decoder_that_looks_ahead_is_refused_by_name(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match='BertGenerationDecoder.* looks at what comes after a token, too.*is_decoder'): saved(tmp_path, tokenizer, 'bert-generation')
+    with pytest.raises(
+        ValueError, match='BertGenerationDecoder.* looks at what comes after a token, too.*is_decoder'
+    ):
+        saved(tmp_path, tokenizer, 'bert-generation')
     saved(tmp_path/'set', tokenizer, 'bert-generation', is_decoder=True)
 
 def test_a_decoder_whose_positions_are_not_heeded_gets_a_row_for_each_caption(tokenizer, tmp_path):
-    "It takes position_ids, but counts by itself: two captions in a row would stand at other positions than alone."
+    """It takes position_ids, but counts by itself: two captions in a row would stand at other positions than
+    alone."""
     decoder, tokenizer = saved(tmp_path, tokenizer, 'llama')
     rotary = decoder.model.rotary_emb.forward
-    decoder.model.rotary_emb.forward = lambda x, position_ids: rotary(x, torch.arange(x.shape[1]).expand(len(position_ids), -1))
+    decoder.model.rotary_emb.forward = lambda x, position_ids: rotary(
+        x, torch.arange(x.shape[1]).expand(len(position_ids), -1)
+    )
     ids, mask = tokenize_captions(tokenizer, ['A red cat.', 'A dog in the snow.'])
     prefix = torch.randn(1, 3, 32)
-    own = [decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(i[None])], 1), labels=torch.cat([torch.full((1, 3), -100), i[None].masked_fill(m == 0, -100)], 1)).loss*m.sum()
-           for i, m in zip(ids, mask)]
-    assert caption_loss(decoder, prefix, ids, mask).item() == pytest.approx((sum(own)/mask.sum()).item(), abs=1e-5)
+    own = [
+        decoder(
+            inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(i[None])], 1),
+            labels=torch.cat([torch.full((1, 3), -100), i[None].masked_fill(m == 0, -100)], 1),
+        ).loss
+        * m.sum()
+        for i, m in zip(ids, mask)
+    ]
+    assert caption_loss(decoder, prefix, ids, mask).item() == pytest.approx(
+        (sum(own) / mask.sum()).item(), abs=1e-5
+    )
 
 @pytest.mark.parametrize('kind', ['git', 'rwkv', 'deepseek_v4', 'gemma3n_text'])
 def test_what_cannot_read_vectors_is_refused_in_one_line(kind):
@@ -81,25 +130,44 @@ def test_what_cannot_read_vectors_is_refused_in_one_line(kind):
     assert list(row) == ['refused'] and '\n' not in row['refused'] and f"decoder '{kind}'" in row['refused']
 
 def test_no_family_of_the_table_differs():
-    assert [kind for kind, row in table()['families'].items() if not (agrees(row) or row.keys() & {'refused', 'not_built'})] == []
+    assert [
+        kind
+        for kind, row in table()['families'].items()
+        if not (agrees(row) or row.keys() & {'refused', 'not_built'})
+    ] == []
     assert sum(map(agrees, table()['families'].values())) > 130
 
 def test_a_family_that_crashes_or_hangs_does_not_stop_the_others(monkeypatch):
     rows = compare_families(['no_such_family', 'gpt2'], processes=1)
     assert 'KeyError' in rows['no_such_family']['failed'] and agrees(rows['gpt2'])
-    assert compare_families(['qwen3_next'], seconds=.01) == {'qwen3_next': dict(failed='no answer within 0.01 s')}
+    assert compare_families(['qwen3_next'], seconds=0.01) == {
+        'qwen3_next': dict(failed='no answer within 0.01 s')
+    }
 
 @pytest.mark.slow
 def test_every_family_is_in_the_table_and_as_it_says():
     said = table()['families']
-    assert [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in said] == [], 'new families: run capnb_decoders'
-    what = lambda row: 'agrees' if agrees(row) else '/'.join(row.keys() & {'refused', 'not_built', 'failed'}) or 'differs'
-    assert {kind: what(row) for kind, row in compare_families().items()} == {kind: what(row) for kind, row in said.items()}
+    assert [
+        kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in said
+    ] == [], 'new families: run capnb_decoders'
+    what = lambda row: (
+        'agrees' if agrees(row) else '/'.join(row.keys() & {'refused', 'not_built', 'failed'}) or 'differs'
+    )
+    assert {kind: what(row) for kind, row in compare_families().items()} == {
+        kind: what(row) for kind, row in said.items()
+    }
 
 def test_a_window_over_columns_of_a_row(tokenizer, tmp_path):
-    "GPT-Neo looks back over so many columns of the row it reads, in which other captions may lie between a caption and its image."
-    decoder, tokenizer = saved(tmp_path, tokenizer, 'gpt_neo', window_size=32) # longer than what a decoder is tried with
-    ids, mask = tokenize_captions(tokenizer, [f'A {word} cat in the snow and a dog in the meadow at night.' for word in ('red', 'blue', 'green')])
-    prefix = decoder.get_input_embeddings()(torch.randint(590, (1, 3), generator=torch.Generator().manual_seed(1))).detach()
+    """GPT-Neo looks back over so many columns of the row it reads, in which other captions may lie between a
+    caption and its image."""
+    # longer than what a decoder is tried with
+    decoder, tokenizer = saved(tmp_path, tokenizer, 'gpt_neo', window_size=32)
+    ids, mask = tokenize_captions(
+        tokenizer,
+        [f'A {word} cat in the snow and a dog in the meadow at night.' for word in ('red', 'blue', 'green')],
+    )
+    prefix = decoder.get_input_embeddings()(
+        torch.randint(590, (1, 3), generator=torch.Generator().manual_seed(1))
+    ).detach()
     alone = torch.cat([token_nll(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
     torch.testing.assert_close(token_nll(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)

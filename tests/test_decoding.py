@@ -12,52 +12,81 @@ GOOD = [saved(scene(random.Random(i)), 'PNG') for i in range(10)]
 
 @pytest.fixture(scope='module')
 def pool():
-    with DecodingPool(2) as pool: yield pool
+    with DecodingPool(2) as pool:
+        yield pool
 
-def same(image, source): return image.size == open_image(source).size and image.tobytes() == open_image(source).tobytes()
+def same(image, source):
+    return image.size == open_image(source).size and image.tobytes() == open_image(source).tobytes()
 
 def said(do):
-    try: return do().tobytes()
-    except ValueError as e: return str(e)
+    try:
+        return do().tobytes()
+    except ValueError as e:
+        return str(e)
 
 def until(true, seconds=20):
     end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end: time.sleep(.05)
+    while not true() and time.monotonic() < end:
+        time.sleep(.05)
     return true()
 
 @pytest.mark.filterwarnings('ignore')
 def test_a_child_says_what_open_image_says(pool):
     files = list(damaged(60, seed=1))
-    answers = [a if isinstance(a, ValueError) else a.tobytes() for a in pool.map([ImageFile(f.data, f.name) for f in files])]
-    assert [str(a) if isinstance(a, ValueError) else a for a in answers] == [said(lambda: open_image(f.data, f.name)) for f in files]
+    answers = [
+        a if isinstance(a, ValueError) else a.tobytes()
+        for a in pool.map([ImageFile(f.data, f.name) for f in files])
+    ]
+    assert [str(a) if isinstance(a, ValueError) else a for a in answers] == [
+        said(lambda: open_image(f.data, f.name)) for f in files
+    ]
 
 def test_paths_and_images(pool, tmp_path):
     (tmp_path/'a cat é.png').write_bytes(GOOD[0])
-    assert same(pool.open(tmp_path/'a cat é.png'), GOOD[0]) and same(pool.open(str(tmp_path/'a cat é.png')), GOOD[0])
+    assert same(pool.open(tmp_path / 'a cat é.png'), GOOD[0]) and same(
+        pool.open(str(tmp_path / 'a cat é.png')), GOOD[0]
+    )
     assert same(pool.open(Image.open(io.BytesIO(GOOD[1]))), GOOD[1])
-    with pytest.raises(ValueError, match='no.png is not a readable picture: .*No such file'): pool.open(tmp_path/'no.png')
-    with pytest.raises(ValueError, match='is not a readable picture: it is no file'): pool.open(tmp_path)
+    with pytest.raises(ValueError, match='no.png is not a readable picture: .*No such file'):
+        pool.open(tmp_path/'no.png')
+    with pytest.raises(ValueError, match='is not a readable picture: it is no file'):
+        pool.open(tmp_path)
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='the system has no FIFOs')
 def test_a_fifo_is_no_image(pool, tmp_path):
     os.mkfifo(tmp_path/'x.png')
-    with pytest.raises(ValueError, match='it is no file'): open_image(tmp_path/'x.png')
+    with pytest.raises(ValueError, match='it is no file'):
+        open_image(tmp_path/'x.png')
 
 def test_children_know_nothing_of_torch(pool):
     pool.open(GOOD[0])
     for child in pool.children:
-        try: maps = [m.path for m in psutil.Process(child.process.pid).memory_maps()]
-        except AttributeError: pytest.skip('this system does not tell')
+        try:
+            maps = [m.path for m in psutil.Process(child.process.pid).memory_maps()]
+        except AttributeError:
+            pytest.skip('this system does not tell')
         assert any('_imaging' in path for path in maps) and not any('torch' in path for path in maps)
 
 def test_importing_it_imports_nothing_heavy():
-    code = "import sys, capnb.images; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, capnb.images; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m"
+        " in sys.modules])"
+    )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 def test_a_child_that_hangs_costs_one_image():
     with DecodingPool(2, seconds=1.) as pool:
-        found = list(pool.map([ImageFile(*file) for file in zip([GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl')]))
-        assert [str(e) for e in found if isinstance(e, ValueError)] == [f'{name} is not a readable picture: decoding it took longer than 1 seconds' for name in 'bl']
+        found = list(
+            pool.map(
+                [
+                    ImageFile(*file)
+                    for file in zip([GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl')
+                ]
+            )
+        )
+        assert [str(e) for e in found if isinstance(e, ValueError)] == [
+            f'{name} is not a readable picture: decoding it took longer than 1 seconds' for name in 'bl'
+        ]
         assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD))
         assert len(pool.children) <= 2
 
@@ -66,7 +95,8 @@ def test_a_child_that_dies_costs_one_image():
         bomb = pool.submit(scan_bomb(), 'bomb')
         assert until(lambda: pool.children and next(iter(pool.children)).deadline)
         next(iter(pool.children)).process.kill()
-        with pytest.raises(ValueError, match='bomb is not a readable picture: its decoder died'): bomb.result()
+        with pytest.raises(ValueError, match='bomb is not a readable picture: its decoder died'):
+            bomb.result()
         assert same(pool.open(GOOD[0]), GOOD[0])
         idle = next(iter(pool.children)).process
         idle.kill()
@@ -76,7 +106,10 @@ def test_a_child_that_dies_costs_one_image():
 @pytest.mark.skipif(sys.platform != 'linux', reason='the system does not limit memory as Linux does')
 def test_a_child_has_a_limit_of_memory():
     with DecodingPool(1, memory=2**28) as pool:
-        with pytest.raises(ValueError, match='big is not a readable picture: it needs more memory than there is'): pool.open(one_colour(9000), 'big')
+        with pytest.raises(
+            ValueError, match='big is not a readable picture: it needs more memory than there is'
+        ):
+            pool.open(one_colour(9000), 'big')
         assert same(pool.open(GOOD[0]), GOOD[0])
 
 def test_large_images_come_one_after_the_other(monkeypatch):
@@ -84,29 +117,41 @@ def test_large_images_come_one_after_the_other(monkeypatch):
     with DecodingPool(2) as pool:
         with pool.large:
             waits = pool.submit(GOOD[0])
-            assert same(pool.open(saved(scene(random.Random(0), (20, 20)), 'PNG')), saved(scene(random.Random(0), (20, 20)), 'PNG'))
+            assert same(
+                pool.open(saved(scene(random.Random(0), (20, 20)), 'PNG')),
+                saved(scene(random.Random(0), (20, 20)), 'PNG'),
+            )
             assert not waits.done()
         assert same(waits.result(), GOOD[0])
 
 def test_limits_of_pixels(pool):
-    with pytest.raises(TooManyPixels, match='9.0 million pixels, and 1 million are allowed'): pool.open(one_colour(3000), pixels=1e6)
-    with pytest.raises(TooManyPixels): pool.open(one_colour(20_000, '1'))
+    with pytest.raises(TooManyPixels, match='9.0 million pixels, and 1 million are allowed'):
+        pool.open(one_colour(3000), pixels=1e6)
+    with pytest.raises(TooManyPixels):
+        pool.open(one_colour(20_000, '1'))
     small = pool.open(one_colour(3000), min_side=100)
     assert (small.size, small.info['original_size']) == ((188, 188), (3000, 3000)) # a 16th of it
 
 def test_a_file_of_two_kinds_is_one_kind_to_all(pool):
     file = two_in_one()
-    assert Image.open(io.BytesIO(file), formats=['FLI', 'TIFF']).size == (13_000, 13_000) # to who does not say what may come
+    # to who does not say what may come
+    assert Image.open(io.BytesIO(file), formats=['FLI', 'TIFF']).size == (13_000, 13_000)
     assert measure_image(file) == pool.open(file).size == open_image(file).size == (8, 8)
 
 def test_a_child_cannot_send_what_is_no_answer():
     with DecodingPool(1) as lied:
-        for answer in (b'', b'\xff'*12, b'\0\0\0\2' + bytes(8) + b'[]', b'\0\0\0\x17' + bytes(8) + b'{"size": [9999, 9999]} '):
+        for answer in (
+            b'',
+            b'\xff' * 12,
+            b'\0\0\0\2' + bytes(8) + b'[]',
+            b'\0\0\0\x17' + bytes(8) + b'{"size": [9999, 9999]} ',
+        ):
             lied.open(GOOD[0])
             child = next(iter(lied.children))
             child.process.stdout.close()
             child.process.stdout = io.BufferedReader(io.BytesIO(answer))
-            with pytest.raises(ValueError, match='its decoder died'): lied.open(GOOD[0])
+            with pytest.raises(ValueError, match='its decoder died'):
+                lied.open(GOOD[0])
             assert same(lied.open(GOOD[1]), GOOD[1])
 
 def test_what_waits_can_be_cancelled():
@@ -117,8 +162,10 @@ def test_what_waits_can_be_cancelled():
         assert first.exception() and second.cancelled()
 
 def test_a_closed_pool_has_no_children():
-    with DecodingPool(2) as pool: children = [c.process for c in pool.children if list(pool.map(GOOD))]
-    with pytest.raises(RuntimeError, match='closed'): pool.open(GOOD[0])
+    with DecodingPool(2) as pool:
+        children = [c.process for c in pool.children if list(pool.map(GOOD))]
+    with pytest.raises(RuntimeError, match='closed'):
+        pool.open(GOOD[0])
     assert all(process.poll() is not None for process in children)
 
 SCRIPT = """
@@ -140,8 +187,16 @@ if len(sys.argv) > 1:
 def script(tmp_path, environment):
     "A script without a guard, in a folder with modules that are named like others."
     (tmp_path/'work.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    for name in ('json', 'PIL', 'capnb'): (tmp_path/f'{name}.py').write_text('raise SystemExit("this is another one")')
-    def start(*args): return subprocess.Popen([sys.executable, '-P', tmp_path/'work.py', *args], stdout=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path)
+    for name in ('json', 'PIL', 'capnb'):
+        (tmp_path/f'{name}.py').write_text('raise SystemExit("this is another one")')
+    def start(*args):
+        return subprocess.Popen(
+            [sys.executable, '-P', tmp_path / 'work.py', *args],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            cwd=tmp_path,
+        )
     return start
 
 def test_a_script_needs_no_guard(script):
@@ -170,5 +225,6 @@ def test_a_child_that_is_stopped_is_replaced():
         bomb = pool.submit(scan_bomb(), 'bomb')
         assert until(lambda: pool.children and next(iter(pool.children)).deadline)
         os.kill(next(iter(pool.children)).process.pid, signal.SIGSTOP)
-        with pytest.raises(ValueError, match='bomb is not a readable picture: decoding it took longer'): bomb.result(timeout=20)
+        with pytest.raises(ValueError, match='bomb is not a readable picture: decoding it took longer'):
+            bomb.result(timeout=20)
         assert same(pool.open(GOOD[0]), GOOD[0])

@@ -11,7 +11,9 @@ each_chapter = pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 
 def cells(path):
     "The cells of a notebook as pairs of kind and source."
-    return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    return [
+        (c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+    ]
 
 def directives(source):
     "The directives on top of a cell, such as 'export' or 'eval: false', without `#|`."
@@ -25,30 +27,39 @@ def asked(kind, source):
     found = kind == 'code' and re.match(r'answer = \.\.\. # exercise (\d+)', body(source))
     return int(found[1]) if found else None
 
-def is_check(kind, source): return kind == 'code' and body(source).startswith('if answer is not ...:')
+def is_check(kind, source):
+    return kind == 'code' and body(source).startswith('if answer is not ...:')
 
 def answers(path):
     "The code of each answer that is folded away under a check, in order."
     text = '\n'.join(source for kind,source in cells(path) if kind == 'markdown')
     folded = re.findall(r'<details><summary>Answer</summary>(.*?)</details>', text, re.S)
-    return [block[1] if (block := re.search(r'^```python\n(.*?)^```$', fold, re.S|re.M)) else '' for fold in folded]
+    return [
+        block[1] if (block := re.search(r'^```python\n(.*?)^```$', fold, re.S | re.M)) else ''
+        for fold in folded
+    ]
 
 @each_chapter
 def test_exercises_are_whole(path):
-    "Two or three of them, each a question, a cell for the answer, a check, and an answer that is folded away, in this order."
+    """Two or three of them, each a question, a cell for the answer, a check, and an answer that is folded
+    away, in this order."""
     found, numbers = cells(path), []
     for i,(kind, source) in enumerate(found):
         if (n := asked(kind, source)) is None: continue
         numbers.append(n)
         assert found[i-1][0] == 'markdown' and f'**{n}.**' in found[i-1][1], f'exercise {n} asks nothing'
         assert is_check(*found[i+1]), f'exercise {n} has no check'
-        assert found[i+2][0] == 'markdown' and found[i+2][1].startswith('<details><summary>Answer</summary>'), f'exercise {n} has no answer'
-        for cell in (source, found[i+1][1]): assert directives(cell) == ['notest'], f'a cell of exercise {n} is not left out of the tests'
+        assert found[i + 2][0] == 'markdown' and found[i + 2][1].startswith(
+            '<details><summary>Answer</summary>'
+        ), f'exercise {n} has no answer'
+        for cell in (source, found[i+1][1]):
+            assert directives(cell) == ['notest'], f'a cell of exercise {n} is not left out of the tests'
     assert numbers in ([1,2], [1,2,3])
     assert len(numbers) == sum(is_check(*c) for c in found) == len(answers(path)) and all(answers(path))
 
 def attempt(n, answer, check):
-    "Lines that try the check of exercise `n` first with None, which it must refuse, and then with the answer."
+    """Lines that try the check of exercise `n` first with None, which it must refuse, and then with the
+    answer."""
     return f'''
 answer = None
 try:
@@ -63,12 +74,20 @@ print("exercise {n} passed")'''
 
 def indented(code): return '\n'.join('    ' + line for line in code.splitlines())
 
-# --- The notebook's own test runs all cells already. Here only those statements are run that the exercises need.
+# --- The notebook's own test runs all cells already. Here only those statements are run that the exercises
+# need.
 
 QUIET = r'print|test_\w+|(plt|fig|ax|axs|left|middle|right)\..*' # calls after which nothing is different
-FILES = { # statements, by their beginning, that write the files which a check reads: no name leads from one to the other
+# statements, by their beginning, that write the files which a check reads: no name leads from one to the
+# other
+FILES = {
     '35_commands': ('result = train(quick)', "print(shell('caption', 'page0.png'"),
-    '38_scale': ("print(caption_images(str(pages), str(here / 'captions'), trained.checkpoint, **small))", "(here / 'packed').mkdir()", 'for shard in range(2):', 'pq.write_table(pa.table(dict(image='),
+    '38_scale': (
+        "print(caption_images(str(pages), str(here / 'captions'), trained.checkpoint, **small))",
+        "(here / 'packed').mkdir()",
+        'for shard in range(2):',
+        'pq.write_table(pa.table(dict(image=',
+    ),
 }
 SHORTER = { # the length of a training that the answers do not depend on, and what it is here
     '07_evaluation': ('train=4000', 'train=1500'),
@@ -78,37 +97,60 @@ SHORTER = { # the length of a training that the answers do not depend on, and wh
 
 def looked_up(table):
     "The names that a piece of code, or a function in it, looks up in the notebook."
-    here = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table.get_type() == 'module')}
+    here = {
+        s.get_name()
+        for s in table.get_symbols()
+        if s.is_referenced() and (s.is_global() or table.get_type() == 'module')
+    }
     return here.union(*map(looked_up, table.get_children()))
 
 def changed_by(part):
-    "The parts of a statement whose objects `part` may change: it sets something in them, or calls for the sake of what that does."
-    if isinstance(part, (ast.Attribute, ast.Subscript)): return [part] if isinstance(part.ctx, ast.Store) else []
-    if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call): return [] if re.fullmatch(QUIET, ast.unparse(part.value.func)) else [part]
-    if isinstance(part, ast.Call) and ast.unparse(part.func) == 'fit': return [a for a in part.args[:1] if isinstance(a, ast.Name)] # trains this model, whatever becomes of the result
+    """The parts of a statement whose objects `part` may change: it sets something in them, or calls for the
+    sake of what that does."""
+    if isinstance(part, (ast.Attribute, ast.Subscript)):
+        return [part] if isinstance(part.ctx, ast.Store) else []
+    if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
+        return [] if re.fullmatch(QUIET, ast.unparse(part.value.func)) else [part]
+    if isinstance(part, ast.Call) and ast.unparse(part.func) == 'fit':
+        # trains this model, whatever becomes of the result
+        return [a for a in part.args[:1] if isinstance(a, ast.Name)]
     return [part] if isinstance(part, ast.AugAssign) else []
 
 def traffic(statement):
-    "The names that a statement takes from those before it, those that it binds, and those whose objects it may change."
+    """The names that a statement takes from those before it, those that it binds, and those whose objects it
+    may change."""
     table, parts = symtable.symtable(ast.unparse(statement), 'cell', 'exec'), list(ast.walk(statement))
     added_to = {n.target.id for n in parts if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
     binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     takes = (looked_up(table) | added_to & binds) - set(dir(builtins))
-    if isinstance(statement, (ast.For, ast.With, ast.If, ast.Try)): takes -= binds - added_to # here a name is bound before it is used
-    changes = set() if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else {n.id for p in parts for c in changed_by(p) for n in ast.walk(c) if isinstance(n, ast.Name)}
+    if isinstance(statement, (ast.For, ast.With, ast.If, ast.Try)):
+        takes -= binds - added_to # here a name is bound before it is used
+    changes = (
+        set()
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+        else {n.id for p in parts for c in changed_by(p) for n in ast.walk(c) if isinstance(n, ast.Name)}
+    )
     return takes, binds, takes & changes
 
 def needed(steps):
     "Of the steps of a script (statement, whether it must stay), those that the ones that must stay need."
-    inside = {s.name: traffic(s)[0] for s,_ in steps if isinstance(s, ast.FunctionDef)} # what a function takes when it is called
-    tools = {name for s,_ in steps if isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for name in traffic(s)[1]} # calling them changes other things than them
+    # what a function takes when it is called
+    inside = {s.name: traffic(s)[0] for s,_ in steps if isinstance(s, ast.FunctionDef)}
+    # calling them changes other things than them
+    tools = {
+        name
+        for s, _ in steps
+        if isinstance(s, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+        for name in traffic(s)[1]
+    }
     wanted, kept = set(), []
     for statement,stays in reversed(steps):
         takes, binds, changes = traffic(statement)
         if not stays and not wanted & (binds | changes - tools): continue
         kept.append(statement)
         wanted = wanted - (binds - changes) | takes
-        while more := set().union(*(inside[f] for f in wanted & inside.keys())) - wanted: wanted |= more
+        while more := set().union(*(inside[f] for f in wanted & inside.keys())) - wanted:
+            wanted |= more
     return kept[::-1]
 
 def script(path):
@@ -118,36 +160,60 @@ def script(path):
         if kind != 'code' or 'nbdev_export(' in source: continue
         n, code, check = asked(kind, source) or n, body(source), is_check(kind, source)
         if not check and SKIPPED & set(directives(source)): continue
-        always = check or 'export' in directives(source) or bool(os.environ.get('CAPNB_SLOW')) # with CAPNB_SLOW all of them
+        # with CAPNB_SLOW all of them
+        always = check or 'export' in directives(source) or bool(os.environ.get('CAPNB_SLOW'))
         for s in ast.parse(attempt(n, next(answer), code) if check else code).body:
-            steps.append((s, always or isinstance(s, (ast.Import, ast.ImportFrom)) or ast.unparse(s).startswith(('torch.manual_seed(', *FILES.get(path.stem, ())))))
+            steps.append(
+                (
+                    s,
+                    always
+                    or isinstance(s, (ast.Import, ast.ImportFrom))
+                    or ast.unparse(s).startswith(('torch.manual_seed(', *FILES.get(path.stem, ()))),
+                )
+            )
     code, (long, short) = '\n'.join(ast.unparse(s) for s in needed(steps)), SHORTER.get(path.stem, ('', ''))
     assert long in code, f'{path.stem} has no {long!r} to make shorter'
     return code if os.environ.get('CAPNB_SLOW') or not long else code.replace(long, short)
 
 def act(file, said, folder):
-    "In a child process: run a script as `__main__`, as in Jupyter, so that what it defines can be sent to other processes; what it says goes to a file."
-    with open(said, 'w', encoding='utf-8') as out: os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+    """In a child process: run a script as `__main__`, as in Jupyter, so that what it defines can be sent to
+    other processes; what it says goes to a file."""
+    with open(said, 'w', encoding='utf-8') as out:
+        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     sys.stdout, sys.stderr = (open(fd, 'w', encoding='utf-8', buffering=1, closefd=False) for fd in (1, 2))
     os.chdir(folder)
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     code = compile(Path(file).read_text(encoding='utf-8'), file, 'exec', flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     awaited = eval(code, main.__dict__)
-    if awaited is not None: asyncio.run(awaited)
+    if awaited is not None:
+        asyncio.run(awaited)
 
 @pytest.fixture(scope='module')
 def processes(environment):
-    "Makes a process for each script out of one that has imported already what all of them import, for many seconds."
+    """Makes a process for each script out of one that has imported already what all of them import, for many
+    seconds."""
     with pytest.MonkeyPatch.context() as patched:
-        for k,v in environment(MPLBACKEND='Agg').items(): patched.setenv(k, v)
+        for k,v in environment(MPLBACKEND='Agg').items():
+            patched.setenv(k, v)
         context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['fastcore.test', 'matplotlib.pyplot', 'datasets', 'nbdev', 'capnb.evaluation', 'capnb.run.commands'])
+        context.set_forkserver_preload(
+            [
+                'fastcore.test',
+                'matplotlib.pyplot',
+                'datasets',
+                'nbdev',
+                'capnb.evaluation',
+                'capnb.run.commands',
+            ]
+        )
         yield context
         multiprocessing.forkserver._forkserver._stop()
 
 SLOW = ('38_scale', '36_sweeps') # start other processes, which import everything again
 
-@pytest.mark.parametrize('path', [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in CHAPTERS])
+@pytest.mark.parametrize(
+    'path', [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in CHAPTERS]
+)
 def test_answers_pass(path, processes, tmp_path):
     file, said = tmp_path/f'{path.stem}.py', tmp_path/'said'
     file.write_text(script(path), encoding='utf-8')

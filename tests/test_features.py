@@ -1,22 +1,25 @@
-"The feature cache from outside: killed passes, two at once, changed pictures, damaged shards, folders that cannot be written, and what half precision does to the loss."
+"""The feature cache from outside: killed passes, two at once, changed pictures, damaged shards, folders that
+cannot be written, and what half precision does to the loss."""
 import signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from damage import saved
-from capnb import encoder as enc
+from capnb.fast import cache as enc
 from capnb.captioner import build_captioner
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.images import open_image
-from capnb.encoder import FeatureCache, encode_data, features_folder, load_encoder
+from capnb.encoder import load_encoder
+from capnb.fast.cache import FeatureCache, encode_data, features_folder
 
 PASS = """
-import sys, capnb.encoder as enc
+import sys, capnb.fast.cache as enc
+from capnb.encoder import load_encoder
 from capnb.run.sources.load import load_data
 enc.SHARD_ROWS = 32
-enc.encode_data(enc.load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
+enc.encode_data(load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
 """
 shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 
@@ -24,7 +27,8 @@ shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 def encoder(): return load_encoder('storybook-clip', 'cpu', 64)
 
 @pytest.fixture(scope='module')
-def pages(): return [dict(row) for row in (load_data('storybook', limit=96)['train'][i] for i in range(96))]
+def pages():
+    return [dict(row) for row in (load_data('storybook', limit=96)['train'][i] for i in range(96))]
 
 @pytest.fixture(scope='module')
 def plain(encoder, pages): return encode_data(encoder, CaptionData(pages)).features
@@ -33,15 +37,23 @@ def plain(encoder, pages): return encode_data(encoder, CaptionData(pages)).featu
 def count(encoder, monkeypatch):
     "How many pictures were really encoded."
     seen, forward = [], enc.ImageEncoder.forward
-    monkeypatch.setattr(enc.ImageEncoder, 'forward', lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels))
+    monkeypatch.setattr(
+        enc.ImageEncoder, 'forward', lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels)
+    )
     return lambda: sum(seen)
 
-def start(environment, *args): return subprocess.Popen([sys.executable, '-c', PASS, *map(str, args)], env=environment(), stderr=subprocess.PIPE, text=True)
+def start(environment, *args):
+    return subprocess.Popen(
+        [sys.executable, '-c', PASS, *map(str, args)], env=environment(), stderr=subprocess.PIPE, text=True
+    )
 
 def test_killed_pass_goes_on(environment, encoder, count, tmp_path):
     process = start(environment, tmp_path, 1500)
-    while len(shards(tmp_path)) < 2: assert process.poll() is None, process.stderr.read(); time.sleep(.02)
-    process.send_signal(signal.SIGKILL); process.wait()
+    while len(shards(tmp_path)) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     kept = len(shards(tmp_path))*32
     assert 64 <= kept < 1500
     data = load_data('storybook', limit=kept+40)['train']
@@ -51,7 +63,8 @@ def test_killed_pass_goes_on(environment, encoder, count, tmp_path):
 
 def test_two_at_once(environment, encoder, count, tmp_path):
     both = [start(environment, tmp_path, 128) for _ in range(2)]
-    for process in both: assert process.wait()==0, process.stderr.read()
+    for process in both:
+        assert process.wait()==0, process.stderr.read()
     data = load_data('storybook', limit=128)['train']
     together = encode_data(encoder, data, folder=tmp_path).features[:]
     assert count()==0 and not list(tmp_path.rglob('*.part'))
@@ -60,9 +73,17 @@ def test_two_at_once(environment, encoder, count, tmp_path):
 def test_order_subsets_and_changes(encoder, pages, plain, count, tmp_path):
     encode_data(encoder, CaptionData(pages), folder=tmp_path)
     assert count()==96
-    turned = encode_data(encoder, CaptionData([dict(p, captions=['other words']) for p in pages[::-1]]), folder=tmp_path)
-    assert count()==96 and torch.equal(turned.features[:], plain.flip(0)) and turned[3]['captions']==['other words']
-    pages = list(pages); pages[40] = dict(pages[40], image=pages[40]['image'].copy()); pages[40]['image'].putpixel((0,0), (255,0,0))
+    turned = encode_data(
+        encoder, CaptionData([dict(p, captions=['other words']) for p in pages[::-1]]), folder=tmp_path
+    )
+    assert (
+        count() == 96
+        and torch.equal(turned.features[:], plain.flip(0))
+        and turned[3]['captions'] == ['other words']
+    )
+    pages = list(pages)
+    pages[40] = dict(pages[40], image=pages[40]['image'].copy())
+    pages[40]['image'].putpixel((0,0), (255,0,0))
     changed = encode_data(encoder, CaptionData(pages), folder=tmp_path).features[:]
     assert count()==97 and (changed!=plain).any(1).nonzero().flatten().tolist()==[40]
 
@@ -74,9 +95,12 @@ def test_repeated_pictures_are_encoded_once(encoder, pages, plain, count, tmp_pa
 def test_damaged_shard_is_encoded_again(encoder, pages, plain, count, tmp_path, capsys, damage):
     encode_data(encoder, CaptionData(pages), folder=tmp_path)
     shard, = shards(tmp_path)
-    content = bytearray(shard.read_bytes()); content[len(content)//2] ^= 4
-    if damage=='other': np.save(shard, np.zeros(3))
-    else: shard.write_bytes(dict(bit=content, cut=content[:-100], empty=b'')[damage])
+    content = bytearray(shard.read_bytes())
+    content[len(content)//2] ^= 4
+    if damage=='other':
+        np.save(shard, np.zeros(3))
+    else:
+        shard.write_bytes(dict(bit=content, cut=content[:-100], empty=b'')[damage])
     again = encode_data(encoder, CaptionData(pages), folder=tmp_path)
     said = capsys.readouterr().out.splitlines()
     assert count()==192 and torch.equal(again.features[:], plain)
@@ -85,38 +109,52 @@ def test_damaged_shard_is_encoded_again(encoder, pages, plain, count, tmp_path, 
     assert count()==192 and not capsys.readouterr().out and len(shards(tmp_path))==1
 
 def test_full_disk(encoder, pages, tmp_path, monkeypatch):
-    def full(*_): raise OSError(28, 'No space left on device')
+    def full(*_):
+        raise OSError(28, 'No space left on device')
     monkeypatch.setattr(enc.np.lib.format, 'write_array_header_1_0', full)
-    with pytest.raises(OSError, match=r'No space left on device; .*features_dir') as e: encode_data(encoder, CaptionData(pages), folder=tmp_path)
-    assert '.npy' in str(e.value) and '\n' not in str(e.value) and not list(tmp_path.rglob('*.npy')) + list(tmp_path.rglob('*.part'))
+    with pytest.raises(OSError, match=r'No space left on device; .*features_dir') as e:
+        encode_data(encoder, CaptionData(pages), folder=tmp_path)
+    assert (
+        '.npy' in str(e.value)
+        and '\n' not in str(e.value)
+        and not list(tmp_path.rglob('*.npy')) + list(tmp_path.rglob('*.part'))
+    )
 
 def test_folder_that_cannot_be_written(encoder, pages, tmp_path):
     (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='features_dir') as e: encode_data(encoder, CaptionData(pages[:4]), folder=tmp_path/'file')
+    with pytest.raises(OSError, match='features_dir') as e:
+        encode_data(encoder, CaptionData(pages[:4]), folder=tmp_path/'file')
     assert 'file' in str(e.value) and '\n' not in str(e.value)
 
 def test_patches_wait_in_small_shards(pages, tmp_path, capsys, monkeypatch):
     "Features that were written are let go: never more than a shard waits, whatever the number of pictures."
     monkeypatch.setattr(enc, 'SHARD_BYTES', 2**17)
     waiting, add = [], FeatureCache.add
-    monkeypatch.setattr(FeatureCache, 'add', lambda self, *a: (add(self, *a), waiting.append(len(self.waiting))))
+    monkeypatch.setattr(
+        FeatureCache, 'add', lambda self, *a: (add(self, *a), waiting.append(len(self.waiting)))
+    )
     patches = load_encoder('storybook-clip', 'cpu', 64, 'patch')
     seen = encode_data(patches, CaptionData(pages[:40]), 16, 'Encoding', tmp_path)
     assert max(waiting)==7 and len(shards(tmp_path))==5 and seen.features.shape==(40,64,128)
     assert '40 pictures take 16,384 bytes each, 0.7 MB in all' in capsys.readouterr().out
-    torch.testing.assert_close(seen.features[[39,0]], patches.encode([pages[39]['image'], pages[0]['image']]), atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(
+        seen.features[[39, 0]], patches.encode([pages[39]['image'], pages[0]['image']]), atol=1e-2, rtol=1e-3
+    )
 
 def test_too_large_for_half(encoder, pages, tmp_path, monkeypatch):
     monkeypatch.setattr(enc.ImageEncoder, 'forward', lambda self, pixels: torch.full((len(pixels),512), 1e5))
-    with pytest.raises(ValueError, match=r'features of 0-train-0 are not numbers up to 65,504'): encode_data(encoder, CaptionData(pages[:4]), folder=tmp_path)
+    with pytest.raises(ValueError, match=r'features of 0-train-0 are not numbers up to 65,504'):
+        encode_data(encoder, CaptionData(pages[:4]), folder=tmp_path)
     assert not shards(tmp_path)
 
 def test_half_precision_and_the_loss(pages, plain):
-    "The loss of a captioner on features in half precision differs by less than a thousandth of a nat per token."
+    """The loss of a captioner on features in half precision differs by less than a thousandth of a nat per
+    token."""
     torch.manual_seed(0)
     model = build_captioner(as_hyperparameters(), 'cpu').eval()
     images, texts = [p['image'] for p in pages[:32]], [p['captions'][0] for p in pages[:32]]
-    with torch.no_grad(): full, half = model(model.encoder.encode(images), texts).item(), model(plain[:32], texts).item()
+    with torch.no_grad():
+        full, half = model(model.encoder.encode(images), texts).item(), model(plain[:32], texts).item()
     print(f'loss {full:.6f} in full precision, {half:.6f} in half')
     assert 0 < abs(full-half) < 1e-3
 
@@ -129,18 +167,30 @@ def test_folder(monkeypatch, tmp_path):
 def photograph(size):
     "The bytes of a JPEG with structure at all scales."
     dice, image = np.random.default_rng(0), np.zeros((size[1], size[0], 3))
-    for scale in (2, 8, 32, 128, 512): image += np.asarray(Image.fromarray(dice.integers(0, 255, (size[1]//scale, size[0]//scale, 3), np.uint8)).resize(size))/5
+    for scale in (2, 8, 32, 128, 512):
+        image += (
+            np.asarray(
+                Image.fromarray(
+                    dice.integers(0, 255, (size[1] // scale, size[0] // scale, 3), np.uint8)
+                ).resize(size)
+            )
+            / 5
+        )
     return lambda kind, **more: saved(Image.fromarray(image.astype(np.uint8)), kind, **more)
 
 def test_features_of_a_large_image_are_those_of_the_whole(encoder):
-    "12 megapixels: what is made smaller as it is opened differs from the whole by less than a 200th, other images by a tenth and more."
+    """12 megapixels: what is made smaller as it is opened differs from the whole by less than a 200th, other
+    images by a tenth and more."""
     encoded = photograph((4000, 3000))
     for file in (encoded('JPEG', quality=90), encoded('PNG', compress_level=1)):
         small, whole = open_image(file, min_side=encoder.min_side), open_image(file)
         assert min(small.size) < 2*encoder.min_side and min(whole.size) == 3000
         one, other = encoder.encode([small, whole])
         assert (one-other).norm()/other.norm() < 5e-3
-        assert torch.equal(encode_data(encoder, CaptionData([dict(image=file, caption='A flag.')])).features[0], one.half().float())
+        assert torch.equal(
+            encode_data(encoder, CaptionData([dict(image=file, caption='A flag.')])).features[0],
+            one.half().float(),
+        )
 
 def test_an_image_of_no_more_than_twice_what_is_needed_stays_as_it_is(encoder):
     side = 2*encoder.min_side-1

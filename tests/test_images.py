@@ -9,13 +9,16 @@ from capnb.images import DecodingPool, find_images, image_formats, open_image
 from capnb.run.scale import Source
 
 def outcome(file):
-    "What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused' by name."
-    try: found = open_image(file.data, file.name)
+    """What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused'
+    by name."""
+    try:
+        found = open_image(file.data, file.name)
     except ValueError as e:
         assert str(e).startswith(f'{file.name} is not a readable picture: '), e
         return 'refused'
     wanted = open_image(file.whole)
-    if found.size == wanted.size and found.tobytes() == wanted.tobytes(): return 'the same'
+    if found.size == wanted.size and found.tobytes() == wanted.tobytes():
+        return 'the same'
     turns = [wanted.transpose(t).tobytes() for t in Image.Transpose]
     return 'turned' if found.tobytes() in turns else 'other'
 
@@ -23,9 +26,12 @@ def outcome(file):
 def test_damage_to_metadata_costs_no_pixel(n, capsys):
     counts = Counter()
     with warnings.catch_warnings(action='ignore'):
-        for file in damaged(n): counts[file.kind, outcome(file)] += 1
-    with capsys.disabled(): print('', *(f'{kind} {what}: {k}' for (kind, what), k in sorted(counts.items())), sep='\n  ')
-    for kind in ('icc', 'xmp'): assert counts[kind, 'the same'] == n//4
+        for file in damaged(n):
+            counts[file.kind, outcome(file)] += 1
+    with capsys.disabled():
+        print('', *(f'{kind} {what}: {k}' for (kind, what), k in sorted(counts.items())), sep='\n  ')
+    for kind in ('icc', 'xmp'):
+        assert counts[kind, 'the same'] == n//4
     assert counts['exif', 'the same'] + counts['exif', 'turned'] == n//4
     assert counts['exif', 'the same'] > n//8 # the orientation survives what is wrong beside it
     assert counts['pixels', 'refused'] and sum(counts.values()) == n
@@ -34,7 +40,8 @@ def test_orientation_survives_odd_entries():
     image = scene(random.Random(1))
     wanted = open_image(jpeg(image, tiff(ENTRIES), b'', b''))
     assert wanted.size == (32, 48)
-    for entry in ODD: assert open_image(jpeg(image, tiff([TURNED, entry]), b'', b'')).tobytes() == wanted.tobytes(), entry
+    for entry in ODD:
+        assert open_image(jpeg(image, tiff([TURNED, entry]), b'', b'')).tobytes() == wanted.tobytes(), entry
 
 def test_tiff_with_a_bad_pointer_to_exif():
     image = scene(random.Random(2))
@@ -46,13 +53,26 @@ def test_an_opened_image_opens_again():
     once = open_image(jpeg(scene(random.Random(3)), tiff(ENTRIES), b'', b''))
     assert open_image(once).tobytes() == once.tobytes() and open_image(once).size == once.size
 
-class Unheard(Exception): "What no plugin of Pillow raises yet."
+class Unheard(Exception):
+    "What no plugin of Pillow raises yet."
 
-@pytest.mark.parametrize('error', [Unheard('odd'), AssertionError(), KeyError(3), TypeError('x\n'*500), MemoryError(), RecursionError('deep')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        Unheard('odd'),
+        AssertionError(),
+        KeyError(3),
+        TypeError('x\n' * 500),
+        MemoryError(),
+        RecursionError('deep'),
+    ],
+)
 def test_whatever_a_decoder_raises_is_that_images_error(error, monkeypatch):
-    def fail(*args, **kwargs): raise error
+    def fail(*args, **kwargs):
+        raise error
     monkeypatch.setattr(Image, 'open', fail)
-    with pytest.raises(ValueError, match='cat.jpg is not a readable picture: ') as e: open_image(b'\xff\xd8\xff', 'cat.jpg')
+    with pytest.raises(ValueError, match='cat.jpg is not a readable picture: ') as e:
+        open_image(b'\xff\xd8\xff', 'cat.jpg')
     assert len(str(e.value)) < 400 and '\n' not in str(e.value)
 
 @pytest.fixture
@@ -61,8 +81,11 @@ def holiday(tmp_path):
     folder = tmp_path/'holiday'
     folder.mkdir()
     odd = tiff([TURNED, (0x11a, 7, 4, b'abcd')])
-    for i in range(12): (folder/f'{i}.jpg').write_bytes(jpeg(scene(random.Random(i)), odd if i == 5 else b'', b'', b''))
-    (folder/'captions.csv').write_text('file_name,caption\n' + ''.join(f'{i}.jpg,A flag of colours.\n' for i in range(12)))
+    for i in range(12):
+        (folder/f'{i}.jpg').write_bytes(jpeg(scene(random.Random(i)), odd if i == 5 else b'', b'', b''))
+    (folder / 'captions.csv').write_text(
+        'file_name,caption\n' + ''.join(f'{i}.jpg,A flag of colours.\n' for i in range(12))
+    )
     return folder
 
 def test_check_takes_an_odd_photograph(holiday, call):
@@ -70,7 +93,9 @@ def test_check_takes_an_odd_photograph(holiday, call):
     assert done.returncode == 0 and 'train: 10 ' in done.stdout and 'bad' not in done.stdout, done.stdout
     (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
     done = call('capnb_data', 'check', holiday, cwd=holiday.parent)
-    assert done.returncode == 1 and '7.jpg is not a readable picture' in done.stdout and '1 bad' in done.stderr
+    assert (
+        done.returncode == 1 and '7.jpg is not a readable picture' in done.stdout and '1 bad' in done.stderr
+    )
 
 @pytest.fixture
 def linked(tmp_path):
@@ -78,38 +103,60 @@ def linked(tmp_path):
     album, disk = tmp_path/'album', tmp_path/'disk'
     (album/'a').mkdir(parents=True)
     disk.mkdir()
-    for path in (album/'a'/'0.png', disk/'1.png'): path.write_bytes(saved(scene(random.Random(0)), 'PNG'))
-    for link, target in ((album/'b', disk), (album/'0', album/'a'), (disk/'back', album), (album/'up', tmp_path), (disk/'self', disk)):
+    for path in (album/'a'/'0.png', disk/'1.png'):
+        path.write_bytes(saved(scene(random.Random(0)), 'PNG'))
+    for link, target in (
+        (album / 'b', disk),
+        (album / '0', album / 'a'),
+        (disk / 'back', album),
+        (album / 'up', tmp_path),
+        (disk / 'self', disk),
+    ):
         link.symlink_to(target, target_is_directory=True)
     return album
 
 def test_linked_folders_are_followed_once(linked):
     assert [p.relative_to(linked).as_posix() for p in find_images([linked])] == ['a/0.png', 'b/1.png']
-    assert [p.relative_to(linked).as_posix() for p in find_images([linked/'b'])] == ['b/1.png', 'b/back/a/0.png'] or sys.platform == 'win32'
-    assert {p.name for p in find_images([f'{linked}/**/*.png'])} == {'0.png', '1.png'} and len(find_images([f'{linked}/**/*.png'])) == 2
+    assert [p.relative_to(linked).as_posix() for p in find_images([linked / 'b'])] == [
+        'b/1.png',
+        'b/back/a/0.png',
+    ] or sys.platform == 'win32'
+    assert {p.name for p in find_images([f'{linked}/**/*.png'])} == {'0.png', '1.png'} and len(
+        find_images([f'{linked}/**/*.png'])
+    ) == 2
 
 def test_rows_find_images_in_linked_folders(linked, call):
-    for i in range(12): (linked/'b'/f'p{i}.png').write_bytes(saved(scene(random.Random(i)), 'PNG'))
-    (linked/'captions.csv').write_text('file_name,caption\n' + ''.join(f'p{i}.png,A flag.\n' for i in range(12)))
+    for i in range(12):
+        (linked/'b'/f'p{i}.png').write_bytes(saved(scene(random.Random(i)), 'PNG'))
+    (linked / 'captions.csv').write_text(
+        'file_name,caption\n' + ''.join(f'p{i}.png,A flag.\n' for i in range(12))
+    )
     done = call('capnb_data', 'check', linked, cwd=linked.parent)
     assert 'bad' not in done.stdout and 'train: 10 ' in done.stdout, done.stdout
 
 @pytest.fixture
 def phone(tmp_path, monkeypatch):
     "A folder of a phone's images, on a machine without the packages for some of them."
-    for name in ('pillow_heif', 'pillow_jxl'): monkeypatch.setitem(sys.modules, name, None)
+    for name in ('pillow_heif', 'pillow_jxl'):
+        monkeypatch.setitem(sys.modules, name, None)
     image_formats.cache_clear()
     folder = tmp_path/'phone'
     folder.mkdir()
-    for name in ('a.png', 'b.PNG'): (folder/name).write_bytes(saved(scene(random.Random(0)), 'PNG'))
-    for i in range(3): (folder/f'IMG_{i}.HEIC').write_bytes(b'\0\0\0\x18ftypheic' + bytes(12))
-    for name, head in (('x.jxl', b'\xff\x0a'), ('notes.txt', b'a'), ('.DS_Store', b'')): (folder/name).write_bytes(head)
+    for name in ('a.png', 'b.PNG'):
+        (folder/name).write_bytes(saved(scene(random.Random(0)), 'PNG'))
+    for i in range(3):
+        (folder/f'IMG_{i}.HEIC').write_bytes(b'\0\0\0\x18ftypheic' + bytes(12))
+    for name, head in (('x.jxl', b'\xff\x0a'), ('notes.txt', b'a'), ('.DS_Store', b'')):
+        (folder/name).write_bytes(head)
     yield folder
     image_formats.cache_clear()
 
 def test_what_is_passed_over_is_told_by_suffix(phone, capsys):
     assert [p.name for p in find_images([phone])] == ['a.png', 'b.PNG']
-    wanted = f"{phone}: passed over 3 .heic, 1 .txt, 1 .jxl (pillow-heif and pillow-jxl-plugin would open some: pip install 'capnb[formats]')\n"
+    wanted = (
+        f"{phone}: passed over 3 .heic, 1 .txt, 1 .jxl (pillow-heif and pillow-jxl-plugin would open some:"
+        " pip install 'capnb[formats]')\n"
+    )
     assert capsys.readouterr().err == wanted
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
@@ -120,14 +167,32 @@ def test_what_is_no_file_is_passed_over_and_told(phone, capsys):
     assert [p.name for p in find_images([phone])] == ['a.png', 'b.PNG']
     assert '1 linked to nothing' in (said := capsys.readouterr().err) and '1 not a regular file' in said
     source = Source(str(phone))
-    assert source.kind == 'pictures' and [Path(p).name for p in source.files] == ['a.png', 'b.PNG'] and all(source.files.values())
+    assert (
+        source.kind == 'pictures'
+        and [Path(p).name for p in source.files] == ['a.png', 'b.PNG']
+        and all(source.files.values())
+    )
     assert '1 linked to nothing' in (said := capsys.readouterr().err) and '1 not a regular file' in said
 
 def test_packages_are_named_where_they_are_missing(phone):
-    for name, format, package in (('IMG_0.HEIC', 'HEIF', 'pillow-heif'), ('x.jxl', 'JXL', 'pillow-jxl-plugin')):
-        with pytest.raises(ValueError, match=f"{name} is not a readable picture: it is {format}, which needs the package {package}; install it with: pip install 'capnb.formats.'"): open_image(phone/name)
-    for name in ('a.png', 'b.PNG'): (phone/name).unlink()
-    with pytest.raises(FileNotFoundError, match='no picture at .* or below it; passed over: 3 .heic, .*pillow-heif'): find_images([phone])
+    for name, format, package in (
+        ('IMG_0.HEIC', 'HEIF', 'pillow-heif'),
+        ('x.jxl', 'JXL', 'pillow-jxl-plugin'),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"{name} is not a readable picture: it is {format}, which needs the package {package};"
+                " install it with: pip install 'capnb.formats.'"
+            ),
+        ):
+            open_image(phone/name)
+    for name in ('a.png', 'b.PNG'):
+        (phone/name).unlink()
+    with pytest.raises(
+        FileNotFoundError, match='no picture at .* or below it; passed over: 3 .heic, .*pillow-heif'
+    ):
+        find_images([phone])
 
 @pytest.mark.parametrize('suffix, package', [('heic', 'pillow_heif'), ('jxl', 'pillow_jxl')])
 def test_formats_of_the_extra_are_images_as_others(suffix, package, tmp_path):
@@ -141,10 +206,12 @@ def test_formats_of_the_extra_are_images_as_others(suffix, package, tmp_path):
             assert found.size == (64, 48) and ImageStat.Stat(ImageChops.difference(found, image)).mean < [8]*3
 
 def test_many_large_images_are_never_held_whole(tmp_path):
-    "Sixteen images of 12 megapixels, 48 MB each once they are decoded, in this process and its children together."
+    """Sixteen images of 12 megapixels, 48 MB each once they are decoded, in this process and its children
+    together."""
     (tmp_path/'0.jpg').write_bytes(saved(scene(random.Random(0)).resize((4000, 3000)), 'JPEG'))
     files = [tmp_path/f'{i}.jpg' for i in range(16)]
-    for file in files[1:]: file.write_bytes(files[0].read_bytes())
+    for file in files[1:]:
+        file.write_bytes(files[0].read_bytes())
     code = f"""
 import psutil, threading
 from pathlib import Path
@@ -167,25 +234,47 @@ print(len(sizes), *sizes[0], peak/1e6)
 def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     import pyarrow as pa
     from capnb.run.scale import ROW, _open_rows
-    files = [(holiday/'5.jpg').read_bytes(), (holiday/'6.jpg').read_bytes()[:300], (holiday/'7.jpg').read_bytes(), None]
+    files = [
+        (holiday / '5.jpg').read_bytes(),
+        (holiday / '6.jpg').read_bytes()[:300],
+        (holiday / '7.jpg').read_bytes(),
+        None,
+    ]
     rows = pa.table([['odd', 'half', 'good', 'gone'], files, [None, None, None, 'gone is empty']], schema=ROW)
-    with DecodingPool(1) as pool: images, errors = _open_rows(rows, pool, 64)
-    assert [image.tobytes() for image in images] == [open_image(file).tobytes() for file in (files[0], files[2])]
-    assert errors[1].startswith('half is not a readable picture: ') and errors == [None, errors[1], None, 'gone is empty']
+    with DecodingPool(1) as pool:
+        images, errors = _open_rows(rows, pool, 64)
+    assert [image.tobytes() for image in images] == [
+        open_image(file).tobytes() for file in (files[0], files[2])
+    ]
+    assert errors[1].startswith('half is not a readable picture: ') and errors == [
+        None,
+        errors[1],
+        None,
+        'gone is empty',
+    ]
 
 def test_scale_follows_links_and_tells_what_it_passes_over(linked, phone, capsys):
     from capnb.run.scale import Source
     source = Source(str(linked))
     assert sorted(source.files) == [f'{linked.as_posix()}/a/0.png', f'{linked.as_posix()}/b/1.png']
-    assert [row['id'][0].as_py() for file in sorted(source.files) for row in source.read(file)] == ['a/0.png', 'b/1.png']
+    assert [row['id'][0].as_py() for file in sorted(source.files) for row in source.read(file)] == [
+        'a/0.png',
+        'b/1.png',
+    ]
     assert len(Source(str(phone)).files) == 2 and f'{phone}: passed over 3 .heic, ' in capsys.readouterr().err
 
 def test_captions_of_files_name_the_broken_ones(holiday):
     from types import SimpleNamespace
     from capnb.inference import caption_files
     (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
-    model = SimpleNamespace(encoder=SimpleNamespace(min_side=64), caption=lambda images, scores, **kwargs: [f'{image.size}' for image in images])
+    model = SimpleNamespace(
+        encoder=SimpleNamespace(min_side=64),
+        caption=lambda images, scores, **kwargs: [f'{image.size}' for image in images],
+    )
     found = list(caption_files(model, find_images([holiday]), batch_size=5))
-    assert [f['file'] for f in found] == [str(p) for p in find_images([holiday])] and sum('error' in f for f in found) == 1
-    assert [f['caption'] for f in found if f['file'].endswith(('5.jpg', '6.jpg'))] == ['(32, 48)', '(48, 32)'] # upright
+    assert [f['file'] for f in found] == [str(p) for p in find_images([holiday])] and sum(
+        'error' in f for f in found
+    ) == 1
+    # upright
+    assert [f['caption'] for f in found if f['file'].endswith(('5.jpg', '6.jpg'))] == ['(32, 48)', '(48, 32)']
     assert 'is not a readable picture' in next(f['error'] for f in found if f['file'].endswith('7.jpg'))

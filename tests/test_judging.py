@@ -1,15 +1,19 @@
-"Judging from outside: a CLIP's opinion against the formulas, files of captions that go out and come in, and the report in a browser."
+"""Judging from outside: a CLIP's opinion against the formulas, files of captions that go out and come in,
+and the report in a browser."""
 import csv, io, json, re, shutil
 from contextlib import redirect_stdout
 import numpy as np, pytest, torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
-from capnb.run.commands import train
-from capnb.settings import model_path
+from capnb.run.entry import train
+from capnb.hub import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
-from capnb.insight.report import ClipScorer, clip_parts, eval_command, judge, image_slices, read_predictions, report_page, slices, worst_first
+from capnb.insight.report import (
+    ClipScorer, clip_parts, eval_command, judge, image_slices, read_predictions, report_page, slices,
+    worst_first
+)
 from capnb.evaluation import score_parts
 from capnb.insight.facts import Facts
 from capnb.storybook import Storybook
@@ -25,68 +29,143 @@ def made(tmp_path_factory):
     (here/'data').mkdir()
     for i in range(40):
         book[i]['image'].resize((400, 300)).save(here/'data'/f'COCO_val2014_{i:012}.jpg')
-        table += [f'COCO_val2014_{i:012}.jpg,"{c}",{"train" if i < 40-2*N else "validation" if i < 40-N else "test"}' for c in book.captions(i)[:3]]
+        table += [
+            f'COCO_val2014_{i:012}.jpg,"{c}",{"train" if i < 40-2*N else "validation" if i < 40-N else "test"}'
+            for c in book.captions(i)[:3]
+        ]
     (here/'data'/'captions.csv').write_text('\n'.join(table))
-    train(data=str(here/'data'), num_epochs=2, adapter_width=32, prefix_length=2, max_caption_length=12, output_dir=str(here/'saved_models'), features_dir=str(here/'features'), device='cpu')
+    train(
+        data=str(here / 'data'),
+        num_epochs=2,
+        adapter_width=32,
+        prefix_length=2,
+        max_caption_length=12,
+        output_dir=str(here / 'saved_models'),
+        features_dir=str(here / 'features'),
+        device='cpu',
+    )
     return here
 
 @pytest.fixture(scope='module')
 def written(made, tmp_path_factory):
     "What one command writes: everything."
     out = tmp_path_factory.mktemp('written')
-    said = evaluated('--folder', made/'saved_models', '--json_file', out/'scores.json', '--csv', out/'scores.csv', '--report', out/'report.html', '--coco_results', out/'captions.json', '--clipscore', 'storybook-clip')
+    said = evaluated(
+        '--folder',
+        made / 'saved_models',
+        '--json_file',
+        out / 'scores.json',
+        '--csv',
+        out / 'scores.csv',
+        '--report',
+        out / 'report.html',
+        '--coco_results',
+        out / 'captions.json',
+        '--clipscore',
+        'storybook-clip',
+    )
     return out, said
 
 def evaluated(*args):
-    with redirect_stdout(io.StringIO()) as out: eval_command([*map(str, args)])
+    with redirect_stdout(io.StringIO()) as out:
+        eval_command([*map(str, args)])
     return out.getvalue()
 
 def refused(capsys, *args):
-    with pytest.raises(SystemExit) as e: evaluated(*args)
+    with pytest.raises(SystemExit) as e:
+        evaluated(*args)
     assert e.value.code == 1
     return capsys.readouterr().err.strip()
 
 # --- A CLIP's opinion
 
 def as_the_authors(image_feats, text_feats, reference_feats):
-    "CLIPScore and RefCLIPScore of one picture, as `clipscore.py` of the paper has them, with the 0 of the paper for captions that are unlike all references."
+    """CLIPScore and RefCLIPScore of one picture, as `clipscore.py` of the paper has them, with the 0 of the
+    paper for captions that are unlike all references."""
     unit = lambda x: x/np.sqrt(np.sum(x**2, axis=-1, keepdims=True))
     per_image_text = 2.5*np.clip(np.sum(unit(image_feats)*unit(text_feats)), 0, None)
     per_text_text = max(np.max(unit(text_feats).dot(unit(reference_feats).T)), 0)
-    return per_image_text, 2*per_image_text*per_text_text/(per_image_text+per_text_text) if per_text_text else 0
+    return per_image_text, (
+        2 * per_image_text * per_text_text / (per_image_text + per_text_text) if per_text_text else 0
+    )
 
 def saved(folder, model, processor):
     "A model with random weights, as a folder that has a tokenizer, too."
     with torch.no_grad():
-        for p in model.parameters(): p.add_(torch.randn(p.shape)*.02)
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape)*.02)
     model.save_pretrained(folder)
-    for name in ('tokenizer.json', 'tokenizer_config.json'): shutil.copy(f"{model_path('storybook-clip')}/{name}", folder)
-    if processor is None: shutil.copy(f"{model_path('storybook-clip')}/preprocessor_config.json", folder)
-    else: processor.save_pretrained(folder)
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        shutil.copy(f"{model_path('storybook-clip')}/{name}", folder)
+    if processor is None:
+        shutil.copy(f"{model_path('storybook-clip')}/preprocessor_config.json", folder)
+    else:
+        processor.save_pretrained(folder)
     return model.eval()
 
 def a_siglip():
     half = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    return SiglipModel(SiglipConfig(text_config=dict(half, vocab_size=433, max_position_embeddings=24, projection_size=32, bos_token_id=0, eos_token_id=0, pad_token_id=0), vision_config=dict(half, image_size=32, patch_size=8)))
+    return SiglipModel(
+        SiglipConfig(
+            text_config=dict(
+                half,
+                vocab_size=433,
+                max_position_embeddings=24,
+                projection_size=32,
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=0,
+            ),
+            vision_config=dict(half, image_size=32, patch_size=8),
+        )
+    )
 
 @pytest.mark.parametrize('kind', ['clip', 'siglip'])
 def test_clipscore_is_that_of_the_paper(kind, tmp_path):
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig.from_pretrained(model_path('storybook-clip'))).float() if kind == 'clip' else a_siglip()
-    model = saved(tmp_path, model, None if kind == 'clip' else SiglipImageProcessorPil(size=dict(height=32, width=32)))
+    model = (
+        CLIPModel(CLIPConfig.from_pretrained(model_path('storybook-clip'))).float()
+        if kind == 'clip'
+        else a_siglip()
+    )
+    model = saved(
+        tmp_path, model, None if kind == 'clip' else SiglipImageProcessorPil(size=dict(height=32, width=32))
+    )
     data, scorer = CaptionData(Storybook('test', n=6)), ClipScorer(str(tmp_path), 'cpu')
-    captions, references = [data[i]['captions'][0] for i in range(6)], [data[i]['captions'][1:] for i in range(6)]
+    captions, references = [data[i]['captions'][0] for i in range(6)], [
+        data[i]['captions'][1:] for i in range(6)
+    ]
     parts = clip_parts(scorer, scorer.embed_images(data), captions, references)
     def embed(texts):
-        ids = scorer.tokenizer([f'A photo depicts {t}' for t in texts], return_tensors='pt', **(dict(padding=True) if kind == 'clip' else dict(padding='max_length', max_length=24, truncation=True)))
-        with torch.no_grad(): return model.get_text_features(input_ids=ids['input_ids'], **(dict(attention_mask=ids['attention_mask']) if kind == 'clip' else {})).pooler_output.numpy()
-    with torch.no_grad(): images = model.get_image_features(scorer.encoder.prepare([data[i]['image'] for i in range(6)])).pooler_output.numpy()
+        ids = scorer.tokenizer(
+            [f'A photo depicts {t}' for t in texts],
+            return_tensors='pt',
+            **(
+                dict(padding=True)
+                if kind == 'clip'
+                else dict(padding='max_length', max_length=24, truncation=True)
+            ),
+        )
+        with torch.no_grad():
+            return model.get_text_features(
+                input_ids=ids['input_ids'],
+                **(dict(attention_mask=ids['attention_mask']) if kind == 'clip' else {})
+            ).pooler_output.numpy()
+    with torch.no_grad():
+        images = model.get_image_features(
+            scorer.encoder.prepare([data[i]['image'] for i in range(6)])
+        ).pooler_output.numpy()
     for i in range(6):
         seen, both = as_the_authors(images[i], embed(captions)[i], embed(references[i]))
-        assert parts['clipscore'].each[i,0] == pytest.approx(seen, abs=3e-3) and parts['refclipscore'].each[i,0] == pytest.approx(both, abs=3e-3)
+        assert parts['clipscore'].each[i, 0] == pytest.approx(seen, abs=3e-3) and parts['refclipscore'].each[
+            i, 0
+        ] == pytest.approx(both, abs=3e-3)
         other, _ = as_the_authors(images[(i+1)%6], embed(captions)[i], embed(references[i]))
         assert parts['clipscore_floor'].each[i,0] == pytest.approx(other, abs=3e-3)
-        assert parts['clipscore_ceiling'].each[i,0] == pytest.approx(np.mean([as_the_authors(images[i], r, embed(references[i]))[0] for r in embed(references[i])]), abs=3e-3)
+        assert parts['clipscore_ceiling'].each[i, 0] == pytest.approx(
+            np.mean([as_the_authors(images[i], r, embed(references[i]))[0] for r in embed(references[i])]),
+            abs=3e-3,
+        )
     assert len(set(parts['clipscore'].each[:,0].round(4))) > 3 # it depends on the picture
 
 def test_a_long_caption_is_cut(tmp_path):
@@ -98,30 +177,53 @@ def test_a_long_caption_is_cut(tmp_path):
 def test_clipscore_at_real_size(tmp_path):
     torch.manual_seed(0)
     config = CLIPConfig() # the default is openai/clip-vit-base-patch32
-    assert (config.vision_config.patch_size, config.projection_dim, config.text_config.max_position_embeddings) == (32, 512, 77)
-    with torch.no_grad(): CLIPModel(config).half().save_pretrained(tmp_path)
-    for name in ('tokenizer.json', 'tokenizer_config.json'): shutil.copy(f"{model_path('storybook-clip')}/{name}", tmp_path)
+    assert (
+        config.vision_config.patch_size,
+        config.projection_dim,
+        config.text_config.max_position_embeddings,
+    ) == (32, 512, 77)
+    with torch.no_grad():
+        CLIPModel(config).half().save_pretrained(tmp_path)
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        shutil.copy(f"{model_path('storybook-clip')}/{name}", tmp_path)
     settings = json.loads(open(f"{model_path('storybook-clip')}/preprocessor_config.json").read())
-    (tmp_path/'preprocessor_config.json').write_text(json.dumps(settings | dict(size=dict(shortest_edge=224), crop_size=dict(height=224, width=224))))
+    (tmp_path / 'preprocessor_config.json').write_text(
+        json.dumps(settings | dict(size=dict(shortest_edge=224), crop_size=dict(height=224, width=224)))
+    )
     data, scorer = CaptionData(Storybook('test', n=3)), ClipScorer(str(tmp_path), 'cpu')
     images = scorer.embed_images(data)
     assert images.shape == scorer.embed_texts(data[0]['captions'][:3]).shape == (3, 512)
-    assert 0 <= clip_parts(scorer, images, ['a cat']*3, [data[i]['captions'] for i in range(3)])['clipscore'].value <= 2.5
+    assert (
+        0
+        <= clip_parts(scorer, images, ['a cat'] * 3, [data[i]['captions'] for i in range(3)])[
+            'clipscore'
+        ].value
+        <= 2.5
+    )
 
 def test_own_encoder_flatters(written, made, tmp_path):
     assert '⚠️ storybook-clip is the captioner\'s own encoder, so its CLIPScore flatters' in written[1]
     assert json.loads((written[0]/'scores.json').read_text())['test']['clip']['own'] is True
     shutil.copytree(model_path('storybook-clip'), tmp_path/'renamed')
-    assert 'flatters' in evaluated('--folder', made/'saved_models', '--clipscore', tmp_path/'renamed') # another name, the same weights
+    # another name, the same weights
+    assert 'flatters' in evaluated('--folder', made/'saved_models', '--clipscore', tmp_path/'renamed')
 
 # --- Files
 
 def test_a_row_per_picture(written):
     scores = json.loads((written[0]/'scores.json').read_text())['test']
-    with open(written[0]/'scores.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    assert len(rows) == N and [r['caption'] for r in rows] == scores['captions'] and {r['split'] for r in rows} == {'test'}
-    assert all(len(r['references'].split(' | ')) == 3 and r['image_id'].startswith('COCO_val2014_') for r in rows)
-    for name,value in (('rouge_l', scores['rouge_l']), ('clipscore', scores['clip']['clipscore'][0])): assert np.mean([float(r[name]) for r in rows]) == pytest.approx(value, abs=1e-4)
+    with open(written[0]/'scores.csv', newline='', encoding='utf-8') as f:
+        rows = list(csv.DictReader(f))
+    assert (
+        len(rows) == N
+        and [r['caption'] for r in rows] == scores['captions']
+        and {r['split'] for r in rows} == {'test'}
+    )
+    assert all(
+        len(r['references'].split(' | ')) == 3 and r['image_id'].startswith('COCO_val2014_') for r in rows
+    )
+    for name,value in (('rouge_l', scores['rouge_l']), ('clipscore', scores['clip']['clipscore'][0])):
+        assert np.mean([float(r[name]) for r in rows]) == pytest.approx(value, abs=1e-4)
 
 def test_facts_of_a_picture_that_has_none():
     from capnb.insight.report import each_score
@@ -129,26 +231,58 @@ def test_facts_of_a_picture_that_has_none():
     assert len(facts['things']) == 1
     data = EncodedData(None, [dict(image_id='a', captions=['A cat.', 'A dog.'], facts=facts)]*2)
     found = each_score(judge(None, data, ['A view.', 'A red cat beside a blue house.']))
-    assert found['relation'] == [None, 0.] and found['pairs'] == [0., 0.] # nothing to say and nothing said is no score; something false is 0
+    # nothing to say and nothing said is no score; something false is 0
+    assert found['relation'] == [None, 0.] and found['pairs'] == [0., 0.]
 
 def test_predictions_go_out_and_come_in(written, made, tmp_path):
     entries = json.loads((written[0]/'captions.json').read_text())
     assert [e['image_id'] for e in entries] == list(range(40-N, 40)) # as COCO has them
     (tmp_path/'other.json').write_text(json.dumps(entries[::-1])) # the order is another tool's
-    evaluated('--predictions', tmp_path/'other.json', '--data', made/'data', '--split', 'test', '--json_file', tmp_path/'again.json', '--report', tmp_path/'report.html')
-    first, again = (json.loads(f.read_text())['test'] for f in (written[0]/'scores.json', tmp_path/'again.json'))
-    for name in ('captions', 'rouge_l', 'rouge_l_floor', 'intervals', 'text'): assert first[name] == again[name], name
-    assert 'image_gain' not in again and set(again['floors']) == {'common'} and set(first['floors']) == {'common', 'nearest'}
-    assert first['floors']['common'] == again['floors']['common'] and 'id="training"' not in (tmp_path/'report.html').read_text()
+    evaluated(
+        '--predictions',
+        tmp_path / 'other.json',
+        '--data',
+        made / 'data',
+        '--split',
+        'test',
+        '--json_file',
+        tmp_path / 'again.json',
+        '--report',
+        tmp_path / 'report.html',
+    )
+    first, again = (
+        json.loads(f.read_text())['test'] for f in (written[0] / 'scores.json', tmp_path / 'again.json')
+    )
+    for name in ('captions', 'rouge_l', 'rouge_l_floor', 'intervals', 'text'):
+        assert first[name] == again[name], name
+    assert (
+        'image_gain' not in again
+        and set(again['floors']) == {'common'}
+        and set(first['floors']) == {'common', 'nearest'}
+    )
+    assert (
+        first['floors']['common'] == again['floors']['common']
+        and 'id="training"' not in (tmp_path / 'report.html').read_text()
+    )
 
-@pytest.mark.parametrize('change,said', [
-    (lambda e: e[1:], f"1 of {N} pictures have no caption, the first is 'COCO_val2014_{40-N:012}.jpg'"),
-    (lambda e: e+e[:1], f"image_id '{40-N}' has two captions"),
-    (lambda e: e+[dict(e[0], image_id=f'COCO_val2014_{40-N:012}.jpg')], f"image_id 'COCO_val2014_{40-N:012}.jpg' has two captions"),
-    (lambda e: e+[dict(e[0], image_id=3)], "image_id '3' is none of the 12 pictures"),
-    (lambda e: e[:-1]+[dict(image_id=39)], 'entry 11 needs an image_id (a whole number or a text) and a caption (a text)'),
-    (lambda e: e[:-1]+[dict(image_id=True, caption='a')], 'entry 11 needs an image_id'),
-    (lambda e: dict(e[0]), 'must hold a list of objects')])
+@pytest.mark.parametrize(
+    'change,said',
+    [
+        (lambda e: e[1:], f"1 of {N} pictures have no caption, the first is 'COCO_val2014_{40-N:012}.jpg'"),
+        (lambda e: e + e[:1], f"image_id '{40-N}' has two captions"),
+        (
+            lambda e: e + [dict(e[0], image_id=f'COCO_val2014_{40-N:012}.jpg')],
+            f"image_id 'COCO_val2014_{40-N:012}.jpg' has two captions",
+        ),
+        (lambda e: e + [dict(e[0], image_id=3)], "image_id '3' is none of the 12 pictures"),
+        (
+            lambda e: e[:-1] + [dict(image_id=39)],
+            'entry 11 needs an image_id (a whole number or a text) and a caption (a text)',
+        ),
+        (lambda e: e[:-1] + [dict(image_id=True, caption='a')], 'entry 11 needs an image_id'),
+        (lambda e: dict(e[0]), 'must hold a list of objects'),
+    ],
+)
 def test_predictions_that_do_not_fit(change, said, written, made, tmp_path, capsys):
     entries = json.loads((written[0]/'captions.json').read_text())
     (tmp_path/'p.json').write_text(json.dumps(change(entries)))
@@ -158,27 +292,59 @@ def test_predictions_that_do_not_fit(change, said, written, made, tmp_path, caps
 def test_what_predictions_are_of_must_be_said(written, made, capsys):
     file = written[0]/'captions.json'
     assert 'with --data or --preset' in refused(capsys, '--predictions', file)
-    assert 'give one of them' in refused(capsys, 'model_state_dict_x.pth', '--predictions', file, '--data', 'storybook')
-    assert 'a checkpoint knows its data' in refused(capsys, '--folder', made/'saved_models', '--data', 'storybook')
-    assert "no split 'exam'" in refused(capsys, '--predictions', file, '--data', made/'data', '--split', 'exam')
+    assert 'give one of them' in refused(
+        capsys, 'model_state_dict_x.pth', '--predictions', file, '--data', 'storybook'
+    )
+    assert 'a checkpoint knows its data' in refused(
+        capsys, '--folder', made / 'saved_models', '--data', 'storybook'
+    )
+    assert "no split 'exam'" in refused(
+        capsys, '--predictions', file, '--data', made / 'data', '--split', 'exam'
+    )
 
 def test_predictions_against_a_checkpoint(written, made):
-    said = evaluated('--predictions', written[0]/'captions.json', '--data', made/'data', '--against', next((made/'saved_models').glob('*-2.pth')))
+    said = evaluated(
+        '--predictions',
+        written[0] / 'captions.json',
+        '--data',
+        made / 'data',
+        '--against',
+        next((made / 'saved_models').glob('*-2.pth')),
+    )
     assert 'may be chance' in said and ' real' not in said # they are its own captions
 
 # --- Slices
 
 def test_slices_hold_what_they_say():
-    data = EncodedData(None, [{k: v for k,v in Storybook('test')[i].items() if k!='image'} for i in range(60)])
+    data = EncodedData(
+        None, [{k: v for k, v in Storybook('test')[i].items() if k != 'image'} for i in range(60)]
+    )
     captions = [r['captions'][0] if i%2 else 'A view.' for i,r in enumerate(data.rows)]
     parts = score_parts(captions, data, [Facts()])
     found = {(s['slice'], s['value']): s for s in slices(captions, data.rows, parts, least=5)}
     cats = [i for i,r in enumerate(data.rows) if any(t['kind']=='cat' for t in r['facts']['things'])]
-    assert found['kind', 'cat']['pictures'] == len(cats) and found['kind', 'cat']['worst'] == [i for i in worst_first(parts) if i in cats][:3]
-    assert {'kind','colour','size','place','number of things','caption length','word in the references'} == {kind for kind,_ in found}
-    assert found['caption length', 'up to 2 words']['below'] and found['caption length', 'up to 2 words']['pairs'][0] == 0
+    assert (
+        found['kind', 'cat']['pictures'] == len(cats)
+        and found['kind', 'cat']['worst'] == [i for i in worst_first(parts) if i in cats][:3]
+    )
+    assert {
+        'kind',
+        'colour',
+        'size',
+        'place',
+        'number of things',
+        'caption length',
+        'word in the references',
+    } == {kind for kind, _ in found}
+    assert (
+        found['caption length', 'up to 2 words']['below']
+        and found['caption length', 'up to 2 words']['pairs'][0] == 0
+    )
     assert worst_first(parts)[0]%2 == 0 and worst_first(parts)[-1]%2 == 1
-    assert {len(p) for p in image_slices(captions, [dict(captions=r['captions']) for r in data.rows], least=99)} == {1} # without facts and common words, only the length
+    # without facts and common words, only the length
+    assert {
+        len(p) for p in image_slices(captions, [dict(captions=r['captions']) for r in data.rows], least=99)
+    } == {1}
 
 # --- The report
 
@@ -186,18 +352,34 @@ def test_report_is_one_file(written):
     page = (written[0]/'report.html').read_text(encoding='utf-8')
     assert len(page) < 4e6 and not re.search(r'(src|href)="(?!data:|#)|<script|<link|@import|url\(', page)
     scores = json.loads((written[0]/'scores.json').read_text())['test']
-    for value in (scores['rouge_l'], scores['rouge_l_floor'], scores['rouge_l_ceiling'], *scores['intervals']['rouge_l'], scores['floors']['nearest']['rouge_l'][0], scores['clip']['clipscore'][0]): assert f'{value:.3f}' in page
+    for value in (
+        scores['rouge_l'],
+        scores['rouge_l_floor'],
+        scores['rouge_l_ceiling'],
+        *scores['intervals']['rouge_l'],
+        scores['floors']['nearest']['rouge_l'][0],
+        scores['clip']['clipscore'][0],
+    ):
+        assert f'{value:.3f}' in page
     assert 'Validation loss' in page and 'nearest neighbour' in page and 'flatter' in page
 
-@pytest.mark.parametrize('width,scheme,javascript', [(1200, 'light', True), (390, 'dark', False), (320, 'light', True)])
+@pytest.mark.parametrize(
+    'width,scheme,javascript', [(1200, 'light', True), (390, 'dark', False), (320, 'light', True)]
+)
 def test_report_in_a_browser(browser, written, width, scheme, javascript):
-    with browser.new_context(viewport=dict(width=width, height=800), color_scheme=scheme, offline=True) as context:
+    with browser.new_context(
+        viewport=dict(width=width, height=800), color_scheme=scheme, offline=True
+    ) as context:
         tab, said, asked = context.new_page(), [], []
-        tab.on('console', lambda m: said.append(m.text)); tab.on('pageerror', lambda e: said.append(str(e))); tab.on('request', lambda r: asked.append(r.url))
+        tab.on('console', lambda m: said.append(m.text))
+        tab.on('pageerror', lambda e: said.append(str(e)))
+        tab.on('request', lambda r: asked.append(r.url))
         tab.goto((written[0]/'report.html').as_uri())
         assert tab.locator('h1').text_content().startswith('model_state_dict_')
         assert tab.evaluate('document.documentElement.scrollWidth') <= width # nothing sticks out
-        light = sum(map(int, re.findall(r'\d+', tab.evaluate('getComputedStyle(document.body).backgroundColor'))[:3]))
+        light = sum(
+            map(int, re.findall(r'\d+', tab.evaluate('getComputedStyle(document.body).backgroundColor'))[:3])
+        )
         assert (light < 200) == (scheme == 'dark')
         tab.locator('details.slice > summary').first.click() # opens without any script
         assert tab.locator('details.slice[open] figure').first.is_visible()
@@ -208,10 +390,22 @@ def test_report_in_a_browser(browser, written, width, scheme, javascript):
 
 def test_captions_are_text(browser, tmp_path):
     data = load_data(dict(train=Storybook('test', n=24)))['train']
-    rows = EncodedData(None, [dict({k: v for k,v in data[i].items() if k!='image'}, captions=[EVIL, EVIL], image_id=EVIL) for i in range(24)])
-    (tmp_path/'evil.html').write_text(report_page(EVIL, {EVIL: EVIL}, {'test': judge(data, rows, [EVIL]*24)}), encoding='utf-8')
+    rows = EncodedData(
+        None,
+        [
+            dict({k: v for k, v in data[i].items() if k != 'image'}, captions=[EVIL, EVIL], image_id=EVIL)
+            for i in range(24)
+        ],
+    )
+    (tmp_path / 'evil.html').write_text(
+        report_page(EVIL, {EVIL: EVIL}, {'test': judge(data, rows, [EVIL] * 24)}), encoding='utf-8'
+    )
     with browser.new_context() as context:
         tab = context.new_page()
         tab.goto((tmp_path/'evil.html').as_uri())
-        assert tab.title() == EVIL and tab.locator('script').count() == 0 and tab.locator('[onerror]').count() == 0
+        assert (
+            tab.title() == EVIL
+            and tab.locator('script').count() == 0
+            and tab.locator('[onerror]').count() == 0
+        )
         assert tab.locator('figcaption strong').first.text_content() == EVIL

@@ -1,10 +1,12 @@
-"What the README promises of its first command and of the models that ship: figures, and not only that it runs. They hold for the weights in the package, so new weights must earn them again."
+"""What the README promises of its first command and of the models that ship: figures, and not only that it
+runs. They hold for the weights in the package, so new weights must earn them again."""
 import re
 import pytest, torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
-from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.settings import model_path
+from capnb.captioner import read_metadata
+from capnb.run.checkpoints import newest_checkpoint
+from capnb.hub import model_path
 from capnb.insight.pretraining import linear_probe, perplexity, retell_f1, retrieval
 
 @pytest.fixture(scope='module')
@@ -30,15 +32,24 @@ def test_learning_made_them_so(main_job):
 
 def test_the_end_shows_it(main_job):
     folder, said, metadata = main_job
-    for name,value in (('F1 of colour and kind', metadata['facts_f1']), ('ROUGE-L', metadata['test']['rouge_l'])):
+    for name, value in (
+        ('F1 of colour and kind', metadata['facts_f1']),
+        ('ROUGE-L', metadata['test']['rouge_l']),
+    ):
         assert re.search(rf'^ *{name} .*\d\.\d{{3}}', said, re.M), name
-    assert f"{metadata['test']['facts']['pairs']['f1']:.3f}" in said and f"{metadata['compositional']['facts']['pairs']['f1']:.3f}" in said
+    assert (
+        f"{metadata['test']['facts']['pairs']['f1']:.3f}" in said
+        and f"{metadata['compositional']['facts']['pairs']['f1']:.3f}" in said
+    )
     assert len(re.findall(r'^  0-test-\d: ', said, re.M)) == 6
-    with Image.open(next((folder/'saved_models').glob('samples_*.png'))) as image: image.verify()
+    with Image.open(next((folder/'saved_models').glob('samples_*.png'))) as image:
+        image.verify()
 
 def test_shipped_encoder():
     path = model_path('storybook-clip')
-    clip, tokenizer = CLIPModel.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+    clip, tokenizer = CLIPModel.from_pretrained(
+        path, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(path)
     probe = linear_probe(clip, 3000)
     assert clip.config.projection_dim == 512
     assert probe['kind']['found'] >= .85 and probe['colour']['found'] >= .95
@@ -47,7 +58,9 @@ def test_shipped_encoder():
 
 def test_shipped_decoder():
     path = model_path('storybook-qwen3')
-    lm, tokenizer = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+    lm, tokenizer = Qwen3ForCausalLM.from_pretrained(
+        path, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(path)
     assert retell_f1(lm, tokenizer) >= .90
     p = perplexity(lm, tokenizer, 100)
     assert p['retold'] < p['caption'] < p['frequencies']/5

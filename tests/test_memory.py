@@ -1,24 +1,56 @@
-"Little memory: whatever words a device has for it, encoding, writing and training go on with fewer at a time."
+"""Little memory: whatever words a device has for it, encoding, writing and training go on with fewer at a
+time."""
 import pytest, torch
 from accelerate import Accelerator
 from capnb.captioner import build_captioner
 from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
-from capnb.encoder import encode_data, in_slices, memory_ran_out
+from capnb.encoder import in_slices, memory_ran_out
+from capnb.fast.cache import encode_data
 from capnb.storybook import Storybook
 from capnb.training import Run, backward
 
-SURE = [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 594.00 MiB. GPU 0 has a total capacity of 7.6 GiB'), RuntimeError('CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported'),
-        RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
-        RuntimeError('HIP out of memory. Tried to allocate 2.00 MiB.'), RuntimeError('MPS backend out of memory (MPS allocated: 17.9 GB)'), RuntimeError('Invalid buffer size: 30.00 GiB'),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:75] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 368596058460 bytes. Error code 12 (Cannot allocate memory)"),
-        RuntimeError('[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9437184000 bytes.'), RuntimeError('MIOpen error: miopenStatusAllocFailed')]
-PERHAPS = [RuntimeError(f'cuDNN error: CUDNN_STATUS_{name}') for name in ('INTERNAL_ERROR', 'NOT_SUPPORTED', 'NOT_INITIALIZED', 'EXECUTION_FAILED')]
-PERHAPS += [RuntimeError('CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`'), RuntimeError('GET was unable to find an engine to execute this computation'), RuntimeError('miopenStatusInternalError')]
-OTHERS = [RuntimeError('CUDA error: an illegal memory access was encountered'), RuntimeError('CUDA error: device-side assert triggered'), ValueError('out of memory'), RuntimeError('mat1 and mat2 shapes cannot be multiplied')]
+SURE = [
+    torch.OutOfMemoryError(
+        'CUDA out of memory. Tried to allocate 594.00 MiB. GPU 0 has a total capacity of 7.6 GiB'
+    ),
+    RuntimeError('CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported'),
+    RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+    RuntimeError('HIP out of memory. Tried to allocate 2.00 MiB.'),
+    RuntimeError('MPS backend out of memory (MPS allocated: 17.9 GB)'),
+    RuntimeError('Invalid buffer size: 30.00 GiB'),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:75] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        " to allocate 368596058460 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    RuntimeError(
+        '[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to'
+        ' allocate 9437184000 bytes.'
+    ),
+    RuntimeError('MIOpen error: miopenStatusAllocFailed'),
+]
+PERHAPS = [
+    RuntimeError(f'cuDNN error: CUDNN_STATUS_{name}')
+    for name in ('INTERNAL_ERROR', 'NOT_SUPPORTED', 'NOT_INITIALIZED', 'EXECUTION_FAILED')
+]
+PERHAPS += [
+    RuntimeError('CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`'),
+    RuntimeError('GET was unable to find an engine to execute this computation'),
+    RuntimeError('miopenStatusInternalError'),
+]
+OTHERS = [
+    RuntimeError('CUDA error: an illegal memory access was encountered'),
+    RuntimeError('CUDA error: device-side assert triggered'),
+    ValueError('out of memory'),
+    RuntimeError('mat1 and mat2 shapes cannot be multiplied'),
+]
 
 @pytest.fixture(scope='module')
-def model(): return build_captioner(as_hyperparameters(prefix_length=2, adapter_width=32, max_caption_length=8), 'cpu').eval()
+def model():
+    return build_captioner(
+        as_hyperparameters(prefix_length=2, adapter_width=32, max_caption_length=8), 'cpu'
+    ).eval()
 
 def holding(most, error, batch_of):
     "A hook that raises `error` where more than `most` rows come."
@@ -37,7 +69,8 @@ def narrow(model):
         hooks.append(module.register_forward_pre_hook(holding(most, error, count), with_kwargs=True))
         return model
     yield narrow
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     model.most = model.encoder.most = None
 
 def test_errors_are_known():
@@ -53,31 +86,41 @@ def test_encoding_goes_on_with_fewer(model, narrow, error, capsys):
     narrow('encoder', 3, error)
     found = encode_data(model.encoder, data, batch_size=16, threads=1).features
     assert torch.allclose(found, expected, atol=1e-3)
-    assert capsys.readouterr().out.splitlines() == [f'⚠️ Out of memory with {n} images at a time: going on with {n//2}' for n in (16, 8, 4)] # once each: the number is remembered
+    # once each: the number is remembered
+    assert capsys.readouterr().out.splitlines() == [
+        f'⚠️ Out of memory with {n} images at a time: going on with {n//2}' for n in (16, 8, 4)
+    ]
     assert model.encoder.most == 2
 
 @pytest.mark.parametrize('error', PERHAPS, ids=str)
 def test_a_single_image_raises_what_was_raised(model, narrow, error):
     narrow('encoder', 0, error)
-    with pytest.raises(RuntimeError) as raised: encode_data(model.encoder, CaptionData(Storybook(n=4)), threads=1)
+    with pytest.raises(RuntimeError) as raised:
+        encode_data(model.encoder, CaptionData(Storybook(n=4)), threads=1)
     assert raised.value is error
 
 def test_a_single_image_too_large_is_told(model, narrow):
     narrow('encoder', 0, SURE[1])
-    with pytest.raises(ValueError, match='out of memory with a single image; what helps'): model.caption(Storybook()[0]['image'])
+    with pytest.raises(ValueError, match='out of memory with a single image; what helps'):
+        model.caption(Storybook()[0]['image'])
 
 def test_another_error_is_raised_at_once(model, narrow, capsys):
     narrow('encoder', 0, OTHERS[0])
-    with pytest.raises(RuntimeError, match='illegal memory access'): encode_data(model.encoder, CaptionData(Storybook(n=4)), threads=1)
+    with pytest.raises(RuntimeError, match='illegal memory access'):
+        encode_data(model.encoder, CaptionData(Storybook(n=4)), threads=1)
     assert 'Out of memory' not in capsys.readouterr().out
 
-@pytest.mark.parametrize('options', [{}, dict(num_beams=2), dict(num_beams=2, num_return_sequences=2)], ids=str)
+@pytest.mark.parametrize(
+    'options', [{}, dict(num_beams=2), dict(num_beams=2, num_return_sequences=2)], ids=str
+)
 def test_writing_goes_on_with_fewer(model, narrow, options, capsys):
     images = [Storybook()[i]['image'] for i in range(10)]
     expected = model.caption(images, **options)
     narrow('decoder', 2*options.get('num_beams', 1), PERHAPS[0])
     assert model.caption(images, **options) == expected and model.most == 2
-    assert capsys.readouterr().out.splitlines() == [f'⚠️ Out of memory with {n} images at a time: going on with {n//2}' for n in (10, 5)]
+    assert capsys.readouterr().out.splitlines() == [
+        f'⚠️ Out of memory with {n} images at a time: going on with {n//2}' for n in (10, 5)
+    ]
 
 @pytest.mark.parametrize('error', PERHAPS[:2], ids=str)
 def test_training_raises_what_a_single_caption_raised(model, error):
@@ -88,5 +131,6 @@ def test_training_raises_what_a_single_caption_raised(model, error):
             return model(features, captions)
     optimizer = torch.optim.SGD(model.adapter.parameters())
     run = Run(Small(), {}, as_hyperparameters(), '')
-    with pytest.raises(RuntimeError) as raised: backward(run, Accelerator(cpu=True), optimizer, torch.zeros(4, model.encoder.width), ['a cat']*4)
+    with pytest.raises(RuntimeError) as raised:
+        backward(run, Accelerator(cpu=True), optimizer, torch.zeros(4, model.encoder.width), ['a cat']*4)
     assert raised.value is error and run.micro_batch_size == 1

@@ -1,13 +1,23 @@
-"What is planned before a run, checked against arithmetic by hand and against the commands from outside; and the form of the table of results."
+"""What is planned before a run, checked against arithmetic by hand and against the commands from outside;
+and the form of the table of results."""
 import json, os, re, subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
-from capnb.run.commands import train, train_command
-from capnb.settings import PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype, default_mixed_precision
-from capnb.run.estimate import FIELDS, KNOWN_MODELS, Plan, random_init_captioner, count, count_phases, download_of, planned_config, plan_text, results_command, results_table, run_seconds
+from capnb.run.entry import train
+from capnb.run.commands import train_command
+from capnb.settings import PRESETS, as_hyperparameters
+from capnb.hardware import (
+    Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
+    default_mixed_precision
+)
+from capnb.run.results import FIELDS, results_table
+from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
+from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
+from capnb.fast.memory import count_phases
+from capnb.run.commands import results_command
 from capnb.storybook import Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,68 +26,166 @@ slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SL
 
 # --- Hardware
 
-CARDS = {'T4': (16, 7, 5), 'V100': (32, 7, 0), 'A100': (80, 8, 0), 'RTX 3090': (24, 8, 6), 'H100': (80, 9, 0), 'GTX 1080': (8, 6, 1)}
-CHOICES = {'T4': ('float16', 'fp16', 'sdpa'), 'V100': ('float16', 'fp16', 'sdpa'), 'GTX 1080': ('float32', 'no', 'sdpa'),
-           **dict.fromkeys(('A100', 'RTX 3090', 'H100'), ('bfloat16', 'bf16', 'flash_attention_2'))}
+CARDS = {
+    'T4': (16, 7, 5),
+    'V100': (32, 7, 0),
+    'A100': (80, 8, 0),
+    'RTX 3090': (24, 8, 6),
+    'H100': (80, 9, 0),
+    'GTX 1080': (8, 6, 1),
+}
+CHOICES = {
+    'T4': ('float16', 'fp16', 'sdpa'),
+    'V100': ('float16', 'fp16', 'sdpa'),
+    'GTX 1080': ('float32', 'no', 'sdpa'),
+    **dict.fromkeys(('A100', 'RTX 3090', 'H100'), ('bfloat16', 'bf16', 'flash_attention_2')),
+}
 
 @pytest.mark.parametrize('card', CARDS)
 def test_choice_for_a_card_that_says_what_it_is(card, monkeypatch):
     "No GPU is asked: `torch.cuda` is made to answer as each card would, with FlashAttention installed."
     memory, major, minor = CARDS[card]
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(name=card, total_memory=memory*1e9, major=major, minor=minor))
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or major >= 8)
+    monkeypatch.setattr(
+        torch.cuda,
+        'get_device_properties',
+        lambda device: SimpleNamespace(name=card, total_memory=memory * 1e9, major=major, minor=minor),
+    )
+    monkeypatch.setattr(
+        torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or major >= 8
+    )
     monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
     monkeypatch.setattr('transformers.utils.is_flash_attn_2_available', lambda: True)
     dtype, precision, attention = CHOICES[card]
-    assert (default_dtype('cuda'), default_mixed_precision('cuda'), default_attention('cuda')) == (getattr(torch, dtype), precision, attention)
+    assert (default_dtype('cuda'), default_mixed_precision('cuda'), default_attention('cuda')) == (
+        getattr(torch, dtype),
+        precision,
+        attention,
+    )
 
-@pytest.mark.parametrize('hardware', [Hardware('mps', 'M3', 24, None, True, BOTH), Hardware('cpu', 'with bfloat16', 64, None, True, BOTH), Hardware('cpu', 'plain', 8)], ids=lambda h: h.name)
+@pytest.mark.parametrize(
+    'hardware',
+    [
+        Hardware('mps', 'M3', 24, None, True, BOTH),
+        Hardware('cpu', 'with bfloat16', 64, None, True, BOTH),
+        Hardware('cpu', 'plain', 8),
+    ],
+    ids=lambda h: h.name,
+)
 def test_no_nvidia_card_means_float32(hardware):
-    assert (choose_dtype(hardware), choose_mixed_precision(hardware), choose_attention(hardware)) == ('float32', 'no', 'sdpa')
+    assert (choose_dtype(hardware), choose_mixed_precision(hardware), choose_attention(hardware)) == (
+        'float32',
+        'no',
+        'sdpa',
+    )
 
 def test_attention_is_what_is_installed():
     a100 = dict(device='cuda', name='A100', memory=80, capability=(8,0), bf16=True)
-    assert [choose_attention(Hardware(**a100, attention=a)) for a in (BOTH, ('sdpa',), ())] == ['flash_attention_2', 'sdpa', 'eager']
+    assert [choose_attention(Hardware(**a100, attention=a)) for a in (BOTH, ('sdpa',), ())] == [
+        'flash_attention_2',
+        'sdpa',
+        'eager',
+    ]
 
 # --- Parameters and memory
 
 def by_hand_vit(width, layers, patch, size, mlp, out):
     linear = lambda a, b: a*b + b
-    return 3*patch*patch*width + width + ((size//patch)**2+1)*width + layers*(4*linear(width, width) + linear(width, mlp) + linear(mlp, width) + 4*width) + 4*width + width*out
+    return (
+        3 * patch * patch * width
+        + width
+        + ((size // patch) ** 2 + 1) * width
+        + layers * (4 * linear(width, width) + linear(width, mlp) + linear(mlp, width) + 4 * width)
+        + 4 * width
+        + width * out
+    )
 
 def by_hand_qwen(width, layers, heads, mlp, tied, kv=8, head=128, words=151936):
-    return words*width*(1 if tied else 2) + layers*(2*width*heads*head + 2*width*kv*head + 2*head + 3*width*mlp + 2*width) + width
+    return (
+        words * width * (1 if tied else 2)
+        + layers * (2 * width * heads * head + 2 * width * kv * head + 2 * head + 3 * width * mlp + 2 * width)
+        + width
+    )
 
-@pytest.mark.parametrize('name, expected', [('openai/clip-vit-base-patch32', by_hand_vit(768, 12, 32, 224, 3072, 512)), ('openai/clip-vit-large-patch14', by_hand_vit(1024, 24, 14, 224, 4096, 768))])
+@pytest.mark.parametrize(
+    'name, expected',
+    [
+        ('openai/clip-vit-base-patch32', by_hand_vit(768, 12, 32, 224, 3072, 512)),
+        ('openai/clip-vit-large-patch14', by_hand_vit(1024, 24, 14, 224, 4096, 768)),
+    ],
+)
 def test_image_half_by_hand(name, expected):
-    assert count(random_init_captioner(as_hyperparameters(preset='flickr30k', encoder_name=name)).encoder) == expected
+    assert (
+        count(random_init_captioner(as_hyperparameters(preset='flickr30k', encoder_name=name)).encoder)
+        == expected
+    )
 
-@pytest.mark.parametrize('size, expected', [('0.6B', by_hand_qwen(1024, 28, 16, 3072, True)), ('1.7B', by_hand_qwen(2048, 28, 16, 6144, True)), ('4B', by_hand_qwen(2560, 36, 32, 9728, True)), ('8B', by_hand_qwen(4096, 36, 32, 12288, False))])
+@pytest.mark.parametrize(
+    'size, expected',
+    [
+        ('0.6B', by_hand_qwen(1024, 28, 16, 3072, True)),
+        ('1.7B', by_hand_qwen(2048, 28, 16, 6144, True)),
+        ('4B', by_hand_qwen(2560, 36, 32, 9728, True)),
+        ('8B', by_hand_qwen(4096, 36, 32, 12288, False)),
+    ],
+)
 def test_decoder_by_hand(size, expected):
-    assert count(random_init_captioner(as_hyperparameters(preset='flickr30k', tokenizer_name=f'Qwen/Qwen3-{size}-Base')).decoder) == expected
+    assert (
+        count(
+            random_init_captioner(
+                as_hyperparameters(preset='flickr30k', tokenizer_name=f'Qwen/Qwen3-{size}-Base')
+            ).decoder
+        )
+        == expected
+    )
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_every_preset_can_be_planned_without_network(preset):
     h = as_hyperparameters(preset=preset)
     plan = Plan(h, Hardware('cuda', 'T4', 16, (7,5)))
     text = plan_text(plan)
-    assert h.encoder_name in text and f'{plan.steps} steps of {h.batch_size} captions' in text and f"{plan.pictures['train']} train" in text
+    assert (
+        h.encoder_name in text
+        and f'{plan.steps} steps of {h.batch_size} captions' in text
+        and f"{plan.pictures['train']} train" in text
+    )
     assert plan.parameters['adapter'] == count(random_init_captioner(h).adapter)
-    assert 15 > plan.memory_needed > plan.memory['weights'] > 0 and ('write' in plan.memory) == h.evaluation_enabled
+    assert (
+        15 > plan.memory_needed > plan.memory['weights'] > 0
+        and ('write' in plan.memory) == h.evaluation_enabled
+    )
     assert (plan.downloads[h.encoder_name][0] == 0) == (preset=='storybook')
 
 def test_attention_is_counted_as_devices_do_it():
-    "The matrices of attention weights of 128 pictures of 729 patches, in one layer, are 16 heads * 729^2 * 128 numbers, before and after the softmax. No device holds them both."
+    """The matrices of attention weights of 128 pictures of 729 patches, in one layer, are 16 heads * 729^2 *
+    128 numbers, before and after the softmax. No device holds them both."""
     h = as_hyperparameters(encoder_name='google/siglip2-so400m-patch14-384', image_size=384)
     encode = count_phases(h)['encode']
-    assert 128*729*4304*4 < encode['bytes'] < 1.5*128*16*729**2*4 # but the output of the widest layer is there
+    # but the output of the widest layer is there
+    assert 128*729*4304*4 < encode['bytes'] < 1.5*128*16*729**2*4
     assert encode['flops'] == pytest.approx(128*2*729*27*(4*1152**2 + 2*1152*4304 + 2*729*1152), rel=.03)
 
-@pytest.mark.parametrize('changes', [dict(features='patch'), dict(lora_rank=4), dict(num_epochs=2, unfreeze_layers=2), dict(encoder_name='facebook/dinov2-base', features='patch')])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(features='patch'),
+        dict(lora_rank=4),
+        dict(num_epochs=2, unfreeze_layers=2),
+        dict(encoder_name='facebook/dinov2-base', features='patch'),
+    ],
+)
 def test_other_ways_to_learn_are_planned(changes, monkeypatch):
-    monkeypatch.setitem(KNOWN_MODELS, 'facebook/dinov2-base', dict(model_type='dinov2', image_size=518, patch_size=14))
-    plain, other = (Plan(as_hyperparameters(preset='flickr30k', **more), Hardware('cuda', 'T4', 16, (7,5))) for more in ({}, changes))
-    more = {'features': 0, 'lora_rank': 28*4*(2048+1024 + 2*(1024+1024) + 2048+1024 + 3*(1024+3072)), 'unfreeze_layers': 2*(by_hand_qwen(1024, 1, 16, 3072, True)-151936*1024-1024)}
+    monkeypatch.setitem(
+        KNOWN_MODELS, 'facebook/dinov2-base', dict(model_type='dinov2', image_size=518, patch_size=14)
+    )
+    plain, other = (
+        Plan(as_hyperparameters(preset='flickr30k', **more), Hardware('cuda', 'T4', 16, (7, 5)))
+        for more in ({}, changes)
+    )
+    more = {
+        'features': 0,
+        'lora_rank': 28 * 4 * (2048 + 1024 + 2 * (1024 + 1024) + 2048 + 1024 + 3 * (1024 + 3072)),
+        'unfreeze_layers': 2 * (by_hand_qwen(1024, 1, 16, 3072, True) - 151936 * 1024 - 1024),
+    }
     adapter = {'features': (768+1)*1024 + (1024+1)*1024}.get(list(changes)[-1], plain.parameters['adapter'])
     assert other.trained == adapter + more[list(changes)[-1]]
     assert other.memory['step'] > plain.memory['step'] and other.memory['AdamW'] == 8*other.trained/1e9
@@ -85,9 +193,14 @@ def test_other_ways_to_learn_are_planned(changes, monkeypatch):
 def test_half_the_bytes_on_a_gpu():
     h = as_hyperparameters()
     laptop, t4 = Plan(h, Hardware('cpu', 'a laptop', 16)), Plan(h, Hardware('cuda', 'T4', 16, (7,5)))
-    assert t4.memory['weights'] - 4*t4.parameters['adapter']/1e9 == pytest.approx((laptop.memory['weights'] - 4*t4.parameters['adapter']/1e9)/2)
+    assert t4.memory['weights'] - 4 * t4.parameters['adapter'] / 1e9 == pytest.approx(
+        (laptop.memory['weights'] - 4 * t4.parameters['adapter'] / 1e9) / 2
+    )
     assert t4.memory['AdamW'] == laptop.memory['AdamW'] == 8*t4.parameters['adapter']/1e9
-    assert t4.memory['step'] < laptop.memory['step'] and t4.counts['step']['flops'] == laptop.counts['step']['flops']
+    assert (
+        t4.memory['step'] < laptop.memory['step']
+        and t4.counts['step']['flops'] == laptop.counts['step']['flops']
+    )
 
 def test_a_larger_batch_needs_more():
     step = [count_phases(as_hyperparameters(batch_size=b))['step']['bytes'] for b in (32, 64, 128)]
@@ -96,23 +209,39 @@ def test_a_larger_batch_needs_more():
 def test_time_is_multiplied_out():
     plan = Plan(as_hyperparameters(preset='experiment')) # 100 pictures, 25 steps, no evaluation
     assert run_seconds(plan, dict(prepare=.25, encode=.5, step=2, token=9)) == dict(encoding=75, training=50)
-    scored = Plan(as_hyperparameters(training_size_limit=64, num_epochs=3)) # 200 validation, 300 test and 200 compositional pictures, written 32 at a time
+    # 200 validation, 300 test and 200 compositional pictures, written 32 at a time
+    scored = Plan(as_hyperparameters(training_size_limit=64, num_epochs=3))
     slower = [run_seconds(scored, dict(prepare=0, encode=0, step=0, token=t)) for t in (1, 2)]
     assert slower[0]['training'] == 0 and slower[0]['validation'] == 3*7*32
     assert slower[1]['test'] == 2*slower[0]['test'] == 2*(10+7)*(32+48)
 
 # --- Downloads
 
-def files(cached, *names): return [SimpleNamespace(filename=n, file_size=size, will_download=not cached) for n,size in names]
+def files(cached, *names):
+    return [SimpleNamespace(filename=n, file_size=size, will_download=not cached) for n,size in names]
 
-@pytest.mark.parametrize('cached, names, gb', [(False, [('model.safetensors', 10**9), ('pytorch_model.bin', 10**9), ('config.json', 10**6)], 1.001), (False, [('pytorch_model.bin', 2*10**9)], 2), (True, [('model.safetensors', 10**9)], 0)])
+@pytest.mark.parametrize(
+    'cached, names, gb',
+    [
+        (False, [('model.safetensors', 10**9), ('pytorch_model.bin', 10**9), ('config.json', 10**6)], 1.001),
+        (False, [('pytorch_model.bin', 2 * 10**9)], 2),
+        (True, [('model.safetensors', 10**9)], 0),
+    ],
+)
 def test_the_hub_says_how_large(monkeypatch, cached, names, gb):
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, dry_run, **kwargs: files(cached, *names) if dry_run else pytest.fail('this would download'))
+    monkeypatch.setattr(
+        huggingface_hub,
+        'snapshot_download',
+        lambda name, dry_run, **kwargs: (
+            files(cached, *names) if dry_run else pytest.fail('this would download')
+        ),
+    )
     size, how = download_of('Qwen/Qwen3-0.6B-Base')
     assert size == pytest.approx(gb) and how == ('is in the cache' if cached else 'says the hub')
 
 def test_without_the_hub_it_is_an_estimate(monkeypatch):
-    def unreachable(*args, **kwargs): raise OSError('no network')
+    def unreachable(*args, **kwargs):
+        raise OSError('no network')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', unreachable)
     monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *args: None)
     size, how = download_of('openai/clip-vit-base-patch32')
@@ -123,14 +252,29 @@ def test_without_the_hub_it_is_an_estimate(monkeypatch):
 def test_dry_run_begins_nothing(call, tmp_path):
     done = call('capnb_train', '--dry_run', '--num_epochs', 2, '--training_size_limit', 320, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert '320 train' in done.stdout and '20 steps of 32 captions in 2 epochs' in done.stdout and re.search(r'[\d.]+ s per step', done.stdout)
+    assert (
+        '320 train' in done.stdout
+        and '20 steps of 32 captions in 2 epochs' in done.stdout
+        and re.search(r'[\d.]+ s per step', done.stdout)
+    )
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('flags, message', [(['--encoder_name', 'nobody/nothing'], 'train: model nobody/nothing: '), (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
-                                            (['--data', 'coco'], "train: how many pictures the data set 'coco' has is not known beforehand"), (['--batch_size', 0], 'train: batch_size is 0'),
-                                            (['--unfreeze_layers', '9'], "train: unfreeze_layers is 9, but decoder 'storybook-qwen3' has 4 layers")])
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--encoder_name', 'nobody/nothing'], 'train: model nobody/nothing: '),
+        (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
+        (['--data', 'coco'], "train: how many pictures the data set 'coco' has is not known beforehand"),
+        (['--batch_size', 0], 'train: batch_size is 0'),
+        (
+            ['--unfreeze_layers', '9'],
+            "train: unfreeze_layers is 9, but decoder 'storybook-qwen3' has 4 layers",
+        ),
+    ],
+)
 def test_what_cannot_be_planned_is_told_in_one_line(capsys, flags, message):
-    with pytest.raises(SystemExit) as end: train_command(['--dry_run', *map(str, flags)])
+    with pytest.raises(SystemExit) as end:
+        train_command(['--dry_run', *map(str, flags)])
     out, err = capsys.readouterr()
     assert end.value.code == 1 and err.startswith(message) and len(err.splitlines()) == 1 and not out
 
@@ -143,8 +287,14 @@ def test_dry_run_at_real_size(run, tmp_path):
 
 @slow
 def test_real_sizes_in_the_chapter():
-    "The cells flagged slow: memory of a real-size step, and a step, an evaluation, a checkpoint and a caption with ViT-B/32 and Qwen3-0.6B. Wants npm, for the tokenizer."
-    done = subprocess.run(['nbdev_test', '--flags', 'slow', '--path', 'nbs/34_planning.ipynb'], cwd=ROOT, capture_output=True, text=True)
+    """The cells flagged slow: memory of a real-size step, and a step, an evaluation, a checkpoint and a
+    caption with ViT-B/32 and Qwen3-0.6B. Wants npm, for the tokenizer."""
+    done = subprocess.run(
+        ['nbdev_test', '--flags', 'slow', '--path', 'nbs/34_planning.ipynb'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 # --- The table of results
@@ -158,22 +308,40 @@ def checkpoint(tmp_path_factory):
 
 def test_one_command_fills_the_table(call, tmp_path, checkpoint):
     file = str(tmp_path/'results.json')
-    for hardware in ('T4', 'T4'): results_command([str(checkpoint), '--hardware', hardware, '--file', file])
+    for hardware in ('T4', 'T4'):
+        results_command([str(checkpoint), '--hardware', hardware, '--file', file])
     done = call('capnb_results', checkpoint, '--hardware', 'A100', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows, metadata = json.loads((tmp_path/'results.json').read_text(encoding='utf-8')), read_metadata(checkpoint)
+    rows, metadata = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8')), read_metadata(
+        checkpoint
+    )
     assert [r['device'] for r in rows] == ['T4', 'A100'] # the second time replaced the first
-    assert rows[0]['rouge_l'] == metadata['test']['rouge_l'] and rows[0]['last_loss'] == metadata['training_loss']
+    assert (
+        rows[0]['rouge_l'] == metadata['test']['rouge_l']
+        and rows[0]['last_loss'] == metadata['training_loss']
+    )
     first_epoch = read_metadata(checkpoint.with_name(checkpoint.name.replace('-2.pth', '-1.pth')))
     assert rows[0]['seconds'] == pytest.approx(first_epoch['seconds']+metadata['seconds'])
     assert rows[0]['settings'] == 'storybook (num_epochs 2, max_caption_length 24)'
-    assert (tmp_path/'results.md').read_text(encoding='utf-8').strip() == results_table(rows) == done.stdout.strip()
+    assert (
+        (tmp_path / 'results.md').read_text(encoding='utf-8').strip()
+        == results_table(rows)
+        == done.stdout.strip()
+    )
 
-@pytest.mark.parametrize('args, message', [(['nothing.pth'], 'results: nothing.pth has no metadata beside it'), (['CHECKPOINT', '--file', 'table.md'], 'results: table.md must end in .json'), (['CHECKPOINT', '--file', 'broken.json'], 'results: broken.json is no file of results')])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['nothing.pth'], 'results: nothing.pth has no metadata beside it'),
+        (['CHECKPOINT', '--file', 'table.md'], 'results: table.md must end in .json'),
+        (['CHECKPOINT', '--file', 'broken.json'], 'results: broken.json is no file of results'),
+    ],
+)
 def test_what_is_no_result_is_told_in_one_line(capsys, monkeypatch, tmp_path, checkpoint, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'broken.json').write_text('[{"settings": "flickr30k"}]')
-    with pytest.raises(SystemExit) as end: results_command([str(checkpoint) if a=='CHECKPOINT' else a for a in args])
+    with pytest.raises(SystemExit) as end:
+        results_command([str(checkpoint) if a=='CHECKPOINT' else a for a in args])
     err = capsys.readouterr().err
     assert end.value.code == 1 and err.startswith(message) and len(err.splitlines()) == 1
     assert (tmp_path/'broken.json').read_text() == '[{"settings": "flickr30k"}]'
@@ -181,22 +349,42 @@ def test_what_is_no_result_is_told_in_one_line(capsys, monkeypatch, tmp_path, ch
 def test_form_of_the_committed_table():
     rows = json.loads((ROOT/'nbs/results.json').read_text(encoding='utf-8'))
     assert (ROOT/'nbs/results.md').read_text(encoding='utf-8').strip() == results_table(rows)
-    texts, numbers = {'settings', 'encoder', 'decoder', 'data', 'split', 'device', 'date'}, {'training_images', 'first_loss', 'last_loss', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'seconds'}
+    texts, numbers = {'settings', 'encoder', 'decoder', 'data', 'split', 'device', 'date'}, {
+        'training_images',
+        'first_loss',
+        'last_loss',
+        'rouge_l',
+        'rouge_l_floor',
+        'rouge_l_ceiling',
+        'seconds',
+    }
     assert rows and {r['settings'] for r in rows} >= {'flickr30k', 'flickr30k-full'}
     for row in rows:
         assert tuple(row) == FIELDS
         if row['date'] is None: # not run: no number may be there
-            assert all(v is None for k,v in row.items() if k not in ('settings', 'encoder', 'decoder', 'data'))
+            assert all(
+                v is None for k, v in row.items() if k not in ('settings', 'encoder', 'decoder', 'data')
+            )
             continue
-        assert all(isinstance(row[k], str) and row[k] for k in texts) and all(isinstance(row[k], (int, float)) for k in numbers)
-        assert 0 <= row['rouge_l'] <= 1 and 0 <= row['rouge_l_floor'] < row['rouge_l_ceiling'] <= 1 and row['seconds'] > 0
+        assert all(isinstance(row[k], str) and row[k] for k in texts) and all(
+            isinstance(row[k], (int, float)) for k in numbers
+        )
+        assert (
+            0 <= row['rouge_l'] <= 1
+            and 0 <= row['rouge_l_floor'] < row['rouge_l_ceiling'] <= 1
+            and row['seconds'] > 0
+        )
         assert row['encoder'] in KNOWN_MODELS or planned_config(row['encoder'], 'encoder')
 
 # --- The notebook for a GPU
 
 def test_one_switch():
     "As committed it runs the storybook, and what wants a GPU does nothing then."
-    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/09_flickr30k_on_a_gpu.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    cells = [
+        ''.join(c['source'])
+        for c in json.loads((ROOT / 'nbs/09_flickr30k_on_a_gpu.ipynb').read_text(encoding='utf-8'))['cells']
+        if c['cell_type'] == 'code'
+    ]
     assert cells[0].startswith('storybook = True')
     for_gpu = [c for c in cells if c.startswith('#| cuda')]
     assert len(for_gpu) >= 4 and all(c.splitlines()[1].startswith('if not storybook:') for c in for_gpu)

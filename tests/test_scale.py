@@ -1,10 +1,11 @@
-"Captions at scale: a worker is killed, a whole job is killed, and still every picture is captioned exactly once."
+"""Captions at scale: a worker is killed, a whole job is killed, and still every picture is captioned exactly
+once."""
 import ipaddress, os, signal, subprocess, sys, time
 from collections import Counter
 import psutil, pytest
 import pyarrow.parquet as pq
 from capnb.captioner import load_model_from_checkpoint
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.images import find_images
 from capnb.inference import caption_files
 from capnb.run.scale import scale_command
@@ -17,25 +18,42 @@ JOB = ('--workers', 2, '--batch_size', SHARD, '--shard_size', SHARD)
 def made(tmp_path_factory):
     "A folder with pages, one of them broken, and a checkpoint; the captions that one process writes."
     here = tmp_path_factory.mktemp('scale')
-    checkpoint = train(training_size_limit=64, num_epochs=1, evaluation_enabled=False, adapter_width=32, prefix_length=2, output_dir=str(here/'saved_models'), device='cpu').checkpoint
+    checkpoint = train(
+        training_size_limit=64,
+        num_epochs=1,
+        evaluation_enabled=False,
+        adapter_width=32,
+        prefix_length=2,
+        output_dir=str(here / 'saved_models'),
+        device='cpu',
+    ).checkpoint
     pages = here/'pages'
     pages.mkdir()
     data = Storybook('test')
-    for i in range(N): data[i]['image'].save(pages/f'{i:03}.png')
+    for i in range(N):
+        data[i]['image'].save(pages/f'{i:03}.png')
     (pages/'100.png').write_bytes((pages/'100.png').read_bytes()[:200])
     # In batches as large as those of the workers: the sums of another size may differ in the last bit.
-    wanted = {os.path.basename(r['file']): r.get('caption') for r in caption_files(load_model_from_checkpoint(checkpoint, 'cpu')[0], find_images([pages]), batch_size=SHARD)}
+    wanted = {
+        os.path.basename(r['file']): r.get('caption')
+        for r in caption_files(
+            load_model_from_checkpoint(checkpoint, 'cpu')[0], find_images([pages]), batch_size=SHARD
+        )
+    }
     assert [name for name,caption in wanted.items() if caption is None] == ['100.png']
     return here, wanted
 
-def rows(out): return [row for file in sorted(out.glob('*.parquet')) for row in pq.read_table(file).to_pylist()]
+def rows(out):
+    return [row for file in sorted(out.glob('*.parquet')) for row in pq.read_table(file).to_pylist()]
 
 def check_whole(out, wanted):
     "Every picture has one row, with the caption that one process writes."
     found = rows(out)
     assert set(Counter(r['id'] for r in found).values()) == {1}
     assert {r['id']: r['caption'] for r in found} == wanted
-    assert [(r['id'], 'not a readable picture' in r['error']) for r in found if r['error']] == [('100.png', True)]
+    assert [(r['id'], 'not a readable picture' in r['error']) for r in found if r['error']] == [
+        ('100.png', True)
+    ]
     assert all(-20 < r['score'] < 0 for r in found if r['caption'] is not None)
 
 def workers(process):
@@ -43,15 +61,19 @@ def workers(process):
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if 'CaptionWorker' in ' '.join(child.cmdline()): found.append(child)
-        except psutil.Error: pass
+            if 'CaptionWorker' in ' '.join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            pass
     return found
 
 def wait_for(process, ready, seconds=120):
     "Wait until `ready()` holds, while the job is at work."
     end = time.time() + seconds
     while not (found := ready()):
-        assert process.poll() is None and time.time() < end, 'the job ended too early: ' + process.stderr.read()[-3000:]
+        assert process.poll() is None and time.time() < end, (
+            'the job ended too early: ' + process.stderr.read()[-3000:]
+        )
         time.sleep(.02)
     return found
 
@@ -59,8 +81,10 @@ def listening(process):
     "The addresses at which a job and its processes listen."
     found = set()
     for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        try: found |= {c.laddr.ip for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN}
-        except psutil.Error: pass
+        try:
+            found |= {c.laddr.ip for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN}
+        except psutil.Error:
+            pass
     return {getattr(ip, 'ipv4_mapped', None) or ip for ip in map(ipaddress.ip_address, found)}
 
 def kill_worker(process, out):
@@ -69,7 +93,8 @@ def kill_worker(process, out):
     first = workers(process)
     assert len(first) == 2
     listens = listening(process)
-    assert listens and all(ip.is_loopback for ip in listens), listens # nobody else can reach what runs whatever it is sent
+    # nobody else can reach what runs whatever it is sent
+    assert listens and all(ip.is_loopback for ip in listens), listens
     first[0].send_signal(signal.SIGKILL)
     written = SHARD*len(list(out.glob('*.parquet'))) # at most: one of them may be half written
     assert written < N - 5*SHARD, 'the kill came too late to mean anything'
@@ -82,7 +107,8 @@ def test_killed_worker_is_replaced(start, made, tmp_path):
         try:
             kill_worker(process, out)
             said, errors = process.communicate(timeout=200)
-        finally: process.kill()
+        finally:
+            process.kill()
     assert process.returncode == 0, errors[-3000:]
     assert f'{N} pictures, of which 1 could not be read' in said
     check_whole(out, wanted)
@@ -95,11 +121,13 @@ def stopped(start, here, out):
             at_work, family = workers(process), psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGKILL)
             process.wait(60)
-        finally: process.kill()
+        finally:
+            process.kill()
     _, alive = psutil.wait_procs(at_work, timeout=30)
     assert len(at_work) == 2 and not alive, 'the workers outlive the job'
     for p in family: # Ray's own helpers take longer to notice
-        if p.is_running(): p.kill()
+        if p.is_running():
+            p.kill()
 
 @pytest.mark.slow # it waits for Ray to start, twice
 def test_stopped_job_goes_on(start, run, made, tmp_path):
@@ -108,13 +136,19 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
     out = tmp_path/'captions'
     stopped(start, here, out)
     notes = out.with_name('captions.progress')
-    finished = {r['id'] for note in notes.glob('*.parquet') if '.pending' not in note.name for r in pq.read_table(note).to_pylist()}
+    finished = {
+        r['id']
+        for note in notes.glob('*.parquet')
+        if '.pending' not in note.name
+        for r in pq.read_table(note).to_pylist()
+    }
     assert 3*SHARD <= len(finished) + SHARD and len(finished) < N - 5*SHARD
     before = {f: f.stat().st_mtime_ns for f in out.glob('*.parquet')}
     # What a death between the two halves of a write leaves: a file whose note is not valid yet.
     file = max(before)
     note = notes/file.name.replace('-0.parquet', '.parquet')
-    if note.exists(): note.rename(note.with_name(note.stem + '.pending.parquet'))
+    if note.exists():
+        note.rename(note.with_name(note.stem + '.pending.parquet'))
     undone = {r['id'] for r in pq.read_table(file).to_pylist()}
     done = run('capnb_scale', 'pages', out, *JOB, cwd=here)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -129,19 +163,41 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
 def test_several_captions_belong_to_their_image(run, made, tmp_path):
     here, _ = made
     model = load_model_from_checkpoint(next((here/'saved_models').glob('*.pth')), 'cpu')[0]
-    wanted = {os.path.basename(r['file']): r.get('caption') for r in
-              caption_files(model, find_images([here/'pages']), batch_size=SHARD, num_beams=3, num_return_sequences=2)}
-    done = run('capnb_scale', 'pages', tmp_path/'out', *JOB, '--num_beams', 3, '--num_return_sequences', 2, cwd=here)
+    wanted = {
+        os.path.basename(r['file']): r.get('caption')
+        for r in caption_files(
+            model, find_images([here / 'pages']), batch_size=SHARD, num_beams=3, num_return_sequences=2
+        )
+    }
+    done = run(
+        'capnb_scale',
+        'pages',
+        tmp_path / 'out',
+        *JOB,
+        '--num_beams',
+        3,
+        '--num_return_sequences',
+        2,
+        cwd=here
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {r['id']: r for r in rows(tmp_path/'out')}
     assert {name: r['caption'] for name,r in found.items()} == wanted and len(wanted) == N
-    assert all(len(r['score']) == 2 and r['score'][0] >= r['score'][1] for r in found.values() if r['caption'])
+    assert all(
+        len(r['score']) == 2 and r['score'][0] >= r['score'][1] for r in found.values() if r['caption']
+    )
 
-WRONG = {'no pictures': (['nothing'], 'there are no pictures'), 'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'), 'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
-         'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'), 'no package for that storage': (['s3://bucket/pages'], 's3fs')}
+WRONG = {
+    'no pictures': (['nothing'], 'there are no pictures'),
+    'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'),
+    'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
+    'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'),
+    'no package for that storage': (['s3://bucket/pages'], 's3fs'),
+}
 
 def one_line(capsys, *args):
-    with pytest.raises(SystemExit) as stopped: scale_command(list(args))
+    with pytest.raises(SystemExit) as stopped:
+        scale_command(list(args))
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and len(said.splitlines()) == 1, said
     return said
@@ -170,6 +226,13 @@ class Deadly(CaptionWorker):
 try: run_job(Source('pages'), {str(tmp_path/'out')!r}, Deadly, ({str(next((here/'saved_models').glob('*.pth')))!r}, {{}}), dict(work='deadly'), batch_size={SHARD}, shard_size={SHARD})
 except ValueError as e: print('ENDED', e)
 """
-    done = subprocess.run([sys.executable, '-c', code], cwd=here, capture_output=True, text=True, timeout=500, env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+    )
     assert 'ENDED a worker failed' in done.stdout, done.stderr[-3000:]
     assert rows(tmp_path/'out') and '100.png' not in [r['id'] for r in rows(tmp_path/'out')]

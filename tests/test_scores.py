@@ -2,7 +2,7 @@
 import csv, json, random, string
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
-from capnb.settings import write_json
+from capnb.files import write_json
 from capnb.data import CaptionData, one_line, words
 from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
@@ -12,16 +12,30 @@ from capnb.insight.report import image_slices, read_predictions
 from capnb.storybook import Storybook
 
 BREAKS = '\n\r\v\f\x00\x1c\x1d\x1e\x1f\x85\u2028\u2029\t\xa0'
-SENTENCES = dict(Russian='Красная собака бежит по снегу.', Greek='Ένας κόκκινος σκύλος τρέχει.', Arabic='كلب أحمر يجري في الثلج.', Hindi='लाल कुत्ता बर्फ़ में दौड़ता है।',
-                 Chinese='红色的狗在雪地里跑。', Japanese='赤い犬が雪の中を走る。', Korean='빨간 개가 눈 속을 달린다.', Thai='สุนัขสีแดงวิ่งในหิมะ', Lao='ໝາສີແດງແລ່ນ', Khmer='ឆ្កែក្រហមរត់', Burmese='ခွေးနီပြေးသည်',
-                 German='Der rote Hund läuft für uns.', Persian='سگ قرمز می‌دود', Hebrew='כלב אדום רץ')
+SENTENCES = dict(
+    Russian='Красная собака бежит по снегу.',
+    Greek='Ένας κόκκινος σκύλος τρέχει.',
+    Arabic='كلب أحمر يجري في الثلج.',
+    Hindi='लाल कुत्ता बर्फ़ में दौड़ता है।',
+    Chinese='红色的狗在雪地里跑。',
+    Japanese='赤い犬が雪の中を走る。',
+    Korean='빨간 개가 눈 속을 달린다.',
+    Thai='สุนัขสีแดงวิ่งในหิมะ',
+    Lao='ໝາສີແດງແລ່ນ',
+    Khmer='ឆ្កែក្រហមរត់',
+    Burmese='ခွေးနီပြေးသည်',
+    German='Der rote Hund läuft für uns.',
+    Persian='سگ قرمز می‌دود',
+    Hebrew='כלב אדום רץ',
+)
 SPACELESS = {'Chinese', 'Japanese', 'Thai', 'Lao', 'Khmer', 'Burmese'}
 
 # --- White space
 
 def strict(path):
     "Read JSON as other programs do, which know no NaN."
-    def refuse(name): raise AssertionError(f'{path} holds {name}')
+    def refuse(name):
+        raise AssertionError(f'{path} holds {name}')
     return json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
 
 def test_every_character_stays_on_its_line():
@@ -35,37 +49,74 @@ def test_every_character_stays_on_its_line():
 def test_captions_with_odd_white_space_score_as_clean_ones(call, tmp_path):
     book, n = Storybook(n=20), 20 # image i+20 is image i again; its caption is the same, with odd white space
     clean = [book.captions(i)[1] if i < n-2 else '' for i in range(n)]
-    dirty = [f"{c.replace(' ', BREAKS[i % len(BREAKS)], 2)}{BREAKS[-i % len(BREAKS)]}" if c else ['...', '🐕'][i % 2] for i,c in enumerate(clean)]
+    dirty = [
+        (
+            f"{c.replace(' ', BREAKS[i % len(BREAKS)], 2)}{BREAKS[-i % len(BREAKS)]}"
+            if c
+            else ['...', '🐕'][i % 2]
+        )
+        for i, c in enumerate(clean)
+    ]
     rows, album = [['file_name', 'caption', 'split']], tmp_path/'album'
     album.mkdir()
     for i in range(2*n+4):
         book[i % n]['image'].save(album/f'{i}.png')
-        rows += [[f'{i}.png', c, 'test' if i < 2*n else 'train' if i%2 else 'validation'] for c in book.captions(i % n)]
-    with open(album/'captions.csv', 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows(rows)
-    (tmp_path/'said.json').write_text(json.dumps([dict(image_id=f'{i}.png', caption=c) for i,c in enumerate(dirty+clean)]))
-    done = call('capnb_eval', '--predictions', 'said.json', '--data', album, '--coco', '--json_file', 'scores.json', '--csv', 'each.csv', '--coco_results', 'out.json', cwd=tmp_path)
+        rows += [
+            [f'{i}.png', c, 'test' if i < 2 * n else 'train' if i % 2 else 'validation']
+            for c in book.captions(i % n)
+        ]
+    with open(album/'captions.csv', 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows(rows)
+    (tmp_path / 'said.json').write_text(
+        json.dumps([dict(image_id=f'{i}.png', caption=c) for i, c in enumerate(dirty + clean)])
+    )
+    done = call(
+        'capnb_eval',
+        '--predictions',
+        'said.json',
+        '--data',
+        album,
+        '--coco',
+        '--json_file',
+        'scores.json',
+        '--csv',
+        'each.csv',
+        '--coco_results',
+        'out.json',
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    with open(tmp_path/'each.csv', newline='', encoding='utf-8') as f: each = list(csv.DictReader(f))
+    with open(tmp_path/'each.csv', newline='', encoding='utf-8') as f:
+        each = list(csv.DictReader(f))
     scores = [[r[k] for k in ('rouge_l_all', 'bleu_1', 'bleu_4', 'meteor', 'cider')] for r in each]
     assert scores[:n] == scores[n:] and scores[n-1] == ['0.0000']*5
-    assert np.mean([float(s[-1]) for s in scores[:n-2]]) > 1 and strict(tmp_path/'scores.json')['test']['coco']['meteor'][0] > 0
+    assert (
+        np.mean([float(s[-1]) for s in scores[: n - 2]]) > 1
+        and strict(tmp_path / 'scores.json')['test']['coco']['meteor'][0] > 0
+    )
     assert [e['caption'] for e in strict(tmp_path/'out.json')] == [one_line(c) for c in dirty+clean]
 
 def test_references_and_written_captions_are_one_line_too(tmp_path):
     image = Storybook()[0]['image']
-    for mark in BREAKS: assert CaptionData([dict(image=image, caption=f'a red{mark}dog{mark}')])[0]['captions'] == ['a red dog']
-    with pytest.raises(ValueError, match='not empty'): CaptionData([dict(image=image, caption='\0\x85')])[0]
+    for mark in BREAKS:
+        assert CaptionData([dict(image=image, caption=f'a red{mark}dog{mark}')])[0]['captions'] == [
+            'a red dog'
+        ]
+    with pytest.raises(ValueError, match='not empty'):
+        CaptionData([dict(image=image, caption='\0\x85')])[0]
     class Tokenizer:
         def batch_decode(self, ids, **kwargs): return ids
     assert captions_of(Tokenizer(), [' a red\u2028dog\x85runs\r\nA blue dog.']) == ['a red dog runs']
 
 def test_half_a_character_is_refused(tmp_path):
     (tmp_path/'p.json').write_text('[{"image_id": 1, "caption": "a dog \\ud83d"}]')
-    with pytest.raises(ValueError, match='p.json: the caption of entry 0 holds half a character'): read_predictions(tmp_path/'p.json', ['1'])
+    with pytest.raises(ValueError, match='p.json: the caption of entry 0 holds half a character'):
+        read_predictions(tmp_path/'p.json', ['1'])
 
 @pytest.mark.parametrize('number', [float('nan'), float('inf')])
 def test_json_holds_no_nan(number, tmp_path):
-    with pytest.raises(ValueError, match='scores.json is not written'): write_json(tmp_path/'scores.json', dict(test=dict(meteor=number)))
+    with pytest.raises(ValueError, match='scores.json is not written'):
+        write_json(tmp_path/'scores.json', dict(test=dict(meteor=number)))
     assert not list(tmp_path.iterdir())
 
 # --- Words
@@ -81,13 +132,20 @@ def test_english_scores_are_those_of_rouge_score():
         refs = book.captions(i)
         assert rouge_l(refs[1:], refs[0]) == theirs.score_multi(refs[1:], refs[0])['rougeL'].fmeasure
     typographic = ['A man’s dog — “Rex” — runs…', 'The dog’s owner – 20° – is here.']
-    assert rouge_l(typographic[:1], typographic[1]) == theirs.score_multi(typographic[:1], typographic[1])['rougeL'].fmeasure
+    assert (
+        rouge_l(typographic[:1], typographic[1])
+        == theirs.score_multi(typographic[:1], typographic[1])['rougeL'].fmeasure
+    )
 
 @pytest.mark.parametrize('language', SENTENCES)
 def test_rouge_of_every_script(language):
     said = SENTENCES[language]
     assert rouge_l([said], said) == 1
-    half = ''.join(words(said)[:len(words(said))//2]) if language in SPACELESS else ' '.join(words(said)[:len(words(said))//2])
+    half = (
+        ''.join(words(said)[: len(words(said)) // 2])
+        if language in SPACELESS
+        else ' '.join(words(said)[: len(words(said)) // 2])
+    )
     n = len(words(said))
     assert rouge_l([said], half) == pytest.approx(2*(n//2)/(n//2+n))
     assert n == (len(said.replace('।', '').split()) if language not in SPACELESS else n) and n > 2
@@ -106,10 +164,16 @@ def test_the_table_says_what_is_counted_by_character():
         assert (BY_CHARACTER in score_table(dict(test=found))) == (language in SPACELESS)
 
 def test_coco_words_of_scripts_without_spaces_are_characters():
-    assert _coco_words([['红色的狗。', 'สุนัข red'], ['für uns', 'красная собака']], coco_tools()[-1]) == {0: ['红 色 的 狗 。', 'สุ นั ข red'], 1: ['für uns', 'красная собака']}
+    assert _coco_words([['红色的狗。', 'สุนัข red'], ['für uns', 'красная собака']], coco_tools()[-1]) == {
+        0: ['红 色 的 狗 。', 'สุ นั ข red'],
+        1: ['für uns', 'красная собака'],
+    }
 
 def test_slices_know_words_of_every_script():
-    rows = [dict(captions=['красная собака бежит' if i%2 else 'синий кот сидит на диване'], image_id=str(i)) for i in range(40)]
+    rows = [
+        dict(captions=['красная собака бежит' if i % 2 else 'синий кот сидит на диване'], image_id=str(i))
+        for i in range(40)
+    ]
     found = image_slices([r['captions'][0] for r in rows], rows)
     assert ('word in the references', 'собака') in found[1] and ('word in the references', 'кот') in found[0]
     assert len({v for each in found for k,v in each if k == 'caption length'}) == 2
@@ -117,5 +181,7 @@ def test_slices_know_words_of_every_script():
 def test_an_interval_keeps_its_digits():
     said = ['A red cat.', 'A dog.']
     found = score(said, EncodedData(None, [dict(captions=[text], image_id=text) for text in said]))
-    table = score_table(dict(test=found | dict(coco=dict(cider=[10., 10., 10.25]), intervals=dict(rouge_l=[-.5, .5]))))
+    table = score_table(
+        dict(test=found | dict(coco=dict(cider=[10.0, 10.0, 10.25]), intervals=dict(rouge_l=[-0.5, 0.5])))
+    )
     assert '10.000–10.250' in table and '-.500–.500' in table

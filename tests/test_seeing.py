@@ -1,8 +1,11 @@
-"Explanations for every kind of encoder, at any size of picture, and for captions that are hard to take apart."
+"""Explanations for every kind of encoder, at any size of picture, and for captions that are hard to take
+apart."""
 import numpy as np, pytest, torch
 from PIL import Image
-from transformers import (CLIPImageProcessor, Dinov2Config, Dinov2Model, Siglip2ImageProcessor, Siglip2VisionConfig, Siglip2VisionModel,
-                          SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel)
+from transformers import (
+    CLIPImageProcessor, Dinov2Config, Dinov2Model, Siglip2ImageProcessor, Siglip2VisionConfig,
+    Siglip2VisionModel, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+)
 from capnb.captioner import Captioner, build_captioner, new_adapter
 from capnb.settings import as_hyperparameters
 from capnb.encoder import ImageEncoder
@@ -11,9 +14,20 @@ from capnb.storybook import Storybook
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
 SIZE = dict(height=32, width=32)
-TOWERS = dict(siglip=lambda: (SiglipVisionModel(SiglipVisionConfig(**SMALL, image_size=32)), SiglipImageProcessor(size=SIZE)),
-              siglip2=lambda: (Siglip2VisionModel(Siglip2VisionConfig(**SMALL, num_patches=16)), Siglip2ImageProcessor(patch_size=8, max_num_patches=16)),
-              dinov2=lambda: (Dinov2Model(Dinov2Config(**SMALL, image_size=32)), CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=SIZE)))
+TOWERS = dict(
+    siglip=lambda: (
+        SiglipVisionModel(SiglipVisionConfig(**SMALL, image_size=32)),
+        SiglipImageProcessor(size=SIZE),
+    ),
+    siglip2=lambda: (
+        Siglip2VisionModel(Siglip2VisionConfig(**SMALL, num_patches=16)),
+        Siglip2ImageProcessor(patch_size=8, max_num_patches=16),
+    ),
+    dinov2=lambda: (
+        Dinov2Model(Dinov2Config(**SMALL, image_size=32)),
+        CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=SIZE),
+    ),
+)
 
 @pytest.fixture(scope='module')
 def plain(): return build_captioner(as_hyperparameters(), 'cpu').eval()
@@ -27,11 +41,17 @@ def test_every_encoder(plain, picture, kind, features):
     torch.manual_seed(0)
     tower, processor = TOWERS[kind]()
     encoder = ImageEncoder(tower, processor, features, 32)
-    adapter = new_adapter(as_hyperparameters(features=features), encoder, plain.decoder.config.hidden_size, 1.)
-    caption, words = explain(Captioner(encoder, adapter, plain.decoder, plain.tokenizer, 48).eval(), picture, 'A red cat.')
+    adapter = new_adapter(
+        as_hyperparameters(features=features), encoder, plain.decoder.config.hidden_size, 1.0
+    )
+    caption, words = explain(
+        Captioner(encoder, adapter, plain.decoder, plain.tokenizer, 48).eval(), picture, 'A red cat.'
+    )
     assert [w.text for w in words] == ['A', 'red', 'cat', '.']
     maps = np.stack([w.patches for w in words])
-    assert maps.shape == (4, 8, 8) and np.isfinite(maps).all() and all(m.std() > 0 for m in maps), 'covering makes no difference'
+    assert (
+        maps.shape == (4, 8, 8) and np.isfinite(maps).all() and all(m.std() > 0 for m in maps)
+    ), 'covering makes no difference'
 
 @pytest.mark.parametrize('size', [(1, 1), (3, 200), (640, 480), (2000, 1500)])
 def test_any_size(plain, picture, size):
@@ -60,15 +80,25 @@ def test_windows_lie_around_their_cells(picture):
     for cell,copy in enumerate(copies):
         top, left = 8*(cell//8)-8, 8*(cell%8)-8
         rows, columns = np.nonzero((copy != pixels).any(-1))
-        assert max(0, top) <= rows.min() and rows.max() < min(64, top+24) and max(0, left) <= columns.min() and columns.max() < min(64, left+24)
+        assert (
+            max(0, top) <= rows.min()
+            and rows.max() < min(64, top + 24)
+            and max(0, left) <= columns.min()
+            and columns.max() < min(64, left + 24)
+        )
         inside = copy[max(0, top):top+24, max(0, left):left+24].reshape(-1, 3)
         assert (inside == inside[0]).all() and np.abs(inside[0]-pixels.mean((0, 1))).max() <= 1
 
-@pytest.mark.parametrize('caption', ['A red cat.', "It's 3.5 cafés – naïve, isn't it?", '🙂🙂 x', 'a  b', '“Grüße”\u00a0an 猫', '...', ''])
+@pytest.mark.parametrize(
+    'caption',
+    ['A red cat.', "It's 3.5 cafés – naïve, isn't it?", '🙂🙂 x', 'a  b', '“Grüße”\u00a0an 猫', '...', ''],
+)
 def test_words_are_the_caption(plain, caption):
     "No token is lost or taken twice, and the words, without what is between them, are the caption."
     words = _words(plain.tokenizer, caption, 99)
-    assert [i for _,tokens in words for i in tokens] == list(range(len(plain.tokenizer(caption)['input_ids'])))
+    assert [i for _, tokens in words for i in tokens] == list(
+        range(len(plain.tokenizer(caption)['input_ids']))
+    )
     assert ''.join(text for text,_ in words) == ''.join(caption.split())
 
 def test_a_long_caption_is_cut_as_the_model_cuts_it(plain, picture):
@@ -80,5 +110,7 @@ def test_others_come_in_between(plain, picture):
     calls = []
     explain(plain, picture, 'A cat.', between=lambda: calls.append(0))
     assert len(calls) >= 8
-    def stop(): raise TimeoutError
-    with pytest.raises(TimeoutError): explain(plain, picture, 'A cat.', between=stop)
+    def stop():
+        raise TimeoutError
+    with pytest.raises(TimeoutError):
+        explain(plain, picture, 'A cat.', between=stop)

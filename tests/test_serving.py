@@ -1,4 +1,5 @@
-"The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in a browser."
+"""The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in
+a browser."""
 import base64, http.client, http.server, io, json, os, random, re, signal, socket, subprocess, sys, threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,13 @@ from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.images import open_image
-from capnb.run.serving import PAGE, Worker, answer_batch, client_of, gather, load_report, memory, send_load, serve_command, why
+from capnb.run.serving.command import serve_command
+from capnb.run.serving.limits import client_of
+from capnb.run.serving.load import load_report, memory, send_load
+from capnb.run.serving.page import PAGE
+from capnb.run.serving.worker import Worker, answer_batch, gather, why
 from capnb.storybook import Storybook
 
 PAGES = 48
@@ -29,9 +34,16 @@ def as_png(image):
 def made(tmp_path_factory):
     "A folder with a checkpoint and pages."
     here = tmp_path_factory.mktemp('serving')
-    train(training_size_limit=960, num_epochs=1, evaluation_enabled=False, output_dir=str(here/'saved_models'), device='cpu')
+    train(
+        training_size_limit=960,
+        num_epochs=1,
+        evaluation_enabled=False,
+        output_dir=str(here / 'saved_models'),
+        device='cpu',
+    )
     (here/'pages').mkdir()
-    for i in range(PAGES): (here/'pages'/f'{i:03}.png').write_bytes(as_png(Storybook('test')[i]['image']))
+    for i in range(PAGES):
+        (here/'pages'/f'{i:03}.png').write_bytes(as_png(Storybook('test')[i]['image']))
     return here
 
 @pytest.fixture(scope='module')
@@ -47,11 +59,13 @@ def wanted(run, made, starting):
     return captions
 
 @pytest.fixture(scope='module')
-def model(made): return load_model_from_checkpoint(next((made/'saved_models').glob('*.pth')), 'cpu')[0]
+def model(made):
+    return load_model_from_checkpoint(next((made/'saved_models').glob('*.pth')), 'cpu')[0]
 
 @pytest.fixture(scope='module')
 def same(model, pages, wanted):
-    "Whether a caption is the one that was written offline, or one whose first other token was as good up to rounding."
+    """Whether a caption is the one that was written offline, or one whose first other token was as good up
+    to rounding."""
     def same(i, caption):
         if caption == wanted[i]: return True
         ids = [model.tokenizer(c)['input_ids'] + [model.tokenizer.eos_token_id] for c in (caption, wanted[i])]
@@ -78,10 +92,12 @@ class Server:
         while True:
             try:
                 if self.ask('GET', '/health')[0] == 200: return self
-            except OSError: pass
+            except OSError:
+                pass
             time.sleep(.05)
 
-    def connect(self): return http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
+    def connect(self):
+        return http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
 
     def ask(self, method, path, body=None, **headers):
         "Status, body and headers of an answer."
@@ -90,7 +106,8 @@ class Server:
             connection.request(method, path, body, {k.replace('_', '-'): v for k,v in headers.items()})
             answer = connection.getresponse()
             return answer.status, answer.read(), answer.headers
-        finally: connection.close()
+        finally:
+            connection.close()
 
     def caption(self, picture, path='/caption', **headers):
         "Status and parsed answer for a picture that is sent as JSON."
@@ -103,10 +120,12 @@ class Server:
         "A request whose body has come by half; gives a function that sends the rest and reads the answer."
         body, connection = json.dumps(dict(image=base64.b64encode(picture).decode())).encode(), self.connect()
         connection.putrequest('POST', '/caption')
-        for k,v in dict(Content_Type='application/json', Content_Length=str(len(body)), **headers).items(): connection.putheader(k.replace('_', '-'), v)
+        for k,v in dict(Content_Type='application/json', Content_Length=str(len(body)), **headers).items():
+            connection.putheader(k.replace('_', '-'), v)
         connection.endheaders(body[:50])
         def finish(send=True):
-            if send: connection.send(body[50:])
+            if send:
+                connection.send(body[50:])
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
         time.sleep(.2) # it has arrived
@@ -115,37 +134,68 @@ class Server:
 
     @contextmanager
     def busy(self, picture, number=2, **headers):
-        "A server whose worker does nothing, and whose places are taken; gives a list in which their answers will be."
+        """A server whose worker does nothing, and whose places are taken; gives a list in which their
+        answers will be."""
         others, worker = [], self.workers()[0]
-        asking = [threading.Thread(target=lambda: others.append(self.caption(picture, **headers))) for _ in range(number)]
+        asking = [
+            threading.Thread(target=lambda: others.append(self.caption(picture, **headers)))
+            for _ in range(number)
+        ]
         worker.suspend()
         try:
-            for t in asking: t.start()
+            for t in asking:
+                t.start()
             time.sleep(.4) # they have arrived
             yield others
-        finally: worker.resume()
-        for t in asking: t.join()
+        finally:
+            worker.resume()
+        for t in asking:
+            t.join()
 
     def workers(self):
         "The processes that hold a model."
         found = []
         for p in psutil.Process(self.process.pid).children():
-            try: found += [p] if 'spawn_main' in ' '.join(p.cmdline()) else []
-            except psutil.Error: pass # it has just ended
+            try:
+                found += [p] if 'spawn_main' in ' '.join(p.cmdline()) else []
+            except psutil.Error:
+                pass # it has just ended
         return found
 
 @pytest.fixture(scope='module')
 def starting(start, made):
     "The two servers of these tests, which load their models while other things are made ready."
-    found = dict(wide=Server(start, made), narrow=Server(start, made, '--max_waiting', 2, '--max_per_client', 2, '--timeout', 2, '--max_upload', .1, CAPNB_API_KEY=KEY))
-    try: yield found
+    found = dict(
+        wide=Server(start, made),
+        narrow=Server(
+            start,
+            made,
+            '--max_waiting',
+            2,
+            '--max_per_client',
+            2,
+            '--timeout',
+            2,
+            '--max_upload',
+            0.1,
+            CAPNB_API_KEY=KEY,
+        ),
+    )
+    try:
+        yield found
     finally:
         for server in found.values():
-            family = psutil.Process(server.process.pid).children(recursive=True) if server.process.poll() is None else []
-            for p in (server.process, *family): p.kill()
+            family = (
+                psutil.Process(server.process.pid).children(recursive=True)
+                if server.process.poll() is None
+                else []
+            )
+            for p in (server.process, *family):
+                p.kill()
 
 @pytest.fixture(scope='module')
-def servers(starting, wanted): return {name: server.wait() for name,server in starting.items()}
+def servers(starting, wanted):
+    return {name: server.wait() for name,server in starting.items()}
 
 @pytest.fixture(scope='module')
 def server(servers): return servers['wide']
@@ -161,24 +211,38 @@ class Empty(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b'<body>')
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 # --- Captions
 
 def test_batched_captions_are_those_of_the_command_line(server, pages, same):
-    with ThreadPoolExecutor(16) as pool: found = list(pool.map(server.caption, pages))
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(server.caption, pages))
     assert [status for status,_ in found] == [200]*PAGES
     assert all(same(i, answer['caption']) for i,(_, answer) in enumerate(found))
 
 def form(picture, name='file', file='page.png', boundary='xyz'):
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"' + (f'; filename="{file}"' if file else '') + '\r\n\r\n'
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'
+        + (f'; filename="{file}"' if file else '')
+        + '\r\n\r\n'
+    )
     return head.encode() + picture + f'\r\n--{boundary}--\r\n'.encode()
 
 def test_a_form_and_a_data_url(server, pages, same):
-    status, answer, headers = server.ask('POST', '/caption', form(pages[2]), Content_Type='multipart/form-data; boundary=xyz')
-    assert status == 200 and same(2, json.loads(answer)['caption']) and headers['content-type'] == 'application/json'
+    status, answer, headers = server.ask(
+        'POST', '/caption', form(pages[2]), Content_Type='multipart/form-data; boundary=xyz'
+    )
+    assert (
+        status == 200
+        and same(2, json.loads(answer)['caption'])
+        and headers['content-type'] == 'application/json'
+    )
     url = 'data:image/png;base64,' + base64.b64encode(pages[2]).decode()
-    status, answer, _ = server.ask('POST', '/caption', json.dumps(dict(image=url)), Content_Type='application/json; charset=utf-8')
+    status, answer, _ = server.ask(
+        'POST', '/caption', json.dumps(dict(image=url)), Content_Type='application/json; charset=utf-8'
+    )
     assert status == 200 and same(2, json.loads(answer)['caption'])
 
 @pytest.mark.parametrize('kind', ['JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF'])
@@ -195,8 +259,10 @@ def events(server, picture, path='/caption?stream=true'):
     assert answer.status == 200 and answer.headers['content-type'].startswith('text/event-stream')
     found = []
     for line in answer:
-        if line.startswith(b'data: '): found.append((time.perf_counter(), json.loads(line[6:])))
-        else: assert line == b'\n'
+        if line.startswith(b'data: '):
+            found.append((time.perf_counter(), json.loads(line[6:])))
+        else:
+            assert line == b'\n'
     connection.close()
     return found
 
@@ -204,7 +270,11 @@ def check_stream(found, i, same):
     told = [e for _,e in found]
     assert set(told[-1]) == {'caption'} and same(i, told[-1]['caption'])
     texts = [e['text'] for e in told[:-1]]
-    assert len(texts) >= 5 and all(b.startswith(a) and len(a) < len(b) for a,b in zip(texts, texts[1:])) and texts[-1] == told[-1]['caption']
+    assert (
+        len(texts) >= 5
+        and all(b.startswith(a) and len(a) < len(b) for a, b in zip(texts, texts[1:]))
+        and texts[-1] == told[-1]['caption']
+    )
 
 def test_words_come_one_by_one(server, pages, same):
     found = events(server, pages[0])
@@ -216,12 +286,15 @@ def test_streams_and_others_in_one_batch(server, pages, same):
     with ThreadPoolExecutor(12) as pool:
         streams = [pool.submit(events, server, pages[i]) for i in range(6)]
         others = [pool.submit(server.caption, pages[i]) for i in range(6, 12)]
-        for i,s in enumerate(streams): check_stream(s.result(), i, same)
-        for i,o in enumerate(others, 6): assert same(i, o.result()[1]['caption'])
+        for i,s in enumerate(streams):
+            check_stream(s.result(), i, same)
+        for i,o in enumerate(others, 6):
+            assert same(i, o.result()[1]['caption'])
 
 def test_gather_is_bounded_in_number_and_time():
     queue = Queue()
-    for i in range(5): queue.put(i)
+    for i in range(5):
+        queue.put(i)
     assert gather(queue, 2, 60) == [0, 1]
     start = time.monotonic()
     assert gather(queue, 8, .1) == [2, 3, 4] and .09 < time.monotonic()-start < 5
@@ -231,7 +304,8 @@ def test_a_model_that_fails_at_one_image_writes_for_the_others(model, pages):
     "What a model raises for a batch is told to nobody but the request that makes it raise alone."
     images, said = [open_image(p) for p in pages[:4]], {}
     def encode(batch):
-        if any(image is images[2] for image in batch): raise RuntimeError('no memory left')
+        if any(image is images[2] for image in batch):
+            raise RuntimeError('no memory left')
         return model.encoder.encode(batch)
     failing = copy(model)
     object.__setattr__(failing, 'encoder', SimpleNamespace(encode=encode))
@@ -249,12 +323,16 @@ def as_offline(model, picture, answer):
     assert [w['text'] for w in answer['words']] == [w['text'] for w in wanted] and len(wanted) > 4
     for got,own in zip(answer['words'], wanted):
         assert got['probability'] == pytest.approx(own['probability'], abs=.002)
-        assert got['patches'] == [pytest.approx(row, abs=.02) for row in own['patches']] and len(got['patches']) == 8
+        assert (
+            got['patches'] == [pytest.approx(row, abs=0.02) for row in own['patches']]
+            and len(got['patches']) == 8
+        )
         assert got['alternatives'][0][1] == pytest.approx(own['alternatives'][0][1], abs=.002)
     assert max(max(map(max, w['patches'])) for w in wanted) > 1, 'no word rests on anything'
 
 def test_an_explanation_is_that_of_offline(server, pages, same, model):
-    with ThreadPoolExecutor(3) as pool: answers = list(pool.map(lambda i: server.caption(pages[i], EXPLAIN), range(3)))
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda i: server.caption(pages[i], EXPLAIN), range(3)))
     for i,(status, answer) in enumerate(answers):
         assert status == 200 and same(i, answer['caption'])
         as_offline(model, pages[i], answer)
@@ -268,13 +346,19 @@ def test_a_stream_tells_the_caption_before_the_reasons(server, pages, same, mode
 def test_reasons_are_in_nobodys_way(server, pages):
     "Who wants a caption waits for one explanation at most, however many are asked for."
     ended = {}
-    def ask(name, *args): assert server.caption(*args)[0] == 200; ended[name] = time.monotonic()
+    def ask(name, *args):
+        assert server.caption(*args)[0] == 200
+        ended[name] = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
         jobs = [pool.submit(ask, f'why {i}', pages[i], EXPLAIN) for i in range(8)]
-        while len(ended) < 1: time.sleep(.01)
+        while len(ended) < 1:
+            time.sleep(.01)
         jobs += [pool.submit(ask, f'caption {i}', pages[i]) for i in range(4)]
-        for job in jobs: job.result()
-    captions, reasons = ([t for name,t in ended.items() if name.startswith(what)] for what in ('caption', 'why'))
+        for job in jobs:
+            job.result()
+    captions, reasons = (
+        [t for name, t in ended.items() if name.startswith(what)] for what in ('caption', 'why')
+    )
     assert max(captions) < sorted(reasons)[-3]
 
 def test_reasons_have_the_same_limits(narrow, server, pages):
@@ -287,39 +371,57 @@ def test_reasons_have_the_same_limits(narrow, server, pages):
         assert narrow.caption(pages[0], EXPLAIN, **key)[0] == 429
     assert [status for status,_ in others] == [200, 200]
 
-class Done(Exception): pass
+class Done(Exception):
+    pass
 
 class Told:
     "What a worker says, and how it ends: when it asks its empty queue again after having said enough."
     def __init__(self, model, *requests, then=()):
         self.said, self.queue, self.then = [], Queue(), list(then)
-        for r in requests: self.queue.put(r)
+        for r in requests:
+            self.queue.put(r)
         worker = Worker(None, None, None, None, wait=0)
         worker.model = model
         api, transport = SimpleNamespace(max_batch_size=1), SimpleNamespace(send=self.send)
-        with pytest.raises(Done): worker(api, 'cpu', 0, self, transport, None, [])
+        with pytest.raises(Done):
+            worker(api, 'cpu', 0, self, transport, None, [])
 
-    def send(self, message, consumer_id): self.said.append((message[0], *message[1][0]))
+    def send(self, message, consumer_id):
+        self.said.append((message[0], *message[1][0]))
 
     def get(self, timeout=None):
-        if self.queue.empty() and self.then and self.said: self.queue.put(self.then.pop(0))
+        if self.queue.empty() and self.then and self.said:
+            self.queue.put(self.then.pop(0))
         if self.queue.empty() and timeout: raise Done # there is nothing to do
         return self.queue.get_nowait()
 
 def test_what_nobody_waits_for_is_left_undone(model, pages):
-    "A request whose time is over is neither captioned nor explained, nor one whose client has left; each is confirmed. The answer of one in time comes."
+    """A request whose time is over is neither captioned nor explained, nor one whose client has left; each
+    is confirmed. The answer of one in time comes."""
     end, image = time.monotonic()+60, open_image(pages[0])
-    told = Told(model, (0, 'late', end-61, (image, False, True)), (0, 'left', end, (image, False, True)), (0, 'in time', end, (image, False, False)), (0, 'left', None, None))
+    told = Told(
+        model,
+        (0, 'late', end - 61, (image, False, True)),
+        (0, 'left', end, (image, False, True)),
+        (0, 'in time', end, (image, False, False)),
+        (0, 'left', None, None),
+    )
     assert sorted(told.said) == [('in time', 'caption'), ('late', 'dropped'), ('left', 'dropped')]
 
 def test_an_explanation_ends_when_its_client_leaves(model, pages):
     image, end = open_image(pages[0]), time.monotonic()+60
-    told = Told(model, (0, 'left', end, (image, False, True)), (0, 'stays', end, (image, False, True)), then=[(0, 'left', None, None)])
+    told = Told(
+        model,
+        (0, 'left', end, (image, False, True)),
+        (0, 'stays', end, (image, False, True)),
+        then=[(0, 'left', None, None)],
+    )
     assert [s for s in told.said if s[0] == 'left'] == [('left', 'caption'), ('left', 'dropped')]
     assert [s for s in told.said if s[0] == 'stays'] == [('stays', 'caption'), ('stays', 'caption', 'words')]
 
 def test_a_tokenizer_that_cannot_tell(model, pages):
-    class Slow: is_fast, name_or_path = False, 'slow/one'
+    class Slow:
+        is_fast, name_or_path = False, 'slow/one'
     spoiled = copy(model)
     spoiled.tokenizer = Slow
     answer = why(spoiled, open_image(pages[0]), 'A cat.')
@@ -327,37 +429,87 @@ def test_a_tokenizer_that_cannot_tell(model, pages):
 
 # --- What is refused
 
-AS_JSON, AS_FORM = dict(Content_Type='application/json'), dict(Content_Type='multipart/form-data; boundary=xyz')
+AS_JSON, AS_FORM = dict(Content_Type='application/json'), dict(
+    Content_Type='multipart/form-data; boundary=xyz'
+)
 BOMB = as_png(Image.new('1', (7000, 7000)))
 HEAD = b'IHDR' + bytes.fromhex('7fffffff7fffffff0802000000') # 2,147,483,647 pixels wide and as many high
-HUGE = b'\x89PNG\r\n\x1a\n\0\0\0\r' + HEAD + zlib.crc32(HEAD).to_bytes(4) + b'\0\0\0\0IDAT' + zlib.crc32(b'IDAT').to_bytes(4)
-REFUSED = { # method, path, body, headers -> status, words
+HUGE = (
+    b'\x89PNG\r\n\x1a\n\0\0\0\r'
+    + HEAD
+    + zlib.crc32(HEAD).to_bytes(4)
+    + b'\0\0\0\0IDAT'
+    + zlib.crc32(b'IDAT').to_bytes(4)
+)
+REFUSED = {  # method, path, body, headers -> status, words
     'an unknown path': ('GET', '/nothing', None, {}, 404, ''),
     'captions are posted': ('GET', '/caption', None, {}, 405, ''),
     'no content type': ('POST', '/caption', b'abc', {}, 415, 'multipart/form-data'),
-    'a form of text': ('POST', '/caption', b'file=cat', dict(Content_Type='application/x-www-form-urlencoded'), 415, 'multipart/form-data'),
+    'a form of text': (
+        'POST',
+        '/caption',
+        b'file=cat',
+        dict(Content_Type='application/x-www-form-urlencoded'),
+        415,
+        'multipart/form-data',
+    ),
     'a picture as it is': ('POST', '/caption', BOMB, dict(Content_Type='image/png'), 415, 'image/png'),
     'empty JSON': ('POST', '/caption', b'', AS_JSON, 422, 'not valid JSON'),
     'broken JSON': ('POST', '/caption', b'{"image": ', AS_JSON, 422, 'not valid JSON'),
     'bytes that are no text': ('POST', '/caption', b'\xff\xfe\xfa', AS_JSON, 422, 'not valid JSON'),
-    'deep JSON': ('POST', '/caption', b'['*100_000, AS_JSON, 422, 'not valid JSON'),
+    'deep JSON': ('POST', '/caption', b'[' * 100_000, AS_JSON, 422, 'not valid JSON'),
     'a list': ('POST', '/caption', b'["image"]', AS_JSON, 422, '"image"'),
     'a number': ('POST', '/caption', b'{"image": 5}', AS_JSON, 422, '"image"'),
     'no base64': ('POST', '/caption', b'{"image": "*"}', AS_JSON, 422, 'base64'),
     'other letters': ('POST', '/caption', json.dumps(dict(image='für')), AS_JSON, 422, 'base64'),
-    'a data URL without base64': ('POST', '/caption', b'{"image": "data:image/png,abc"}', AS_JSON, 422, 'data:image/png;base64,'),
+    'a data URL without base64': (
+        'POST',
+        '/caption',
+        b'{"image": "data:image/png,abc"}',
+        AS_JSON,
+        422,
+        'data:image/png;base64,',
+    ),
     'a URL': ('POST', '/caption', b'{"image": "https://example.com/a.png"}', AS_JSON, 422, 'never fetched'),
     'a file URL': ('POST', '/caption', b'{"image": "file:///etc/passwd"}', AS_JSON, 422, 'never fetched'),
-    'text as base64': ('POST', '/caption', json.dumps(dict(image=base64.b64encode(b'a cat').decode())), AS_JSON, 415, 'not a readable picture'),
-    'PostScript': ('POST', '/caption', form(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), AS_FORM, 415, 'not a readable picture'),
+    'text as base64': (
+        'POST',
+        '/caption',
+        json.dumps(dict(image=base64.b64encode(b'a cat').decode())),
+        AS_JSON,
+        415,
+        'not a readable picture',
+    ),
+    'PostScript': (
+        'POST',
+        '/caption',
+        form(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'),
+        AS_FORM,
+        415,
+        'not a readable picture',
+    ),
     'an empty file': ('POST', '/caption', form(b''), AS_FORM, 415, 'not a readable picture'),
-    'a form without a boundary': ('POST', '/caption', form(b'x'), dict(Content_Type='multipart/form-data'), 422, 'boundary'),
-    'another boundary': ('POST', '/caption', form(b'x'), dict(Content_Type='multipart/form-data; boundary=abc'), 422, 'form'),
+    'a form without a boundary': (
+        'POST',
+        '/caption',
+        form(b'x'),
+        dict(Content_Type='multipart/form-data'),
+        422,
+        'boundary',
+    ),
+    'another boundary': (
+        'POST',
+        '/caption',
+        form(b'x'),
+        dict(Content_Type='multipart/form-data; boundary=abc'),
+        422,
+        'form',
+    ),
     'a field of another name': ('POST', '/caption', form(b'x', 'picture'), AS_FORM, 422, '"file"'),
     'a text as the file': ('POST', '/caption', form(b'x', file=None), AS_FORM, 422, '"file"'),
     'many pixels': ('POST', '/caption', form(BOMB), AS_FORM, 413, '25 million pixels'),
     'very many pixels': ('POST', '/caption', form(HUGE), AS_FORM, 413, '25 million pixels'),
-    'many bytes': ('POST', '/caption', b'x'*10_000_001, AS_JSON, 413, '10 MB'),
+    'many bytes': ('POST', '/caption', b'x' * 10_000_001, AS_JSON, 413, '10 MB'),
     'stream that is neither': ('POST', '/caption?stream=perhaps', b'{}', AS_JSON, 422, 'stream'),
 }
 
@@ -374,45 +526,74 @@ def test_broken_picture_in_a_stream_has_its_status(server, pages):
 
 def test_no_url_is_fetched(server):
     with socket.socket() as bait:
-        bait.bind(('127.0.0.1', 0)); bait.listen(); bait.settimeout(.5)
-        for url in (f'http://127.0.0.1:{bait.getsockname()[1]}/a.png', f'//127.0.0.1:{bait.getsockname()[1]}/a.png'):
+        bait.bind(('127.0.0.1', 0))
+        bait.listen()
+        bait.settimeout(.5)
+        for url in (
+            f'http://127.0.0.1:{bait.getsockname()[1]}/a.png',
+            f'//127.0.0.1:{bait.getsockname()[1]}/a.png',
+        ):
             status, _, _ = server.ask('POST', '/caption', json.dumps(dict(image=url)), **AS_JSON)
             assert status == 422
-        with pytest.raises(TimeoutError): bait.accept()
+        with pytest.raises(TimeoutError):
+            bait.accept()
 
 def test_an_upload_without_an_end_is_cut(server):
     connection = server.connect()
     def endless():
-        while True: yield b'x'*2**20
+        while True:
+            yield b'x'*2**20
     try:
-        connection.request('POST', '/caption', endless(), {'Content-Type': 'application/json'}, encode_chunked=True)
+        connection.request(
+            'POST', '/caption', endless(), {'Content-Type': 'application/json'}, encode_chunked=True
+        )
         raise AssertionError('it took everything')
-    except OSError: pass # the server has closed the door
-    finally: connection.close()
+    except OSError:
+        pass # the server has closed the door
+    finally:
+        connection.close()
     assert server.ask('GET', '/health')[0] == 200
 
 def test_who_asks_before_sending_is_told_at_once(server):
     with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
-        s.sendall(b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50000000\r\nExpect: 100-continue\r\n\r\n')
+        s.sendall(
+            b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:'
+            b' 50000000\r\nExpect: 100-continue\r\n\r\n'
+        )
         assert s.recv(100).startswith(b'HTTP/1.1 413')
 
 def test_who_lacks_the_key_may_send_to_the_end(narrow):
     "Many programs listen only after their last byte: an answer before it, and they see a broken pipe."
     with socket.create_connection(('127.0.0.1', narrow.port), timeout=20) as s:
-        s.sendall(b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\nConnection: close\r\n\r\n')
+        s.sendall(
+            b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\nConnection: close\r\n\r\n'
+        )
         s.settimeout(.5)
-        with pytest.raises(TimeoutError): s.recv(1)
+        with pytest.raises(TimeoutError):
+            s.recv(1)
         s.settimeout(20)
         s.sendall(b'{"a": 1}')
         assert s.recv(100).startswith(b'HTTP/1.1 401')
 
 def test_key(narrow, pages, same):
-    for sent in ({}, dict(Authorization='Bearer wrong'), dict(Authorization=f'Basic {KEY}'), dict(Authorization='Bearer'), dict(X_API_Key=KEY), dict(Authorization='Bearer \xe9')):
+    for sent in (
+        {},
+        dict(Authorization='Bearer wrong'),
+        dict(Authorization=f'Basic {KEY}'),
+        dict(Authorization='Bearer'),
+        dict(X_API_Key=KEY),
+        dict(Authorization='Bearer \xe9'),
+    ):
         status, answer, headers = narrow.ask('POST', '/caption', b'{}', **AS_JSON, **sent)
-        assert status == 401 and headers['www-authenticate'] == 'Bearer' and 'Authorization: Bearer' in json.loads(answer)['detail']
+        assert (
+            status == 401
+            and headers['www-authenticate'] == 'Bearer'
+            and 'Authorization: Bearer' in json.loads(answer)['detail']
+        )
     status, answer = narrow.caption(pages[0], Authorization=f'Bearer {KEY}')
     assert status == 200 and same(0, answer['caption'])
-    for path in ('/', '/health', '/openapi.json', '/docs'): assert narrow.ask('GET', path)[0] == 200
+    for path in ('/', '/health', '/openapi.json', '/docs'):
+        assert narrow.ask('GET', path)[0] == 200
     assert narrow.ask('GET', '/redoc')[0] == 404
 
 def test_too_many_are_told_to_come_back(narrow, pages):
@@ -442,8 +623,10 @@ def test_time_is_limited_while_nobody_works(narrow, pages):
             status, answer = narrow.caption(pages[0], path, **key)
             assert status == 504 and 'try again' in answer['detail']
         assert json.loads(narrow.ask('GET', '/health')[1]) == dict(status='overloaded')
-    finally: worker.resume()
-    while narrow.ask('GET', '/health')[0] != 200: time.sleep(.05) # their places are kept until the worker has let them go
+    finally:
+        worker.resume()
+    while narrow.ask('GET', '/health')[0] != 200:
+        time.sleep(.05) # their places are kept until the worker has let them go
     assert narrow.caption(pages[0], **key)[0] == 200
 
 def test_clients_that_leave_free_their_place(narrow, pages):
@@ -451,15 +634,22 @@ def test_clients_that_leave_free_their_place(narrow, pages):
     for path in ('/caption', '/caption?stream=true')*4:
         with socket.create_connection(('127.0.0.1', narrow.port)) as s:
             body = form(pages[0])
-            s.sendall(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Type: multipart/form-data; boundary=xyz\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+            s.sendall(
+                f'POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Type:'
+                f' multipart/form-data; boundary=xyz\r\nContent-Length: {len(body)}\r\n\r\n'.encode()
+                + body
+            )
         time.sleep(.3)
     time.sleep(.5)
-    with ThreadPoolExecutor(2) as pool: assert {status for status,_ in pool.map(lambda p: narrow.caption(p, **key), pages[:2])} == {200}
+    with ThreadPoolExecutor(2) as pool:
+        assert {status for status,_ in pool.map(lambda p: narrow.caption(p, **key), pages[:2])} == {200}
 
 def slow_connections(server, number, head, part, seconds):
-    "Open connections that send a little each; gives a list of them, and a function that sends a bit more on each and tells what was answered."
+    """Open connections that send a little each; gives a list of them, and a function that sends a bit more
+    on each and tells what was answered."""
     made = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(number)]
-    for s in made: s.sendall(head)
+    for s in made:
+        s.sendall(head)
     def go_on():
         found = []
         for s in made:
@@ -467,15 +657,31 @@ def slow_connections(server, number, head, part, seconds):
                 s.sendall(part)
                 s.setblocking(False)
                 found.append(s.recv(4000)[:12] or b'closed')
-            except BlockingIOError: found.append(None) # it is still open
-            except OSError: found.append(b'closed') # while we were sending
+            except BlockingIOError:
+                found.append(None) # it is still open
+            except OSError:
+                found.append(b'closed') # while we were sending
             s.setblocking(True)
         return found
     return made, go_on
 
-SLOW = {'heads': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\n', b'X-A: b\r\n'),
-        'bodies': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n', b'x'),
-        'chunks': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n', b'1\r\nx\r\n')}
+SLOW = {
+    'heads': (b'POST /caption HTTP/1.1\r\nHost: localhost\r\n', b'X-A: b\r\n'),
+    'bodies': (
+        (
+            b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:'
+            b' 1000\r\n\r\n'
+        ),
+        b'x',
+    ),
+    'chunks': (
+        (
+            b'POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
+            b' application/json\r\nTransfer-Encoding: chunked\r\n\r\n'
+        ),
+        b'1\r\nx\r\n',
+    ),
+}
 
 @pytest.mark.parametrize('kind', SLOW)
 def test_slow_clients_are_in_nobodys_way(server, pages, kind):
@@ -486,33 +692,41 @@ def test_slow_clients_are_in_nobodys_way(server, pages, kind):
             assert go_on() == [None]*100
             assert server.caption(pages[0])[0] == 200 and server.ask('GET', '/health')[0] == 200
     finally:
-        for s in made: s.close()
+        for s in made:
+            s.close()
 
 @pytest.mark.parametrize('kind', SLOW)
 def test_slow_clients_are_told_to_go(narrow, kind):
     "A head, and a body, have their time, however often a byte comes."
     head, part = SLOW[kind]
-    made, go_on = slow_connections(narrow, 3, head.replace(b'localhost', f'localhost\r\nAuthorization: Bearer {KEY}'.encode()), part, 1)
+    made, go_on = slow_connections(
+        narrow, 3, head.replace(b'localhost', f'localhost\r\nAuthorization: Bearer {KEY}'.encode()), part, 1
+    )
     end, told = time.monotonic()+10, [None]
     while None in told and time.monotonic() < end:
         time.sleep(.2)
         told = [new or old for new,old in zip(go_on(), told*3)]
-    for s in made: s.close()
+    for s in made:
+        s.close()
     assert b'HTTP/1.1 408' in told and set(told) <= {b'HTTP/1.1 408', b'closed'}, told
 
 def test_a_silent_connection_is_closed(narrow):
-    with socket.create_connection(('127.0.0.1', narrow.port), timeout=10) as s: assert s.recv(100) == b''
+    with socket.create_connection(('127.0.0.1', narrow.port), timeout=10) as s:
+        assert s.recv(100) == b''
 
 def test_an_endless_head_is_cut(server):
     with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
         s.sendall(b'GET / HTTP/1.1\r\nHost: localhost\r\nX-A: ')
         try:
-            for _ in range(1000): s.sendall(b'a'*10_000)
+            for _ in range(1000):
+                s.sendall(b'a'*10_000)
             raise AssertionError('it took everything')
-        except OSError: pass # the server has closed the door
+        except OSError:
+            pass # the server has closed the door
 
 def test_the_oldest_of_very_many_goes(server, pages):
-    "A client that begins more requests than it may have loses the first ones; whoever comes later gets through."
+    """A client that begins more requests than it may have loses the first ones; whoever comes later gets
+    through."""
     head, part = SLOW['bodies']
     made, go_on = slow_connections(server, 150, head, part, 1)
     try:
@@ -520,17 +734,22 @@ def test_the_oldest_of_very_many_goes(server, pages):
         while told.count(None) > 128 and time.monotonic() < end: # until all have arrived
             time.sleep(.1)
             told = [new or old for new,old in zip(go_on(), told)]
-        assert 120 <= told.count(None) <= 128 and told[-100:] == [None]*100 and b'HTTP/1.1 408' in told[:10], told
+        assert (
+            120 <= told.count(None) <= 128 and told[-100:] == [None] * 100 and b'HTTP/1.1 408' in told[:10]
+        ), told
         assert server.caption(pages[0])[0] == 200
     finally:
-        for s in made: s.close()
+        for s in made:
+            s.close()
 
 def test_one_client_leaves_places_for_others(server, pages):
     "Half of the 64 places is the most that a client gets; another one is served meanwhile."
     with server.busy(pages[0], 32) as others:
         status, answer = server.caption(pages[0])
         assert status == 429 and 'of yours' in answer['detail'] and server.ask('GET', '/health')[0] == 200
-        other = http.client.HTTPConnection('127.0.0.1', server.port, timeout=60, source_address=('127.0.0.2', 0))
+        other = http.client.HTTPConnection(
+            '127.0.0.1', server.port, timeout=60, source_address=('127.0.0.2', 0)
+        )
         other.request('POST', '/caption', form(pages[1]), {'Content-Type': AS_FORM['Content_Type']})
     assert other.getresponse().status == 200 and [status for status,_ in others] == [200]*32
 
@@ -541,9 +760,14 @@ def test_clients_by_address():
 # --- Images made to harm
 
 def test_a_slow_image_is_refused_and_in_nobodys_way(narrow, pages):
-    "A JPEG that goes over its pixels 6,000 times is given up; the image of somebody else is captioned meanwhile."
+    """A JPEG that goes over its pixels 6,000 times is given up; the image of somebody else is captioned
+    meanwhile."""
     key, found = dict(Authorization=f'Bearer {KEY}'), []
-    with_bomb = threading.Thread(target=lambda: found.append(narrow.ask('POST', '/caption', form(scan_bomb(scans=6000)), **AS_FORM, **key)))
+    with_bomb = threading.Thread(
+        target=lambda: found.append(
+            narrow.ask('POST', '/caption', form(scan_bomb(scans=6000)), **AS_FORM, **key)
+        )
+    )
     with_bomb.start()
     time.sleep(.2)
     assert narrow.caption(pages[0], **key)[0] == 200
@@ -552,7 +776,8 @@ def test_a_slow_image_is_refused_and_in_nobodys_way(narrow, pages):
     assert status == 415 and 'longer than 1 seconds' in json.loads(answer)['detail']
 
 def test_a_file_of_two_formats_is_one_image(server, model):
-    "What is measured is what is decoded: the file is a small TIFF, and as an FLI, which is not taken, it would be 13,000 pixels wide."
+    """What is measured is what is decoded: the file is a small TIFF, and as an FLI, which is not taken, it
+    would be 13,000 pixels wide."""
     data = two_in_one()
     assert server.caption(data) == (200, dict(caption=model.caption(open_image(data))))
 
@@ -565,30 +790,44 @@ def test_no_image_is_opened_where_the_model_is(server, pages):
 
 @pytest.mark.parametrize('path', ['/caption?explain=true&stream=true', '/caption'])
 def test_clients_that_leave_leave_nothing(server, pages, path):
-    "More requests than there are places, each left when its answer begins: the next one is served, and the places are free."
+    """More requests than there are places, each left when its answer begins: the next one is served, and the
+    places are free."""
     body = form(pages[0])
     for i in range(70):
         with socket.create_connection(('127.0.0.1', server.port)) as s:
-            s.sendall(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {AS_FORM["Content_Type"]}\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
-            if 'stream' in path: assert s.recv(12) in (b'HTTP/1.1 200', b'HTTP/1.1 429')
+            s.sendall(
+                f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
+                f' {AS_FORM["Content_Type"]}\r\nContent-Length: {len(body)}\r\n\r\n'.encode()
+                + body
+            )
+            if 'stream' in path:
+                assert s.recv(12) in (b'HTTP/1.1 200', b'HTTP/1.1 429')
     end = time.monotonic()+20
-    while server.ask('GET', '/health')[0] != 200: assert time.monotonic() < end; time.sleep(.05)
-    with ThreadPoolExecutor(30) as pool: assert {status for status,_ in pool.map(server.caption, pages[:30])} == {200}
+    while server.ask('GET', '/health')[0] != 200:
+        assert time.monotonic() < end
+        time.sleep(.05)
+    with ThreadPoolExecutor(30) as pool:
+        assert {status for status,_ in pool.map(server.caption, pages[:30])} == {200}
 
 def processes(server):
     "The memory of all processes of a server, in MB."
     return memory(server.process.pid)
 
 def fuzz(server, same, pages, model, number, capsys):
-    "Send damaged images among whole ones; each is answered as `open_image` answers, and no whole one suffers."
-    with ThreadPoolExecutor(8) as pool: before = list(pool.map(server.caption, pages[:8]))
+    """Send damaged images among whole ones; each is answered as `open_image` answers, and no whole one
+    suffers."""
+    with ThreadPoolExecutor(8) as pool:
+        before = list(pool.map(server.caption, pages[:8]))
     assert [status for status,_ in before] == [200]*8
     counts, first = Counter(), processes(server)
     def bad(file):
         status, answer = server.caption(file.data)
-        try: wanted = open_image(file.data)
-        except ValueError: assert status == 415 and answer['detail'], (file.name, status, answer)
-        else: assert status == 200 or file.kind == 'pixels', (file.name, status, answer)
+        try:
+            wanted = open_image(file.data)
+        except ValueError:
+            assert status == 415 and answer['detail'], (file.name, status, answer)
+        else:
+            assert status == 200 or file.kind == 'pixels', (file.name, status, answer)
         counts[file.kind, status] += 1
         assert status in (200, 413, 415), (file.name, status, answer)
     def good(i):
@@ -597,22 +836,38 @@ def fuzz(server, same, pages, model, number, capsys):
         assert status == 200 and (answer == before[i%8][1] or same(i%8, answer['caption'])), (status, answer)
     files = list(damaged(number))
     with ThreadPoolExecutor(16) as pool, warnings.catch_warnings(action='ignore'):
-        jobs = [pool.submit(*job) for i,file in enumerate(files) for job in ([(bad, file)] + ([(good, i//4)] if i%4 == 0 else []))]
-        for job in jobs: job.result()
+        jobs = [
+            pool.submit(*job)
+            for i, file in enumerate(files)
+            for job in [(bad, file)] + ([(good, i // 4)] if i % 4 == 0 else [])
+        ]
+        for job in jobs:
+            job.result()
     last = processes(server)
     with capsys.disabled():
-        print('', *(f'{kind} {status}: {n}' for (kind, status), n in sorted(counts.items())), f'memory of all processes {first:.0f} MB, then {last:.0f} MB', sep='\n  ')
-    assert counts['whole', 200] == -(-number//4) and sum(n for (kind, _), n in counts.items() if kind != 'whole') == number
+        print(
+            '',
+            *(f'{kind} {status}: {n}' for (kind, status), n in sorted(counts.items())),
+            f'memory of all processes {first:.0f} MB, then {last:.0f} MB',
+            sep='\n  ',
+        )
+    assert (
+        counts['whole', 200] == -(-number // 4)
+        and sum(n for (kind, _), n in counts.items() if kind != 'whole') == number
+    )
     assert counts['pixels', 415] and [server.caption(p) for p in pages[:8]] and last < first + 300
 
-def test_damaged_images_are_nobody_elses_trouble(server, same, pages, model, capsys): fuzz(server, same, pages, model, 200, capsys)
+def test_damaged_images_are_nobody_elses_trouble(server, same, pages, model, capsys):
+    fuzz(server, same, pages, model, 200, capsys)
 
 @pytest.mark.slow
-def test_three_thousand_damaged_images(server, same, pages, model, capsys): fuzz(server, same, pages, model, 3000, capsys)
+def test_three_thousand_damaged_images(server, same, pages, model, capsys):
+    fuzz(server, same, pages, model, 3000, capsys)
 
 class Peak:
     "The most memory that a server and all its processes have had, in MB, while this is open."
-    def __init__(self, server): self.server, self.over = server, threading.Event()
+    def __init__(self, server):
+        self.server, self.over = server, threading.Event()
     def __enter__(self):
         self.first = self.most = processes(self.server)
         self.thread = threading.Thread(target=self.watch)
@@ -621,8 +876,10 @@ class Peak:
 
     def watch(self):
         while not self.over.wait(.1):
-            try: self.most = max(self.most, processes(self.server))
-            except psutil.Error: pass # one of them has just ended
+            try:
+                self.most = max(self.most, processes(self.server))
+            except psutil.Error:
+                pass # one of them has just ended
 
     def __exit__(self, *error):
         self.over.set()
@@ -630,29 +887,46 @@ class Peak:
 
 @pytest.mark.slow
 def test_memory_under_attack(start, made, pages, capsys):
-    "Many large images in small files at once, explanations that are left, slow images: memory stays within bounds, and others are served."
+    """Many large images in small files at once, explanations that are left, slow images: memory stays within
+    bounds, and others are served."""
     server = Server(start, made).wait()
     large, bomb = one_colour(5000), scan_bomb()
     def many(data, n, path='/caption'):
-        with ThreadPoolExecutor(n) as pool: return Counter(status for status,_ in pool.map(lambda _: server.caption(data, path), range(n)))
+        with ThreadPoolExecutor(n) as pool:
+            return Counter(status for status,_ in pool.map(lambda _: server.caption(data, path), range(n)))
     def leave(n):
         body = form(large)
         for i in range(n):
             with socket.create_connection(('127.0.0.1', server.port), timeout=60) as s:
-                s.sendall(b'POST /caption?stream=true&explain=true HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=xyz\r\n' + f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
+                s.sendall(
+                    b'POST /caption?stream=true&explain=true HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
+                    b' multipart/form-data; boundary=xyz\r\n'
+                    + f'Content-Length: {len(body)}\r\n\r\n'.encode()
+                    + body
+                )
                 s.recv(100)
     said = []
     try:
-        for name,attack,most in (('32 of 25 million pixels', lambda: many(large, 32), 1000), ('25 explanations left', lambda: leave(25), 1000), ('6 slow images', lambda: many(bomb, 6), 1000)):
-            with Peak(server) as peak: found = attack()
-            said.append(f'{name}: {dict(found or {})}; memory {peak.first:.0f} MB before, {peak.most:.0f} MB at most')
+        for name, attack, most in (
+            ('32 of 25 million pixels', lambda: many(large, 32), 1000),
+            ('25 explanations left', lambda: leave(25), 1000),
+            ('6 slow images', lambda: many(bomb, 6), 1000),
+        ):
+            with Peak(server) as peak:
+                found = attack()
+            said.append(
+                f'{name}: {dict(found or {})}; memory {peak.first:.0f} MB before, {peak.most:.0f} MB at most'
+            )
             end = time.monotonic()+60
-            while server.ask('GET', '/health')[0] != 200: assert time.monotonic() < end; time.sleep(.1)
+            while server.ask('GET', '/health')[0] != 200:
+                assert time.monotonic() < end
+                time.sleep(.1)
             assert server.caption(pages[0])[0] == 200 and peak.most < peak.first+most, said
     finally:
         server.process.terminate()
         server.process.communicate(timeout=60)
-        with capsys.disabled(): print('', *said, sep='\n  ')
+        with capsys.disabled():
+            print('', *said, sep='\n  ')
 
 # --- Nonsense
 
@@ -663,42 +937,93 @@ def spoiled(draw):
     "A picture of which some bytes are others, or missing."
     data = bytearray(PICTURE[:draw(st.integers(0, len(PICTURE)))] if draw(st.booleans()) else PICTURE)
     for at,value in draw(st.lists(st.tuples(st.integers(0, len(PICTURE)), st.integers(0, 255)), max_size=8)):
-        if at < len(data): data[at] = value
+        if at < len(data):
+            data[at] = value
     return bytes(data)
 
-IN_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(['image', 'stream', 'file', '']), x, max_size=3), max_leaves=6)
+IN_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda x: st.lists(x, max_size=3)
+    | st.dictionaries(st.sampled_from(['image', 'stream', 'file', '']), x, max_size=3),
+    max_leaves=6,
+)
 BODIES = st.one_of(
     st.binary(max_size=400),
     IN_JSON.map(lambda x: json.dumps(x).encode()),
     st.text(max_size=60).map(lambda x: json.dumps(dict(image=x)).encode()),
     st.binary(max_size=300).map(lambda x: json.dumps(dict(image=base64.b64encode(x).decode())).encode()),
-    spoiled().map(lambda x: json.dumps(dict(image='data:image/png;base64,' + base64.b64encode(x).decode())).encode()),
+    spoiled().map(
+        lambda x: json.dumps(dict(image='data:image/png;base64,' + base64.b64encode(x).decode())).encode()
+    ),
     spoiled().map(form),
-    st.tuples(spoiled(), st.text(max_size=10), st.text(max_size=10)).map(lambda x: form(*x, boundary='xyz') if x[1].isprintable() and x[2].isprintable() else form(x[0])),
-    st.tuples(st.binary(max_size=60), st.integers(0, 200)).map(lambda x: form(PICTURE)[:x[1]] + x[0] + form(PICTURE)[x[1]:]),
-    spoiled())
-TYPES = st.sampled_from(['application/json', 'multipart/form-data; boundary=xyz', 'multipart/form-data', 'multipart/form-data; boundary="', 'multipart/form-data; boundary=xyz; charset=utf-16', 'multipart/form-data; boundary=xyz; charset=\xff',
-                         'application/json; charset=utf-16', 'image/png', '', ';;;']) | st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=30)
-PATHS = st.sampled_from(['/caption', '/caption?explain=1', '/caption?stream=true', '/caption?stream=', '/caption?stream=1&stream=0', '/caption?%ff=%00', '/caption/', '/health', '/%2e%2e/'])
+    st.tuples(spoiled(), st.text(max_size=10), st.text(max_size=10)).map(
+        lambda x: form(*x, boundary='xyz') if x[1].isprintable() and x[2].isprintable() else form(x[0])
+    ),
+    st.tuples(st.binary(max_size=60), st.integers(0, 200)).map(
+        lambda x: form(PICTURE)[: x[1]] + x[0] + form(PICTURE)[x[1] :]
+    ),
+    spoiled(),
+)
+TYPES = st.sampled_from(
+    [
+        'application/json',
+        'multipart/form-data; boundary=xyz',
+        'multipart/form-data',
+        'multipart/form-data; boundary="',
+        'multipart/form-data; boundary=xyz; charset=utf-16',
+        'multipart/form-data; boundary=xyz; charset=\xff',
+        'application/json; charset=utf-16',
+        'image/png',
+        '',
+        ';;;',
+    ]
+) | st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=30)
+PATHS = st.sampled_from(
+    [
+        '/caption',
+        '/caption?explain=1',
+        '/caption?stream=true',
+        '/caption?stream=',
+        '/caption?stream=1&stream=0',
+        '/caption?%ff=%00',
+        '/caption/',
+        '/health',
+        '/%2e%2e/',
+    ]
+)
 METHODS = st.sampled_from(['POST']*6 + ['PUT', 'GET', 'DELETE', 'HEAD', 'OPTIONS'])
 FINE = {200, 307, 400, 404, 405, 413, 415, 422}
 
 def nonsense(server, examples):
     "Send malformed requests; none may be answered as a fault of the server, and none may cost a worker."
     workers, connection, count = [p.pid for p in server.workers()], [server.connect()], [0]
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(METHODS, PATHS, TYPES, BODIES)
     def send(method, path, kind, body):
         try:
             connection[0].request(method, path, body, {'Content-Type': kind.encode('latin-1')})
             answer = connection[0].getresponse()
             text = answer.read()
-        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError): # it may hang up after bytes that are no HTTP
-            connection[0].close(); connection[0] = server.connect()
+        # it may hang up after bytes that are no HTTP
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+            connection[0].close()
+            connection[0] = server.connect()
             return
         count[0] += 1
         assert answer.status in FINE, (answer.status, method, path, kind, body, text)
-        if path.startswith('/caption') and method == 'POST' and answer.status not in (200, 307) and answer.headers['content-type'] == 'application/json': assert json.loads(text)['detail']
+        if (
+            path.startswith('/caption')
+            and method == 'POST'
+            and answer.status not in (200, 307)
+            and answer.headers['content-type'] == 'application/json'
+        ):
+            assert json.loads(text)['detail']
     send()
     assert count[0] > .95*examples, 'most were not answered'
     assert server.ask('GET', '/health')[0] == 200 and [p.pid for p in server.workers()] == workers
@@ -712,13 +1037,22 @@ def test_what_is_no_http(server):
     dice = random.Random(0)
     for i in range(50):
         with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
-            s.sendall((b'', b'POST /caption HTTP/1.1\r\nContent-Length: -5\r\n\r\n', b'POST /caption HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n')[i%3] + dice.randbytes(200) + b'\r\n\r\n')
+            s.sendall(
+                (
+                    b'',
+                    b'POST /caption HTTP/1.1\r\nContent-Length: -5\r\n\r\n',
+                    b'POST /caption HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n',
+                )[i % 3]
+                + dice.randbytes(200)
+                + b'\r\n\r\n'
+            )
             s.shutdown(socket.SHUT_WR)
             assert not re.match(rb'HTTP/1.1 5', s.recv(200))
     assert server.ask('GET', '/health')[0] == 200
 
 @pytest.mark.slow
-def test_ten_thousand_times_nonsense(server): nonsense(server, 10_000)
+def test_ten_thousand_times_nonsense(server):
+    nonsense(server, 10_000)
 
 # --- Load
 
@@ -727,16 +1061,26 @@ def test_load(start, made, server, pages, same):
     "32 clients for a minute: no error, none lost, all captions as offline, memory flat, and batches pay."
     single = Server(start, made, '--batch_size', 1).wait()
     try:
-        for s in (server, single): send_load(s.address, pages, seconds=5)
+        for s in (server, single):
+            send_load(s.address, pages, seconds=5)
         before = memory(server.process.pid)
         load = send_load(server.address, pages, 32, 60)
         after = memory(server.process.pid)
         alone = send_load(single.address, pages, 32, 20)
-    finally: single.process.terminate(); single.process.wait(60)
+    finally:
+        single.process.terminate()
+        single.process.wait(60)
     together, apart = load_report(load), load_report(alone)
-    print(f'\nbatched {together}\nsingly {apart}\n{together["rate"]/apart["rate"]:.1f} times; memory {before:.0f} MB, then {after:.0f} MB')
+    print(
+        f'\nbatched {together}\nsingly {apart}\n{together["rate"]/apart["rate"]:.1f} times; memory'
+        f' {before:.0f} MB, then {after:.0f} MB'
+    )
     assert together['refused'] == apart['refused'] == 0
-    assert {answer for answer in {(i, a['caption']) for i,_,a,_ in load['answers'] + alone['answers']} if not same(*answer)} == set()
+    assert {
+        answer
+        for answer in {(i, a['caption']) for i, _, a, _ in load['answers'] + alone['answers']}
+        if not same(*answer)
+    } == set()
     assert together['rate'] >= 3*apart['rate'] and after < before + 50
 
 # --- OpenAPI and the page
@@ -745,19 +1089,47 @@ def test_openapi(server, narrow):
     status, found, _ = server.ask('GET', '/openapi.json')
     found = json.loads(found)
     assert status == 200 and set(found['paths']) == {'/caption', '/health'}
-    post, statuses = found['paths']['/caption']['post'], {'200', '400', '403', '408', '413', '415', '422', '429', '500', '503', '504'}
+    post, statuses = found['paths']['/caption']['post'], {
+        '200',
+        '400',
+        '403',
+        '408',
+        '413',
+        '415',
+        '422',
+        '429',
+        '500',
+        '503',
+        '504',
+    }
     assert set(post['requestBody']['content']) == {'multipart/form-data', 'application/json'}
-    assert set(post['responses']) == statuses and all(post['responses'][s]['content']['application/json']['schema']['properties'] == dict(detail=dict(type='string')) for s in statuses - {'200'})
+    assert set(post['responses']) == statuses and all(
+        post['responses'][s]['content']['application/json']['schema']['properties']
+        == dict(detail=dict(type='string'))
+        for s in statuses - {'200'}
+    )
     assert [p['name'] for p in post['parameters']] == ['stream', 'explain']
     assert set(post['responses']['200']['content']) == {'application/json', 'text/event-stream'}
-    assert set(post['responses']['200']['content']['application/json']['schema']['properties']['words']['items']['properties']) == {'text', 'probability', 'alternatives', 'patches'}
+    assert set(
+        post['responses']['200']['content']['application/json']['schema']['properties']['words']['items'][
+            'properties'
+        ]
+    ) == {'text', 'probability', 'alternatives', 'patches'}
     events = post['responses']['200']['content']['text/event-stream']
-    assert events['schema']['type'] == 'string' and [json.loads(e.removeprefix('data: ')) for e in events['example'].split('\n\n') if e][-1]['caption']
+    assert (
+        events['schema']['type'] == 'string'
+        and [json.loads(e.removeprefix('data: ')) for e in events['example'].split('\n\n') if e][-1][
+            'caption'
+        ]
+    )
     assert 'security' not in post and 'securitySchemes' not in found.get('components', {}), 'there is no key'
     assert set(found['paths']['/health']['get']['responses']) == {'200', '503'}
     with_key = json.loads(narrow.ask('GET', '/openapi.json')[1])
     assert with_key['components']['securitySchemes']['HTTPBearer']['scheme'] == 'bearer'
-    assert with_key['paths']['/caption']['post']['security'] == [{'HTTPBearer': []}] and '401' in with_key['paths']['/caption']['post']['responses']
+    assert (
+        with_key['paths']['/caption']['post']['security'] == [{'HTTPBearer': []}]
+        and '401' in with_key['paths']['/caption']['post']['responses']
+    )
 
 def test_docs_load_nothing(server):
     status, page, headers = server.ask('GET', '/docs')
@@ -767,12 +1139,20 @@ def test_docs_load_nothing(server):
 
 # --- Who may ask
 
-ELSEWHERE = { # headers of a request that is not taken
-    'another host': dict(Host='evil.example'), 'another host that begins like ours': dict(Host='localhost.evil.example'),
-    'a name before an at sign': dict(Host='localhost@evil.example'), 'no host': dict(Host=''), 'an address that is not ours': dict(Host='192.0.2.1'),
-    'another origin': dict(Origin='http://evil.example'), 'no origin that can be named': dict(Origin='null'), 'another port': dict(Origin='http://localhost:1'),
+ELSEWHERE = {  # headers of a request that is not taken
+    'another host': dict(Host='evil.example'),
+    'another host that begins like ours': dict(Host='localhost.evil.example'),
+    'a name before an at sign': dict(Host='localhost@evil.example'),
+    'no host': dict(Host=''),
+    'an address that is not ours': dict(Host='192.0.2.1'),
+    'another origin': dict(Origin='http://evil.example'),
+    'no origin that can be named': dict(Origin='null'),
+    'another port': dict(Origin='http://localhost:1'),
     'a request of another site': dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='no-cors'),
-    'a frame of another site': dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='iframe')}
+    'a frame of another site': dict(
+        Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='iframe'
+    ),
+}
 
 @pytest.mark.parametrize('case', ELSEWHERE)
 def test_requests_from_elsewhere_are_refused(server, pages, case):
@@ -783,16 +1163,34 @@ def test_requests_from_elsewhere_are_refused(server, pages, case):
 
 def test_requests_from_here_are_taken(server, pages):
     here = f'localhost:{server.port}'
-    for sent in (dict(Host=here), dict(Host=f'[::1]:{server.port}'), dict(Host=here, Origin=f'http://{here}', Sec_Fetch_Site='same-origin'), dict(Sec_Fetch_Site='none')):
+    for sent in (
+        dict(Host=here),
+        dict(Host=f'[::1]:{server.port}'),
+        dict(Host=here, Origin=f'http://{here}', Sec_Fetch_Site='same-origin'),
+        dict(Sec_Fetch_Site='none'),
+    ):
         assert server.caption(pages[0], **sent)[0] == 200
-    followed = dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='document') # a link on another page
+    # a link on another page
+    followed = dict(Sec_Fetch_Site='cross-site', Sec_Fetch_Mode='navigate', Sec_Fetch_Dest='document')
     assert server.ask('GET', '/', **followed)[0] == 200
 
 def test_all_answers_have_the_headers_of_safety(server):
-    for method,path,more in (('GET', '/', {}), ('GET', '/health', {}), ('GET', '/nothing', {}), ('POST', '/caption', {}), ('GET', '/', dict(Host='evil.example'))):
+    for method, path, more in (
+        ('GET', '/', {}),
+        ('GET', '/health', {}),
+        ('GET', '/nothing', {}),
+        ('POST', '/caption', {}),
+        ('GET', '/', dict(Host='evil.example')),
+    ):
         headers = server.ask(method, path, **more)[2]
-        assert headers['x-content-type-options'] == 'nosniff' and headers['cross-origin-resource-policy'] == 'same-origin'
-        assert "frame-ancestors 'none'" in headers['content-security-policy'] and "default-src 'none'" in headers['content-security-policy']
+        assert (
+            headers['x-content-type-options'] == 'nosniff'
+            and headers['cross-origin-resource-policy'] == 'same-origin'
+        )
+        assert (
+            "frame-ancestors 'none'" in headers['content-security-policy']
+            and "default-src 'none'" in headers['content-security-policy']
+        )
 
 EVIL = """async ([address, data, mode]) => {
   const form = new FormData()
@@ -802,15 +1200,24 @@ EVIL = """async ([address, data, mode]) => {
 }"""
 
 def test_another_web_page_gets_nothing(server, pages, browser_with):
-    "A page of another site in a real browser: posts, reads by DNS rebinding, and puts the page of the server in a frame."
+    """A page of another site in a real browser: posts, reads by DNS rebinding, and puts the page of the
+    server in a frame."""
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Empty) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
-        browser, png = browser_with('--host-resolver-rules=MAP evil.example 127.0.0.1'), base64.b64encode(pages[0]).decode()
+        browser, png = (
+            browser_with('--host-resolver-rules=MAP evil.example 127.0.0.1'),
+            base64.b64encode(pages[0]).decode(),
+        )
         tab, answered = browser.new_page(), []
         tab.on('response', lambda r: answered.append((r.url, r.status)))
         tab.goto(f'http://evil.example:{other.server_port}/')
-        for mode in ('no-cors', 'cors'): assert 'TypeError' in str(tab.evaluate(EVIL, [server.address, png, mode])) # not even an opaque answer
-        tab.evaluate(f"() => new Promise(done => {{ const f = document.createElement('iframe'); f.src = '{server.address}/'; f.onload = done; document.body.append(f) }})")
+        for mode in ('no-cors', 'cors'):
+            # not even an opaque answer
+            assert 'TypeError' in str(tab.evaluate(EVIL, [server.address, png, mode]))
+        tab.evaluate(
+            "() => new Promise(done => { const f = document.createElement('iframe'); f.src ="
+            f" '{server.address}/'; f.onload = done; document.body.append(f) }})"
+        )
         assert not any(server.address in frame.url for frame in tab.frames)
         assert not [a for a in answered if a[0].startswith(server.address) and a[1] != 403]
         rebound = browser.new_page() # the name of the other page is now that of this machine
@@ -823,7 +1230,11 @@ def test_page_is_whole(server):
     assert status == 200 and page.decode() == PAGE
     assert not re.search(r'https?:|//[a-z]|<link|@import|\ssrc="[^"]', PAGE)
 
-WATCH = "() => { window.seen = []; new MutationObserver(() => seen.push(document.getElementById('caption').textContent)).observe(document.getElementById('caption'), {childList: true}) }"
+WATCH = (
+    "() => { window.seen = []; new MutationObserver(() =>"
+    " seen.push(document.getElementById('caption').textContent)).observe(document.getElementById('caption'),"
+    " {childList: true}) }"
+)
 DROP = """data => {
   const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer()
   transfer.items.add(new File([bytes], 'page.png', {type: 'image/png'}))
@@ -836,12 +1247,17 @@ def opened(browser, server, **options):
     "The page in a tab of its own; it may ask nobody but this server, and say nothing in the console."
     with browser.new_context(**options) as context:
         tab, said, asked = context.new_page(), [], []
-        tab.on('console', lambda m: said.append(m.text)); tab.on('pageerror', lambda e: said.append(str(e))); tab.on('request', lambda r: asked.append(r.url))
+        tab.on('console', lambda m: said.append(m.text))
+        tab.on('pageerror', lambda e: said.append(str(e)))
+        tab.on('request', lambda r: asked.append(r.url))
         tab.goto(server.address)
         tab.evaluate(WATCH)
         yield tab
         assert [s for s in said if '401' not in s and '415' not in s] == []
-        assert all(url.startswith((server.address, f'blob:{server.address}')) for url in asked) and len(asked) > 1
+        assert (
+            all(url.startswith((server.address, f'blob:{server.address}')) for url in asked)
+            and len(asked) > 1
+        )
 
 def finished(tab):
     "What the page says, when that is whole."
@@ -856,7 +1272,9 @@ def test_drop_a_picture(browser, server, pages, same):
             tab.wait_for_timeout(50)
             caption = finished(tab)
             seen = [text for text in tab.evaluate('() => seen') if text != '…']
-            assert same(i, caption) and len(set(seen)) >= 4 and all(caption.startswith(text) for text in seen), seen
+            assert (
+                same(i, caption) and len(set(seen)) >= 4 and all(caption.startswith(text) for text in seen)
+            ), seen
             assert tab.get_by_alt_text(caption).is_visible()
         assert tab.locator('#caption').get_attribute('aria-live') == 'polite'
 
@@ -864,14 +1282,18 @@ def test_by_keyboard_only(browser, server, made, same):
     with opened(browser, server) as tab:
         tab.keyboard.press('Tab')
         assert tab.evaluate('() => document.activeElement.id') == 'file'
-        assert tab.evaluate("() => getComputedStyle(document.getElementById('drop')).outlineStyle") == 'solid', 'the focus cannot be seen'
-        with tab.expect_file_chooser() as chooser: tab.keyboard.press('Enter')
+        assert (
+            tab.evaluate("() => getComputedStyle(document.getElementById('drop')).outlineStyle") == 'solid'
+        ), 'the focus cannot be seen'
+        with tab.expect_file_chooser() as chooser:
+            tab.keyboard.press('Enter')
         chooser.value.set_files(made/'pages'/'003.png')
         assert same(3, finished(tab))
 
 def test_on_a_phone(browser, server, made, same):
     with opened(browser, server, viewport=dict(width=360, height=640), is_mobile=True, has_touch=True) as tab:
-        with tab.expect_file_chooser() as chooser: tab.locator('#drop').tap()
+        with tab.expect_file_chooser() as chooser:
+            tab.locator('#drop').tap()
         chooser.value.set_files(made/'pages'/'004.png')
         assert same(4, finished(tab))
         assert tab.evaluate('() => document.documentElement.scrollWidth <= innerWidth && innerWidth == 360')
@@ -881,7 +1303,8 @@ def test_on_a_phone(browser, server, made, same):
         photograph(tab, 'phone')
 
 def photograph(tab, name):
-    if folder := os.environ.get('CAPNB_SCREENSHOTS'): tab.screenshot(path=f'{folder}/{name}.png')
+    if folder := os.environ.get('CAPNB_SCREENSHOTS'):
+        tab.screenshot(path=f'{folder}/{name}.png')
 
 def veil(tab): # the opacity of each part of it; None where there is none
     return tab.evaluate("""() => {
@@ -898,28 +1321,48 @@ def test_each_word_shows_its_patches(browser, server, pages, model):
         words.first.wait_for()
         said = why(model, open_image(pages[7]), caption)['words']
         named = [w for w in said if w['text'].isalnum()]
-        assert words.all_text_contents() == [w['text'] for w in named] and tab.locator('#words').text_content() == caption
-        assert [tab.evaluate('b => +b.style.getPropertyValue("--sure")', b) for b in words.element_handles()] == pytest.approx([w['probability'] for w in named], abs=.002)
+        assert (
+            words.all_text_contents() == [w['text'] for w in named]
+            and tab.locator('#words').text_content() == caption
+        )
+        assert [
+            tab.evaluate('b => +b.style.getPropertyValue("--sure")', b) for b in words.element_handles()
+        ] == pytest.approx([w['probability'] for w in named], abs=0.002)
         assert veil(tab) is None
         best = max(range(len(named)), key=lambda i: max(map(max, named[i]['patches'])))
         words.nth(best).hover()
         flat = [v for row in named[best]['patches'] for v in row]
         lifted = veil(tab)
-        assert len(lifted) == 64 and lifted.index(min(lifted)) == flat.index(max(flat)) and min(lifted) < 5 and max(lifted) > 200
+        assert (
+            len(lifted) == 64
+            and lifted.index(min(lifted)) == flat.index(max(flat))
+            and min(lifted) < 5
+            and max(lifted) > 200
+        )
         heat, picture = (tab.locator(i).bounding_box() for i in ('#heat', '#picture'))
         assert heat == picture, 'the veil does not lie on the picture'
-        assert named[best]['text'] in tab.locator('#why').text_content() and words.nth(best).get_attribute('aria-pressed') == 'true'
+        assert (
+            named[best]['text'] in tab.locator('#why').text_content()
+            and words.nth(best).get_attribute('aria-pressed') == 'true'
+        )
         photograph(tab, 'why')
         tab.mouse.move(2, 2)
         assert veil(tab) is None
         tab.locator('#file').focus()
         for i in range(2): # by keyboard
             tab.keyboard.press('Tab')
-            assert tab.evaluate('() => document.activeElement.textContent') == named[i]['text'] and veil(tab) is not None
-        assert tab.evaluate('() => getComputedStyle(document.activeElement).outlineStyle') == 'solid', 'the focus cannot be seen'
+            assert (
+                tab.evaluate('() => document.activeElement.textContent') == named[i]['text']
+                and veil(tab) is not None
+            )
+        assert (
+            tab.evaluate('() => getComputedStyle(document.activeElement).outlineStyle') == 'solid'
+        ), 'the focus cannot be seen'
         tab.evaluate(DROP, base64.b64encode(pages[8]).decode())
         tab.wait_for_timeout(20)
-        assert not tab.locator('#words').is_visible() and veil(tab) is None, 'the words of the picture before are still there'
+        assert (
+            not tab.locator('#words').is_visible() and veil(tab) is None
+        ), 'the words of the picture before are still there'
         words.first.wait_for()
 
 def test_words_on_a_phone(browser, server, made):
@@ -927,7 +1370,10 @@ def test_words_on_a_phone(browser, server, made):
         tab.locator('#file').set_input_files(made/'pages'/'007.png')
         word = tab.locator('#words button').nth(2)
         word.tap()
-        assert veil(tab) is not None and min(word.bounding_box()['height'], tab.locator('#drop').bounding_box()['height']) >= 44
+        assert (
+            veil(tab) is not None
+            and min(word.bounding_box()['height'], tab.locator('#drop').bounding_box()['height']) >= 44
+        )
         assert tab.evaluate('() => document.documentElement.scrollWidth <= innerWidth')
         photograph(tab, 'why-phone')
 
@@ -943,7 +1389,8 @@ def test_the_page_asks_for_the_key(browser, narrow, pages, same):
         tab.evaluate(DROP, base64.b64encode(pages[0]).decode())
         tab.get_by_label('Key of this server').wait_for()
         tab.locator('#caption.wrong').wait_for()
-        tab.keyboard.type(KEY); tab.keyboard.press('Enter') # the field has the focus
+        tab.keyboard.type(KEY)
+        tab.keyboard.press('Enter') # the field has the focus
         tab.locator('#caption:not(.wrong):not([aria-busy]):not(:empty)').wait_for()
         assert same(0, finished(tab))
 
@@ -953,9 +1400,14 @@ def test_a_dead_worker_is_replaced(server, pages, same):
     worker = server.workers()[0]
     worker.kill()
     end = time.monotonic() + 60
-    while [p.pid for p in server.workers()] in ([], [worker.pid]): assert time.monotonic() < end; time.sleep(.1)
-    while server.ask('GET', '/health')[0] != 503: assert time.monotonic() < end
-    while server.ask('GET', '/health')[0] != 200: assert time.monotonic() < end; time.sleep(.1)
+    while [p.pid for p in server.workers()] in ([], [worker.pid]):
+        assert time.monotonic() < end
+        time.sleep(.1)
+    while server.ask('GET', '/health')[0] != 503:
+        assert time.monotonic() < end
+    while server.ask('GET', '/health')[0] != 200:
+        assert time.monotonic() < end
+        time.sleep(.1)
     status, answer = server.caption(pages[6])
     assert status == 200 and same(6, answer['caption'])
 
@@ -963,7 +1415,9 @@ def test_a_dead_worker_is_replaced(server, pages, same):
 def test_stop_before_it_is_ready(start, made):
     server = Server(start, made)
     end = time.monotonic() + 60
-    while not server.workers(): assert time.monotonic() < end and server.process.poll() is None; time.sleep(.05)
+    while not server.workers():
+        assert time.monotonic() < end and server.process.poll() is None
+        time.sleep(.05)
     family = psutil.Process(server.process.pid).children(recursive=True)
     server.process.send_signal(signal.SIGTERM)
     out, err = server.process.communicate(timeout=30)
@@ -973,7 +1427,7 @@ def test_stop_before_it_is_ready(start, made):
 THREADED = """
 import functools, litserve
 litserve.LitServer.run = functools.partialmethod(litserve.LitServer.run, api_server_worker_type='thread')
-from capnb.run.serving import serve_command
+from capnb.run.serving.command import serve_command
 if __name__ == '__main__': serve_command()
 """
 
@@ -981,7 +1435,15 @@ if __name__ == '__main__': serve_command()
 def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
     "As on Windows, which has no fork: a caption, and an end."
     (tmp_path/'serve.py').write_text(THREADED)
-    def start(name, *args, cwd, env): return subprocess.Popen([sys.executable, tmp_path/'serve.py', *map(str, args)], cwd=cwd, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(name, *args, cwd, env):
+        return subprocess.Popen(
+            [sys.executable, tmp_path / 'serve.py', *map(str, args)],
+            cwd=cwd,
+            env=environment(**env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     server = Server(start, made).wait()
     family = psutil.Process(server.process.pid).children(recursive=True)
     try:
@@ -991,7 +1453,8 @@ def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
         assert server.process.returncode == 0 and 'Traceback' not in out+err, out+err
         assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
     finally:
-        for p in (server.process, *(p for p in family if p.is_running())): p.kill()
+        for p in (server.process, *(p for p in family if p.is_running())):
+            p.kill()
 
 @pytest.mark.slow
 def test_broken_weights_are_one_line(run, made, tmp_path):
@@ -1004,15 +1467,28 @@ def test_broken_weights_are_one_line(run, made, tmp_path):
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, '', 1), done.stderr
     assert done.stderr.startswith(f'serve: {broken} is not a readable checkpoint')
 
-WRONG = {'no checkpoint': (['no.pth'], 'no.pth'), 'no folder': (['--folder', 'nowhere'], 'nowhere'), 'no batch': (['--batch_size', '0'], 'batch_size is 0; allowed'), 'no time': (['--timeout', 'nan'], 'timeout is nan; allowed'),
-         'a host that it cannot take': (['--host', '203.0.113.7', '--without_key'], '203.0.113.7'), 'others, and no key': (['--host', '0.0.0.0'], '--without_key'), 'an empty key': (['--api_key', ''], 'the key is empty'),
-         'a key that no header can carry': (['--api_key', 'schlüssel'], 'ASCII'), 'a key of two lines': (['--api_key', 'a\nb'], 'ASCII'), 'a key and none': (['--api_key', 'a', '--without_key'], 'one of the two'), 'a port below 1024': (['--port', '80'], 'port')}
+WRONG = {
+    'no checkpoint': (['no.pth'], 'no.pth'),
+    'no folder': (['--folder', 'nowhere'], 'nowhere'),
+    'no batch': (['--batch_size', '0'], 'batch_size is 0; allowed'),
+    'no time': (['--timeout', 'nan'], 'timeout is nan; allowed'),
+    'a host that it cannot take': (['--host', '203.0.113.7', '--without_key'], '203.0.113.7'),
+    'others, and no key': (['--host', '0.0.0.0'], '--without_key'),
+    'an empty key': (['--api_key', ''], 'the key is empty'),
+    'a key that no header can carry': (['--api_key', 'schlüssel'], 'ASCII'),
+    'a key of two lines': (['--api_key', 'a\nb'], 'ASCII'),
+    'a key and none': (['--api_key', 'a', '--without_key'], 'one of the two'),
+    'a port below 1024': (['--port', '80'], 'port'),
+}
 
 def one_line(capsys, *args):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(SystemExit) as stopped: serve_command(list(args))
-    finally: signal.signal(signal.SIGTERM, before[0]); signal.signal(signal.SIGINT, before[1])
+        with pytest.raises(SystemExit) as stopped:
+            serve_command(list(args))
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and len(said.splitlines()) == 1, said
     return said
@@ -1030,7 +1506,9 @@ def test_an_empty_key_in_the_environment_is_one_line(made, monkeypatch, capsys):
 
 def test_a_port_that_is_taken_is_one_line(made, server, monkeypatch, capsys):
     monkeypatch.chdir(made)
-    assert f'port {server.port} of 127.0.0.1 cannot be listened at' in one_line(capsys, '--port', str(server.port))
+    assert f'port {server.port} of 127.0.0.1 cannot be listened at' in one_line(
+        capsys, '--port', str(server.port)
+    )
 
 def test_without_litserve_is_one_line(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
@@ -1049,7 +1527,8 @@ def test_stop_finishes_what_is_at_work(server, pages, same):
         status, answer = request()
         assert status == 200 and same(5, answer['caption'])
     out, err = server.process.communicate(timeout=30)
-    assert server.process.returncode == 0 and 'Traceback' not in out+err, out+err # it has warned of what was no HTTP
+    # it has warned of what was no HTTP
+    assert server.process.returncode == 0 and 'Traceback' not in out+err, out+err
     assert not psutil.wait_procs(family, timeout=10)[1], 'a process outlives the server'
 
 def test_ctrl_c(narrow):
@@ -1067,13 +1546,25 @@ def test_server_that_writes_several_captions(start, made, model, pages):
     several = Server(start, made, '--num_beams', 3, '--num_return_sequences', 2)
     try:
         several.wait()
-        with ThreadPoolExecutor(8) as pool: found = list(pool.map(several.caption, pages[:8]))
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(several.caption, pages[:8]))
         for page,(status, answer) in zip(pages, found):
             wanted = model.caption(open_image(page), num_beams=3, num_return_sequences=2)
-            assert (status, answer['caption'], [c['caption'] for c in answer['captions']]) == (200, wanted[0], wanted)
+            assert (status, answer['caption'], [c['caption'] for c in answer['captions']]) == (
+                200,
+                wanted[0],
+                wanted,
+            )
         status, answer = several.caption(pages[0], EXPLAIN)
         assert status == 200 and answer['caption'] == found[0][1]['caption'] and answer['words']
-        shape = json.loads(several.ask('GET', '/openapi.json')[1])['paths']['/caption']['post']['responses']['200']
-        assert set(shape['content']['application/json']['schema']['properties']) == {'caption','captions','words'}
+        shape = json.loads(several.ask('GET', '/openapi.json')[1])['paths']['/caption']['post']['responses'][
+            '200'
+        ]
+        assert set(shape['content']['application/json']['schema']['properties']) == {
+            'caption',
+            'captions',
+            'words',
+        }
     finally:
-        for p in (*psutil.Process(several.process.pid).children(recursive=True), several.process): p.kill()
+        for p in (*psutil.Process(several.process.pid).children(recursive=True), several.process):
+            p.kill()

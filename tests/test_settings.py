@@ -1,12 +1,15 @@
-"Settings from Python: a mapping as the dictionary of old scripts was, numbers and paths of whatever library, plain data in what is written; and locks, paths and folders of other systems."
+"""Settings from Python: a mapping as the dictionary of old scripts was, numbers and paths of whatever
+library, plain data in what is written; and locks, paths and folders of other systems."""
 import errno, json, os, pickle, sys
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from filelock import FileLock, Timeout
-from capnb.settings import PRESETS, Hyperparameters, as_hyperparameters, check_writable, free_lock, shell_line
-from capnb.encoder import encode_data, load_encoder
+from capnb.settings import Hyperparameters, PRESETS, as_hyperparameters
+from capnb.files import check_writable, free_lock, shell_line
+from capnb.encoder import load_encoder
+from capnb.fast.cache import encode_data
 from capnb.run.sources.load import load_data
 from capnb.training import acquire_run_lock
 
@@ -15,40 +18,85 @@ NAMES = [f.name for f in fields(Hyperparameters)]
 
 # --- What scripts for the dictionary do
 
-USES = {'item': lambda h: h['batch_size'] == 8, 'get': lambda h: h.get('batch_size') == 8, 'get what is not there': lambda h: h.get('batch_sise') is None and h.get('batch_sise', 7) == 7,
-        'in': lambda h: 'batch_size' in h and 'batch_sise' not in h and 'items' not in h, 'dict': lambda h: dict(h) == asdict(h), 'stars': lambda h: dict(**h) == asdict(h),
-        'merge': lambda h: as_hyperparameters({**h, 'batch_size': 4}, None)['batch_size'] == 4, 'items': lambda h: list(h.items()) == list(asdict(h).items()),
-        'keys': lambda h: list(h.keys()) == NAMES, 'values': lambda h: list(h.values()) == list(asdict(h).values()), 'len': lambda h: len(h) == len(NAMES),
-        'loop': lambda h: [k for k in h] == NAMES, 'copy': lambda h: type(h.copy()) is dict and h.copy() == asdict(h), 'JSON': lambda h: json.loads(json.dumps({**h})) == asdict(h),
-        'truth': bool, 'kind': lambda h: isinstance(h, Mapping), 'equality': lambda h: h == Hyperparameters() and h != replace(h, seed=1) and len({h, Hyperparameters()}) == 1,
-        'pickle': lambda h: pickle.loads(pickle.dumps(h)) == h, 'unpacking in a call': lambda h: (lambda batch_size, **others: batch_size)(**h) == 8}
+USES = {
+    'item': lambda h: h['batch_size'] == 8,
+    'get': lambda h: h.get('batch_size') == 8,
+    'get what is not there': lambda h: h.get('batch_sise') is None and h.get('batch_sise', 7) == 7,
+    'in': lambda h: 'batch_size' in h and 'batch_sise' not in h and 'items' not in h,
+    'dict': lambda h: dict(h) == asdict(h),
+    'stars': lambda h: dict(**h) == asdict(h),
+    'merge': lambda h: as_hyperparameters({**h, 'batch_size': 4}, None)['batch_size'] == 4,
+    'items': lambda h: list(h.items()) == list(asdict(h).items()),
+    'keys': lambda h: list(h.keys()) == NAMES,
+    'values': lambda h: list(h.values()) == list(asdict(h).values()),
+    'len': lambda h: len(h) == len(NAMES),
+    'loop': lambda h: [k for k in h] == NAMES,
+    'copy': lambda h: type(h.copy()) is dict and h.copy() == asdict(h),
+    'JSON': lambda h: json.loads(json.dumps({**h})) == asdict(h),
+    'truth': bool,
+    'kind': lambda h: isinstance(h, Mapping),
+    'equality': (
+        lambda h: h == Hyperparameters() and h != replace(h, seed=1) and len({h, Hyperparameters()}) == 1
+    ),
+    'pickle': lambda h: pickle.loads(pickle.dumps(h)) == h,
+    'unpacking in a call': lambda h: (lambda batch_size, **others: batch_size)(**h) == 8,
+}
 
 @pytest.mark.parametrize('use', USES)
-def test_works_as_a_dictionary(use): assert USES[use](H)
+def test_works_as_a_dictionary(use):
+    assert USES[use](H)
 
 def test_a_name_that_is_not_known():
-    with pytest.raises(KeyError, match="there is no hyperparameter 'batch_sise'"): H['batch_sise']
+    with pytest.raises(KeyError, match="there is no hyperparameter 'batch_sise'"):
+        H['batch_sise']
 
-def assign(h): h['batch_size'] = 4
-def delete(h): del h['batch_size']
-def join(h): h |= dict(batch_size=4)
+def assign(h):
+    h['batch_size'] = 4
+def delete(h):
+    del h['batch_size']
+def join(h):
+    h |= dict(batch_size=4)
 
-@pytest.mark.parametrize('change', [assign, delete, join, lambda h: h.update(batch_size=4), lambda h: h.setdefault('batch_size', 4), lambda h: h.pop('batch_size'), lambda h: h.clear()])
+@pytest.mark.parametrize(
+    'change',
+    [
+        assign,
+        delete,
+        join,
+        lambda h: h.update(batch_size=4),
+        lambda h: h.setdefault('batch_size', 4),
+        lambda h: h.pop('batch_size'),
+        lambda h: h.clear(),
+    ],
+)
 def test_a_change_says_what_to_do_instead(change):
-    with pytest.raises(TypeError, match=r'dataclasses.replace\(h, batch_size=4\).* train\(h, batch_size=4\)'): change(H)
+    with pytest.raises(TypeError, match=r'dataclasses.replace\(h, batch_size=4\).* train\(h, batch_size=4\)'):
+        change(H)
     assert H == Hyperparameters()
 
 def test_attributes_do_not_change():
-    with pytest.raises(FrozenInstanceError, match=r'train\(h, batch_size=4\)'): H.batch_size = 4
-    with pytest.raises(FrozenInstanceError, match='do not change'): del H.batch_size
+    with pytest.raises(FrozenInstanceError, match=r'train\(h, batch_size=4\)'):
+        H.batch_size = 4
+    with pytest.raises(FrozenInstanceError, match='do not change'):
+        del H.batch_size
     assert H == Hyperparameters()
 
 # --- Numbers and paths of other libraries
 
-PLAIN = {'NumPy whole': ('batch_size', np.int64(4), 4), 'NumPy small': ('batch_size', np.uint8(4), 4), 'NumPy float': ('learning_rate', np.float32(.5), .5),
-         'NumPy float for a whole number': ('batch_size', np.float64(8.), 8), 'NumPy bool': ('evaluation_enabled', np.bool_(False), False), 'NumPy text': ('bad_rows', np.str_('skip'), 'skip'),
-         'NumPy array of no axis': ('batch_size', np.array(4), 4), 'PyTorch': ('batch_size', torch.tensor(4), 4), 'float for a whole number': ('num_epochs', 8., 8),
-         'whole number for a float': ('learning_rate', 1, 1), 'Path': ('data', Path('holiday')/'album', os.path.join('holiday', 'album')), 'None': ('max_steps', None, None)}
+PLAIN = {
+    'NumPy whole': ('batch_size', np.int64(4), 4),
+    'NumPy small': ('batch_size', np.uint8(4), 4),
+    'NumPy float': ('learning_rate', np.float32(0.5), 0.5),
+    'NumPy float for a whole number': ('batch_size', np.float64(8.0), 8),
+    'NumPy bool': ('evaluation_enabled', np.bool_(False), False),
+    'NumPy text': ('bad_rows', np.str_('skip'), 'skip'),
+    'NumPy array of no axis': ('batch_size', np.array(4), 4),
+    'PyTorch': ('batch_size', torch.tensor(4), 4),
+    'float for a whole number': ('num_epochs', 8.0, 8),
+    'whole number for a float': ('learning_rate', 1, 1),
+    'Path': ('data', Path('holiday') / 'album', os.path.join('holiday', 'album')),
+    'None': ('max_steps', None, None),
+}
 
 @pytest.mark.parametrize('case', PLAIN)
 def test_is_kept_as_plain_data(case):
@@ -57,24 +105,43 @@ def test_is_kept_as_plain_data(case):
     assert (type(found), found) == (type(kept), kept)
     assert json.loads(json.dumps(asdict(Hyperparameters(**{name: given}))))[name] == kept
 
-WRONG = {'half a number': ('batch_size', 8.5), 'no number': ('batch_size', np.float64('nan')), 'NumPy bool for a number': ('batch_size', np.bool_(True)), 'bool for a number': ('batch_size', True),
-         'too small': ('batch_size', np.int64(0)), 'several': ('batch_size', np.array([4])), 'Path for a number': ('batch_size', Path('4')), 'text for a number': ('learning_rate', '1e-4'),
-         'infinite': ('learning_rate', np.float64('inf')), 'bytes for a path': ('data', b'holiday'), 'a number for a bool': ('evaluation_enabled', np.int64(1))}
+WRONG = {
+    'half a number': ('batch_size', 8.5),
+    'no number': ('batch_size', np.float64('nan')),
+    'NumPy bool for a number': ('batch_size', np.bool_(True)),
+    'bool for a number': ('batch_size', True),
+    'too small': ('batch_size', np.int64(0)),
+    'several': ('batch_size', np.array([4])),
+    'Path for a number': ('batch_size', Path('4')),
+    'text for a number': ('learning_rate', '1e-4'),
+    'infinite': ('learning_rate', np.float64('inf')),
+    'bytes for a path': ('data', b'holiday'),
+    'a number for a bool': ('evaluation_enabled', np.int64(1)),
+}
 
 @pytest.mark.parametrize('case', WRONG)
 def test_what_is_not_allowed(case):
     name, given = WRONG[case]
-    with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '): Hyperparameters(**{name: given})
+    with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '):
+        Hyperparameters(**{name: given})
 
 def test_paths_in_settings_files(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path/'mine.yaml').write_text('batch_size: 4.0\noutput_dir: ~/runs\nlearning_rate: 1e-3\n')
     h = as_hyperparameters('~/mine.yaml')
-    assert (h.batch_size, type(h.batch_size), h.output_dir, h.learning_rate) == (4, int, str(tmp_path/'runs'), .001)
+    assert (h.batch_size, type(h.batch_size), h.output_dir, h.learning_rate) == (
+        4,
+        int,
+        str(tmp_path / 'runs'),
+        0.001,
+    )
     assert as_hyperparameters(Path('~')/'mine.yaml') == h
 
 def test_presets_are_plain():
-    for name in PRESETS: assert asdict(as_hyperparameters(preset=name)) | PRESETS[name] == asdict(as_hyperparameters(preset=name))
+    for name in PRESETS:
+        assert asdict(as_hyperparameters(preset=name)) | PRESETS[name] == asdict(
+            as_hyperparameters(preset=name)
+        )
 
 # --- Where nothing can be written
 
@@ -84,26 +151,43 @@ def test_nothing_is_left_where_it_was_tried(tmp_path):
     assert not list(tmp_path.iterdir())
 
 def refused(tmp_path):
-    "Places at which nothing can be written: within a file, over a folder, and in a folder of the system that takes no files."
+    """Places at which nothing can be written: within a file, over a folder, and in a folder of the system
+    that takes no files."""
     (tmp_path/'file').write_text('no folder')
     (tmp_path/'folder').mkdir()
-    return [(tmp_path/'file', False), (tmp_path/'file'/'deeper'/'still', False), (tmp_path/'file'/'x.json', True), (tmp_path/'folder', True)] + [(Path('/proc/capnb'), False)]*Path('/proc').exists()
+    return [
+        (tmp_path / 'file', False),
+        (tmp_path / 'file' / 'deeper' / 'still', False),
+        (tmp_path / 'file' / 'x.json', True),
+        (tmp_path / 'folder', True),
+    ] + [(Path('/proc/capnb'), False)] * Path('/proc').exists()
 
 def test_it_is_named(tmp_path):
     for path,file in refused(tmp_path):
-        with pytest.raises(OSError, match=str(path)) as told: check_writable(path, file)
-        assert told.value.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST), path
+        with pytest.raises(OSError, match=str(path)) as told:
+            check_writable(path, file)
+        assert told.value.errno in (
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENOENT,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.EEXIST,
+        ), path
     assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'folder']
 
 def test_features_that_cannot_be_kept_are_told_before_an_image_is_encoded(tmp_path, monkeypatch):
     "A folder that has all of them already need not be writable."
     encoder, data = load_encoder('storybook-clip', 'cpu'), load_data('storybook', limit=8)['train']
     encode_data(encoder, data, folder=tmp_path/'features')
-    def stop(*args): raise AssertionError('encoded')
+    def stop(*args):
+        raise AssertionError('encoded')
     monkeypatch.setattr(type(encoder), 'forward', stop)
     (tmp_path/'file').write_text('no folder')
-    with pytest.raises(OSError, match='file'): encode_data(encoder, data, folder=tmp_path/'file')
-    monkeypatch.setattr('capnb.encoder.check_writable', stop)
+    with pytest.raises(OSError, match='file'):
+        encode_data(encoder, data, folder=tmp_path/'file')
+    monkeypatch.setattr('capnb.fast.cache.check_writable', stop)
     assert len(encode_data(encoder, data, folder=tmp_path/'features')) == 8
 
 # --- Other systems
@@ -111,12 +195,14 @@ def test_features_that_cannot_be_kept_are_told_before_an_image_is_encoded(tmp_pa
 class Watched(FileLock):
     "A lock that notes whether its file is there when it is released."
     def release(self, *args, **kwargs):
-        if self.is_locked: self.file_was_there = Path(self.lock_file).exists()
+        if self.is_locked:
+            self.file_was_there = Path(self.lock_file).exists()
         super().release(*args, **kwargs)
 
 @pytest.mark.parametrize('system,there', [('linux', False), ('darwin', False), ('win32', True)])
 def test_lock_is_released_before_windows_removes_its_file(tmp_path, monkeypatch, system, there):
-    "And elsewhere removed while it is held, or another process could take the lock of a file that is about to go."
+    """And elsewhere removed while it is held, or another process could take the lock of a file that is about
+    to go."""
     lock = Watched(tmp_path/'.lock')
     lock.acquire()
     monkeypatch.setattr(sys, 'platform', system)
@@ -127,11 +213,13 @@ def test_all_locks_are_freed_that_way():
     "No other place removes the file of a lock."
     for path in (Path(__file__).resolve().parent.parent/'capnb').rglob('*.py'):
         text = path.read_text(encoding='utf-8')
-        assert text.count('lock_file') == (path.name == 'core.py'), path
+        assert text.count('lock_file') == (path.name == 'files.py'), path
 
 def test_a_run_that_ended_can_be_claimed_again(tmp_path):
-    with acquire_run_lock(tmp_path) as stamp: pass
-    with acquire_run_lock(tmp_path, stamp) as again: assert again == stamp
+    with acquire_run_lock(tmp_path) as stamp:
+        pass
+    with acquire_run_lock(tmp_path, stamp) as again:
+        assert again == stamp
     assert not list(tmp_path.iterdir())
 
 def test_a_command_for_the_shell(monkeypatch):
@@ -141,7 +229,9 @@ def test_a_command_for_the_shell(monkeypatch):
     assert shell_line(words) == r'capnb_train --resume "C:\my models\state.pt"'
 
 def test_nothing_that_one_system_has_only():
-    "Where `/proc`, timers and `fork` are used, the code looks first whether they are there; these it does not use at all."
+    """Where `/proc`, timers and `fork` are used, the code looks first whether they are there; these it does
+    not use at all."""
     for path in (Path(__file__).resolve().parent.parent/'capnb').rglob('*.py'):
         text = path.read_text(encoding='utf-8')
-        for word in ("'/tmp", 'os.fork(', 'SIGHUP', 'SIGKILL', 'os.getuid', 'import fcntl'): assert word not in text, (path.name, word)
+        for word in ("'/tmp", 'os.fork(', 'SIGHUP', 'SIGKILL', 'os.getuid', 'import fcntl'):
+            assert word not in text, (path.name, word)

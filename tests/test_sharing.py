@@ -3,14 +3,17 @@ import json, os, shutil, socket, subprocess, sys, tempfile
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from capnb.captioner import newest_checkpoint, read_metadata
-from capnb.run.commands import train
-from capnb.settings import model_path
+from capnb.captioner import read_metadata
+from capnb.run.checkpoints import newest_checkpoint
+from capnb.run.entry import train
+from capnb.hub import model_path
 from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, share
 from capnb.storybook import Storybook
 from hub import Hub
 
-SHORT = dict(training_size_limit=64, num_epochs=1, evaluation_enabled=False, adapter_width=32, prefix_length=2)
+SHORT = dict(
+    training_size_limit=64, num_epochs=1, evaluation_enabled=False, adapter_width=32, prefix_length=2
+)
 
 @pytest.fixture(scope='module')
 def hub():
@@ -18,13 +21,16 @@ def hub():
     yield hub
     hub.close()
 
-def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 @pytest.fixture(scope='module')
 def trained(run, hub, tmp_path_factory):
-    "A captioner whose frozen parts came from the hub, by name: the folder it was trained in, and the environment."
+    """A captioner whose frozen parts came from the hub, by name: the folder it was trained in, and the
+    environment."""
     here = tmp_path_factory.mktemp('sharing')
-    for name in ('storybook-clip', 'storybook-qwen3'): hub.add(f'makers/{name}', files(here.__class__(model_path(name))), 'models')
+    for name in ('storybook-clip', 'storybook-qwen3'):
+        hub.add(f'makers/{name}', files(here.__class__(model_path(name))), 'models')
     env = hub.environment(here/'home')
     settings = dict(SHORT, encoder_name='makers/storybook-clip', tokenizer_name='makers/storybook-qwen3')
     done = run('capnb_train', *(w for k,v in settings.items() for w in (f'--{k}', v)), cwd=here, env=env)
@@ -34,21 +40,36 @@ def trained(run, hub, tmp_path_factory):
 
 def captioned(where, env, folder, code='model.captioner.caption(Image.open("page.png"))'):
     "What a fresh process says that loads a shared captioner from `where`."
-    script = f'from PIL import Image\nfrom capnb.run.sharing import CapnbForImageCaptioning\nmodel = CapnbForImageCaptioning.from_pretrained({where!r})\nprint({code})'
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=folder, env={**os.environ, **env})
+    script = (
+        'from PIL import Image\nfrom capnb.run.sharing import CapnbForImageCaptioning\nmodel ='
+        f' CapnbForImageCaptioning.from_pretrained({where!r})\nprint({code})'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, cwd=folder, env={**os.environ, **env}
+    )
     return done.stdout.strip(), done.stderr
 
 def test_models_by_name_from_a_hub(trained, hub):
     metadata = read_metadata(newest_checkpoint(trained[0]/'saved_models'))
-    assert metadata['revisions'] == {part: hub.repos['models', f'makers/storybook-{name}'].sha for part,name in (('encoder', 'clip'), ('decoder', 'qwen3'), ('tokenizer', 'qwen3'))}
+    assert metadata['revisions'] == {
+        part: hub.repos['models', f'makers/storybook-{name}'].sha
+        for part, name in (('encoder', 'clip'), ('decoder', 'qwen3'), ('tokenizer', 'qwen3'))
+    }
 
 def test_push_and_load_again(run, trained, hub):
-    "What is uploaded is small, names the frozen parts with their revisions, and captions as the checkpoint does, even when `main` has moved on."
+    """What is uploaded is small, names the frozen parts with their revisions, and captions as the checkpoint
+    does, even when `main` has moved on."""
     here, env = trained
     done = run('capnb_share', '--push', 'someone/captioner', cwd=here, env={**env, 'HF_TOKEN': 'hf_made_up'})
     assert done.returncode == 0, done.stderr[-3000:]
     pushed = hub.repos['models', 'someone/captioner'].files
-    assert set(pushed) == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'training_metadata.json'}
+    assert set(pushed) == {
+        'README.md',
+        'config.json',
+        'generation_config.json',
+        'model.safetensors',
+        'training_metadata.json',
+    }
     config, sha = json.loads(pushed['config.json']), hub.repos['models', 'makers/storybook-clip'].sha
     assert config['hyperparameters']['encoder_name'] == f'makers/storybook-clip@{sha}'
     assert b"from_pretrained('someone/captioner')" in pushed['README.md']
@@ -62,10 +83,16 @@ def test_push_and_load_again(run, trained, hub):
 def test_pushing_without_the_right_is_one_line(run, trained, hub):
     here, env = trained
     done = run('capnb_share', '--push', 'someone/else', cwd=here, env=env)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'hf auth login' in done.stderr, done.stderr[-3000:]
+    assert (
+        done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'hf auth login' in done.stderr
+    ), done.stderr[-3000:]
     assert ('models', 'someone/else') not in hub.repos
 
-WRONG = {'encoder': ('--encoder_name', 'makers/nothing'), 'decoder': ('--tokenizer_name', 'makers/nothing'), 'gated': ('--tokenizer_name', 'makers/gated')}
+WRONG = {
+    'encoder': ('--encoder_name', 'makers/nothing'),
+    'decoder': ('--tokenizer_name', 'makers/nothing'),
+    'gated': ('--tokenizer_name', 'makers/gated'),
+}
 
 @pytest.mark.parametrize('part', WRONG)
 def test_model_that_is_not_there_is_one_line(run, trained, hub, part):
@@ -74,16 +101,28 @@ def test_model_that_is_not_there_is_one_line(run, trained, hub, part):
     hub.add('makers/gated', {'config.json': b'{}'}, 'models', gated=True)
     hub.asked.clear()
     done = run('capnb_train', *WRONG[part], cwd=here, env=env)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and WRONG[part][1] in done.stderr, done.stderr[-3000:]
+    assert (
+        done.returncode == 1 and len(done.stderr.splitlines()) == 1 and WRONG[part][1] in done.stderr
+    ), done.stderr[-3000:]
     assert 'hf auth login' in done.stderr and not any('safetensors' in asked for asked in hub.asked)
 
-@pytest.mark.skipif(not os.environ.get('CAPNB_VLLM_PYTHON'), reason='set CAPNB_VLLM_PYTHON to a Python that has vLLM')
+@pytest.mark.skipif(
+    not os.environ.get('CAPNB_VLLM_PYTHON'), reason='set CAPNB_VLLM_PYTHON to a Python that has vLLM'
+)
 def test_vllm_says_the_same(run, tmp_path):
-    result = train(training_size_limit=640, num_epochs=1, evaluation_enabled=False, features='patch', output_dir=str(tmp_path/'saved_models'), device='cpu')
+    result = train(
+        training_size_limit=640,
+        num_epochs=1,
+        evaluation_enabled=False,
+        features='patch',
+        output_dir=str(tmp_path / 'saved_models'),
+        device='cpu',
+    )
     done = run('capnb_share', 'llava', '--llava', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = [Storybook('test')[i]['image'] for i in range(4)]
-    for i,page in enumerate(pages): page.save(tmp_path/f'{i}.png')
+    for i,page in enumerate(pages):
+        page.save(tmp_path/f'{i}.png')
     (tmp_path/'serve.py').write_text("""
 from PIL import Image
 from vllm import LLM, SamplingParams
@@ -92,9 +131,21 @@ if __name__ == '__main__':
     asked = [dict(prompt='<image>', multi_modal_data=dict(image=Image.open(f'{i}.png'))) for i in range(4)]
     for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=48)): print('CAPTION', answer.outputs[0].text)
 """)
-    done = subprocess.run([os.environ['CAPNB_VLLM_PYTHON'], 'serve.py'], capture_output=True, text=True, cwd=tmp_path, timeout=600,
-                          env={**{k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}, 'VLLM_CPU_KVCACHE_SPACE': '1', 'HF_HUB_OFFLINE': '1'})
-    assert [line.removeprefix('CAPTION ') for line in done.stdout.splitlines() if line.startswith('CAPTION')] == result.model.caption(pages), done.stderr[-3000:]
+    done = subprocess.run(
+        [os.environ['CAPNB_VLLM_PYTHON'], 'serve.py'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=600,
+        env={
+            **{k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
+            'VLLM_CPU_KVCACHE_SPACE': '1',
+            'HF_HUB_OFFLINE': '1',
+        },
+    )
+    assert [
+        line.removeprefix('CAPTION ') for line in done.stdout.splitlines() if line.startswith('CAPTION')
+    ] == result.model.caption(pages), done.stderr[-3000:]
 
 # --- Nothing of the machine
 
@@ -104,29 +155,64 @@ def own(request, tmp_path_factory):
     home = tmp_path_factory.mktemp('homes')/'ada.lovelace'
     album, book = home/'pictures'/'holiday', Storybook(n=30)
     album.mkdir(parents=True)
-    for i in range(30): book[i]['image'].save(album/f'{i}.png')
-    (album/'captions.csv').write_text('file_name,caption\n' + '\n'.join(f'{i}.png,"{book.captions(i)[0]}"' for i in range(30)), encoding='utf-8')
-    for name in ('storybook-clip', 'storybook-qwen3'): shutil.copytree(model_path(name), home/'models'/name.replace('storybook', 'my'))
-    places = dict(data=album, encoder_name=home/'models'/'my-clip', tokenizer_name=home/'models'/'my-qwen3', features_dir=home/'features', output_dir=home/'runs')
+    for i in range(30):
+        book[i]['image'].save(album/f'{i}.png')
+    (album / 'captions.csv').write_text(
+        'file_name,caption\n' + '\n'.join(f'{i}.png,"{book.captions(i)[0]}"' for i in range(30)),
+        encoding='utf-8',
+    )
+    for name in ('storybook-clip', 'storybook-qwen3'):
+        shutil.copytree(model_path(name), home/'models'/name.replace('storybook', 'my'))
+    places = dict(
+        data=album,
+        encoder_name=home / 'models' / 'my-clip',
+        tokenizer_name=home / 'models' / 'my-qwen3',
+        features_dir=home / 'features',
+        output_dir=home / 'runs',
+    )
     first = train(SHORT, **places | dict(max_steps=1, features=request.param))
-    return home, train(SHORT, **places | dict(max_steps=1, features=request.param, init_from=first.checkpoint, evaluation_enabled=True))
+    return home, train(
+        SHORT,
+        **places
+        | dict(max_steps=1, features=request.param, init_from=first.checkpoint, evaluation_enabled=True)
+    )
 
 def check_nothing_of(home, folder):
     "No file holds the home, the working folder, the name of the user or of the machine."
-    known = [str(home), str(home.parent), home.name, os.getcwd(), str(Path.home()), tempfile.gettempdir()+'/', 'host-of-ada']
+    known = [
+        str(home),
+        str(home.parent),
+        home.name,
+        os.getcwd(),
+        str(Path.home()),
+        tempfile.gettempdir() + '/',
+        'host-of-ada',
+    ]
     for name,content in files(folder).items():
-        for told in known: assert told.encode() not in content, (name, told)
+        for told in known:
+            assert told.encode() not in content, (name, told)
 
 def test_nothing_of_the_machine_is_shared(own, call, tmp_path, monkeypatch):
     home, result = own
-    monkeypatch.setenv('HOME', str(home)); monkeypatch.setenv('USER', home.name); monkeypatch.setenv('LOGNAME', home.name)
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.setenv('USER', home.name)
+    monkeypatch.setenv('LOGNAME', home.name)
     monkeypatch.setattr(socket, 'gethostname', lambda: 'host-of-ada')
     done = call('capnb_share', tmp_path/'shared', '--checkpoint', result.checkpoint, cwd=home)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith('⚠️')] == ['my-clip', 'my-qwen3']
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith('⚠️')] == [
+        'my-clip',
+        'my-qwen3',
+    ]
     check_nothing_of(home, tmp_path/'shared')
     config = json.loads((tmp_path/'shared'/'config.json').read_text(encoding='utf-8'))['hyperparameters']
-    assert [config[k] for k in ('data', 'encoder_name', 'tokenizer_name', 'features_dir', 'output_dir')] == ['holiday', 'my-clip', 'my-qwen3', 'features', 'runs']
+    assert [config[k] for k in ('data', 'encoder_name', 'tokenizer_name', 'features_dir', 'output_dir')] == [
+        'holiday',
+        'my-clip',
+        'my-qwen3',
+        'features',
+        'runs',
+    ]
     assert config['init_from'].startswith('model_state_dict_')
     metadata = json.loads((tmp_path/'shared'/'training_metadata.json').read_text(encoding='utf-8'))
     assert metadata['data']['name'] == 'holiday' and metadata['losses'] == result.metadata['losses']
@@ -136,7 +222,8 @@ def test_models_put_into_the_shared_folder_are_found(own, tmp_path):
     "Also by the processor, and what is shared on is as free of paths."
     home, result = own
     share(result.checkpoint, 'cpu').save_pretrained(tmp_path/'shared')
-    for name in ('my-clip', 'my-qwen3'): shutil.copytree(home/'models'/name, tmp_path/'shared'/name)
+    for name in ('my-clip', 'my-qwen3'):
+        shutil.copytree(home/'models'/name, tmp_path/'shared'/name)
     (tmp_path/'shared').rename(tmp_path/'moved')
     model = CapnbForImageCaptioning.from_pretrained(tmp_path/'moved', device='cpu')
     page = Storybook('test')[0]['image']
@@ -148,7 +235,8 @@ def test_models_put_into_the_shared_folder_are_found(own, tmp_path):
 
 def test_nothing_of_the_machine_in_a_llava(own, call, tmp_path):
     home, result = own
-    if result.metadata['hyperparameters']['features']=='pooled': pytest.skip('a LLaVA has patch features')
+    if result.metadata['hyperparameters']['features']=='pooled':
+        pytest.skip('a LLaVA has patch features')
     done = call('capnb_share', tmp_path/'llava', '--llava', '--checkpoint', result.checkpoint, cwd=home)
     assert done.returncode == 0, done.stderr
     check_nothing_of(home, tmp_path/'llava')
@@ -159,19 +247,29 @@ def _rewrite(file, change):
     change(state)
     save_file(state, file)
 
-def _cut_off(file): file.write_bytes(file.read_bytes()[:-10])
-def _no_numbers(file): _rewrite(file, lambda state: next(iter(state.values())).fill_(float('nan')))
-def _other_rank(file): _rewrite(file, lambda state: state.update({'decoder.x.lora_A.default.weight': torch.zeros(4, 2)}))
-def _other_width(file): _rewrite(file, lambda state: [state.update({k: v[:-2].clone()}) for k,v in list(state.items()) if v.ndim])
+def _cut_off(file):
+    file.write_bytes(file.read_bytes()[:-10])
+def _no_numbers(file):
+    _rewrite(file, lambda state: next(iter(state.values())).fill_(float('nan')))
+def _other_rank(file):
+    _rewrite(file, lambda state: state.update({'decoder.x.lora_A.default.weight': torch.zeros(4, 2)}))
+def _other_width(file):
+    _rewrite(file, lambda state: [state.update({k: v[:-2].clone()}) for k,v in list(state.items()) if v.ndim])
 
-BROKEN_WEIGHTS = {_cut_off: 'model.safetensors cannot be read', _no_numbers: 'holds what is no number', _other_rank: 'lora_rank is none, the weights\' is 4',
-                  _other_width: '(adapter_width is 32, the weights\' is 30|the model needs)'}
+BROKEN_WEIGHTS = {
+    _cut_off: 'model.safetensors cannot be read',
+    _no_numbers: 'holds what is no number',
+    _other_rank: 'lora_rank is none, the weights\' is 4',
+    _other_width: '(adapter_width is 32, the weights\' is 30|the model needs)',
+}
 
 @pytest.mark.parametrize('damage', BROKEN_WEIGHTS)
 def test_broken_shared_weights_are_one_line(own, tmp_path, damage):
     home, result = own
     share(result.checkpoint, device='cpu').save_pretrained(tmp_path)
-    for name in ('my-clip', 'my-qwen3'): shutil.copytree(home/'models'/name, tmp_path/name)
+    for name in ('my-clip', 'my-qwen3'):
+        shutil.copytree(home/'models'/name, tmp_path/name)
     damage(tmp_path/'model.safetensors')
-    with pytest.raises(ValueError, match=BROKEN_WEIGHTS[damage]) as e: CapnbForImageCaptioning.from_pretrained(str(tmp_path), device='cpu')
+    with pytest.raises(ValueError, match=BROKEN_WEIGHTS[damage]) as e:
+        CapnbForImageCaptioning.from_pretrained(str(tmp_path), device='cpu')
     assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)

@@ -4,9 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List, Value
+from datasets import (
+    Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List,
+    Value
+)
 from PIL import Image
-from capnb.settings import read_text
+from capnb.files import read_text
 from capnb.data import CaptionData
 from capnb.run.sources.load import ScannedImage, check_data, find_warnings, load_data
 
@@ -16,18 +19,23 @@ def colour(n): return Image.new('RGB', (16, 16), (n%7*36, n%11*23, n%13*19))
 
 def write_images(folder, names):
     folder.mkdir(parents=True, exist_ok=True)
-    for n,name in enumerate(names): colour(NAMES.index(name) if name in NAMES else n).save(folder/name)
+    for n,name in enumerate(names):
+        colour(NAMES.index(name) if name in NAMES else n).save(folder/name)
 
 # --- What the check finds
 
 @pytest.fixture(scope='module')
 def planted(tmp_path_factory):
-    "Thirty images with two captions each; five have no split, two pairs are the same image, one image has no row."
+    """Thirty images with two captions each; five have no split, two pairs are the same image, one image has
+    no row."""
     folder = tmp_path_factory.mktemp('planted')/'album'
     write_images(folder, [f'{n}.png' for n in range(31)])
-    for copy,source in ((7, 3), (21, 4)): (folder/f'{copy}.png').write_bytes((folder/f'{source}.png').read_bytes())
+    for copy,source in ((7, 3), (21, 4)):
+        (folder/f'{copy}.png').write_bytes((folder/f'{source}.png').read_bytes())
     splits = ['train']*20 + ['val']*3 + ['test']*2 + ['']*5
-    rows = [[f'{n}.png', f'"Page {n}, card {k} is shown"', split] for n,split in enumerate(splits) for k in 'ab']
+    rows = [
+        [f'{n}.png', f'"Page {n}, card {k} is shown"', split] for n, split in enumerate(splits) for k in 'ab'
+    ]
     rows[2][1] = rows[3][1] = 'Said two times here .'
     rows[20][1] = '"A cat"'
     rows[30][1] = '0.31'
@@ -43,10 +51,20 @@ def warned(found): return {w['kind']: w['count'] for w in found['warnings']}
 def test_check_counts_what_is_planted(planted):
     found = check_data(planted)
     assert (found['images'], found['captions'], found['bad']) == (30, 60, [])
-    assert {split: (s['images'], s['captions']) for split,s in found['splits'].items()} == dict(train=(20, 40), validation=(3, 6), test=(2, 4))
+    assert {split: (s['images'], s['captions']) for split, s in found['splits'].items()} == dict(
+        train=(20, 40), validation=(3, 6), test=(2, 4)
+    )
     assert (found['without_split']['images'], found['without_split']['captions']) == (5, 10)
-    assert warned(found) == dict(images_in_several_splits=1, same_images=1, captions_twice=1, short_captions=2, space_before_stop=3,
-                                 no_sentences=2, garbled_captions=1, images_without_row=1)
+    assert warned(found) == dict(
+        images_in_several_splits=1,
+        same_images=1,
+        captions_twice=1,
+        short_captions=2,
+        space_before_stop=3,
+        no_sentences=2,
+        garbled_captions=1,
+        images_without_row=1,
+    )
     examples = {w['kind']: w['examples'] for w in found['warnings']}
     assert examples['images_in_several_splits'] == ['4.png (train) = 21.png (validation)']
     assert examples['same_images'] == ['3.png (train) = 7.png (train)']
@@ -62,38 +80,82 @@ def test_check_command_tells_warnings_apart_from_bad_rows(call, planted, tmp_pat
     lines = done.stdout.splitlines()
     assert lines[0] == f'{planted}: 30 images, 60 captions'
     assert 'without a split, not used: 5 images, 10 captions' in lines
-    assert 'warning: images that are more than once in their split: 1, such as 3.png (train) = 7.png (train)' in lines
+    assert (
+        'warning: images that are more than once in their split: 1, such as 3.png (train) = 7.png (train)'
+        in lines
+    )
     found = json.loads((tmp_path/'found.json').read_text(encoding='utf-8'))
-    assert found['bad'] == [] and len(found['warnings']) == 8 == sum(line.startswith('warning: ') for line in lines)
+    assert found['bad'] == [] and len(found['warnings']) == 8 == sum(
+        line.startswith('warning: ') for line in lines
+    )
 
 def test_a_folder_with_images_without_a_split_trains(call, planted, tmp_path):
     done = call('capnb_train', '--data', planted, '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'ℹ️ 5 images have no split and are not used' in done.stdout.splitlines()
 
-SENTENCES = ['A cat on a mat.', 'Red, white and blue flags wave.', 'Un garçon sous la pluie.', 'Ночь, улица, фонарь, аптека горят.', '草の上で寝ている猫。', 'ÉTÉ À PARIS, SANS FIN', 'Bus 7 (out of service).']
-NOT = {'no_sentences': ['0.31', "['a', 'b']", '{"caption": "a"}', 'red,white,blue', 'cat, dog, tree', 'dog.jpg', 'https://a.org/b c'[:15], 'NaN', '12 / 7'],
-       'garbled_captions': ['un garÃ§on dort la nuit', 'Ã‰tÃ© Ã\xa0 la mer', 'it\ufffds a lost sign'], 'short_captions': ['A cat', 'Running'], 'space_before_stop': ['A cat sits .']}
+SENTENCES = [
+    'A cat on a mat.',
+    'Red, white and blue flags wave.',
+    'Un garçon sous la pluie.',
+    'Ночь, улица, фонарь, аптека горят.',
+    '草の上で寝ている猫。',
+    'ÉTÉ À PARIS, SANS FIN',
+    'Bus 7 (out of service).',
+]
+NOT = {
+    'no_sentences': [
+        '0.31',
+        "['a', 'b']",
+        '{"caption": "a"}',
+        'red,white,blue',
+        'cat, dog, tree',
+        'dog.jpg',
+        'https://a.org/b c'[:15],
+        'NaN',
+        '12 / 7',
+    ],
+    'garbled_captions': ['un garÃ§on dort la nuit', 'Ã‰tÃ© Ã\xa0 la mer', 'it\ufffds a lost sign'],
+    'short_captions': ['A cat', 'Running'],
+    'space_before_stop': ['A cat sits .'],
+}
 
 @pytest.mark.parametrize('kind', [None, *NOT])
 def test_which_captions_are_told(kind):
     "Sentences of other languages are no warning, neither is a script without spaces a short caption."
     captions = NOT.get(kind, SENTENCES)
-    found = find_warnings([ScannedImage(str(n), 'train', bytes([n]), [caption]) for n,caption in enumerate(captions)])
+    found = find_warnings(
+        [ScannedImage(str(n), 'train', bytes([n]), [caption]) for n, caption in enumerate(captions)]
+    )
     counts = {w['kind']: w['count'] for w in found}
     assert counts.get(kind, 0) == (len(captions) if kind else 0)
-    if kind is None: assert counts == {}
+    if kind is None:
+        assert counts == {}
 
 def test_one_caption_for_all():
-    scanned = [ScannedImage(str(n), 'train', bytes([n]), ['A nice photo to see.'] if n%2 else [f'A photo with number {n}.']) for n in range(40)]
-    assert [(w['kind'], w['count'], w['examples']) for w in find_warnings(scanned)] == [('same_caption', 20, ['A nice photo to see.'])]
+    scanned = [
+        ScannedImage(
+            str(n), 'train', bytes([n]), ['A nice photo to see.'] if n % 2 else [f'A photo with number {n}.']
+        )
+        for n in range(40)
+    ]
+    assert [(w['kind'], w['count'], w['examples']) for w in find_warnings(scanned)] == [
+        ('same_caption', 20, ['A nice photo to see.'])
+    ]
     assert find_warnings(scanned[:6]) == []
 
 # --- Rows as people have them
 
-SHAPES = {'height, width, 3': lambda a: a, '3, height, width': lambda a: a.transpose(2, 0, 1), 'floats': lambda a: (a/255).astype(np.float32), 'half floats': lambda a: (a/255).astype(np.float64),
-          'tensor': lambda a: torch.tensor(a).permute(2, 0, 1), 'tensor of floats': lambda a: torch.tensor(a).permute(2, 0, 1)/255,
-          'tensor with gradient': lambda a: (torch.tensor(a).permute(2, 0, 1)/255).requires_grad_(), 'image': Image.fromarray}
+SHAPES = {
+    'height, width, 3': lambda a: a,
+    '3, height, width': lambda a: a.transpose(2, 0, 1),
+    'floats': lambda a: (a / 255).astype(np.float32),
+    'half floats': lambda a: (a / 255).astype(np.float64),
+    'tensor': lambda a: torch.tensor(a).permute(2, 0, 1),
+    'tensor of floats': lambda a: torch.tensor(a).permute(2, 0, 1) / 255,
+    'tensor with gradient': lambda a: (torch.tensor(a).permute(2, 0, 1) / 255).requires_grad_(),
+    'image': Image.fromarray,
+}
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_an_image_of_numbers(shape):
@@ -104,27 +166,45 @@ def test_an_image_of_numbers(shape):
 def test_grey_and_transparent_arrays():
     grey = np.arange(240, dtype=np.uint8).reshape(12, 20)
     for image in (grey, grey[...,None], grey[None], torch.tensor(grey)[None]/255):
-        assert np.array_equal(np.asarray(CaptionData([dict(image=image, caption='A card.')])[0]['image'])[...,0], grey)
+        assert np.array_equal(
+            np.asarray(CaptionData([dict(image=image, caption='A card.')])[0]['image'])[..., 0], grey
+        )
     clear = np.concatenate([np.zeros((12, 20, 3), np.uint8), np.zeros((12, 20, 1), np.uint8)], axis=2)
     assert np.asarray(CaptionData([dict(image=clear, caption='A card.')])[0]['image']).min() == 255
 
-WRONG = {'channels first or last': np.zeros((3, 16, 3), np.uint8), 'shape (2, 3, 16, 16)': torch.zeros(2, 3, 16, 16), 'shape (16, 16, 2)': np.zeros((16, 16, 2), np.uint8), 'shape (0, 16, 3)': np.zeros((0, 16, 3), np.uint8),
-         'float64 from 0 to 254': np.linspace(0, 254, 300).reshape(10, 10, 3), 'float32 from -1 to 1': torch.linspace(-1, 1, 300).reshape(3, 10, 10), 'from nan': np.full((9, 9), np.nan),
-         'int64': np.zeros((9, 9, 3), int), 'uint16': np.zeros((9, 9), np.uint16)}
+WRONG = {
+    'channels first or last': np.zeros((3, 16, 3), np.uint8),
+    'shape (2, 3, 16, 16)': torch.zeros(2, 3, 16, 16),
+    'shape (16, 16, 2)': np.zeros((16, 16, 2), np.uint8),
+    'shape (0, 16, 3)': np.zeros((0, 16, 3), np.uint8),
+    'float64 from 0 to 254': np.linspace(0, 254, 300).reshape(10, 10, 3),
+    'float32 from -1 to 1': torch.linspace(-1, 1, 300).reshape(3, 10, 10),
+    'from nan': np.full((9, 9), np.nan),
+    'int64': np.zeros((9, 9, 3), int),
+    'uint16': np.zeros((9, 9), np.uint16),
+}
 
 @pytest.mark.parametrize('said', WRONG)
 def test_numbers_that_may_mean_several_images_are_refused(said):
-    with pytest.raises(ValueError, match=re.escape(said)) as error: CaptionData([dict(image=WRONG[said], caption='A card.')])[0]
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        CaptionData([dict(image=WRONG[said], caption='A card.')])[0]
     assert str(error.value).startswith('row 0: an array of ')
 
 def test_paths_and_bytes(tmp_path):
     write_images(tmp_path, ['a.png'])
-    ways = [str(tmp_path/'a.png'), tmp_path/'a.png', (tmp_path/'a.png').read_bytes(), dict(bytes=None, path=str(tmp_path/'a.png')), colour(0)]
+    ways = [
+        str(tmp_path / 'a.png'),
+        tmp_path / 'a.png',
+        (tmp_path / 'a.png').read_bytes(),
+        dict(bytes=None, path=str(tmp_path / 'a.png')),
+        colour(0),
+    ]
     rows = CaptionData([dict(image=way, caption='A card.') for way in ways])
     assert {row['image'].tobytes() for row in rows} == {colour(0).tobytes()}
     os.mkfifo(tmp_path/'pipe.png')
     for missing in ('pipe.png', 'b.png'):
-        with pytest.raises(ValueError, match='row 0: there is no image'): CaptionData([dict(image=str(tmp_path/missing), caption='A card.')])[0]
+        with pytest.raises(ValueError, match='row 0: there is no image'):
+            CaptionData([dict(image=str(tmp_path/missing), caption='A card.')])[0]
 
 # --- Formats: the same twenty images, with the same captions
 
@@ -138,15 +218,29 @@ def png(n):
 
 def stored(**more):
     "The twenty as `datasets` keeps them."
-    rows = dict(image=[dict(bytes=png(n), path=None) for n in range(20)], caption=list(SAID.values()), filename=NAMES, **more)
-    kinds = Features(image=ImageColumn(), caption=List(Value('string')), filename=Value('string'), **{name: Value('string') for name in more})
+    rows = dict(
+        image=[dict(bytes=png(n), path=None) for n in range(20)],
+        caption=list(SAID.values()),
+        filename=NAMES,
+        **more
+    )
+    kinds = Features(
+        image=ImageColumn(),
+        caption=List(Value('string')),
+        filename=Value('string'),
+        **{name: Value('string') for name in more}
+    )
     return Dataset.from_dict(rows, features=kinds)
 
 def tarred(path, rows, suffixes, folder=''):
     with tarfile.open(path, 'w') as tar:
         for n in rows:
             said = SAID[NAMES[n]]
-            texts = dict(txt='\n'.join(said), caption='\n'.join(said), json=json.dumps(dict(caption=said, url='https://a.org/b.png')))
+            texts = dict(
+                txt='\n'.join(said),
+                caption='\n'.join(said),
+                json=json.dumps(dict(caption=said, url='https://a.org/b.png')),
+            )
             for suffix,content in [('png', png(n)), *((s, texts[s].encode()) for s in suffixes)]:
                 member = tarfile.TarInfo(f'{folder}{NAMES[n][:-4]}.{suffix}')
                 member.size = len(content)
@@ -156,66 +250,157 @@ def write_json(folder, name, found):
     write_images(folder, NAMES)
     (folder/name).write_text(json.dumps(found), encoding='utf-8')
 
-def parquet_file(folder): stored().to_parquet(folder/'flickr.parquet')
+def parquet_file(folder):
+    stored().to_parquet(folder/'flickr.parquet')
 def parquet_shards(folder):
     (folder/'data').mkdir()
-    for split,rows in (('train', range(14)), ('validation', range(14, 17)), ('test', range(17, 20))): stored().select(rows).to_parquet(folder/'data'/f'{split}-00000-of-00001.parquet')
-def parquet_split_column(folder): stored(split=['train']*14+['val']*3+['test']*3).to_parquet(folder/'test.parquet')
-def parquet_binary(folder): Dataset.from_dict(dict(image=[png(n) for n in range(20)], captions=list(SAID.values()), image_id=NAMES)).to_parquet(folder/'a.parquet')
+    for split,rows in (('train', range(14)), ('validation', range(14, 17)), ('test', range(17, 20))):
+        stored().select(rows).to_parquet(folder/'data'/f'{split}-00000-of-00001.parquet')
+def parquet_split_column(folder):
+    stored(split=['train']*14+['val']*3+['test']*3).to_parquet(folder/'test.parquet')
+def parquet_binary(folder):
+    Dataset.from_dict(
+        dict(image=[png(n) for n in range(20)], captions=list(SAID.values()), image_id=NAMES)
+    ).to_parquet(folder / 'a.parquet')
 def parquet_paths(folder):
     write_images(folder/'photos', NAMES)
-    Dataset.from_dict(dict(image_path=[f'photos/{name}' for name in NAMES], caption=list(SAID.values()), id=NAMES)).to_parquet(folder/'a.parquet')
-def parquet_arrays(folder): Dataset.from_dict(dict(image=[np.asarray(colour(n)).tolist() for n in range(20)], caption=list(SAID.values()), id=NAMES), features=Features(image=Array3D((16,16,3), 'uint8'), caption=List(Value('string')), id=Value('string'))).to_parquet(folder/'a.parquet')
-def saved(folder): stored().save_to_disk(folder/'here'); return folder/'here'
-def saved_splits(folder): DatasetDict(train=stored().select(range(14)), validation=stored().select(range(14, 17)), test=stored().select(range(17, 20))).save_to_disk(folder/'here'); return folder/'here'
+    Dataset.from_dict(
+        dict(image_path=[f'photos/{name}' for name in NAMES], caption=list(SAID.values()), id=NAMES)
+    ).to_parquet(folder / 'a.parquet')
+def parquet_arrays(folder):
+    Dataset.from_dict(
+        dict(
+            image=[np.asarray(colour(n)).tolist() for n in range(20)], caption=list(SAID.values()), id=NAMES
+        ),
+        features=Features(
+            image=Array3D((16, 16, 3), 'uint8'), caption=List(Value('string')), id=Value('string')
+        ),
+    ).to_parquet(folder / 'a.parquet')
+def saved(folder):
+    stored().save_to_disk(folder/'here')
+    return folder/'here'
+def saved_splits(folder):
+    DatasetDict(
+        train=stored().select(range(14)),
+        validation=stored().select(range(14, 17)),
+        test=stored().select(range(17, 20)),
+    ).save_to_disk(folder / 'here')
+    return folder/'here'
 def webdataset(folder):
-    for k in range(2): tarred(folder/f'{k:05}.tar', range(10*k, 10*k+10), ['txt', 'json'])
-def webdataset_caption(folder): tarred(folder/'a.tar', range(20), ['caption'], 'deep/er/')
+    for k in range(2):
+        tarred(folder/f'{k:05}.tar', range(10*k, 10*k+10), ['txt', 'json'])
+def webdataset_caption(folder):
+    tarred(folder/'a.tar', range(20), ['caption'], 'deep/er/')
 def webdataset_json(folder):
-    for split,rows in (('train', range(14)), ('val', range(14, 17)), ('test', range(17, 20))): tarred(folder/f'{split}-000.tar', rows, ['json'])
-def one_tar(folder): tarred(folder/'a.tar', range(20), ['txt']); return folder/'a.tar'
-def by_name_of_image(folder): write_json(folder, 'captions.json', SAID)
-def by_name_one_text(folder): write_json(folder, 'annotations.json', {name: said[0] if n else said for n,(name,said) in enumerate(SAID.items())})
+    for split,rows in (('train', range(14)), ('val', range(14, 17)), ('test', range(17, 20))):
+        tarred(folder/f'{split}-000.tar', rows, ['json'])
+def one_tar(folder):
+    tarred(folder/'a.tar', range(20), ['txt'])
+    return folder/'a.tar'
+def by_name_of_image(folder):
+    write_json(folder, 'captions.json', SAID)
+def by_name_one_text(folder):
+    write_json(
+        folder,
+        'annotations.json',
+        {name: said[0] if n else said for n, (name, said) in enumerate(SAID.items())},
+    )
 def llava(folder):
     ask = [{'from': 'human', 'value': '<image>\nProvide a caption.'}]
-    write_json(folder, 'blip_558k.json', [dict(id=name[:-4], image=name, conversations=[*ask, {'from': 'gpt', 'value': caption}]) for name,said in SAID.items() for caption in said])
+    write_json(
+        folder,
+        'blip_558k.json',
+        [
+            dict(id=name[:-4], image=name, conversations=[*ask, {'from': 'gpt', 'value': caption}])
+            for name, said in SAID.items()
+            for caption in said
+        ],
+    )
 def llava_lines(folder):
     write_images(folder, NAMES)
-    turns = lambda caption: [dict([('from', 'user'), ('value', 'What is it?')]), dict([('from', 'assistant'), ('value', caption)])]
-    (folder/'chat.jsonl').write_text(''.join(json.dumps(dict(image=name, conversations=turns(caption))) + '\n' for name,said in SAID.items() for caption in said), encoding='utf-8')
+    turns = lambda caption: [
+        dict([('from', 'user'), ('value', 'What is it?')]),
+        dict([('from', 'assistant'), ('value', caption)]),
+    ]
+    (folder / 'chat.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(image=name, conversations=turns(caption))) + '\n'
+            for name, said in SAID.items()
+            for caption in said
+        ),
+        encoding='utf-8',
+    )
 def beside(folder):
     write_images(folder, NAMES)
-    for name,said in SAID.items(): (folder/name).with_suffix('.txt').write_text('\n'.join(said) + '\n', encoding='utf-8')
+    for name,said in SAID.items():
+        (folder/name).with_suffix('.txt').write_text('\n'.join(said) + '\n', encoding='utf-8')
 def beside_in_splits(folder):
     for split,names in (('train', NAMES[:14]), ('val', NAMES[14:17]), ('test', NAMES[17:])):
         write_images(folder/split, names)
-        for name in names: (folder/split/name).with_suffix('.caption').write_text('\n'.join(SAID[name]), encoding='utf-8')
+        for name in names:
+            (folder/split/name).with_suffix('.caption').write_text('\n'.join(SAID[name]), encoding='utf-8')
 def title_table(folder):
     write_images(folder/'images', NAMES)
-    (folder/'cc3m.tsv').write_text('title\tfilepath\n' + ''.join(f'{caption}\timages/{name}\n' for name,said in SAID.items() for caption in said), encoding='utf-8')
+    (folder / 'cc3m.tsv').write_text(
+        'title\tfilepath\n'
+        + ''.join(f'{caption}\timages/{name}\n' for name, said in SAID.items() for caption in said),
+        encoding='utf-8',
+    )
     return folder/'cc3m.tsv'
 def title_tables(folder):
     write_images(folder, NAMES)
     for split,names in (('train', NAMES[:14]), ('val', NAMES[14:17]), ('test', NAMES[17:])):
-        (folder/f'{split}.tsv').write_text('filepath\ttitle\n' + ''.join(f'{name}\t{caption}\n' for name in names for caption in SAID[name]), encoding='utf-8')
+        (folder / f'{split}.tsv').write_text(
+            'filepath\ttitle\n' + ''.join(f'{name}\t{caption}\n' for name in names for caption in SAID[name]),
+            encoding='utf-8',
+        )
 def flickr8k(folder):
-    "As its two zips unpack, with rows of an image that is not there, words without endings, and what a Mac leaves."
+    """As its two zips unpack, with rows of an image that is not there, words without endings, and what a Mac
+    leaves."""
     write_images(folder/'Flicker8k_Dataset', NAMES)
     write_images(folder/'__MACOSX'/'Flicker8k_Dataset', [f'._{name}' for name in NAMES])
     rows = [f'{name}#{k}\t{caption}\n' for name,said in SAID.items() for k,caption in enumerate(said)]
-    (folder/'Flickr8k.token.txt').write_text(''.join(rows) + ''.join(f'2258277193_586949ec62.jpg.1#{k}\tNot here .\n' for k in range(2)), encoding='utf-8')
+    (folder / 'Flickr8k.token.txt').write_text(
+        ''.join(rows) + ''.join(f'2258277193_586949ec62.jpg.1#{k}\tNot here .\n' for k in range(2)),
+        encoding='utf-8',
+    )
     (folder/'Flickr8k.lemma.token.txt').write_text(''.join(row.lower() for row in rows), encoding='utf-8')
     for file,names in (('trainImages', NAMES[:14]), ('devImages', NAMES[14:17]), ('testImages', NAMES[17:])):
         (folder/f'Flickr_8k.{file}.txt').write_text(''.join(f'{name}\n' for name in names), encoding='utf-8')
-    for other in ('CrowdFlowerAnnotations', 'ExpertAnnotations', 'readme'): (folder/f'{other}.txt').write_text(f'{NAMES[0]}\t{NAMES[1]}#0\t1\n', encoding='utf-8')
+    for other in ('CrowdFlowerAnnotations', 'ExpertAnnotations', 'readme'):
+        (folder/f'{other}.txt').write_text(f'{NAMES[0]}\t{NAMES[1]}#0\t1\n', encoding='utf-8')
 def flickr30k_token(folder):
     write_images(folder/'flickr30k-images', NAMES)
-    (folder/'results_20130124.token').write_text(''.join(f'{name}#{k}\t{caption}\n' for name,said in SAID.items() for k,caption in enumerate(said)), encoding='utf-8')
+    (folder / 'results_20130124.token').write_text(
+        ''.join(f'{name}#{k}\t{caption}\n' for name, said in SAID.items() for k, caption in enumerate(said)),
+        encoding='utf-8',
+    )
 
 OWN = dict(train=14, validation=3, test=3)
-FORMATS = {parquet_file: CUT, parquet_shards: OWN, parquet_split_column: OWN, parquet_binary: CUT, parquet_paths: CUT, parquet_arrays: CUT, saved: CUT, saved_splits: OWN, webdataset: CUT,
-           webdataset_caption: CUT, webdataset_json: OWN, one_tar: CUT, by_name_of_image: CUT, by_name_one_text: CUT, llava: CUT, llava_lines: CUT, beside: CUT, beside_in_splits: OWN, title_table: CUT, title_tables: OWN,
-           flickr8k: OWN, flickr30k_token: CUT}
+FORMATS = {
+    parquet_file: CUT,
+    parquet_shards: OWN,
+    parquet_split_column: OWN,
+    parquet_binary: CUT,
+    parquet_paths: CUT,
+    parquet_arrays: CUT,
+    saved: CUT,
+    saved_splits: OWN,
+    webdataset: CUT,
+    webdataset_caption: CUT,
+    webdataset_json: OWN,
+    one_tar: CUT,
+    by_name_of_image: CUT,
+    by_name_one_text: CUT,
+    llava: CUT,
+    llava_lines: CUT,
+    beside: CUT,
+    beside_in_splits: OWN,
+    title_table: CUT,
+    title_tables: OWN,
+    flickr8k: OWN,
+    flickr30k_token: CUT,
+}
 
 @pytest.mark.parametrize('write', FORMATS)
 def test_format(write, tmp_path):
@@ -223,7 +408,8 @@ def test_format(write, tmp_path):
     found = load_data(write(tmp_path) or tmp_path)
     assert {split: len(rows) for split,rows in found.items()} == FORMATS[write]
     said = {colour(n).tobytes(): SAID[NAMES[n]] for n in range(20)}
-    if write is by_name_one_text: said = {pixels: texts[:1] if n else texts for n,(pixels,texts) in enumerate(said.items())}
+    if write is by_name_one_text:
+        said = {pixels: texts[:1] if n else texts for n,(pixels,texts) in enumerate(said.items())}
     rows = {split: [row for row in part] for split,part in found.items()}
     assert {row['image'].tobytes(): row['captions'] for part in rows.values() for row in part} == said
     if FORMATS[write] == OWN:
@@ -233,16 +419,25 @@ def test_format(write, tmp_path):
 def test_a_file_that_was_replaced_is_read_anew(tmp_path):
     "The cache of `datasets` must not give what lay there before."
     for words in ('first', 'other'):
-        Dataset.from_dict(dict(image=[png(n) for n in range(20)], caption=[f'A card of the {words} kind']*20)).to_parquet(tmp_path/'a.parquet')
-        assert {c for rows in load_data(tmp_path).values() for row in rows for c in row['captions']} == {f'A card of the {words} kind'}
+        Dataset.from_dict(
+            dict(image=[png(n) for n in range(20)], caption=[f'A card of the {words} kind'] * 20)
+        ).to_parquet(tmp_path / 'a.parquet')
+        assert {c for rows in load_data(tmp_path).values() for row in rows for c in row['captions']} == {
+            f'A card of the {words} kind'
+        }
 
 def test_objects_of_datasets():
     whole = stored()
     ways = dict(dictionary=DatasetDict(train=whole), alone=whole, test_only=DatasetDict(test=whole))
     for name,way in ways.items():
         assert {split: len(rows) for split,rows in load_data(way).items()} == CUT, name
-    for way in (DatasetDict(test=stored(split=['train']*14+['val']*3+['test']*3)), stored(split=['train']*14+['val']*3+['test']*3)):
-        assert {split: [row['image_id'] for row in rows] for split,rows in load_data(way).items()} == dict(train=NAMES[:14], validation=NAMES[14:17], test=NAMES[17:])
+    for way in (
+        DatasetDict(test=stored(split=['train'] * 14 + ['val'] * 3 + ['test'] * 3)),
+        stored(split=['train'] * 14 + ['val'] * 3 + ['test'] * 3),
+    ):
+        assert {split: [row['image_id'] for row in rows] for split, rows in load_data(way).items()} == dict(
+            train=NAMES[:14], validation=NAMES[14:17], test=NAMES[17:]
+        )
     two = load_data(DatasetDict(train=whole, test=whole.select(range(4))))
     assert {split: len(rows) for split,rows in two.items()} == dict(train=18, validation=2, test=4)
 
@@ -250,18 +445,27 @@ def test_streams(capsys):
     whole = load_data(stored().to_iterable_dataset())
     assert sorted(row['image_id'] for rows in whole.values() for row in rows) == NAMES
     assert {row['image_id']: row['captions'] for rows in whole.values() for row in rows} == SAID
-    splits = IterableDatasetDict({split: stored().to_iterable_dataset() for split in ('train', 'validation', 'test')})
+    splits = IterableDatasetDict(
+        {split: stored().to_iterable_dataset() for split in ('train', 'validation', 'test')}
+    )
     part = load_data(splits, limit=3)
-    assert {split: [row['image_id'] for row in rows] for split,rows in part.items()} == dict(train=NAMES[:3], validation=NAMES[:10], test=NAMES[:10])
+    assert {split: [row['image_id'] for row in rows] for split, rows in part.items()} == dict(
+        train=NAMES[:3], validation=NAMES[:10], test=NAMES[:10]
+    )
     assert 'Reading the stream' in capsys.readouterr().err
-    made = IterableDataset.from_generator(lambda: (dict(image=colour(n), caption=SAID[name]) for n,name in enumerate(NAMES)))
+    made = IterableDataset.from_generator(
+        lambda: (dict(image=colour(n), caption=SAID[name]) for n, name in enumerate(NAMES))
+    )
     assert sum(map(len, load_data(made).values())) == 20
-    with pytest.raises(ValueError, match='the stream is empty'): load_data(IterableDataset.from_generator(lambda: iter([])))
+    with pytest.raises(ValueError, match='the stream is empty'):
+        load_data(IterableDataset.from_generator(lambda: iter([])))
 
 def test_rows_of_no_split_in_a_stream_are_told(capsys):
     rows = stored(split=['train']*14 + ['val']*3 + ['test']*2 + [''])
     for way in (rows.to_iterable_dataset(), rows, DatasetDict(test=rows)):
-        assert {split: len(part) for split,part in load_data(way).items()} == dict(train=14, validation=3, test=2)
+        assert {split: len(part) for split, part in load_data(way).items()} == dict(
+            train=14, validation=3, test=2
+        )
         assert 'ℹ️ 1 images have no split and are not used' in capsys.readouterr().out
 
 def test_a_stream_is_read_no_further_than_the_limit_needs():
@@ -271,17 +475,41 @@ def test_a_stream_is_read_no_further_than_the_limit_needs():
             read.append(n)
             yield dict(image=png(n%20), caption=f'A card, number {n}.')
     found = load_data(IterableDataset.from_generator(rows), limit=20, image_column='image')
-    assert {split: len(part) for split,part in found.items()} == dict(train=20, validation=10, test=10) and len(read) < 250
+    assert {split: len(part) for split, part in found.items()} == dict(
+        train=20, validation=10, test=10
+    ) and len(read) < 250
 
 BAD = {
-    'a.parquet': (lambda path: path.write_bytes(b'PAR1 and no more'), r'a\.parquet is no readable parquet file'),
-    'train-0.parquet': (lambda path: [stored().to_parquet(path), stored().to_parquet(path.with_name('more.parquet'))], r'more\.parquet: its name does not tell a split, as others do'),
-    'state.json': (lambda path: [path.write_text('{}'), path.with_name('dataset_info.json').write_text('{}')], 'is no complete folder of `save_to_disk`'),
-    'cut.tar': (lambda path: [tarred(path, range(20), ['txt']), path.write_bytes(path.read_bytes()[:20_000])], r'cut\.tar: it cannot be read to its end'),
+    'a.parquet': (
+        lambda path: path.write_bytes(b'PAR1 and no more'),
+        r'a\.parquet is no readable parquet file',
+    ),
+    'train-0.parquet': (
+        lambda path: [stored().to_parquet(path), stored().to_parquet(path.with_name('more.parquet'))],
+        r'more\.parquet: its name does not tell a split, as others do',
+    ),
+    'state.json': (
+        lambda path: [path.write_text('{}'), path.with_name('dataset_info.json').write_text('{}')],
+        'is no complete folder of `save_to_disk`',
+    ),
+    'cut.tar': (
+        lambda path: [tarred(path, range(20), ['txt']), path.write_bytes(path.read_bytes()[:20_000])],
+        r'cut\.tar: it cannot be read to its end',
+    ),
     'no.tar': (lambda path: tarred(path, range(20), []), r'no\.tar: 1000_a0: there is no caption, only png'),
-    'Flickr8k_Dataset.zip': (lambda path: [flickr8k(path.parent), shutil.rmtree(path.parent/'Flicker8k_Dataset'), path.touch()], r'Flickr8k_Dataset\.zip is no zip that can be read'),
+    'Flickr8k_Dataset.zip': (
+        lambda path: [flickr8k(path.parent), shutil.rmtree(path.parent / 'Flicker8k_Dataset'), path.touch()],
+        r'Flickr8k_Dataset\.zip is no zip that can be read',
+    ),
     'a.tar.gz': (lambda path: path.touch(), 'compressed tars are not read, .* unpack them first: gunzip'),
-    'annotations.json': (lambda path: write_json(path.parent, path.name, [dict(image=NAMES[0], conversations=[{'from': 'gpt', 'value': 'A card.'}]*2)]), r'annotations\.json: object 0 has a conversation with 2 answers'),
+    'annotations.json': (
+        lambda path: write_json(
+            path.parent,
+            path.name,
+            [dict(image=NAMES[0], conversations=[{'from': 'gpt', 'value': 'A card.'}] * 2)],
+        ),
+        r'annotations\.json: object 0 has a conversation with 2 answers',
+    ),
 }
 
 @pytest.mark.parametrize('name', BAD)
@@ -290,14 +518,18 @@ def test_what_cannot_be_read_is_one_line(name, call, tmp_path):
     (tmp_path/'set').mkdir()
     spoil(tmp_path/'set'/name)
     done = call('capnb_train', '--data', tmp_path/'set', cwd=tmp_path)
-    assert done.returncode == 1 and re.search(said, done.stderr) and len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
+    assert (
+        done.returncode == 1 and re.search(said, done.stderr) and len(done.stderr.strip().splitlines()) == 1
+    ), done.stderr[-2000:]
 
 def test_a_pipe_is_no_data_set(tmp_path):
     os.mkfifo(tmp_path/'pipe')
-    with pytest.raises(ValueError, match='pipe is no regular file and no folder'): load_data(tmp_path/'pipe')
+    with pytest.raises(ValueError, match='pipe is no regular file and no folder'):
+        load_data(tmp_path/'pipe')
 
 def test_nothing_leads_out_of_an_archive(tmp_path):
-    "A tar with links and names that lead out writes nothing, and shows nothing of what they point to; names in parquet are refused."
+    """A tar with links and names that lead out writes nothing, and shows nothing of what they point to;
+    names in parquet are refused."""
     (tmp_path/'set').mkdir()
     write_images(tmp_path, ['secret.png'])
     with tarfile.open(tmp_path/'set'/'a.tar', 'w') as tar:
@@ -306,16 +538,29 @@ def test_nothing_leads_out_of_an_archive(tmp_path):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-        for name,kind in (('link.png', tarfile.SYMTYPE), ('hard.png', tarfile.LNKTYPE), ('pipe.png', tarfile.FIFOTYPE)):
+        for name, kind in (
+            ('link.png', tarfile.SYMTYPE),
+            ('hard.png', tarfile.LNKTYPE),
+            ('pipe.png', tarfile.FIFOTYPE),
+        ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, str(tmp_path/'secret.png')
             tar.addfile(member)
     before = sorted(tmp_path.rglob('*'))
     rows = [row for part in load_data(tmp_path/'set').values() for row in part]
-    assert len(rows) == 12 and {tuple(row['captions']) for row in rows} == {('A card of ours.',)} and sorted(tmp_path.rglob('*')) == before
+    assert (
+        len(rows) == 12
+        and {tuple(row['captions']) for row in rows} == {('A card of ours.',)}
+        and sorted(tmp_path.rglob('*')) == before
+    )
     (tmp_path/'set'/'a.tar').unlink()
-    Dataset.from_dict(dict(image=['../secret.png', str(tmp_path/'secret.png')]*6, caption=['A card.']*12)).to_parquet(tmp_path/'set'/'a.parquet')
-    with pytest.raises(ValueError, match='leads out of the folder; `--outside_files`, in Python outside=True'): load_data(tmp_path/'set')['train'][0]
+    Dataset.from_dict(
+        dict(image=['../secret.png', str(tmp_path / 'secret.png')] * 6, caption=['A card.'] * 12)
+    ).to_parquet(tmp_path / 'set' / 'a.parquet')
+    with pytest.raises(
+        ValueError, match='leads out of the folder; `--outside_files`, in Python outside=True'
+    ):
+        load_data(tmp_path/'set')['train'][0]
     assert load_data(tmp_path/'set', outside=True)['train'][0]['image'].size == (16, 16)
 
 def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
@@ -324,15 +569,25 @@ def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
     found = load_data(tmp_path, bad_rows='skip')
     assert sum(map(len, found.values())) == 20 and found['train'].num_skipped == 3
     done = call('capnb_data', 'check', tmp_path, cwd=tmp_path)
-    assert done.returncode == 1 and f'bad: {tmp_path/"b.tar"}: 1000_a0: there is no caption, only png' in done.stdout
+    assert (
+        done.returncode == 1
+        and f'bad: {tmp_path/"b.tar"}: 1000_a0: there is no caption, only png' in done.stdout
+    )
 
 def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
     flickr8k(tmp_path)
-    (tmp_path/'Flickr_8k.testImages.txt').write_text(''.join(f'{name}\n' for name in NAMES[18:]), encoding='utf-8')
+    (tmp_path / 'Flickr_8k.testImages.txt').write_text(
+        ''.join(f'{name}\n' for name in NAMES[18:]), encoding='utf-8'
+    )
     found = check_data(tmp_path)
-    assert {split: s['images'] for split,s in found['splits'].items()} == dict(train=14, validation=3, test=2) and found['without_split']['images'] == 1
+    assert {split: s['images'] for split, s in found['splits'].items()} == dict(
+        train=14, validation=3, test=2
+    ) and found['without_split']['images'] == 1
     assert found['bad'] == [] and 'images_without_row' not in warned(found)
-    assert '2 rows are not used: their images are neither here nor in a list of a split' in capsys.readouterr().out
+    assert (
+        '2 rows are not used: their images are neither here nor in a list of a split'
+        in capsys.readouterr().out
+    )
 
 # --- Zips, read where they lie
 
@@ -341,47 +596,84 @@ def zip_up(path, folder, keep=lambda name: True):
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as out:
         for file in sorted(f for f in folder.rglob('*') if f.is_file() and f.suffix != '.zip'):
             name = file.relative_to(folder).as_posix()
-            if keep(name): out.write(file, name); file.unlink()
+            if keep(name):
+                out.write(file, name)
+                file.unlink()
     for left in sorted((f for f in folder.rglob('*') if f.is_dir()), reverse=True):
-        if not any(left.iterdir()): left.rmdir()
+        if not any(left.iterdir()):
+            left.rmdir()
 
 def is_image(name): return name.endswith('.png')
 
 def two_zips(folder):
     zip_up(folder/'Flickr8k_Dataset.zip', folder, is_image)
     zip_up(folder/'Flickr8k_text.zip', folder)
-def images_zip(folder): zip_up(folder/'Flickr8k_Dataset.zip', folder, is_image)
-def texts_zip(folder): zip_up(folder/'Flickr8k_text.zip', folder, lambda name: not is_image(name))
-def one_zip(folder): zip_up(folder/'archive.zip', folder)
-def the_zip_itself(folder): one_zip(folder); return folder/'archive.zip'
+def images_zip(folder):
+    zip_up(folder/'Flickr8k_Dataset.zip', folder, is_image)
+def texts_zip(folder):
+    zip_up(folder/'Flickr8k_text.zip', folder, lambda name: not is_image(name))
+def one_zip(folder):
+    zip_up(folder/'archive.zip', folder)
+def the_zip_itself(folder):
+    one_zip(folder)
+    return folder/'archive.zip'
 def text_folder(folder):
     (folder/'Flickr8k_text').mkdir()
-    for file in folder.glob('*.txt'): file.rename(folder/'Flickr8k_text'/file.name)
-def table_in_folder(folder): text_folder(folder); return folder/'Flickr8k_text'/'Flickr8k.token.txt'
+    for file in folder.glob('*.txt'):
+        file.rename(folder/'Flickr8k_text'/file.name)
+def table_in_folder(folder):
+    text_folder(folder)
+    return folder/'Flickr8k_text'/'Flickr8k.token.txt'
 def zip_beside_what_was_unpacked(folder):
     with zipfile.ZipFile(folder/'Flickr8k_Dataset.zip', 'w') as out:
-        for name in NAMES: out.write(folder/'Flicker8k_Dataset'/name, f'Flicker8k_Dataset/{name}')
+        for name in NAMES:
+            out.write(folder/'Flicker8k_Dataset'/name, f'Flicker8k_Dataset/{name}')
 
-def all_rows(found): return {split: [(row['image_id'], row['captions'], row['image'].tobytes()) for row in rows] for split,rows in found.items()}
+def all_rows(found):
+    return {
+        split: [(row['image_id'], row['captions'], row['image'].tobytes()) for row in rows]
+        for split, rows in found.items()
+    }
 
-@pytest.mark.parametrize('pack', [two_zips, images_zip, texts_zip, one_zip, the_zip_itself, text_folder, table_in_folder, zip_beside_what_was_unpacked])
+@pytest.mark.parametrize(
+    'pack',
+    [
+        two_zips,
+        images_zip,
+        texts_zip,
+        one_zip,
+        the_zip_itself,
+        text_folder,
+        table_in_folder,
+        zip_beside_what_was_unpacked,
+    ],
+)
 def test_flickr8k_packed_is_flickr8k_unpacked(pack, tmp_path):
     "The same rows and splits, the same report, and nothing is written."
     flickr8k(tmp_path)
     unpacked, report = all_rows(load_data(tmp_path)), check_data(tmp_path)
     where = pack(tmp_path) or tmp_path
     files = sorted(tmp_path.rglob('*'))
-    assert all_rows(load_data(where)) == unpacked and {split: len(rows) for split,rows in unpacked.items()} == OWN
+    assert (
+        all_rows(load_data(where)) == unpacked
+        and {split: len(rows) for split, rows in unpacked.items()} == OWN
+    )
     assert check_data(where) == report | dict(data=str(where))
     assert sorted(tmp_path.rglob('*')) == files
 
 def test_kaggles_zip_is_read(tmp_path, call):
     write_images(tmp_path/'set'/'Images', NAMES)
-    (tmp_path/'set'/'captions.txt').write_text('image,caption\n' + ''.join(f'{name},"{c.replace(chr(34), chr(34)*2)}"\n' for name,said in SAID.items() for c in said), encoding='utf-8')
+    (tmp_path / 'set' / 'captions.txt').write_text(
+        'image,caption\n'
+        + ''.join(f'{name},"{c.replace(chr(34), chr(34)*2)}"\n' for name, said in SAID.items() for c in said),
+        encoding='utf-8',
+    )
     unpacked = all_rows(load_data(tmp_path/'set'))
     zip_up(tmp_path/'archive.zip', tmp_path/'set')
     assert all_rows(load_data(tmp_path/'archive.zip')) == unpacked and sum(map(len, unpacked.values())) == 20
-    done = call('capnb_train', '--data', tmp_path/'archive.zip', '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path)
+    done = call(
+        'capnb_train', '--data', tmp_path / 'archive.zip', '--max_steps', 1, '--num_epochs', 1, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 def test_images_of_a_zip_are_read_by_threads_and_children(tmp_path):
@@ -390,47 +682,76 @@ def test_images_of_a_zip_are_read_by_threads_and_children(tmp_path):
     two_zips(tmp_path)
     data = load_data(tmp_path)['train']
     alone = [data[i]['image'].tobytes() for i in range(14)]
-    with ThreadPoolExecutor(8) as pool: assert list(pool.map(lambda i: data[i%14]['image'].tobytes(), range(280))) == alone*20
-    loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=list(range(14))*20, num_workers=4, collate_fn=lambda row: row['image'].tobytes(), multiprocessing_context='fork')
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: data[i%14]['image'].tobytes(), range(280))) == alone*20
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_size=None,
+        sampler=list(range(14)) * 20,
+        num_workers=4,
+        collate_fn=lambda row: row['image'].tobytes(),
+        multiprocessing_context='fork',
+    )
     assert list(loader) == alone*20
 
 def spoilt_zip(path, spoil):
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2 if spoil == 'method' else zipfile.ZIP_STORED) as out:
         out.writestr('captions.csv', 'file_name,caption\n' + ''.join(f'{name},A card.\n' for name in NAMES))
-        for name in NAMES: out.writestr(f'images/{name}', png(NAMES.index(name)))
-        if spoil == 'out': out.writestr('../evil.png', png(0))
-        if spoil == 'absolute': out.writestr(zipfile.ZipInfo('/evil.png'), png(0))
+        for name in NAMES:
+            out.writestr(f'images/{name}', png(NAMES.index(name)))
+        if spoil == 'out':
+            out.writestr('../evil.png', png(0))
+        if spoil == 'absolute':
+            out.writestr(zipfile.ZipInfo('/evil.png'), png(0))
     raw = path.read_bytes()
-    if spoil == 'cut': raw = raw[:len(raw)//2]
-    if spoil == 'encrypted': raw = re.sub(rb'(PK\x01\x02.{4})..', lambda found: found[1] + b'\x01\x00', raw, flags=re.S)
-    if spoil == 'damaged': raw = raw.replace(b'A card.', b'A cord.', 1)
-    if spoil == 'empty': raw = b''
+    if spoil == 'cut':
+        raw = raw[:len(raw)//2]
+    if spoil == 'encrypted':
+        raw = re.sub(rb'(PK\x01\x02.{4})..', lambda found: found[1] + b'\x01\x00', raw, flags=re.S)
+    if spoil == 'damaged':
+        raw = raw.replace(b'A card.', b'A cord.', 1)
+    if spoil == 'empty':
+        raw = b''
     path.write_bytes(raw)
 
-SPOILT = dict(cut='is no zip that can be read', empty='is no zip that can be read', out="leads out of it, '../evil.png'", absolute="leads out of it, '/evil.png'", encrypted='it is encrypted',
-              damaged='captions.csv is damaged: Bad CRC-32', method='is packed by another method')
+SPOILT = dict(
+    cut='is no zip that can be read',
+    empty='is no zip that can be read',
+    out="leads out of it, '../evil.png'",
+    absolute="leads out of it, '/evil.png'",
+    encrypted='it is encrypted',
+    damaged='captions.csv is damaged: Bad CRC-32',
+    method='is packed by another method',
+)
 
 @pytest.mark.parametrize('spoil', SPOILT)
 def test_a_spoilt_zip_is_one_line(spoil, call, tmp_path):
     spoilt_zip(tmp_path/'my.zip', spoil)
     done = call('capnb_train', '--data', tmp_path/'my.zip', cwd=tmp_path)
-    assert done.returncode == 1 and SPOILT[spoil] in done.stderr and 'my.zip' in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 1 and SPOILT[spoil] in done.stderr and 'my.zip' in done.stderr, done.stderr[
+        -2000:
+    ]
     assert len(done.stderr.strip().splitlines()) == 1
 
 def test_a_bomb_in_a_zip_is_not_unpacked(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path/'my.zip', 'w', zipfile.ZIP_DEFLATED) as out:
         out.writestr('captions.csv', 'file_name,caption\n' + ''.join(f'{name},A card.\n' for name in NAMES))
-        for name in NAMES: out.writestr(f'images/{name}', bytes(2**20))
+        for name in NAMES:
+            out.writestr(f'images/{name}', bytes(2**20))
     monkeypatch.setattr('capnb.images.MOST_FILE', 2**20-1)
-    with pytest.raises(ValueError, match=r'my\.zip.*\.png is larger than'): load_data(tmp_path/'my.zip')['train'][0]
-    with pytest.raises(ValueError, match=r'captions\.csv is larger than 0 MiB'): read_text(tmp_path/'my.zip'/'captions.csv', limit=100)
+    with pytest.raises(ValueError, match=r'my\.zip.*\.png is larger than'):
+        load_data(tmp_path/'my.zip')['train'][0]
+    with pytest.raises(ValueError, match=r'captions\.csv is larger than 0 MiB'):
+        read_text(tmp_path/'my.zip'/'captions.csv', limit=100)
 
 def test_a_zip_that_understates_its_size_is_not_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path/'my.zip', 'w', zipfile.ZIP_DEFLATED) as out: out.writestr('a.txt', bytes(2**28))
+    with zipfile.ZipFile(tmp_path/'my.zip', 'w', zipfile.ZIP_DEFLATED) as out:
+        out.writestr('a.txt', bytes(2**28))
     raw = (tmp_path/'my.zip').read_bytes()
     (tmp_path/'my.zip').write_bytes(raw.replace((2**28).to_bytes(4, 'little'), (100).to_bytes(4, 'little')))
     tracemalloc.start()
-    with pytest.raises(ValueError, match='a.txt is damaged'): read_text(tmp_path/'my.zip'/'a.txt')
+    with pytest.raises(ValueError, match='a.txt is damaged'):
+        read_text(tmp_path/'my.zip'/'a.txt')
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
 
@@ -441,7 +762,14 @@ def test_a_table_named_in_a_folder_of_its_own(tmp_path):
     write_images(tmp_path/'train2017', NAMES)
     (tmp_path/'annotations').mkdir()
     table = tmp_path/'annotations'/'captions_train2017.json'
-    table.write_text(json.dumps(dict(images=[dict(id=n, file_name=name) for n,name in enumerate(NAMES)], annotations=[dict(image_id=n, caption=c) for n,name in enumerate(NAMES) for c in SAID[name]])))
+    table.write_text(
+        json.dumps(
+            dict(
+                images=[dict(id=n, file_name=name) for n, name in enumerate(NAMES)],
+                annotations=[dict(image_id=n, caption=c) for n, name in enumerate(NAMES) for c in SAID[name]],
+            )
+        )
+    )
     unpacked = all_rows(load_data(tmp_path))
     assert all_rows(load_data(table)) == unpacked and sum(map(len, unpacked.values())) == 20
     table.rename(tmp_path/'annotations'/'train.json')
@@ -449,9 +777,22 @@ def test_a_table_named_in_a_folder_of_its_own(tmp_path):
 
 def img2dataset_notes(folder):
     "What img2dataset writes beside its images."
-    rows = [dict(url=f'https://a.org/{name}', caption=SAID[name][0], key=name[:-4], status='success', error_message=None, width=16, height=16) for name in NAMES]
+    rows = [
+        dict(
+            url=f'https://a.org/{name}',
+            caption=SAID[name][0],
+            key=name[:-4],
+            status='success',
+            error_message=None,
+            width=16,
+            height=16,
+        )
+        for name in NAMES
+    ]
     Dataset.from_list(rows).to_parquet(folder/'00000.parquet')
-    (folder/'00000_stats.json').write_text(json.dumps(dict(count=20, successes=20, status_dict=dict(success=20))))
+    (folder / '00000_stats.json').write_text(
+        json.dumps(dict(count=20, successes=20, status_dict=dict(success=20)))
+    )
 
 def img2dataset_tar(folder):
     tarred(folder/'00000.tar', range(20), ['txt', 'json'])
@@ -460,15 +801,21 @@ def img2dataset_files(folder):
     write_images(folder/'00000', NAMES)
     for name,said in SAID.items():
         (folder/'00000'/name).with_suffix('.txt').write_text('\n'.join(said))
-        (folder/'00000'/name).with_suffix('.json').write_text(json.dumps(dict(url=f'https://a.org/{name}', caption=said[0], key=name[:-4])))
+        (folder / '00000' / name).with_suffix('.json').write_text(
+            json.dumps(dict(url=f'https://a.org/{name}', caption=said[0], key=name[:-4]))
+        )
     img2dataset_notes(folder)
-def img2dataset_one_folder(folder): img2dataset_files(folder); return folder/'00000'
+def img2dataset_one_folder(folder):
+    img2dataset_files(folder)
+    return folder/'00000'
 
 @pytest.mark.parametrize('write', [img2dataset_tar, img2dataset_files, img2dataset_one_folder])
 def test_img2dataset(write, tmp_path):
     found = load_data(write(tmp_path) or tmp_path)
     rows = [row for part in found.values() for row in part]
-    assert {row['image'].tobytes(): row['captions'] for row in rows} == {colour(n).tobytes(): SAID[NAMES[n]] for n in range(20)}
+    assert {row['image'].tobytes(): row['captions'] for row in rows} == {
+        colour(n).tobytes(): SAID[NAMES[n]] for n in range(20)
+    }
 
 @pytest.mark.parametrize('write', [parquet_file, webdataset, flickr8k])
 def test_formats_train(write, call, tmp_path):
@@ -478,41 +825,65 @@ def test_formats_train(write, call, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 def test_columns_are_named_for_every_form(tmp_path):
-    for form in ('tar', 'beside', 'parquet', 'saved'): (tmp_path/form).mkdir()
+    for form in ('tar', 'beside', 'parquet', 'saved'):
+        (tmp_path/form).mkdir()
     tarred(tmp_path/'tar'/'a.tar', range(20), ['txt', 'caption', 'json'])
     assert load_data(tmp_path/'tar', caption_column='url')['train'][0]['captions'] == ['https://a.org/b.png']
-    with pytest.raises(ValueError, match='a.tar: 1000_a0: there is no image, only png, txt'): load_data(tmp_path/'tar', image_column='jpg')
-    with pytest.raises(ValueError, match='its .json names no caption'): load_data(tmp_path/'tar', caption_column='says')
+    with pytest.raises(ValueError, match='a.tar: 1000_a0: there is no image, only png, txt'):
+        load_data(tmp_path/'tar', image_column='jpg')
+    with pytest.raises(ValueError, match='its .json names no caption'):
+        load_data(tmp_path/'tar', caption_column='says')
     beside(tmp_path/'beside')
-    with pytest.raises(ValueError, match='have no columns; leave image_column and caption_column out'): load_data(tmp_path/'beside', caption_column='txt')
+    with pytest.raises(ValueError, match='have no columns; leave image_column and caption_column out'):
+        load_data(tmp_path/'beside', caption_column='txt')
     parquet_file(tmp_path/'parquet')
     for path in (tmp_path/'parquet', saved(tmp_path/'saved')):
         assert load_data(path, caption_column='filename')['train'][0]['captions'][0].endswith('.png')
-        with pytest.raises(ValueError, match="there is no column 'photo'"): load_data(path, image_column='photo')
+        with pytest.raises(ValueError, match="there is no column 'photo'"):
+            load_data(path, image_column='photo')
 
 def test_texts_in_other_encodings_stop(tmp_path):
     beside(tmp_path)
     (tmp_path/NAMES[3]).with_suffix('.txt').write_bytes('un garçon sous la pluie'.encode('cp1252'))
-    with pytest.raises(ValueError, match='1003_a3.txt: line 1, byte 6'): load_data(tmp_path)
-    assert 'un garçon sous la pluie' in {c for rows in load_data(tmp_path, encoding='cp1252').values() for row in rows for c in row['captions']}
+    with pytest.raises(ValueError, match='1003_a3.txt: line 1, byte 6'):
+        load_data(tmp_path)
+    assert 'un garçon sous la pluie' in {
+        c for rows in load_data(tmp_path, encoding='cp1252').values() for row in rows for c in row['captions']
+    }
 
 @pytest.mark.parametrize('kind', ['numpy', 'torch', None])
 def test_formats_and_paths_of_datasets(kind, tmp_path):
     write_images(tmp_path, NAMES)
-    named = Dataset.from_dict(dict(image=[str(tmp_path/name) for name in NAMES], caption=list(SAID.values()), image_id=NAMES))
+    named = Dataset.from_dict(
+        dict(image=[str(tmp_path / name) for name in NAMES], caption=list(SAID.values()), image_id=NAMES)
+    )
     for rows in (named, stored()):
         found = load_data(rows.with_format(kind) if kind else rows)
-        assert {row['image_id']: (row['captions'], row['image'].tobytes()) for part in found.values() for row in part} == {name: (SAID[name], colour(n).tobytes()) for n,name in enumerate(NAMES)}
+        assert {
+            row['image_id']: (row['captions'], row['image'].tobytes())
+            for part in found.values()
+            for row in part
+        } == {name: (SAID[name], colour(n).tobytes()) for n, name in enumerate(NAMES)}
 
 # --- What is no caption, and no list of rows
 
-@pytest.mark.parametrize('said,kind', [({'en': 'a dog runs'}, 'dictionary'), ({'a dog runs'}, 'set'), (frozenset(['a dog']), 'set'), ([{'raw': 'a dog'}], 'dictionary')])
+@pytest.mark.parametrize(
+    'said,kind',
+    [
+        ({'en': 'a dog runs'}, 'dictionary'),
+        ({'a dog runs'}, 'set'),
+        (frozenset(['a dog']), 'set'),
+        ([{'raw': 'a dog'}], 'dictionary'),
+    ],
+)
 def test_a_dictionary_is_no_caption(said, kind):
     from capnb.run.sources.tables import caption_texts
-    with pytest.raises(ValueError, match=f'a {kind} is not a caption: '): caption_texts(said)
+    with pytest.raises(ValueError, match=f'a {kind} is not a caption: '):
+        caption_texts(said)
     rows = [dict(image=Image.new('RGB', (64,64)), caption=said) for _ in range(12)]
     for options in ({}, dict(caption_column='caption')):
-        with pytest.raises(ValueError, match=f'a {kind} is not a caption: '): load_data(rows, **options)['train'][0]
+        with pytest.raises(ValueError, match=f'a {kind} is not a caption: '):
+            load_data(rows, **options)['train'][0]
     for several in (['a', 'b'], ('a', 'b'), np.array(['a', 'b']), np.array(['a', 'b'], object)):
         assert caption_texts(several) == ['a', 'b']
         rows = [dict(image=Image.new('RGB', (64,64)), caption=several) for _ in range(12)]
@@ -520,15 +891,21 @@ def test_a_dictionary_is_no_caption(said, kind):
 
 def test_a_dictionary_in_a_data_set_is_no_caption():
     from datasets import Dataset
-    rows = Dataset.from_list([dict(image=Image.new('RGB', (64,64)), caption={'en': 'a dog runs'}) for _ in range(12)])
-    with pytest.raises(ValueError, match='a dictionary is not a caption'): load_data(rows, caption_column='caption')['train'][0]
+    rows = Dataset.from_list(
+        [dict(image=Image.new('RGB', (64, 64)), caption={'en': 'a dog runs'}) for _ in range(12)]
+    )
+    with pytest.raises(ValueError, match='a dictionary is not a caption'):
+        load_data(rows, caption_column='caption')['train'][0]
 
 def test_a_table_of_pandas_is_refused_at_once():
     pandas = pytest.importorskip('pandas')
     df = pandas.DataFrame(dict(image=[Image.new('RGB', (64,64))]*12, caption=['a dog runs']*12))
     for data in (df, dict(train=df, validation=df)):
         for options in ({}, dict(caption_column='caption')):
-            with pytest.raises(ValueError, match=r"a table of pandas is no list of rows; give df.to_dict\('records'\)"): load_data(data, **options)
+            with pytest.raises(
+                ValueError, match=r"a table of pandas is no list of rows; give df.to_dict\('records'\)"
+            ):
+                load_data(data, **options)
     assert load_data(df.to_dict('records'))['train'][0]['captions'] == ['a dog runs']
 
 # --- Which file is meant
@@ -537,13 +914,25 @@ def test_errors_of_columns_name_the_parquet_file(tmp_path):
     file = tmp_path/'train.parquet'
     Dataset.from_dict(dict(url=['a']*12, note=['b']*12)).to_parquet(file)
     for data in (tmp_path, file):
-        with pytest.raises(ValueError, match=f'^{re.escape(str(file))}: which column holds the picture'): load_data(data)
-        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: there is no column 'x'; there is url, note"): load_data(data, caption_column='x')
+        with pytest.raises(ValueError, match=f'^{re.escape(str(file))}: which column holds the picture'):
+            load_data(data)
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(str(file))}: there is no column 'x'; there is url, note"
+        ):
+            load_data(data, caption_column='x')
 
-@pytest.mark.parametrize('name,told', [('Captions.xlsx', 'is a spreadsheet; save it as CSV'), ('captions.csv.gz', 'is compressed; unpack it first, as with gunzip'),
-                                       ('captions.jsonl.gz', 'is compressed'), ('list.ods', 'is a spreadsheet')])
+@pytest.mark.parametrize(
+    'name,told',
+    [
+        ('Captions.xlsx', 'is a spreadsheet; save it as CSV'),
+        ('captions.csv.gz', 'is compressed; unpack it first, as with gunzip'),
+        ('captions.jsonl.gz', 'is compressed'),
+        ('list.ods', 'is a spreadsheet'),
+    ],
+)
 def test_tables_that_are_not_read_are_named(tmp_path, name, told):
     write_images(tmp_path, NAMES)
     (tmp_path/name).write_bytes(b'PK\x03\x04')
     for data in (tmp_path, tmp_path/name):
-        with pytest.raises((ValueError, OSError), match=f'{re.escape(str(tmp_path))}.*{name} {told}'): load_data(data)
+        with pytest.raises((ValueError, OSError), match=f'{re.escape(str(tmp_path))}.*{name} {told}'):
+            load_data(data)

@@ -1,13 +1,17 @@
-"Sweeps: what may vary, trials that share models, a study that survives, and a winner whose command line is true."
+"""Sweeps: what may vary, trials that share models, a study that survives, and a winner whose command line is
+true."""
 import contextlib, io, json, re, shlex, signal, sys, time
 import pytest
 from PIL import Image
 from capnb.run import sweeps
-from capnb.captioner import newest_checkpoint, read_metadata
+from capnb.captioner import read_metadata
+from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.commands import train_command
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-from capnb.run.sweeps import TrialRunner, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
+from capnb.run.sweeps import (
+    TrialRunner, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
+)
 
 SMALL = dict(num_epochs=1, adapter_width=32, prefix_length=2, max_caption_length=12, batch_size=8)
 GRID = ['learning_rate=1e-3,1e-2', 'batch_size=4,8']
@@ -16,15 +20,18 @@ GRID = ['learning_rate=1e-3,1e-2', 'batch_size=4,8']
 def album(tmp_path_factory):
     "A folder with 40 pictures: 32 to learn from, 4 for validation, 4 for testing."
     folder, book = tmp_path_factory.mktemp('album'), Storybook(n=40)
-    for i in range(40): book[i]['image'].save(folder/f'{i}.png')
+    for i in range(40):
+        book[i]['image'].save(folder/f'{i}.png')
     rows = [f'{i}.png,"{caption}"' for i in range(40) for caption in book.captions(i)[:2]]
     (folder/'captions.csv').write_text('file_name,caption\n' + '\n'.join(rows), encoding='utf-8')
     return str(folder)
 
 @pytest.fixture
-def settings(album, tmp_path): return dict(SMALL, data=album, output_dir=str(tmp_path/'sweep'))
+def settings(album, tmp_path):
+    return dict(SMALL, data=album, output_dir=str(tmp_path/'sweep'))
 
-def flags(settings): return [str(word) for k,v in settings.items() for word in (f'--{k}', v)]
+def flags(settings):
+    return [str(word) for k,v in settings.items() for word in (f'--{k}', v)]
 def states(study): return [t.state.name for t in study.trials]
 
 # --- What may vary
@@ -54,25 +61,34 @@ WRONG = {
 def test_a_mistake_is_one_line(wrong, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, word = WRONG[wrong]
-    with pytest.raises(SystemExit) as stopped: sweep_command(args)
+    with pytest.raises(SystemExit) as stopped:
+        sweep_command(args)
     out, err = capsys.readouterr()
-    assert stopped.value.code == (2 if 'invalid choice' in word else 1) and out == '' and len(err.splitlines()) == 1 and word in err
+    assert (
+        stopped.value.code == (2 if 'invalid choice' in word else 1)
+        and out == ''
+        and len(err.splitlines()) == 1
+        and word in err
+    )
     assert not list(tmp_path.iterdir()) # and nothing was begun
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'optuna', None)
-    with pytest.raises(ValueError, match=re.escape("pip install 'capnb[sweep]'")): read_vary(['batch_size=4'])
+    with pytest.raises(ValueError, match=re.escape("pip install 'capnb[sweep]'")):
+        read_vary(['batch_size=4'])
 
 # --- A grid
 
 @pytest.fixture(scope='module')
 def whole(album, tmp_path_factory):
-    "A grid from the command line, in this process: its folder, what it printed, and how often models were loaded."
+    """A grid from the command line, in this process: its folder, what it printed, and how often models were
+    loaded."""
     folder, loads, load = tmp_path_factory.mktemp('whole'), [], sweeps.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sweeps, 'prepare', lambda *a, **k: loads.append(1) or load(*a, **k))
-        with contextlib.redirect_stdout(io.StringIO()) as out: sweep_command([*flags(dict(SMALL, data=album)), *(w for v in GRID for w in ('--vary', v))])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            sweep_command([*flags(dict(SMALL, data=album)), *(w for v in GRID for w in ('--vary', v))])
     return folder, out.getvalue(), len(loads)
 
 def test_grid_tries_all_and_loads_once(whole, album):
@@ -80,16 +96,22 @@ def test_grid_tries_all_and_loads_once(whole, album):
     assert loads == 1
     study = open_study(folder/'sweep', as_hyperparameters(dict(SMALL, data=album)), read_vary(GRID))
     assert states(study) == ['COMPLETE']*4
-    assert {(t.params['learning_rate'], t.params['batch_size']) for t in study.trials} == {(r, b) for r in (1e-3, 1e-2) for b in (4, 8)}
+    assert {(t.params['learning_rate'], t.params['batch_size']) for t in study.trials} == {
+        (r, b) for r in (1e-3, 1e-2) for b in (4, 8)
+    }
     for t in study.trials:
         metadata = read_metadata(newest_checkpoint(trial_folder(folder/'sweep', t.number)))
-        assert metadata['validation_loss'] == t.value and {k: metadata['hyperparameters'][k] for k in t.params} == t.params
+        assert (
+            metadata['validation_loss'] == t.value
+            and {k: metadata['hyperparameters'][k] for k in t.params} == t.params
+        )
         assert list(trial_folder(folder/'sweep', t.number).glob('loss_curve_*.png'))
 
 def test_what_a_sweep_leaves(whole):
     folder, out, _ = whole
     for name in sweeps.PLOTS:
-        with Image.open(folder/'sweep'/f'{name}.png') as image: assert min(image.size) > 100 and len(image.convert('L').getcolors()) > 10
+        with Image.open(folder/'sweep'/f'{name}.png') as image:
+            assert min(image.size) > 100 and len(image.convert('L').getcolors()) > 10
     table = [line.split() for line in out.splitlines() if re.match(r'\s+\d', line)]
     losses = [float(row[3]) for row in table]
     assert len(losses) == 4 and losses == sorted(losses)
@@ -103,7 +125,10 @@ def test_the_winner_is_what_its_command_line_trains(whole, monkeypatch):
     words = shlex.split(next(line for line in out.splitlines() if line.startswith('🏆')).removeprefix('🏆 '))
     assert words[0] == 'capnb_train'
     train_command(words[1:])
-    best = min(json.loads(f.read_text())['validation_loss'] for f in folder.glob('sweep/trial_*/training_metadata_*.json'))
+    best = min(
+        json.loads(f.read_text())['validation_loss']
+        for f in folder.glob('sweep/trial_*/training_metadata_*.json')
+    )
     assert read_metadata(newest_checkpoint(folder/'saved_models'))['validation_loss'] == best
 
 def test_what_is_finished_is_not_done_again(whole, album, monkeypatch):
@@ -113,8 +138,12 @@ def test_what_is_finished_is_not_done_again(whole, album, monkeypatch):
     sweep_command([*flags(dict(SMALL, data=album)), *(w for v in GRID for w in ('--vary', v))])
 
 def test_other_settings_are_refused(whole, album):
-    with pytest.raises(ValueError, match='its adapter_width was 32, not 33'): open_study(whole[0]/'sweep', as_hyperparameters(dict(SMALL, data=album, adapter_width=33)), read_vary(GRID))
-    with pytest.raises(ValueError, match='its vary was'): open_study(whole[0]/'sweep', as_hyperparameters(dict(SMALL, data=album)), read_vary(GRID[:1]))
+    with pytest.raises(ValueError, match='its adapter_width was 32, not 33'):
+        open_study(
+            whole[0] / 'sweep', as_hyperparameters(dict(SMALL, data=album, adapter_width=33)), read_vary(GRID)
+        )
+    with pytest.raises(ValueError, match='its vary was'):
+        open_study(whole[0]/'sweep', as_hyperparameters(dict(SMALL, data=album)), read_vary(GRID[:1]))
 
 # --- Trials
 
@@ -133,7 +162,8 @@ def test_a_failure_is_a_result(settings, monkeypatch):
     study = sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])
     assert states(study) == ['COMPLETE', 'FAIL', 'COMPLETE']
     assert 'nan at step 3' in sweeps.sweep_table(study)
-    assert states(sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])) == states(study) # and it is not tried again
+    # and it is not tried again
+    assert states(sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])) == states(study)
 
 def test_other_models_are_loaded_only_for_what_needs_them(settings):
     lab = TrialRunner()
@@ -141,7 +171,8 @@ def test_other_models_are_loaded_only_for_what_needs_them(settings):
     data, second = lab.data, lab(as_hyperparameters(settings, prefix_length=3, seed=5))
     assert second.decoder is first.decoder and lab.data is data
     unfrozen = lab(as_hyperparameters(settings, num_epochs=2, unfreeze_layers=1))
-    assert unfrozen.decoder is not first.decoder and lab.data is data # the last trial may have changed a decoder that learns
+    # the last trial may have changed a decoder that learns
+    assert unfrozen.decoder is not first.decoder and lab.data is data
     assert lab(as_hyperparameters(settings)).decoder is first.decoder
     lab(as_hyperparameters(settings, features='patch'))
     assert lab.data is not data and lab.data['train'].features[:1].ndim == 3
@@ -150,7 +181,8 @@ def test_other_models_are_loaded_only_for_what_needs_them(settings):
 def test_no_two_processes_draw_the_same(settings, tmp_path, sampler):
     "Each has a sampler of its own with the same seed, and so has one that begins again."
     space, h, taken = read_vary(['learning_rate=1e-4:1e-2']), as_hyperparameters(settings), []
-    for process in range(4): taken.append(take_trial(open_study(tmp_path/'s', h, space, sampler), tmp_path/'s', space, sampler, 9))
+    for process in range(4):
+        taken.append(take_trial(open_study(tmp_path/'s', h, space, sampler), tmp_path/'s', space, sampler, 9))
     assert len({t.params['learning_rate'] for t,_ in taken}) == 4
 
 def test_a_trial_that_runs_is_left_alone(settings, tmp_path):
@@ -166,10 +198,21 @@ def test_a_trial_that_runs_is_left_alone(settings, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_taken_up_by_two(album, start, tmp_path):
-    args = [*flags(dict(SMALL, data=album, num_epochs=2)), '--vary', 'learning_rate=1e-3,2e-3,5e-3,1e-2', '--vary', 'seed=0,1']
+    args = [
+        *flags(dict(SMALL, data=album, num_epochs=2)),
+        '--vary',
+        'learning_rate=1e-3,2e-3,5e-3,1e-2',
+        '--vary',
+        'seed=0,1',
+    ]
     victim = start('capnb_sweep', *args, cwd=tmp_path)
     deadline = time.monotonic()+120
-    while not list(tmp_path.glob('sweep/trial_0002/model_state_dict_*')) and victim.poll() is None and time.monotonic() < deadline: time.sleep(.005)
+    while (
+        not list(tmp_path.glob('sweep/trial_0002/model_state_dict_*'))
+        and victim.poll() is None
+        and time.monotonic() < deadline
+    ):
+        time.sleep(.005)
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
@@ -190,7 +233,11 @@ def test_killed_and_taken_up_by_two(album, start, tmp_path):
 def test_asked_to_stop(album, start, tmp_path):
     args = flags(dict(SMALL, data=album, num_epochs=500))
     process = start('capnb_sweep', *args, cwd=tmp_path)
-    while not list(tmp_path.glob('sweep/trial_0000/model_state_dict_*')) and process.poll() is None: time.sleep(.01)
+    while not list(tmp_path.glob('sweep/trial_0000/model_state_dict_*')) and process.poll() is None:
+        time.sleep(.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip().splitlines()[-1]) == (143, 'sweep: stopped in trial 0; the same command goes on')
+    assert (process.returncode, err.strip().splitlines()[-1]) == (
+        143,
+        'sweep: stopped in trial 0; the same command goes on',
+    )

@@ -1,4 +1,5 @@
-"Trackers, read back from their own stores: what a run told MLflow and Weights & Biases, after a stop and after a failure, too."
+"""Trackers, read back from their own stores: what a run told MLflow and Weights & Biases, after a stop and
+after a failure, too."""
 import json, sqlite3, struct, subprocess, sys
 from pathlib import Path
 import mlflow, pytest, wandb
@@ -6,7 +7,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from capnb import training
 from capnb.run import commands
 from capnb.captioner import read_metadata
-from capnb.run.commands import train, train_command
+from capnb.run.entry import train
+from capnb.run.commands import train_command
 from capnb.storybook import Storybook
 from capnb.training import Callback
 
@@ -17,16 +19,28 @@ SCORES = ('training_loss', 'validation_loss', 'rouge_l', 'rouge_l_floor', 'image
 def album(tmp_path_factory):
     "A folder with 40 pictures: 32 to learn from in 4 steps, 4 for validation, 4 for testing."
     folder, book = tmp_path_factory.mktemp('album'), Storybook(n=40)
-    for i in range(40): book[i]['image'].save(folder/f'{i}.png')
-    (folder/'captions.csv').write_text('file_name,caption\n' + '\n'.join(f'{i}.png,"{c}"' for i in range(40) for c in book.captions(i)[:2]), encoding='utf-8')
+    for i in range(40):
+        book[i]['image'].save(folder/f'{i}.png')
+    (folder / 'captions.csv').write_text(
+        'file_name,caption\n' + '\n'.join(f'{i}.png,"{c}"' for i in range(40) for c in book.captions(i)[:2]),
+        encoding='utf-8',
+    )
     return str(folder)
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     "A folder of one's own for all that trackers write."
     monkeypatch.chdir(tmp_path)
-    for name in ('MLFLOW_RUN_ID', 'MLFLOW_EXPERIMENT_NAME', 'WANDB_PROJECT'): monkeypatch.delenv(name, raising=False)
-    for name,value in dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DATA_DIR=str(tmp_path/'staged'), WANDB_CACHE_DIR=str(tmp_path/'cache'), MLFLOW_ALLOW_FILE_STORE='true').items(): monkeypatch.setenv(name, value)
+    for name in ('MLFLOW_RUN_ID', 'MLFLOW_EXPERIMENT_NAME', 'WANDB_PROJECT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(
+        WANDB_MODE='offline',
+        WANDB_SILENT='true',
+        WANDB_DATA_DIR=str(tmp_path / 'staged'),
+        WANDB_CACHE_DIR=str(tmp_path / 'cache'),
+        MLFLOW_ALLOW_FILE_STORE='true',
+    ).items():
+        monkeypatch.setenv(name, value)
     mlflow.set_tracking_uri(f'sqlite:///{tmp_path}/runs.db')
     yield tmp_path
     mlflow.end_run()
@@ -37,7 +51,8 @@ def only_run(): # of MLflow
     run, = client.search_runs([client.get_experiment_by_name('capnb').experiment_id])
     return client, run
 
-def history(client, run, key): return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+def history(client, run, key):
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
 
 def records(folder):
     "The records of an offline run of Weights & Biases; its file is a LevelDB log of their protocol buffers."
@@ -46,49 +61,89 @@ def records(folder):
     data, at, part = path.read_bytes(), 7, b''
     assert data[:4] == b':W&B'
     while at+7 <= len(data):
-        if 32768-at%32768 < 7: at += 32768-at%32768; continue # no header fits into the rest of a block
+        if 32768-at%32768 < 7:
+            at += 32768-at%32768
+            continue # no header fits into the rest of a block
         _, size, kind = struct.unpack_from('<IHB', data, at)
         part, at = part+data[at+7:at+7+size], at+7+size
-        if kind in (1, 4): yield Record.FromString(part); part = b'' # whole, or the last part
+        if kind in (1, 4):
+            yield Record.FromString(part)
+            part = b'' # whole, or the last part
 
 def rows(folder): # of its history: {key: value} by step
-    return {r.history.step.num: {i.key or '/'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in records(folder) if r.HasField('history')}
+    return {
+        r.history.step.num: {
+            i.key or '/'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item
+        }
+        for r in records(folder)
+        if r.HasField('history')
+    }
 
 class Failing(Callback):
-    def __init__(self, step, do): self.step, self.do = step, do
+    def __init__(self, step, do):
+        self.step, self.do = step, do
     def on_step_end(self, run):
-        if len(run.losses) == self.step: self.do()
+        if len(run.losses) == self.step:
+            self.do()
 
-def power_cut(): raise RuntimeError('power cut')
+def power_cut():
+    raise RuntimeError('power cut')
 
 # --- MLflow
 
 @pytest.mark.parametrize('store', ['sqlite:///{}/runs.db', 'file:{}/runs'])
 def test_mlflow_has_it_all(album, place, store):
     mlflow.set_tracking_uri(store.format(place))
-    train_command(['--data', album, '--report_to', 'mlflow', *(str(w) for k,v in SMALL.items() for w in (f'--{k}', v))])
+    train_command(
+        ['--data', album, '--report_to', 'mlflow', *(str(w) for k, v in SMALL.items() for w in (f'--{k}', v))]
+    )
     files = sorted((place/'saved_models').glob('model_state_dict_*.pth'))
     metadata = [read_metadata(f) for f in files]
     client, run = only_run()
     assert run.info.status == 'FINISHED' and len(metadata) == 2
     loss = history(client, run, 'loss')
-    assert [s for s,_ in loss] == list(range(1, 9)) and [v for _,v in loss] == pytest.approx(metadata[1]['losses'], abs=1e-4)
-    for key in SCORES: assert history(client, run, key) == [(4, metadata[0][key]), (8, metadata[1][key])], key
+    assert [s for s, _ in loss] == list(range(1, 9)) and [v for _, v in loss] == pytest.approx(
+        metadata[1]['losses'], abs=1e-4
+    )
+    for key in SCORES:
+        assert history(client, run, key) == [(4, metadata[0][key]), (8, metadata[1][key])], key
     assert history(client, run, 'test/rouge_l') == [(8, metadata[1]['test']['rouge_l'])]
     assert run.data.params == {k: str(v) for k,v in metadata[1]['hyperparameters'].items() if v is not None}
-    names = {f.path for folder in ('samples', 'checkpoints') for f in client.list_artifacts(run.info.run_id, folder)}
-    assert names == {'samples/step-000004.png', 'samples/step-000004.json', 'samples/step-000008.png', 'samples/step-000008.json',
-                     *(f'checkpoints/{n}' for f in files for n in (f.name, f.name.replace('model_state_dict', 'training_metadata').replace('.pth', '.json')))}
+    names = {
+        f.path
+        for folder in ('samples', 'checkpoints')
+        for f in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert names == {
+        'samples/step-000004.png',
+        'samples/step-000004.json',
+        'samples/step-000008.png',
+        'samples/step-000008.json',
+        *(
+            f'checkpoints/{n}'
+            for f in files
+            for n in (
+                f.name,
+                f.name.replace('model_state_dict', 'training_metadata').replace('.pth', '.json'),
+            )
+        ),
+    }
     stored = lambda name: Path(client.download_artifacts(run.info.run_id, name, str(place)))
-    for f in files: assert stored(f'checkpoints/{f.name}').read_bytes() == f.read_bytes()
-    model = commands.prepare(commands.as_hyperparameters(metadata[1]['hyperparameters']), only=('train', 'validation'))
+    for f in files:
+        assert stored(f'checkpoints/{f.name}').read_bytes() == f.read_bytes()
+    model = commands.prepare(
+        commands.as_hyperparameters(metadata[1]['hyperparameters']), only=('train', 'validation')
+    )
     shown = json.loads(stored('samples/step-000008.json').read_text(encoding='utf-8'))
-    assert [s['references'] for s in shown] == [r['captions'] for r in model[2]['validation'].rows] and all(isinstance(s['caption'], str) for s in shown)
+    assert [s['references'] for s in shown] == [r['captions'] for r in model[2]['validation'].rows] and all(
+        isinstance(s['caption'], str) for s in shown
+    )
     assert stored('samples/step-000008.png').read_bytes()[:4] == b'\x89PNG'
 
 def test_mlflow_goes_on_without_doubling(album, place):
     "A run that loses its power three steps after its last state, and does these steps again."
-    with pytest.raises(RuntimeError, match='power cut'): train(SMALL, data=album, report_to='mlflow', checkpoint_steps=3, callbacks=[Failing(6, power_cut)])
+    with pytest.raises(RuntimeError, match='power cut'):
+        train(SMALL, data=album, report_to='mlflow', checkpoint_steps=3, callbacks=[Failing(6, power_cut)])
     client, run = only_run()
     assert run.info.status == 'FAILED' and [s for s,_ in history(client, run, 'loss')] == [1, 2, 3, 4, 5, 6]
     result = train(resume=True, num_epochs=3)
@@ -96,12 +151,15 @@ def test_mlflow_goes_on_without_doubling(album, place):
     assert run.info.status == 'FINISHED'
     assert [s for s,_ in history(client, run, 'loss')] == list(range(1, 13))
     assert [v for _,v in history(client, run, 'loss')] == pytest.approx(result.metadata['losses'], abs=1e-4)
-    for key in SCORES: assert [s for s,_ in history(client, run, key)] == [4, 8, 12], key
+    for key in SCORES:
+        assert [s for s,_ in history(client, run, key)] == [4, 8, 12], key
 
 def test_a_failure_of_mlflow_is_loud(album, place, capsys):
     def lose_table():
-        with sqlite3.connect(place/'runs.db') as db: db.execute('DROP TABLE metrics')
-    with pytest.raises(OSError, match=r'tracker mlflow: .*capnb_train --resume'): train(SMALL, data=album, report_to='mlflow', callbacks=[Failing(2, lose_table)])
+        with sqlite3.connect(place/'runs.db') as db:
+            db.execute('DROP TABLE metrics')
+    with pytest.raises(OSError, match=r'tracker mlflow: .*capnb_train --resume'):
+        train(SMALL, data=album, report_to='mlflow', callbacks=[Failing(2, lose_table)])
     assert not mlflow.active_run() # the next run of this process is not mixed up with it
 
 # --- Weights & Biases
@@ -110,33 +168,52 @@ def test_wandb_has_it_all(album, place):
     result = train(SMALL, data=album, report_to='wandb')
     folder, = (place/'wandb').glob('offline-run-*')
     told, found = rows(folder), list(records(folder))
-    assert [told[s]['loss'] for s in range(1, 9)] == pytest.approx(result.metadata['losses'], abs=1e-4) and set(told) == set(range(1, 9))
-    for key in SCORES: assert told[8][key] == pytest.approx(result.metadata[key]) and key in told[4] and key not in told[7], key
+    assert [told[s]['loss'] for s in range(1, 9)] == pytest.approx(
+        result.metadata['losses'], abs=1e-4
+    ) and set(told) == set(range(1, 9))
+    for key in SCORES:
+        assert (
+            told[8][key] == pytest.approx(result.metadata[key]) and key in told[4] and key not in told[7]
+        ), key
     assert told[8]['test/rouge_l'] == pytest.approx(result.metadata['test']['rouge_l'])
-    config = {u.key or '/'.join(u.nested_key): json.loads(u.value_json) for r in found if r.HasField('config') for u in r.config.update}
+    config = {
+        u.key or '/'.join(u.nested_key): json.loads(u.value_json)
+        for r in found
+        if r.HasField('config')
+        for u in r.config.update
+    }
     assert {k: config[k] for k in SMALL} == SMALL
     table = json.loads((folder/'files'/told[8]['samples/path']).read_text(encoding='utf-8'))
     assert table['columns'] == ['image_id', 'picture', 'caption', 'references'] and len(table['data']) == 4
     artifacts = [r.artifact for r in found if r.HasField('artifact')]
     shown = [e for a in artifacts if a.type == 'run_table' for e in a.manifest.contents]
-    assert sum(e.path.endswith('.png') for e in shown) == 8 and all(Path(e.local_path).stat().st_size for e in shown)
-    kept = {e.path: Path(e.local_path).read_bytes() for a in artifacts if a.type == 'checkpoints' for e in a.manifest.contents}
+    assert sum(e.path.endswith('.png') for e in shown) == 8 and all(
+        Path(e.local_path).stat().st_size for e in shown
+    )
+    kept = {
+        e.path: Path(e.local_path).read_bytes()
+        for a in artifacts
+        if a.type == 'checkpoints'
+        for e in a.manifest.contents
+    }
     assert kept[result.checkpoint.name] == result.checkpoint.read_bytes() and len(kept) == 4
     assert [r.exit.exit_code for r in found if r.HasField('exit')] == [0]
 
 def test_wandb_goes_on_under_its_id(album, place):
-    with pytest.raises(RuntimeError, match='power cut'): train(SMALL, data=album, report_to='wandb', checkpoint_steps=3, callbacks=[Failing(6, power_cut)])
+    with pytest.raises(RuntimeError, match='power cut'):
+        train(SMALL, data=album, report_to='wandb', checkpoint_steps=3, callbacks=[Failing(6, power_cut)])
     first, = (place/'wandb').glob('offline-run-*')
     train(resume=True)
     second, = set((place/'wandb').glob('offline-run-*')) - {first}
     assert first.name.rsplit('-', 1)[1] == second.name.rsplit('-', 1)[1] # the same id
-    assert sorted(rows(first)) == [1, 2, 3, 4, 5, 6] and sorted(rows(second)) == [5, 6, 7, 8] # the last state was that of step 4
+    # the last state was that of step 4
+    assert sorted(rows(first)) == [1, 2, 3, 4, 5, 6] and sorted(rows(second)) == [5, 6, 7, 8]
     assert [r.exit.exit_code for r in records(first) if r.HasField('exit')] == [1]
     assert all(rows(first)[s]['loss'] == rows(second)[s]['loss'] for s in (5, 6))
 
 LOSE_SERVICE = """
 import psutil, sys
-from capnb.run.commands import train
+from capnb.run.entry import train
 from capnb.training import Callback
 class Lose(Callback):
     def on_step_end(self, run):
@@ -148,16 +225,32 @@ except OSError as e: print('told:', e)
 
 def test_a_failure_of_wandb_is_loud(album, place, environment):
     "Its own process is gone in the middle of a run."
-    done = subprocess.run([sys.executable, '-c', LOSE_SERVICE, album], env=environment(), capture_output=True, text=True, timeout=120)
-    assert 'told: tracker wandb: ' in done.stdout and 'capnb_train --resume' in done.stdout, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, '-c', LOSE_SERVICE, album],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert 'told: tracker wandb: ' in done.stdout and 'capnb_train --resume' in done.stdout, done.stderr[
+        -2000:
+    ]
 
 # --- Before anything begins
 
-@pytest.mark.parametrize('report_to, available, word', [('paper', ['mlflow'], "tracker 'paper' is not known"), ('mlflow', [], "pip install 'capnb[mlflow]'"), ('mlflow,wandb', ['mlflow'], "pip install 'capnb[wandb]'")])
+@pytest.mark.parametrize(
+    'report_to, available, word',
+    [
+        ('paper', ['mlflow'], "tracker 'paper' is not known"),
+        ('mlflow', [], "pip install 'capnb[mlflow]'"),
+        ('mlflow,wandb', ['mlflow'], "pip install 'capnb[wandb]'"),
+    ],
+)
 def test_a_tracker_that_is_not_there(monkeypatch, album, report_to, available, word):
     monkeypatch.setattr(training, 'get_available_trackers', lambda: available)
     monkeypatch.setattr(commands, 'prepare', lambda *a: pytest.fail('data was loaded'))
-    with pytest.raises(ValueError) as error: train(SMALL, data=album, report_to=report_to)
+    with pytest.raises(ValueError) as error:
+        train(SMALL, data=album, report_to=report_to)
     assert word in str(error.value)
 
 def test_nothing_is_told_to_nobody(album, place):

@@ -4,25 +4,22 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'PADDED', 'PICTURES', 'EACH', 'SIDES', 'RATIOS', 'caption_lengths', 'training_side', 'patch_side',
-           'writing_side', 'products_seconds', 'bound_side', 'take_turns', 'bench', 'bench_command']
+           'writing_side', 'products_seconds', 'bound_side', 'take_turns', 'bench', 'bench_text']
 
 # %% ../../nbs/25_benchmark.ipynb #17a00003
 import random, subprocess, sys, tempfile, time
-from json import dump, dumps, loads
+from json import dumps, loads
 from pathlib import Path
 from statistics import median
 import psutil, torch
-from fastcore.script import Param, store_true
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 )
-from ..run.commands import command, new_file
-from ..settings import as_hyperparameters, atomic_write
+from ..settings import as_hyperparameters
 from ..decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
-from ..run.estimate import random_init_captioner
-from ..run.sharing import llava_config
+from .random_models import llava_config, random_init_captioner
 
 
 # %% ../../nbs/25_benchmark.ipynb #17a00006
@@ -406,33 +403,21 @@ def bench(
 
 
 # %% ../../nbs/25_benchmark.ipynb #17a00015
-@command
-def bench_command(
-    quick:Param('One counted round instead of five: under ten minutes', store_true)=False,
-    json:Param('Write the figures to this file', new_file)=None,
-):
-    """Measure training and writing at the size of the real models, the naive and the library's way in turn,
-    with random weights."""
-    found = bench(1 if quick else 5)
+def bench_text(
+    found:dict, # From `bench`
+) -> str:
+    "Lay what was measured out as text."
+    lines = []
     for side,speed in found['captions_per_second'].items():
-        print(
-            f"{side:20} {speed:6.2f} captions/s"
-            + (
-                f"   {found['peak_gb'][side]:4.1f} GB at the peak"
-                if found['peak_gb'][side] and side != 'train bound'
-                else ''
-            )
-        )
-    print(
+        peak = found['peak_gb'][side] if side!='train bound' else None
+        lines.append(f"{side:20} {speed:6.2f} captions/s" + (f"   {peak:4.1f} GB at the peak" if peak else ''))
+    lines.append(
         f"\nThe bound is the matrix products of a step alone, at {found['matmul_gflops']:.0f} GFLOP/s with"
         f" {found['threads']} threads; the system took {found['system_over_user']:.1%} of the time of 'train"
         " capnb'.\n"
     )
     for name,(low,high) in found['spread'].items():
-        print(f"{name:34} {found[name]:5.2f}   ({low:.2f} to {high:.2f} over {found['rounds']} rounds)")
+        lines.append(f"{name:34} {found[name]:5.2f}   ({low:.2f} to {high:.2f} over {found['rounds']} rounds)")
     if found['memory_over_guide']:
-        print(f"{'memory_over_guide':34} {found['memory_over_guide']:5.2f}")
-    if json:
-        with atomic_write(json) as f:
-            dump(found, f, indent=2)
-
+        lines.append(f"{'memory_over_guide':34} {found['memory_over_guide']:5.2f}")
+    return '\n'.join(lines)

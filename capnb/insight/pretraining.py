@@ -24,7 +24,8 @@ from transformers import (
     AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from ..settings import atomic_write, no_loading_bar
+from ..files import atomic_write
+from ..hub import no_loading_bar
 from ..decoder import tokenize_captions
 from .facts import facts_scores, read_facts
 from capnb.storybook import (

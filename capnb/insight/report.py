@@ -18,21 +18,21 @@ from fastcore.basics import patch
 from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from ..captioner import load_model_from_checkpoint, read_metadata
-from ..run.commands import BEST, OWN_DATA, any_path, command, find_checkpoint, new_file
-from capnb.settings import (
-    PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text,
-    say, write_json
-)
+from ..run.command_line import BEST, any_path, command, new_file
+from ..run.entry import OWN_DATA, find_checkpoint
+from ..settings import PRESETS, as_hyperparameters
+from ..files import atomic_write, parse_json, read_text, say, write_json
+from ..hub import load_whole, model_config, read_model
 from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex
 from ..decoder import use_int8
-from ..encoder import EncodedData, encode_data, features_folder, load_encoder
+from ..encoder import EncodedData, load_encoder
+from ..fast.cache import encode_data, features_folder
 from .coco import coco_parts, coco_tools
 from .facts import Facts
 from capnb.evaluation import (
-    BY_CHARACTER, FACTS, FLOORS, Parts, compare, compare_table, evaluate, floors,
-    mean_parts, score, score_parts, score_table, with_intervals
+    BY_CHARACTER, FACTS, FLOORS, Parts, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
 )
 
 # %% ../../nbs/18_reports.ipynb #jd210006

@@ -16,63 +16,87 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ..captioner import load_model_from_checkpoint, read_metadata
-from .commands import BEST, Number, any_path, command, find_checkpoint, new_folder
-from ..settings import as_hyperparameters, say
+from .command_line import BEST, Number, any_path, command, new_folder
+from .entry import find_checkpoint
+from ..settings import as_hyperparameters
+from ..files import say
 from ..images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files
 from ..decoder import check_options, split_scores
 from ..encoder import load_encoder
 
 # %% ../../nbs/38_scale.ipynb #0da18008
 _KINDS = {'parquet files': ('.parquet',), 'tar archives': ('.tar', '.tar.gz', '.tgz')}
-_UNREADABLE = (ValueError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, PermissionError) # what one bad file raises; a network that fails is another matter
-ROW = pa.schema(dict(id=pa.string(), image=pa.binary(), error=pa.string())) # a picture on its way: its name, and its bytes or what is wrong with it
+# what one bad file raises; a network that fails is another matter
+_UNREADABLE = (ValueError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, PermissionError)
+# a picture on its way: its name, and its bytes or what is wrong with it
+ROW = pa.schema(dict(id=pa.string(), image=pa.binary(), error=pa.string()))
 
 def _kind(path):
     if image_format(path) in image_formats(): return 'pictures'
     return next((kind for kind,ends in _KINDS.items() if path.lower().endswith(ends)), None)
 
-def _in_image(f, name, column): yield name, f.read()
+def _in_image(f, name, column):
+    yield name, f.read()
 
 def _in_tar(f, name, column):
     with tarfile.open(fileobj=f, mode='r|*') as archive:
         for member in archive:
-            if member.isreg() and _kind(member.name)=='pictures': yield f'{name}#{member.name}', archive.extractfile(member).read()
+            if member.isreg() and _kind(member.name)=='pictures':
+                yield f'{name}#{member.name}', archive.extractfile(member).read()
 
 def _in_parquet(f, name, column):
     file, at = pq.ParquetFile(f), 0
-    if column not in file.schema_arrow.names: raise ValueError(f"there is no column {column!r}; there is {', '.join(file.schema_arrow.names)}")
+    if column not in file.schema_arrow.names:
+        raise ValueError(f"there is no column {column!r}; there is {', '.join(file.schema_arrow.names)}")
     for batch in file.iter_batches(64, columns=[column]):
         for image in batch[column].to_pylist():
-            yield f'{name}#{at}', image['bytes'] if isinstance(image, dict) else image # `datasets` stores bytes with a path
+            # `datasets` stores bytes with a path
+            yield f'{name}#{at}', image['bytes'] if isinstance(image, dict) else image
             at += 1
 
 _READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'pictures': _in_image}
 
 # %% ../../nbs/38_scale.ipynb #0da18009
 def _listed(fs, root):
-    """All files at a place, with their sizes; on disks of this machine linked folders are followed, and what is no
-    regular file has None: a pipe would be waited for."""
+    """All files at a place, with their sizes; on disks of this machine linked folders are followed, and what
+    is no regular file has None: a pipe would be waited for."""
     if isinstance(fs, LocalFileSystem) and Path(root).is_dir():
         return {path.as_posix(): path.stat().st_size if path.is_file() else None for path in walk_files(root)}
     return {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
 
 class Source:
-    "Pictures in a folder, in archives or in parquet files, on a disk or wherever `fsspec` reaches; raises `FileNotFoundError` or `ValueError` if it is not one of these."
+    """Pictures in a folder, in archives or in parquet files, on a disk or wherever `fsspec` reaches; raises
+    `FileNotFoundError` or `ValueError` if it is not one of these."""
     def __init__(self,
         place:str, # A folder or one file, as a path or a URL that `fsspec` knows
         image_column:str='image', # In parquet: the column with the bytes of the pictures
     ):
-        try: self.fs, self.root = url_to_fs(str(place))
-        except (ValueError, ImportError) as e: raise ValueError(f"{place}: {e}") from None
+        try:
+            self.fs, self.root = url_to_fs(str(place))
+        except (ValueError, ImportError) as e:
+            raise ValueError(f"{place}: {e}") from None
         found = {}
         for path,size in _listed(self.fs, self.root).items():
             found.setdefault(None if size is None else _kind(path), {})[path] = size
         passed = passed_over(found.pop(None, {}))
-        if not found: raise FileNotFoundError(f"there are no pictures, .tar or .parquet files at {str(place)!r}" + (f'; passed over: {passed}' if passed else ''))
-        if passed: print(f'{place}: passed over {passed}', file=sys.stderr)
-        if len(found) > 1: raise ValueError(f"{str(place)!r} holds {' and '.join(sorted(found))}; name a folder with only one of them")
+        if not found:
+            raise FileNotFoundError(
+                f"there are no pictures, .tar or .parquet files at {str(place)!r}"
+                + (f'; passed over: {passed}' if passed else '')
+            )
+        if passed:
+            print(f'{place}: passed over {passed}', file=sys.stderr)
+        if len(found) > 1:
+            raise ValueError(
+                f"{str(place)!r} holds {' and '.join(sorted(found))}; name a folder with only one of them"
+            )
         (self.kind, self.files), self.image_column = *found.items(), image_column
-        if self.kind=='parquet files' and (error := next(self.read(next(iter(self.files))))['error'][0].as_py()) and 'no column' in error: raise ValueError(error)
+        if (
+            self.kind == 'parquet files'
+            and (error := next(self.read(next(iter(self.files))))['error'][0].as_py())
+            and 'no column' in error
+        ):
+            raise ValueError(error)
 
     def read(self,
         path:str, # One of `files`
@@ -82,14 +106,19 @@ class Source:
         def row(id, image, error): return pa.table([[id], [image], [error]], schema=ROW)
         try:
             with self.fs.open(path, 'rb') as f:
-                for id,image in _READERS[self.kind](f, name, self.image_column): yield row(id, image, None if image is not None else f'{id} is empty: there are no bytes')
-        except _UNREADABLE as e: yield row(name, None, f"{name} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}")
+                for id,image in _READERS[self.kind](f, name, self.image_column):
+                    yield row(id, image, None if image is not None else f'{id} is empty: there are no bytes')
+        except _UNREADABLE as e:
+            yield row(name, None, f"{name} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}")
 
 # %% ../../nbs/38_scale.ipynb #0da1800e
 def _open_rows(rows, pool, min_side):
     "The images that can be opened, and for each row what is wrong with it, or None."
     rows = rows.to_pylist()
-    sources = [ImageFile(row['image'], row['id']) if row['error'] is None else ValueError(row['error']) for row in rows]
+    sources = [
+        ImageFile(row['image'], row['id']) if row['error'] is None else ValueError(row['error'])
+        for row in rows
+    ]
     opened = list(pool.map(sources, min_side=min_side))
     errors = [str(image) if isinstance(image, ValueError) else None for image in opened]
     return [image for image,error in zip(opened, errors) if error is None], errors
@@ -103,7 +132,8 @@ def _spread(values, errors):
 class CaptionWorker:
     """One copy of a captioner, which turns rows of images into rows of captions.
 
-    A caption is a text, its score a number; with `num_return_sequences` above 1 both are lists, best first."""
+    A caption is a text, its score a number; with `num_return_sequences` above 1 both are lists, best first.
+    """
     def __init__(self,
         device:str, # 'cpu' or 'cuda'
         threads:int, # For PyTorch on the CPU
@@ -122,7 +152,9 @@ class CaptionWorker:
         features = self.model.encoder.encode(images) if images else []
         found = self.model.caption_features(features, scores=True, **self.options) if images else []
         captions, scores = zip(*map(split_scores, found), strict=True) if found else ((), ())
-        return pa.table([rows['id'], _spread(captions, errors), _spread(scores, errors), errors], schema=self.schema)
+        return pa.table(
+            [rows['id'], _spread(captions, errors), _spread(scores, errors), errors], schema=self.schema
+        )
 
 # %% ../../nbs/38_scale.ipynb #0da18011
 class FeatureWorker:
@@ -136,12 +168,20 @@ class FeatureWorker:
         self.pool = DecodingPool(threads)
         self.encoder = load_encoder(device=device, **encoder)
         numbers = pa.list_(pa.float16())
-        self.schema = pa.schema(dict(id=pa.string(), features=pa.list_(numbers) if self.encoder.features=='patch' else numbers, error=pa.string()))
+        self.schema = pa.schema(
+            dict(
+                id=pa.string(),
+                features=pa.list_(numbers) if self.encoder.features == 'patch' else numbers,
+                error=pa.string(),
+            )
+        )
 
     def __call__(self, rows:pa.Table) -> pa.Table:
         images, errors = _open_rows(rows, self.pool, self.encoder.min_side)
         features = self.encoder.encode(images).half().cpu().numpy() if images else []
-        return pa.table([rows['id'], _spread([list(f) for f in features], errors), errors], schema=self.schema)
+        return pa.table(
+            [rows['id'], _spread([list(f) for f in features], errors), errors], schema=self.schema
+        )
 
 # %% ../../nbs/38_scale.ipynb #0da18014
 STORE = 2**30 # bytes of shared memory for rows on their way, on a machine of our own
@@ -149,21 +189,37 @@ STORE = 2**30 # bytes of shared memory for rows on their way, on a machine of ou
 def _ray():
     "The package ray, with its part for data, quiet, and telling nobody of its use."
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    try: import ray.data
-    except ImportError: raise ValueError("working at scale needs the package ray; install it with: pip install 'capnb[scale]'") from None
+    try:
+        import ray.data
+    except ImportError:
+        raise ValueError(
+            "working at scale needs the package ray; install it with: pip install 'capnb[scale]'"
+        ) from None
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     return ray
 
-_SINGLE = 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER' # Ray's switch: on those systems it takes a machine for one of a single node, unless this is set
+# Ray's switch: on those systems it takes a machine for one of a single node, unless this is set
+_SINGLE = 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'
 
 @contextmanager
 def _on_loopback():
-    "Let a Ray that is started here listen on loopback only, as it does on systems where it knows of no other nodes; by default every interface is open to everybody. Who sets Ray's own switch decides otherwise."
+    """Let a Ray that is started here listen on loopback only, as it does on systems where it knows of no
+    other nodes; by default every interface is open to everybody. Who sets Ray's own switch decides
+    otherwise."""
     from ray._private import ray_constants
-    if _SINGLE in os.environ: yield; return
-    known, os.environ[_SINGLE], ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, '0', False
-    try: yield
-    finally: ray_constants.ENABLE_RAY_CLUSTER = known; del os.environ[_SINGLE]
+    if _SINGLE in os.environ:
+        yield
+        return
+    known, os.environ[_SINGLE], ray_constants.ENABLE_RAY_CLUSTER = (
+        ray_constants.ENABLE_RAY_CLUSTER,
+        '0',
+        False,
+    )
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
+        del os.environ[_SINGLE]
 
 @contextmanager
 def cluster(
@@ -172,24 +228,44 @@ def cluster(
     gpus:float=0, # GPUs for each worker: 0, 1, or a share of one
     address:str=None, # Of a running Ray cluster, or 'auto'; None starts one on this machine
 ):
-    "Join a cluster or start one, which only this machine can reach, and leave it at the end; raises `ValueError` if it has no room for the workers."
+    """Join a cluster or start one, which only this machine can reach, and leave it at the end; raises
+    `ValueError` if it has no room for the workers."""
     ray, started = _ray(), False
     def check(there):
         for what,needed in (('GPU', workers*gpus), ('CPU', workers*threads+4)):
-            if needed > there.get(what, 0): raise ValueError(f"{workers} workers need {needed:g} {what}s{' (four are for reading and writing)' if what=='CPU' else ''}, and there are {there.get(what, 0):g}; ask for fewer workers{', or for none on a GPU' if what=='GPU' else ''}")
-    if not (address or ray.is_initialized()): check(dict(GPU=torch.cuda.device_count(), CPU=float('inf')))
+            if needed > there.get(what, 0):
+                raise ValueError(
+                    f"{workers} workers need {needed:g}"
+                    f" {what}s{' (four are for reading and writing)' if what=='CPU' else ''}, and there are"
+                    f" {there.get(what, 0):g}; ask for fewer"
+                    f" workers{', or for none on a GPU' if what=='GPU' else ''}"
+                )
+    if not (address or ray.is_initialized()):
+        check(dict(GPU=torch.cuda.device_count(), CPU=float('inf')))
     try:
         if not ray.is_initialized():
             started, quiet = True, dict(log_to_driver=False, logging_level='ERROR')
             try:
-                if address: ray.init(address, **quiet)
+                if address:
+                    ray.init(address, **quiet)
                 else:
-                    with _on_loopback(): ray.init('local', num_cpus=workers*threads+4, include_dashboard=False, object_store_memory=STORE, **quiet)
-            except ConnectionError as e: raise ValueError(f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}") from None
+                    with _on_loopback():
+                        ray.init(
+                            'local',
+                            num_cpus=workers * threads + 4,
+                            include_dashboard=False,
+                            object_store_memory=STORE,
+                            **quiet
+                        )
+            except ConnectionError as e:
+                raise ValueError(
+                    f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}"
+                ) from None
         check(ray.cluster_resources())
         yield ray
     finally:
-        if started: ray.shutdown()
+        if started:
+            ray.shutdown()
 
 # %% ../../nbs/38_scale.ipynb #0da18017
 def _same_job(fs, root, job):
@@ -197,9 +273,14 @@ def _same_job(fs, root, job):
     note = f'{root}/_job.json'
     if fs.exists(note):
         before = json.loads(fs.cat_file(note))
-        if changed := [k for k in job if before.get(k)!=job[k]]: raise ValueError(f"{root} holds the output of another job: its {changed[0]} was {before.get(changed[0])!r}, now it is {job[changed[0]]!r}; name another folder")
+        if changed := [k for k in job if before.get(k)!=job[k]]:
+            raise ValueError(
+                f"{root} holds the output of another job: its {changed[0]} was {before.get(changed[0])!r},"
+                f" now it is {job[changed[0]]!r}; name another folder"
+            )
         return
-    if fs.exists(root) and fs.ls(root, detail=False): raise ValueError(f"{root} is not empty, and not the output of such a job; name another folder")
+    if fs.exists(root) and fs.ls(root, detail=False):
+        raise ValueError(f"{root} is not empty, and not the output of such a job; name another folder")
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f'{note}.part', json.dumps(job, indent=2).encode())
     fs.mv(f'{note}.part', note)
@@ -214,7 +295,10 @@ def _rows(ray, source):
         def task(self, files):
             from ray.data.block import BlockMetadata
             size = sum(source.files[f] for f in files)
-            return ray.data.ReadTask(lambda: (row for f in files for row in source.read(f)), BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None))
+            return ray.data.ReadTask(
+                lambda: (row for f in files for row in source.read(f)),
+                BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None),
+            )
     return ray.data.read_datasource(Pictures(), num_cpus=.5)
 
 # %% ../../nbs/38_scale.ipynb #0da18018
@@ -223,15 +307,20 @@ def count_rows(
 ) -> dict: # 'pictures' and, of these, 'errors'
     "Count what a job has written so far."
     fs, root = url_to_fs(str(out))
-    if not any(name.endswith('.parquet') for name in fs.ls(root, detail=False)): return dict(pictures=0, errors=0)
+    if not any(name.endswith('.parquet') for name in fs.ls(root, detail=False)):
+        return dict(pictures=0, errors=0)
     rows = pa.dataset.dataset(root, filesystem=PyFileSystem(FSSpecHandler(fs)), format='parquet')
-    return dict(pictures=rows.count_rows(), errors=rows.count_rows(filter=pa.dataset.field('error').is_valid()))
+    return dict(
+        pictures=rows.count_rows(), errors=rows.count_rows(filter=pa.dataset.field('error').is_valid())
+    )
 
 RETRIES = 3 # times that a shard is begun again whose worker has died
 
 def run_job(
     source:Source,
-    out:str, # Folder to write to, as a path or a URL; the notes on what is finished go into the same name with `.progress`
+    # Folder to write to, as a path or a URL; the notes on what is finished go into the same name with
+    # `.progress`
+    out:str,
     worker:type, # `CaptionWorker` or `FeatureWorker`
     arguments:tuple, # What a worker is made with, after device and threads
     job:dict, # Says what `out` holds: plain data
@@ -243,7 +332,8 @@ def run_job(
     address:str=None, # Of a running Ray cluster; None starts one on this machine
     progress:bool=False, # Show Ray's progress bars
 ) -> dict: # As of `count_rows`
-    "Send every picture that is not finished through a worker and write what comes out; raises `ValueError` if there is no room for the workers, or if `out` holds something else."
+    """Send every picture that is not finished through a worker and write what comes out; raises `ValueError`
+    if there is no room for the workers, or if `out` holds something else."""
     fs, root = url_to_fs(str(out))
     storage = PyFileSystem(FSSpecHandler(fs))
     with cluster(workers, threads, gpus, address) as ray:
@@ -251,26 +341,52 @@ def run_job(
         fs.makedirs(f'{root}.progress', exist_ok=True)
         ray.data.DataContext.get_current().enable_progress_bars = progress
         rows = _rows(ray, source)
-        rows.context.checkpoint_config = ray.data.checkpoint.CheckpointConfig('id', f'{root}.progress', override_filesystem=storage, delete_checkpoint_on_success=False)
-        done = rows.repartition(target_num_rows_per_block=shard_size).map_batches(worker, fn_constructor_args=('cuda' if gpus else 'cpu', threads, *arguments), batch_size=batch_size, batch_format='pyarrow',
-            compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=threads, num_gpus=gpus, ray_remote_args_fn=lambda: dict(max_restarts=-1, max_task_retries=RETRIES))
-        try: done.write_parquet(root, filesystem=storage)
-        except ray.exceptions.RayError as e: raise ValueError(f"a worker failed: {str(getattr(e, 'cause', None) or e).strip().splitlines()[-1]}; what is finished stays, and the same job goes on from there") from None
+        rows.context.checkpoint_config = ray.data.checkpoint.CheckpointConfig(
+            'id', f'{root}.progress', override_filesystem=storage, delete_checkpoint_on_success=False
+        )
+        done = rows.repartition(target_num_rows_per_block=shard_size).map_batches(
+            worker,
+            fn_constructor_args=('cuda' if gpus else 'cpu', threads, *arguments),
+            batch_size=batch_size,
+            batch_format='pyarrow',
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=threads,
+            num_gpus=gpus,
+            ray_remote_args_fn=lambda: dict(max_restarts=-1, max_task_retries=RETRIES),
+        )
+        try:
+            done.write_parquet(root, filesystem=storage)
+        except ray.exceptions.RayError as e:
+            raise ValueError(
+                f"a worker failed: {str(getattr(e, 'cause', None) or e).strip().splitlines()[-1]}; what is"
+                " finished stays, and the same job goes on from there"
+            ) from None
     return count_rows(out)
 
 # %% ../../nbs/38_scale.ipynb #0da18019
 def caption_images(
-    source:str, # A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL that `fsspec` knows
-    out:str, # Folder for parquet files with `id`, `caption`, `score` and `error`, as of `CaptionWorker`; a path or a URL
+    # A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL that `fsspec`
+    # knows
+    source:str,
+    # Folder for parquet files with `id`, `caption`, `score` and `error`, as of `CaptionWorker`; a path or a
+    # URL
+    out:str,
     checkpoint, # Weights, where every worker can read them
     image_column:str='image', # In parquet: the column with the bytes of the pictures
     options:dict=None, # For `transformers`' `generate`, such as dict(num_beams=3)
-    **settings, # `workers`, `threads`, `gpus`, `batch_size`, `shard_size`, `address`, `progress`: see `run_job`
+    # `workers`, `threads`, `gpus`, `batch_size`, `shard_size`, `address`, `progress`: see `run_job`
+    **settings,
 ) -> dict: # As of `count_rows`
-    "Caption every picture of a source once, with as many workers as you like; called again, it goes on where it was stopped."
+    """Caption every picture of a source once, with as many workers as you like; called again, it goes on
+    where it was stopped."""
     read_metadata(checkpoint) # before anything is started for a file that is no checkpoint
     options, path = check_options(options or {}), Path(checkpoint).absolute()
-    job = dict(work='captions', source=str(source), checkpoint=f'{path.name} {zlib.crc32(path.read_bytes()):08x}', options=options)
+    job = dict(
+        work='captions',
+        source=str(source),
+        checkpoint=f'{path.name} {zlib.crc32(path.read_bytes()):08x}',
+        options=options,
+    )
     return run_job(Source(source, image_column), out, CaptionWorker, (str(path), options), job, **settings)
 
 def encode_images(
@@ -284,33 +400,65 @@ def encode_images(
 ) -> dict: # As of `count_rows`
     "Encode every picture of a source once; otherwise as `caption_images`."
     encoder = dict(name=encoder_name, image_size=image_size, features=features)
-    return run_job(Source(source, image_column), out, FeatureWorker, (encoder,), dict(work='features', source=str(source), **encoder), **settings)
+    return run_job(
+        Source(source, image_column),
+        out,
+        FeatureWorker,
+        (encoder,),
+        dict(work='features', source=str(source), **encoder),
+        **settings
+    )
 
 # %% ../../nbs/38_scale.ipynb #0da18022
 @command
 def scale_command(
-    source:Param('A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as s3://bucket/pages', any_path, opt=False),
-    out:Param('Folder for the parquet files; a path or a URL', new_folder, opt=False),
-    checkpoint:Param('Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path)=None,
-    best:Param(BEST, store_true)=False,
-    encode:Param("Write the features that the checkpoint's encoder makes, in place of captions", store_true)=False,
-    image_column:Param('In parquet: the column with the bytes of the pictures', str)='image',
-    num_beams:Number('Width of the beam; 1 is greedy')=1,
-    num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
-    workers:Number('Processes with a model each')=2,
-    threads:Number('CPUs for each worker')=1,
-    gpus:Number('GPUs for each worker: 0, 1, or a share of one', float, closed=True)=0.,
-    batch_size:Number('Pictures that a worker takes at a time')=32,
-    shard_size:Number('Pictures per file: what a stop can cost, per worker')=1000,
-    address:Param('Of a running Ray cluster, or auto; without it one is started on this machine', str)=None,
+    source: Param(
+        'A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as'
+        ' s3://bucket/pages',
+        any_path,
+        opt=False,
+    ),
+    out: Param('Folder for the parquet files; a path or a URL', new_folder, opt=False),
+    checkpoint: Param(
+        'Weights, a file model_state_dict_....pth; without it the newest one in saved_models', any_path
+    ) = None,
+    best: Param(BEST, store_true) = False,
+    encode: Param(
+        "Write the features that the checkpoint's encoder makes, in place of captions", store_true
+    ) = False,
+    image_column: Param('In parquet: the column with the bytes of the pictures', str) = 'image',
+    num_beams: Number('Width of the beam; 1 is greedy') = 1,
+    num_return_sequences: Number('Captions of each image, best first, up to num_beams') = 1,
+    workers: Number('Processes with a model each') = 2,
+    threads: Number('CPUs for each worker') = 1,
+    gpus: Number('GPUs for each worker: 0, 1, or a share of one', float, closed=True) = 0.0,
+    batch_size: Number('Pictures that a worker takes at a time') = 32,
+    shard_size: Number('Pictures per file: what a stop can cost, per worker') = 1000,
+    address: Param(
+        'Of a running Ray cluster, or auto; without it one is started on this machine', str
+    ) = None,
 ):
     "Caption or encode millions of pictures with many workers; the same command goes on where it was stopped."
     checkpoint = find_checkpoint(checkpoint, best=best)
-    settings = dict(image_column=image_column, workers=workers, threads=threads, gpus=gpus, batch_size=batch_size, shard_size=shard_size, address=address, progress=sys.stderr.isatty())
+    settings = dict(
+        image_column=image_column,
+        workers=workers,
+        threads=threads,
+        gpus=gpus,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        address=address,
+        progress=sys.stderr.isatty(),
+    )
     if encode:
         h = read_metadata(checkpoint)['hyperparameters']
-        found = encode_images(source, out, h['encoder_name'], h.get('image_size'), h.get('features', 'pooled'), **settings)
+        found = encode_images(
+            source, out, h['encoder_name'], h.get('image_size'), h.get('features', 'pooled'), **settings
+        )
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
         found = caption_images(source, out, checkpoint, options=options, **settings)
-    say(f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column error says why)")
+    say(
+        f"📦 {out}: {found['pictures']:,} pictures, of which {found['errors']:,} could not be read (column"
+        " error says why)"
+    )

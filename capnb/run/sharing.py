@@ -26,13 +26,13 @@ from capnb.captioner import (
     Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint,
     load_trained, save_checkpoint, unfreeze, trained_state
 )
-from .commands import BEST, any_path, command, find_checkpoint, new_folder
-from capnb.settings import (
-    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, error_line, hub_errors, model_path,
-    parse_json, read_text, say, write_json
-)
+from .command_line import BEST, any_path, command, new_folder
+from .entry import find_checkpoint
+from ..settings import Hyperparameters, as_hyperparameters, with_new_names
+from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, say, write_json
+from ..hub import hub_errors, model_path
 from capnb.decoder import (
-    begin_ids, captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
+    captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )
 from ..encoder import load_image_processor, prepare_images
 
@@ -66,12 +66,13 @@ class CapnbConfig(PreTrainedConfig):
         epoch:int=1, # Epochs done: they decide what has unfrozen
         **kwargs, # For `PreTrainedConfig`
     ):
-        self.hyperparameters, self.frozen, self.epoch = hyperparameters or {}, frozen, epoch
+        self.hyperparameters = with_new_names(hyperparameters or {})
+        self.frozen, self.epoch = frozen, epoch
         super().__init__(**kwargs)
 
     @property
     def h(self):
-        return as_hyperparameters({**asdict(Hyperparameters()), **self.hyperparameters})
+        return as_hyperparameters(self.hyperparameters, None)
 
     def h_in(self,
         place, # Folder or hub id that the configuration came from
@@ -91,9 +92,7 @@ def config_of(
 ) -> CapnbConfig:
     """Describe a trained captioner; what came from the hub is named with the revision that it was trained
     with."""
-    h, revisions = as_hyperparameters(
-        {**asdict(Hyperparameters()), **metadata['hyperparameters']}
-    ), metadata.get('revisions', {})
+    h, revisions = as_hyperparameters(metadata['hyperparameters'], None), metadata.get('revisions', {})
     names = dict(
         encoder=h.encoder_name, decoder=h.decoder_name or h.tokenizer_name, tokenizer=h.tokenizer_name
     )
@@ -306,10 +305,11 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     unfreeze(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
     load_trained(captioner, state, name)
+    metadata = cached_file(name, 'training_metadata.json', **hub)
     return cls(
         config,
         captioner,
-        parse_json(read_text(cached_file(name, 'training_metadata.json', **hub), limit=SMALL_TEXT)),
+        with_new_names(parse_json(read_text(metadata, limit=SMALL_TEXT))),
     ).eval()
 
 @patch

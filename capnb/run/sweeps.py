@@ -9,18 +9,20 @@ __all__ = ['SAMPLERS', 'PLOTS', 'read_vary', 'classic_grid', 'TrialRunner', 'Pru
 
 # %% ../../nbs/36_sweeps.ipynb #19a00002
 import json, os, time, warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from fastcore.script import Param
 from filelock import FileLock, Timeout
-from ..captioner import Captioner, build_captioner, check_models, new_adapter, start_from
-from .commands import OWN_DATA, Number, any_path, command, prepare
+from ..captioner import Captioner, build_captioner, check_models, new_adapter
+from .checkpoints import start_from
+from .entry import OWN_DATA, prepare
+from .command_line import Number, any_path, command
 from capnb.settings import (
-    PRESETS, Hyperparameters, _one_of, as_hyperparameters, atomic_write, check_value, chosen_settings,
-    free_lock, limits, say, shell_line, write_json
+    Hyperparameters, PRESETS, as_hyperparameters, check_value, chosen_settings, limits, one_of, with_new_names
 )
+from ..files import atomic_write, free_lock, say, shell_line, write_json
 from ..decoder import embedding_size
 from .trackers import Tracker
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names
@@ -69,7 +71,7 @@ def read_vary(
     optuna, known, space = _optuna(), {f.name: f for f in fields(Hyperparameters) if f.name not in _FIXED}, {}
     for text in texts:
         name, _, what = text.partition('=')
-        f = known[_one_of('hyperparameter to vary', name, known)]
+        f = known[one_of('hyperparameter to vary', name, known)]
         if not what:
             raise ValueError(f"vary {text}: say what it may be, as in {name}=VALUE,VALUE or {name}=LOW:HIGH")
         if name in space:
@@ -115,7 +117,7 @@ _SHARED = (
 class TrialRunner:
     "What the trials of a process share: frozen models and encoded pictures."
     def __init__(self,
-        data=None, # As for `capnb.run.commands.train`
+        data=None, # As for `capnb.run.entry.train`
     ):
         self.own, self.key, self.frozen = data, None, None
 
@@ -173,6 +175,11 @@ def _job(h, space, sampler):
         sampler=sampler, vary=varied, **{k: v for k, v in asdict(h).items() if k not in (*_FIXED, *space)}
     )
 
+def _as_in(study, space):
+    "What varies, under the names that it has in a study, which may be older than a name."
+    there = {name: old for old in study.user_attrs['job']['vary'] for name in with_new_names({old: None})}
+    return {there[name]: d for name,d in space.items()}
+
 def open_study(
     folder, # For the study and its trials; made if it is not there; on a disk of this machine
     h:Hyperparameters, # What all trials have in common
@@ -193,14 +200,16 @@ def open_study(
             pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
             load_if_exists=True,
         )
-        saved = study.user_attrs.get('job', job)
+        saved = with_new_names(study.user_attrs.get('job', job))
         other = [k for k in {**saved, **job} if saved.get(k)!=job.get(k)]
         if other:
             raise ValueError(
                 f"{folder} holds a sweep of other settings: its {other[0]} was {saved.get(other[0])}, not"
                 f" {job.get(other[0])}; choose another output_dir"
             )
-        study.set_user_attr('job', job)
+        if 'job' not in study.user_attrs:
+            study.set_user_attr('job', job)
+        space = _as_in(study, space)
         if sampler=='grid':
             for values in product(*(d.choices for d in space.values())):
                 study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
@@ -262,7 +271,7 @@ def take_trial(
         if not waiting and (sampler=='grid' or sum(map(_counts, known)) >= trials):
             return None
         study.sampler = _sampler(sampler, 1000*seed+len(known), trials)
-        trial = study.ask(space)
+        trial = study.ask(_as_in(study, space))
         return trial, _lock(folder, trial.number)
 
 # %% ../../nbs/36_sweeps.ipynb #19a0001c
@@ -397,7 +406,7 @@ def _settings(settings, preset, vary, sampler, trials, changes):
     "Check what was asked for: the settings in common, what varies, and how many trials."
     if in_processes():
         raise ValueError('start several sweeps in one output_dir, not one sweep in several processes')
-    _one_of('sampler', sampler, SAMPLERS)
+    one_of('sampler', sampler, SAMPLERS)
     h = as_hyperparameters(
         {'output_dir': 'sweep', **chosen_settings(settings, preset, **changes)}, preset or 'storybook'
     )
@@ -433,12 +442,12 @@ def _say(t):
 
 # %% ../../nbs/36_sweeps.ipynb #19a00023
 def sweep(
-    settings=None, # As for `capnb.run.commands.train`: what all trials have in common
+    settings=None, # As for `capnb.run.entry.train`: what all trials have in common
     preset:str=None, # One of `PRESETS`
     vary=(), # As for `read_vary`; if empty, `classic_grid`
     sampler:str='grid', # One of `SAMPLERS`
     trials:int=None, # For tpe and random, 20 if not set; finished ones count
-    data=None, # As for `capnb.run.commands.train`
+    data=None, # As for `capnb.run.entry.train`
     **changes, # Single hyperparameters, over everything else
 ): # `optuna.Study`
     """Search for the settings with the least validation loss; called again, or elsewhere at the same time,

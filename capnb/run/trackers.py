@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from ..settings import say, write_json
-from ..captioner import _metadata_path, save_metadata
+from ..files import say, write_json
+from ..captioner import metadata_path, save_metadata
 from ..training import Callback
 from ..evaluation import draw_samples
 
@@ -165,7 +165,7 @@ class Tracker(Callback):
         save_metadata(run.checkpoint, run.metadata)
         images = [self.images[split][i]['image'] for i in range(len(captions))]
         self._each(run, lambda t: _captioned(t, data.rows, images, captions, len(run.losses)))
-        self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, _metadata_path(run.checkpoint)))
+        self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, metadata_path(run.checkpoint)))
 
     def on_train_end(self, run):
         scored = {split: _numbers(run.metadata[split]) for split in run.data if split in run.metadata}

@@ -9,16 +9,21 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from ...settings import read_text, say, zip_files
-from ...data import (LEADS_OUT, Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder,
-                        split_of_name, infer_columns)
+from ...files import read_text, say, zip_files
+from capnb.data import (
+    LEADS_OUT, Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder,
+    split_of_name, infer_columns
+)
 from ...images import image_format, images_below
-from .tables import CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image, unread_table
+from capnb.run.sources.tables import (
+    CAPTION_COLUMNS, SPLIT_NAMES, caption_texts, looks_like_image, unread_table
+)
 
 # %% ../../../nbs/31c_archives.ipynb #02a00006
 def _split_column(rows):
     "The split of each row as a column `split` has it, '' for none; None if there is no such column."
-    if 'split' not in rows.column_names or getattr(rows.features['split'], 'dtype', '')!='string': return None
+    if 'split' not in rows.column_names or getattr(rows.features['split'], 'dtype', '')!='string':
+        return None
     return [split or '' for split in rows['split'][:]]
 
 def from_datasets(
@@ -49,7 +54,8 @@ def _load_saved(folder):
     "What `save_to_disk` wrote."
     from datasets import load_from_disk
     import pyarrow as pa
-    try: return load_from_disk(str(folder))
+    try:
+        return load_from_disk(str(folder))
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{folder} is no complete folder of `save_to_disk`: {why}") from None
@@ -62,7 +68,8 @@ def _by_split(files, folder):
         said = 'its name does not tell a split, as others do; call it train-..., validation-... or test-...'
         raise ValueError(f'{unclear[0]}: {said}')
     parts = {}
-    for file,split in splits.items(): parts.setdefault(split or 'train', []).append(file)
+    for file,split in splits.items():
+        parts.setdefault(split or 'train', []).append(file)
     return parts
 
 def _load_parquet(files, folder):
@@ -71,7 +78,8 @@ def _load_parquet(files, folder):
     from datasets.exceptions import DatasetGenerationError
     import pyarrow as pa, pyarrow.parquet as pq
     for file in files:
-        try: pq.read_metadata(file)
+        try:
+            pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as e:
             raise ValueError(f"{file} is no readable parquet file: {str(e).splitlines()[0]}") from None
     names = {split: [glob.escape(str(f)) for f in part] for split,part in _by_split(files, folder).items()}
@@ -117,7 +125,8 @@ def _samples(tar, bad):
                 if m.isreg() and not m.issparse() and key and dot:
                     sample = samples.setdefault(f'{folder}/{key}'.lstrip('/'), {})
                     sample[suffix.lower()] = _Member(tar, m.offset_data, m.size)
-    except (tarfile.TarError, OSError, EOFError) as e: bad.append(f"{tar}: it cannot be read to its end: {e}")
+    except (tarfile.TarError, OSError, EOFError) as e:
+        bad.append(f"{tar}: it cannot be read to its end: {e}")
     return samples
 
 def _texts_of(sample, caption_column, encoding):
@@ -125,15 +134,19 @@ def _texts_of(sample, caption_column, encoding):
     def text(suffix):
         if sample[suffix].size > _MOST_TEXT:
             raise ValueError(f"its .{suffix} is larger than {_MOST_TEXT>>20} MiB")
-        try: return sample[suffix].read().decode(encoding or 'utf-8-sig')
+        try:
+            return sample[suffix].read().decode(encoding or 'utf-8-sig')
         except UnicodeDecodeError as e:
             said = (encoding or 'utf-8').upper()
             raise ValueError(f"its .{suffix} is not {said} (byte {e.start})") from None
     known = [caption_column.lower()] if caption_column else _TEXT_SUFFIXES
     suffix = next((s for s in known if s in sample), None)
-    if suffix: return caption_texts([line for line in text(suffix).splitlines() if line.strip()])
-    if 'json' not in sample: raise ValueError(f"there is no caption, only {', '.join(sample)}")
-    try: found = json.loads(text('json'))
+    if suffix:
+        return caption_texts([line for line in text(suffix).splitlines() if line.strip()])
+    if 'json' not in sample:
+        raise ValueError(f"there is no caption, only {', '.join(sample)}")
+    try:
+        found = json.loads(text('json'))
     except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"its .json is not JSON: {e}") from None
     known = [caption_column] if caption_column else CAPTION_COLUMNS
@@ -169,7 +182,8 @@ class TarRows:
                     image = _image_of(sample, image_column)
                     captions = _texts_of(sample, caption_column, encoding)
                     self.rows.append((f'{tar.stem}/{key}', image, captions))
-                except ValueError as e: self.bad.append(f"{tar}: {key}: {e}")
+                except ValueError as e:
+                    self.bad.append(f"{tar}: {key}: {e}")
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
@@ -216,7 +230,8 @@ class TextsBeside:
                 lines = read_text(text, encoding, 'encoding').split('\n')
                 captions = caption_texts([line for line in lines if line.strip()])
                 self.rows.append((file, captions))
-            except ValueError as e: self.bad.append(f"{file}: {e}")
+            except ValueError as e:
+                self.bad.append(f"{file}: {e}")
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
@@ -238,7 +253,8 @@ def read_texts_beside(
     below = [SPLIT_NAMES.get(file.relative_to(folder).parts[0].lower()) for file,_ in rows.rows]
     if rows.bad and (bad_rows=='stop' or not rows.rows):
         raise _bad_rows(rows.bad)
-    for i,split in enumerate(below): parts.setdefault(split, []).append((rows, i))
+    for i,split in enumerate(below):
+        parts.setdefault(split, []).append((rows, i))
     return as_source(parts, folder, rows.bad)
 
 # %% ../../../nbs/31c_archives.ipynb #02a00012
@@ -252,16 +268,20 @@ def _with_images(files, image_column):
     from datasets import Features
     import pyarrow as pa, pyarrow.parquet as pq
     def has(file):
-        try: features = Features.from_arrow_schema(pq.read_schema(file))
-        except (pa.ArrowInvalid, OSError): return True # what is damaged is told where it is read
+        try:
+            features = Features.from_arrow_schema(pq.read_schema(file))
+        except (pa.ArrowInvalid, OSError):
+            return True # what is damaged is told where it is read
         column, = [image_column] if image_column in features else image_columns(features)[:1] or [None]
-        if getattr(features.get(column), 'dtype', '') not in ('string', 'large_string'): return bool(column)
+        if getattr(features.get(column), 'dtype', '') not in ('string', 'large_string'):
+            return bool(column)
         first = next(pq.ParquetFile(file).iter_batches(100, columns=[column]), [[]])[0]
         return any(looks_like_image(str(name)) for name in first)
     return [file for file in files if has(file)]
 
 def _rows_of_images(path, image_column):
-    "The parquet files of a folder that hold images; all where there is nothing else, whose columns are told then."
+    """The parquet files of a folder that hold images; all where there is nothing else, whose columns are
+    told then."""
     files = _below(path, '.parquet')
     found = files and _with_images(files, image_column)
     others = found or not files or folder_tables(path) or _below(path, '.tar') or _has_texts_beside(path)
@@ -282,14 +302,17 @@ def _told(name, source, rows, columns):
 
 def _read_rows(found, path, folder, columns, outside):
     "The source of rows that `datasets` has read."
-    try: source = from_datasets(found, path, *columns, _finder(folder, outside))
+    try:
+        source = from_datasets(found, path, *columns, _finder(folder, outside))
     except ValueError as e:
         files = _below(path, '.parquet') if path.is_dir() else []
         raise ValueError(f"{files[0] if files else path}: {str(e).removeprefix(f'{path}: ')}") from None
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
 def read_path(
-    path, # Folder with a table, parquet, tars or texts beside images, or of `save_to_disk`; or one such file or a zip
+    # Folder with a table, parquet, tars or texts beside images, or of `save_to_disk`; or one such file or a
+    # zip
+    path,
     bad_rows:str='stop', # As for `capnb.data.read_folder`, as are the others
     image_column:str=None,
     caption_column:str=None,
@@ -298,14 +321,17 @@ def read_path(
 ) -> Source:
     "Read a data set on this machine, in whatever form; raises `ValueError` or `FileNotFoundError`."
     path, columns = Path(path), (image_column, caption_column)
-    if not (path.is_file() or path.is_dir()): raise ValueError(f"{path} is no regular file and no folder")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is no regular file and no folder")
     folder = path.parent if path.is_file() else path
     files = [path] if path.is_file() else []
     suffix = path.suffix.lower() if files else ''
     is_tar = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
     if is_zip(path): return read_folder(path, bad_rows, *columns, encoding, outside)
-    if suffix in ('.gz', '.tgz'): _refuse_packed(path, files)
-    if not files and _is_saved(path): return _read_rows(_load_saved(path), path, path, columns, outside)
+    if suffix in ('.gz', '.tgz'):
+        _refuse_packed(path, files)
+    if not files and _is_saved(path):
+        return _read_rows(_load_saved(path), path, path, columns, outside)
     if files or not folder_tables(path, other=False):
         if suffix=='.parquet' or not files and (files := _rows_of_images(path, image_column)):
             return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
@@ -315,7 +341,8 @@ def read_path(
         has_table = bool(folder_tables(path))
         has_texts = not has_table and _has_texts_beside(path)
         packed = sorted(path/n for n in os.listdir(path) if n.lower().endswith(('.tar.gz', '.tgz')))
-        if packed and not (has_texts or has_table and visible_images(path)): _refuse_packed(path, packed)
+        if packed and not (has_texts or has_table and visible_images(path)):
+            _refuse_packed(path, packed)
         if has_texts and any(columns):
             said = 'images with a text beside each have no columns; leave image_column and caption_column out'
             raise ValueError(f'{path}: {said}')

@@ -19,23 +19,28 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .archives import from_datasets, read_path, visible_images
-from ...settings import atomic_write, hub_errors, say, split_zip
-from ...data import (CaptionData, Source, _NamedRows, _image, counts_characters, is_zip, named_rows, split_rows,
-                        infer_columns)
+from ...files import atomic_write, say, split_zip
+from ...hub import hub_errors
+from capnb.data import (
+    CaptionData, Source, _NamedRows, _image, counts_characters, is_zip, named_rows, split_rows, infer_columns
+)
 from ...images import decoding_pool
 from ...storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
 
 # %% ../../../nbs/31_sources.ipynb #0da7b402
 def _missing(names):
-    "The splits to be drawn from the hub's own: both from a single one, validation from 'train' where there is none."
+    """The splits to be drawn from the hub's own: both from a single one, validation from 'train' where there
+    is none."""
     known = {_split_name(n) for n in names}
     return ('validation','test') if len(names)==1 else ('validation',) if 'validation' not in known else ()
 
-def _split_name(name): return SPLIT_NAMES.get(str(name).lower(), str(name)) if name else None # some rows have none
+def _split_name(name):
+    return SPLIT_NAMES.get(str(name).lower(), str(name)) if name else None # some rows have none
 
 def _assigned(rows, name, start, missing):
-    "The split of each row of the hub's split `name`, of which `rows` (a `datasets.Dataset`) begin at number `start`."
+    """The split of each row of the hub's split `name`, of which `rows` (a `datasets.Dataset`) begin at
+    number `start`."""
     if 'split' in rows.column_names: return [_split_name(s) for s in rows['split'][:]]
     if len(_given(False, name, missing))==1: return [_split_name(name)]*len(rows)
     return [_drawn(n, missing) for n in range(start, start+len(rows))]
@@ -56,12 +61,15 @@ def _regrouped(hub):
     found, missing = {}, _missing(hub)
     for name,rows in hub.items():
         order = {}
-        for i,split in enumerate(_assigned(rows, name, 0, missing)): order.setdefault(split, []).append(i)
-        for split,picked in order.items(): found.setdefault(split, []).append(rows.select(picked))
+        for i,split in enumerate(_assigned(rows, name, 0, missing)):
+            order.setdefault(split, []).append(i)
+        for split,picked in order.items():
+            found.setdefault(split, []).append(rows.select(picked))
     return {split: concatenate_datasets(parts) for split,parts in found.items()}
 
 # %% ../../../nbs/31_sources.ipynb #0da7b405
-HUB_DATA = {'flickr30k': ('nlphuji/flickr30k', 'refs/convert/parquet'), 'flickr8k': ('jxie/flickr8k', None)} # name: repository, revision
+# name: repository, revision
+HUB_DATA = {'flickr30k': ('nlphuji/flickr30k', 'refs/convert/parquet'), 'flickr8k': ('jxie/flickr8k', None)}
 
 def held_back(
     limit:int, # Training pictures
@@ -74,44 +82,66 @@ def _parquet_files(repo, revision):
     "Addresses of the parquet files of each of the hub's splits, with the commit in them."
     from datasets import load_dataset_builder
     builder = load_dataset_builder(repo, revision=revision)
-    if builder.name!='parquet': raise ValueError(f"data set {repo}: training_size_limit needs parquet, but it is stored as {builder.name}; most data sets have a copy, try data_revision 'refs/convert/parquet'")
+    if builder.name!='parquet':
+        raise ValueError(
+            f"data set {repo}: training_size_limit needs parquet, but it is stored as {builder.name}; most"
+            " data sets have a copy, try data_revision 'refs/convert/parquet'"
+        )
     return {str(name): list(urls) for name,urls in builder.config.data_files.items()}
 
 def _groups(files, folder):
-    "Row groups of parquet files on the hub, one after the other, as `Dataset`s; each is fetched once and kept in `folder`."
+    """Row groups of parquet files on the hub, one after the other, as `Dataset`s; each is fetched once and
+    kept in `folder`."""
     import pyarrow as pa, pyarrow.parquet as pq
     from datasets import Dataset
     from huggingface_hub import HfFileSystem
     for n,file in enumerate(files):
-        opened, count = cache(lambda: pq.ParquetFile(HfFileSystem().open(file, cache_type='none'))), folder/f'{n:05}.count'
+        opened, count = (
+            cache(lambda: pq.ParquetFile(HfFileSystem().open(file, cache_type='none'))),
+            folder / f'{n:05}.count',
+        )
         if not count.exists():
-            with atomic_write(count) as out: out.write(str(opened().num_row_groups))
+            with atomic_write(count) as out:
+                out.write(str(opened().num_row_groups))
         for g in range(int(count.read_text())):
             path = folder/f'{n:05}-{g:05}.arrow'
             if not path.exists():
                 table = opened().read_row_group(g)
-                with atomic_write(path, 'wb') as out, pa.ipc.new_stream(out, table.schema) as stream: stream.write_table(table)
+                with atomic_write(path, 'wb') as out, pa.ipc.new_stream(out, table.schema) as stream:
+                    stream.write_table(table)
             yield Dataset.from_file(str(path))
 
 # %% ../../../nbs/31_sources.ipynb #0da7b410
 def _first_rows(repo, revision, limit):
-    "The first rows of each of the hub's splits, as many as `limit` training pictures and what is held back beside them need."
+    """The first rows of each of the hub's splits, as many as `limit` training pictures and what is held back
+    beside them need."""
     from datasets import concatenate_datasets
     from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
     folder = Path(HF_HOME)/'capnb'/repo.replace('/','--')
     index = folder/f"{(revision or 'main').replace('/','--')}.json"
     if not (HF_HUB_OFFLINE and index.exists()):
-        with atomic_write(index) as f: json.dump(_parquet_files(repo, revision), f)
+        with atomic_write(index) as f:
+            json.dump(_parquet_files(repo, revision), f)
     files = json.loads(index.read_text())
-    need, have, hub, missing = lambda split: limit if split=='train' else held_back(limit), Counter(), {}, _missing(files)
+    need, have, hub, missing = (
+        lambda split: limit if split == 'train' else held_back(limit),
+        Counter(),
+        {},
+        _missing(files),
+    )
     with tqdm(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
         for name,urls in files.items():
             parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
             for rows in _groups(urls, kept):
                 have.update(_assigned(rows, name, start, missing))
-                parts.append(rows); start += len(rows)
+                parts.append(rows)
+                start += len(rows)
                 bar.update(min(have['train'], limit)-bar.n)
-                if all(have[split] >= need(split) for split in _given('split' in rows.column_names, name, missing)): break
+                if all(
+                    have[split] >= need(split)
+                    for split in _given('split' in rows.column_names, name, missing)
+                ):
+                    break
             hub[name] = concatenate_datasets(parts)
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}
 
@@ -121,13 +151,17 @@ def load_hub(
     revision:str=None, # Branch, tag or commit; None for the main one
     limit:int=None, # Download only what this many training pictures need; None for everything
 ) -> dict: # Name of split (None for rows of no split among others): `datasets.Dataset`
-    "Load a data set of the hub with the splits that it brings; raises `OSError` with one line that says what to do, see `capnb.settings.hub_errors`."
+    """Load a data set of the hub with the splits that it brings; raises `OSError` with one line that says
+    what to do, see `capnb.hub.hub_errors`."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
     with hub_errors('data set', repo):
         if not constants.HF_HUB_OFFLINE: # what can't be had is told at once
-            if HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated: HfApi().auth_check(repo, repo_type='dataset')
-        return _first_rows(repo, revision, limit) if limit else _regrouped(load_dataset(repo, revision=revision))
+            if HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated:
+                HfApi().auth_check(repo, repo_type='dataset')
+        return (
+            _first_rows(repo, revision, limit) if limit else _regrouped(load_dataset(repo, revision=revision))
+        )
 
 # %% ../../../nbs/31_sources.ipynb #02b00021
 def _is_stream(data): return hasattr(data, 'cast_column') and not hasattr(data, '__len__')
@@ -161,9 +195,11 @@ def read_streams(
             for n,row in enumerate(stream):
                 given = _given('split' in row, name, missing)
                 split = _split_name(name) if len(given)==1 else _drawn(n, missing)
-                if 'split' in row: split = _split_name(row['split'])
+                if 'split' in row:
+                    split = _split_name(row['split'])
                 have[split] += 1
-                if have[split] <= need(split): found.setdefault(split, []).append(row)
+                if have[split] <= need(split):
+                    found.setdefault(split, []).append(row)
                 bar.update()
                 if all(have[split] >= need(split) for split in given): break
     if not found: raise ValueError("the stream is empty")
@@ -182,7 +218,8 @@ def _sources(self:CaptionData, rows):
         try:
             image, row, where = self._parts(i)
             source = _image(image, where)
-        except ValueError as e: source = e
+        except ValueError as e:
+            source = e
         rows.append(row)
         yield source
 
@@ -190,10 +227,13 @@ def _sources(self:CaptionData, rows):
 def scanned(self:CaptionData,
     progress:str='', # Text before the progress bar; empty for no bar
 ): # Of each row its number, the row or None, and what is wrong with it or ''
-    "Open every row once, in child processes; large images come out smaller, with their `original_size` in `info`."
+    """Open every row once, in child processes; large images come out smaller, with their `original_size` in
+    `info`."""
     rows = deque()
     images = decoding_pool().map(self._sources(rows), min_side=CHECKED_SIDE)
-    for i,image in enumerate(tqdm(images, desc=progress, disable=not progress, unit='picture', total=len(self))):
+    for i, image in enumerate(
+        tqdm(images, desc=progress, disable=not progress, unit='picture', total=len(self))
+    ):
         row = rows.popleft()
         yield (i, None, str(image)) if isinstance(image, ValueError) else (i, dict(row, image=image), '')
 
@@ -203,7 +243,8 @@ def skip_bad(self:CaptionData,
 ) -> list: # What is wrong with each row that was left out
     "Open every row once and leave out those that do not fit; raises `ValueError` if none is left."
     good, bad = [], []
-    for i,row,problem in self.scanned(progress): bad.append(problem) if row is None else good.append(self.order[i])
+    for i,row,problem in self.scanned(progress):
+        bad.append(problem) if row is None else good.append(self.order[i])
     if not good: raise ValueError(f"all {len(bad)} rows are bad; the first: {bad[0]}")
     self.order = good
     return bad
@@ -214,16 +255,22 @@ def _hub_rows(repo, revision, limit, columns):
     found = load_hub(repo, revision, limit)
     without_split = found.pop(None, [])
     image, captions = infer_columns(next(iter(found.values())).features, *columns)
-    say(f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from column {image}, with captions from {', '.join(captions)}")
+    say(
+        f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from"
+        f" column {image}, with captions from {', '.join(captions)}"
+    )
     splits = {split: named_rows(rows, *columns) for split,rows in found.items()}
     return Source(splits, without_split=without_split and named_rows(without_split, *columns))
 
 def _own_rows(data, limit, columns):
-    "Data that is here already: a dictionary of splits, one data set, which is cut, or a `DatasetDict`, as a folder."
+    """Data that is here already: a dictionary of splits, one data set, which is cut, or a `DatasetDict`, as
+    a folder."""
     if any(map(_is_stream, data.values() if isinstance(data, Mapping) else [data])):
         return read_streams(data, limit, *columns)
-    if type(data).__module__.startswith('datasets.'): return from_datasets(data, 'the data', *columns)
-    if not isinstance(data, Mapping): return Source(split_rows(named_rows(data, *columns)))
+    if type(data).__module__.startswith('datasets.'):
+        return from_datasets(data, 'the data', *columns)
+    if not isinstance(data, Mapping):
+        return Source(split_rows(named_rows(data, *columns)))
     return Source({_split_name(split): named_rows(rows, *columns) for split,rows in data.items()})
 
 def find_source(
@@ -241,37 +288,62 @@ def find_source(
     name, columns = str(data), (image_column, caption_column)
     if not isinstance(data, (str, Path)): return _own_rows(data, limit, columns)
     if name=='storybook' and any(columns):
-        raise ValueError("the storybook has no columns to choose from; leave image_column and caption_column out")
-    if name=='storybook': return Source({split: Storybook(split, size=image_size) for split in SPLITS})
-    if name in HUB_DATA: return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns)
+        raise ValueError(
+            "the storybook has no columns to choose from; leave image_column and caption_column out"
+        )
+    if name=='storybook':
+        return Source({split: Storybook(split, size=image_size) for split in SPLITS})
+    if name in HUB_DATA:
+        return _hub_rows(HUB_DATA[name][0], revision or HUB_DATA[name][1], limit, columns)
     if Path(name).exists(): return read_path(name, bad_rows, *columns, encoding, outside)
     if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
         own = 'a file or folder with captioned images, such as one with a captions.csv'
-        raise ValueError(f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as owner/name, or {own}")
-    try: return _hub_rows(name, revision, limit, columns)
-    except OSError as e: raise type(e)(f"{e}; and there is no file or folder {name}") from None
+        raise ValueError(
+            f"data set {name!r} is not known; there is storybook, {', '.join(HUB_DATA)}, a hub id such as"
+            f" owner/name, or {own}"
+        )
+    try:
+        return _hub_rows(name, revision, limit, columns)
+    except OSError as e:
+        raise type(e)(f"{e}; and there is no file or folder {name}") from None
 
 # %% ../../../nbs/31_sources.ipynb #0da7b412
 def load_data(
-    data='storybook', # 'storybook'; a name of `HUB_DATA` or a hub id; a file or folder, see `capnb.run.sources.archives.read_path`; a dictionary of splits with at least 'train'; or one data set, which is then cut
+    # 'storybook'; a name of `HUB_DATA` or a hub id; a file or folder, see
+    # `capnb.run.sources.archives.read_path`; a dictionary of splits with at least 'train'; or one data set,
+    # which is then cut
+    data='storybook',
     image_size:int=64, # Size at which the storybook is drawn, pixels
-    limit:int=None, # Use only the first `limit` training pictures; of a hub data set no more is downloaded than that needs
-    bad_rows:str='stop', # 'stop' at a row or picture that cannot be read, or 'skip' it: then each picture is opened once, now
+    # Use only the first `limit` training pictures; of a hub data set no more is downloaded than that needs
+    limit:int=None,
+    # 'stop' at a row or picture that cannot be read, or 'skip' it: then each picture is opened once, now
+    bad_rows:str='stop',
     image_column:str=None, # As for `infer_columns` and `read_folder`
     caption_column:str=None, # As for `infer_columns` and `read_folder`
     revision:str=None, # Of a hub data set
     encoding:str=None, # Of the tables of a folder, see `read_folder`
     outside:bool=False, # Whether tables may name images outside of the folder
 ) -> dict: # Name of split: `CaptionData`
-    "Load captioned pictures; raises `ValueError` if the name is not known or 'train' is missing, and as `read_folder` and `load_hub`."
-    source = find_source(data, limit, image_size, bad_rows, revision, image_column, caption_column, encoding, outside)
-    if 'train' not in source.splits: raise ValueError(f"the data has no split 'train', only {', '.join(source.splits)}")
-    if source.without_split: say(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
-    splits = {split: CaptionData(rows, limit if split=='train' else None) for split,rows in source.splits.items()}
+    """Load captioned pictures; raises `ValueError` if the name is not known or 'train' is missing, and as
+    `read_folder` and `load_hub`."""
+    source = find_source(
+        data, limit, image_size, bad_rows, revision, image_column, caption_column, encoding, outside
+    )
+    if 'train' not in source.splits:
+        raise ValueError(f"the data has no split 'train', only {', '.join(source.splits)}")
+    if source.without_split:
+        say(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
+    splits = {
+        split: CaptionData(rows, limit if split == 'train' else None) for split, rows in source.splits.items()
+    }
     if bad_rows=='skip':
-        bad = [*source.bad, *(b for split,rows in splits.items() for b in rows.skip_bad(f'Looking over {split}'))]
+        bad = [
+            *source.bad,
+            *(b for split, rows in splits.items() for b in rows.skip_bad(f'Looking over {split}')),
+        ]
         splits['train'].num_skipped = len(bad)
-        if bad: say(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
+        if bad:
+            say(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
 def load_for(
@@ -279,8 +351,17 @@ def load_for(
     data=None, # A data set or a dictionary of splits; None for the one that `h` names
 ) -> dict: # Name of split: `CaptionData`
     "Load the data of a run as its hyperparameters say, see `load_data`."
-    return load_data(h.data if data is None else data, h.image_size, h.training_size_limit, h.bad_rows, h.image_column, h.caption_column,
-                     h.data_revision, h.encoding, h.outside_files)
+    return load_data(
+        h.data if data is None else data,
+        h.image_size,
+        h.training_size_limit,
+        h.bad_rows,
+        h.image_column,
+        h.caption_column,
+        h.data_revision,
+        h.encoding,
+        h.outside_files,
+    )
 
 # %% ../../../nbs/31_sources.ipynb #0da7b602
 class ScannedImage(NamedTuple):
@@ -291,10 +372,19 @@ class ScannedImage(NamedTuple):
     captions: list
 
 NO_SPLIT = 'without a split'
-_NO_SENTENCE = '|'.join([r'\[.*\]', r'\{.*\}', r'[^\W\d]+(, ?[^\W\d]+){2,}', 'nan|none|null|n/a|true|false', r'https?://\S+',
-                         r'\S+\.(jpe?g|png|gif|webp|bmp|tiff?)'])
+_NO_SENTENCE = '|'.join(
+    [
+        r'\[.*\]',
+        r'\{.*\}',
+        r'[^\W\d]+(, ?[^\W\d]+){2,}',
+        'nan|none|null|n/a|true|false',
+        r'https?://\S+',
+        r'\S+\.(jpe?g|png|gif|webp|bmp|tiff?)',
+    ]
+)
 
-def _is_short(caption): return len(caption.split()) < 3 and not counts_characters([caption])
+def _is_short(caption):
+    return len(caption.split()) < 3 and not counts_characters([caption])
 
 def _is_no_sentence(caption):
     "Whether a caption is a number, a list, or a name instead of a sentence."
@@ -303,13 +393,18 @@ def _is_no_sentence(caption):
 def _is_garbled(caption):
     "Whether a caption looks like UTF-8 that was read as Windows' western encoding, such as 'garÃ§on'."
     if '\ufffd' in caption: return True
-    try: return caption.encode('cp1252').decode('utf-8')!=caption
-    except UnicodeError: return False
+    try:
+        return caption.encode('cp1252').decode('utf-8')!=caption
+    except UnicodeError:
+        return False
 
 # %% ../../../nbs/31_sources.ipynb #0da7b604
-_CAPTION_CHECKS = { # kind of warning: what is said of such captions, and which they are
+_CAPTION_CHECKS = {  # kind of warning: what is said of such captions, and which they are
     'short_captions': ('captions of fewer than three words', _is_short),
-    'space_before_stop': ("captions that end in ' .', which a model learns to write", lambda c: c.endswith(' .')),
+    'space_before_stop': (
+        "captions that end in ' .', which a model learns to write",
+        lambda c: c.endswith(' .'),
+    ),
     'no_sentences': ('captions that are numbers, lists or names instead of sentences', _is_no_sentence),
     'garbled_captions': ('captions that look like text read in the wrong encoding', _is_garbled),
 }
@@ -321,7 +416,8 @@ def _warning(kind, about, examples):
 def _same_images(scanned):
     "Warnings about images that are in the data more than once."
     groups = {}
-    for image in scanned: groups.setdefault(image.pixels, []).append(image)
+    for image in scanned:
+        groups.setdefault(image.pixels, []).append(image)
     groups = [group for group in groups.values() if len(group) > 1]
     across = [group for group in groups if len({image.split for image in group}) > 1]
     within = [group for group in groups if group not in across]
@@ -364,18 +460,30 @@ def _scan(rows, split, samples, bad, scanned):
         captions.append(len(row['captions']))
         pixels = blake2b(b'%d %d ' % sizes[-1] + image.tobytes(), digest_size=16).digest()
         scanned.append(ScannedImage(row['image_id'], split, pixels, row['captions']))
-        if len(first) < samples: first.append(dict(image_id=row['image_id'], captions=row['captions']))
+        if len(first) < samples:
+            first.append(dict(image_id=row['image_id'], captions=row['captions']))
     per_image = dict(sorted(Counter(captions).items()))
     smallest, largest = (which(sizes, key=np.prod, default=None) for which in (min, max))
-    return dict(images=len(sizes), captions=sum(captions), captions_per_image=per_image, smallest=smallest, largest=largest,
-                samples=first)
+    return dict(
+        images=len(sizes),
+        captions=sum(captions),
+        captions_per_image=per_image,
+        smallest=smallest,
+        largest=largest,
+        samples=first,
+    )
 
 def _without_row(path, tables):
     "A warning about the images of a folder that its tables do not name."
     folder = Path(path) if Path(path).is_dir() else tables[0].folder
     named = {os.path.realpath(path) for table in tables for path in table.paths.values()}
     zips = {found[0] for path in named if not is_zip(folder) and (found := split_zip(path))}
-    others = [path for place in (folder, *sorted(zips)) for path in visible_images(place) if os.path.realpath(path) not in named]
+    others = [
+        path
+        for place in (folder, *sorted(zips))
+        for path in visible_images(place)
+        if os.path.realpath(path) not in named
+    ]
     about = 'images in the folder that no usable row names'
     return _warning('images_without_row', about, [os.path.relpath(path, folder) for path in others])
 
@@ -388,19 +496,38 @@ def check_data(
     revision:str=None,
     encoding:str=None,
     outside:bool=False,
-    count_cut=None, # Function that counts the captions of some rows that are too long, see `capnb.decoder.count_cut`
-) -> dict: # `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (what is in each), `bad` (what is wrong with each bad row), `warnings` (see `find_warnings`), `cut` (from `count_cut`)
-    "Open every image of a data set once, and tell what is in it and what is wrong with it; raises as `load_data`."
+    # Function that counts the captions of some rows that are too long, see `capnb.decoder.count_cut`
+    count_cut=None,
+# `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (what is in each), `bad`
+# (what is wrong with each bad row), `warnings` (see `find_warnings`), `cut` (from `count_cut`)
+) -> dict:
+    """Open every image of a data set once, and tell what is in it and what is wrong with it; raises as
+    `load_data`."""
     source = find_source(data, limit, 64, 'skip', revision, image_column, caption_column, encoding, outside)
     bad, scanned = list(source.bad), []
-    splits = {split: _scan(CaptionData(rows, limit if split=='train' else None), split, samples, bad, scanned) for split,rows in source.splits.items()}
-    without_split = _scan(CaptionData(source.without_split), NO_SPLIT, 0, bad, scanned) if source.without_split else None
+    splits = {
+        split: _scan(CaptionData(rows, limit if split == 'train' else None), split, samples, bad, scanned)
+        for split, rows in source.splits.items()
+    }
+    without_split = (
+        _scan(CaptionData(source.without_split), NO_SPLIT, 0, bad, scanned) if source.without_split else None
+    )
     warnings = find_warnings(scanned)
-    if source.tables and (missing := _without_row(data, source.tables))['count']: warnings.append(missing)
-    used = [dict(image_id=image.image_id, captions=image.captions) for image in scanned if image.split!=NO_SPLIT]
-    return dict(data=str(data) if isinstance(data, (str, Path)) else type(data).__name__, images=len(scanned),
-                captions=sum(len(image.captions) for image in scanned), splits=splits, without_split=without_split, bad=bad, warnings=warnings,
-                cut=count_cut(used) if count_cut and used else None)
+    if source.tables and (missing := _without_row(data, source.tables))['count']:
+        warnings.append(missing)
+    used = [
+        dict(image_id=image.image_id, captions=image.captions) for image in scanned if image.split != NO_SPLIT
+    ]
+    return dict(
+        data=str(data) if isinstance(data, (str, Path)) else type(data).__name__,
+        images=len(scanned),
+        captions=sum(len(image.captions) for image in scanned),
+        splits=splits,
+        without_split=without_split,
+        bad=bad,
+        warnings=warnings,
+        cut=count_cut(used) if count_cut and used else None,
+    )
 
 # %% ../../../nbs/31_sources.ipynb #45df9b2b
 def report_data(
@@ -411,10 +538,15 @@ def report_data(
     say(f"{report['data']}: {report['images']:,} images, {report['captions']:,} captions")
     for split,s in report['splits'].items():
         per = ', '.join(f'{n:,} images with {k}' for k,n in s['captions_per_image'].items())
-        say(f"{split}: {s['images']:,} images, {s['captions']:,} captions ({per}); from {size(s['smallest'])} to {size(s['largest'])} pixels")
-        for row in s['samples']: say(f"  {row['image_id']}: {' / '.join(row['captions'])}")
+        say(
+            f"{split}: {s['images']:,} images, {s['captions']:,} captions ({per}); from {size(s['smallest'])}"
+            f" to {size(s['largest'])} pixels"
+        )
+        for row in s['samples']:
+            say(f"  {row['image_id']}: {' / '.join(row['captions'])}")
     if s := report['without_split']:
         say(f"{NO_SPLIT}, not used: {s['images']:,} images, {s['captions']:,} captions")
     for warning in report['warnings']:
         say(f"warning: {warning['about']}: {warning['count']:,}, such as {'; '.join(warning['examples'])}")
-    for problem in report['bad']: say(f"bad: {problem}")
+    for problem in report['bad']:
+        say(f"bad: {problem}")

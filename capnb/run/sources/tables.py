@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
-from ...settings import is_regular, parse_json, read_text
+from ...files import is_regular, parse_json, read_text
 from ...images import IMAGE_SUFFIX
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00006
@@ -25,55 +25,116 @@ _LIST_LIMIT = 100_000 # characters
 _VISIBLE = re.compile(r'[^\s\x00-\x1f\x7f-\x9f]')
 
 def _listed(text):
-    "The texts of a list that Python, NumPy or JSON has written as a text; raises `ValueError` if it is something else."
+    """The texts of a list that Python, NumPy or JSON has written as a text; raises `ValueError` if it is
+    something else."""
     refused = ValueError(f"{text!r:.60} looks like a list of captions but cannot be read as one")
     if len(text) > _LIST_LIMIT: raise refused
-    try: found = json.loads(text)
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        try: tokens = [t for t in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if t.string.strip()]
-        except (tokenize.TokenError, SyntaxError): raise refused from None
+        try:
+            tokens = [
+                t for t in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if t.string.strip()
+            ]
+        except (tokenize.TokenError, SyntaxError):
+            raise refused from None
         texts = [t.string for t in tokens if t.type==tokenize.STRING] # NumPy puts no commas between them
         between = ''.join(t.string for t in tokens if t.type!=tokenize.STRING)
         if not re.fullmatch(r'[\[(],*[\])]', between): raise refused from None
-        try: found = [ast.literal_eval(t) for t in texts]
-        except (ValueError, SyntaxError): raise refused from None
-    if not isinstance(found, list) or not all(isinstance(f, str) for f in found): raise refused
+        try:
+            found = [ast.literal_eval(t) for t in texts]
+        except (ValueError, SyntaxError):
+            raise refused from None
+    if not isinstance(found, list) or not all(isinstance(f, str) for f in found):
+        raise refused
     return found
 
 def several_texts(
     value, # What somebody gave as a caption or as several
 ) -> list: # The elements of a list, a tuple or an array; the value itself if it is anything else
     "Tell one caption from several."
-    if hasattr(value, 'tolist'): value = value.tolist() # an array, or a number of NumPy's
+    if hasattr(value, 'tolist'):
+        value = value.tolist() # an array, or a number of NumPy's
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 def caption_texts(
     value, # A text, several in a list, tuple or array, or a list that is written as a text
 ) -> list: # Of one or more texts that are not empty
-    "Read the captions of a cell. Raises `ValueError` that says what is wrong: empty, `nan`, no text, half a list."
+    """Read the captions of a cell.
+
+    Raises `ValueError` that says what is wrong: empty, `nan`, no text, half a list.
+    """
     if value is None: raise ValueError("it is empty")
     texts = several_texts(value)
     if any(isinstance(t, str) and t.lstrip()[:1] in ('[', '(', '{') and _LISTS.fullmatch(t) for t in texts):
-        texts = [found for t in texts for found in (_listed(t) if isinstance(t, str) and _LISTS.fullmatch(t) else [t])]
+        texts = [
+            found
+            for t in texts
+            for found in (_listed(t) if isinstance(t, str) and _LISTS.fullmatch(t) else [t])
+        ]
     if not texts: raise ValueError("it is empty")
     for t in texts:
         if isinstance(t, (Mapping, Set)):
-            raise ValueError(f"a {'dictionary' if isinstance(t, Mapping) else 'set'} is not a caption: {t!r:.60}")
+            raise ValueError(
+                f"a {'dictionary' if isinstance(t, Mapping) else 'set'} is not a caption: {t!r:.60}"
+            )
         if not isinstance(t, str): raise ValueError(f"{t!r:.60} is not a text")
         if not _VISIBLE.search(t): raise ValueError("it is empty")
-        if len(t) < 6 and t.strip().lower() in _NOTHING: raise ValueError(f"{t!r} stands for an empty cell")
+        if len(t) < 6 and t.strip().lower() in _NOTHING:
+            raise ValueError(f"{t!r} stands for an empty cell")
         if not t.isascii():
-            try: t.encode()
-            except UnicodeEncodeError: raise ValueError(f"{t!a:.60} holds half a letter (a lone surrogate)") from None
+            try:
+                t.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{t!a:.60} holds half a letter (a lone surrogate)") from None
     return texts
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00009
-SPLIT_NAMES = dict(train='train', training='train', restval='train', validation='validation', valid='validation',
-                   val='validation', dev='validation', test='test', testing='test')
-IMAGE_COLUMNS = ('file_name', 'filename', 'image_name', 'image_file', 'image_filename', 'image_path', 'img_path', 'img_name',
-                 'img_file', 'file_path', 'filepath', 'image', 'img', 'file', 'path', 'picture', 'photo', 'name')
-CAPTION_COLUMNS = ('caption', 'captions', 'sentence', 'sentences', 'comment', 'text', 'texts', 'description', 'title', 'prompt',
-                   'alt_text', 'raw')
+SPLIT_NAMES = dict(
+    train='train',
+    training='train',
+    restval='train',
+    validation='validation',
+    valid='validation',
+    val='validation',
+    dev='validation',
+    test='test',
+    testing='test',
+)
+IMAGE_COLUMNS = (
+    'file_name',
+    'filename',
+    'image_name',
+    'image_file',
+    'image_filename',
+    'image_path',
+    'img_path',
+    'img_name',
+    'img_file',
+    'file_path',
+    'filepath',
+    'image',
+    'img',
+    'file',
+    'path',
+    'picture',
+    'photo',
+    'name',
+)
+CAPTION_COLUMNS = (
+    'caption',
+    'captions',
+    'sentence',
+    'sentences',
+    'comment',
+    'text',
+    'texts',
+    'description',
+    'title',
+    'prompt',
+    'alt_text',
+    'raw',
+)
 _ID_COLUMNS = ('image_id', 'img_id', 'id', 'key')
 _IMAGE_NAME = re.compile(rf'[^\t|;]*{IMAGE_SUFFIX}(#\d+)?', re.I)
 
@@ -87,14 +148,18 @@ def column_kind(
     values, # Of one column
 ) -> str: # 'image', 'split', 'number', 'address', 'sentence', 'word', 'other' or 'empty'
     "Tell what a column holds, from most of its values."
-    values = [v for value in values for v in (value if isinstance(value, list) else [value]) if v not in (None, '')]
+    values = [
+        v for value in values for v in (value if isinstance(value, list) else [value]) if v not in (None, '')
+    ]
     texts = [v.strip() for v in values if isinstance(v, str)]
     most = lambda fits, share=.9: sum(bool(fits(t)) for t in texts) >= share*len(texts)
     if not values: return 'empty'
-    if len(texts) < .9*len(values): return 'number' if all(isinstance(v, (int, float, str)) for v in values) else 'other'
+    if len(texts) < .9*len(values):
+        return 'number' if all(isinstance(v, (int, float, str)) for v in values) else 'other'
     if most(looks_like_image): return 'image'
     if most(lambda t: t.lower() in SPLIT_NAMES, 1): return 'split'
-    if most(lambda t: re.fullmatch(r'[-+\d.,:/eE%\[\]() ]*\d[-+\d.,:/eE%\[\]() ]*', t)): return 'number'
+    if most(lambda t: re.fullmatch(r'[-+\d.,:/eE%\[\]() ]*\d[-+\d.,:/eE%\[\]() ]*', t)):
+        return 'number'
     if most(lambda t: re.match(r'\w+://|www\.', t)): return 'address'
     return 'sentence' if most(lambda t: len(t.split()) > 1 or not t.isascii(), .3) else 'word'
 
@@ -116,7 +181,8 @@ def named_like(
     return exact or sorted(numbered, key=lambda n: int(re.search(r'\d+$', n)[0]))
 
 def _asked_columns(names, asked, what):
-    "Positions of the columns that somebody named, with commas between; raises `ValueError` for one that is not there."
+    """Positions of the columns that somebody named, with commas between; raises `ValueError` for one that is
+    not there."""
     if not asked: return []
     found = [asked] if asked in names else [n.strip() for n in str(asked).split(',')]
     lower = [n.lower() for n in names]
@@ -129,7 +195,8 @@ def _ask(what, names, positions, rows):
     "The error that asks which column is meant."
     example = lambda p: f"{names[p]} ({next((str(r[p]) for r in rows if r[p]), '')!r:.60})"
     which = f"as in --{what.rstrip('s')}_column {names[positions[0]] if positions else 'NAME'}"
-    if what=='captions': which += ', or several with commas between'
+    if what=='captions':
+        which += ', or several with commas between'
     candidates = '; '.join(map(example, positions)) or 'none looks like it'
     return ValueError(f"which column holds the {what}? Name it, {which}. Candidates: {candidates}. "
                       f"All columns: {', '.join(names)}")
@@ -139,9 +206,15 @@ def _image_column(names, kinds, rows, free):
     "Position of the column of file names, and whether that is a guess."
     named = [p for known in IMAGE_COLUMNS for p in free if names[p].lower()==known]
     files = [p for p in free if kinds[p]=='image']
-    found = [p for p in named if p in files] or files or named or [p for p in free if names[p].lower() in _ID_COLUMNS]
+    found = (
+        [p for p in named if p in files]
+        or files
+        or named
+        or [p for p in free if names[p].lower() in _ID_COLUMNS]
+    )
     last = lambda p: [re.split(r'[/\\]', str(row[p]))[-1] for row in rows]
-    if not found or any(last(p)!=last(found[0]) for p in found[1:]): raise _ask('image', names, found, rows)
+    if not found or any(last(p)!=last(found[0]) for p in found[1:]):
+        raise _ask('image', names, found, rows)
     return found[0], found[0] not in named
 
 def caption_groups(
@@ -152,9 +225,12 @@ def caption_groups(
     "Find the columns whose names tell of captions."
     texts = [p for p in free if kinds[p] in ('sentence','word')]
     groups = [(0, [p]) for p in free if names[p].lower() in CAPTION_COLUMNS[:2]] # even if it holds numbers
-    for sure,known,among in [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [(3, k, texts) for k in CAPTION_COLUMNS[2:]]:
+    for sure, known, among in [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [
+        (3, k, texts) for k in CAPTION_COLUMNS[2:]
+    ]:
         found = [names.index(n) for n in named_like(known, [names[p] for p in among])]
-        if found and (0, found) not in groups: groups.append((sure, found))
+        if found and (0, found) not in groups:
+            groups.append((sure, found))
     taken = {p for _,positions in groups for p in positions}
     word = re.compile(r'(?<![a-z])captions?(?![a-z])')
     return groups + [(2, [p]) for p in texts if p not in taken and word.search(names[p].lower())]
@@ -167,7 +243,8 @@ def _caption_columns(names, kinds, rows, free):
     if not groups: # by content alone; a word is no caption unless there is nothing else
         words = [p for p in free if kinds[p]=='word']
         best = [(4, [p]) for p in sentences or words*(names[0]=='1')]
-    if len(best)!=1: raise _ask('captions', names, [p for _,found in best for p in found], rows)
+    if len(best)!=1:
+        raise _ask('captions', names, [p for _,found in best for p in found], rows)
     sure, found = best[0]
     rivals = sentences if sure > 1 else [p for _,others in groups for p in others if p in sentences]
     return found, sure==4 or any(p not in found for p in rivals)
@@ -178,20 +255,26 @@ def infer_columns(
     image_column:str=None, # Name of the column of file names, if somebody knows it
     caption_column:str=None, # Name of the column of captions, or several with commas between
 ) -> Columns:
-    "Choose the columns of a table by their names and what they hold. Raises `ValueError` that asks where that is not clear."
+    """Choose the columns of a table by their names and what they hold.
+
+    Raises `ValueError` that asks where that is not clear.
+    """
     kinds = [column_kind(row[p] for row in rows) for p in range(len(names))]
     image = _asked_columns(names, image_column, 'image_column')
     captions = _asked_columns(names, caption_column, 'caption_column')
     numbered = names==[str(i+1) for i in range(len(names))]
     is_split = lambda p: kinds[p]=='split' if numbered else names[p].lower()=='split'
     splits = [p for p in range(len(names)) if p not in image+captions and is_split(p)]
-    if len(splits) > 1: raise ValueError(f"several columns hold a split: {', '.join(names[p] for p in splits)}; leave one")
+    if len(splits) > 1:
+        raise ValueError(f"several columns hold a split: {', '.join(names[p] for p in splits)}; leave one")
     free = [p for p in range(len(names)) if p not in splits+captions]
     (at, unsure) = (image[0], False) if image else _image_column(names, kinds, rows, free)
     free = [p for p in free if p!=at]
     captions, guess = (captions, False) if captions else _caption_columns(names, kinds, rows, free)
     unsure = unsure and not numbered or guess and not (numbered and len(names)==2)
-    return Columns(at, captions, *splits or [None], _told_columns(names, rows, at, captions, splits) if unsure else '')
+    return Columns(
+        at, captions, *splits or [None], _told_columns(names, rows, at, captions, splits) if unsure else ''
+    )
 
 def _told_columns(names, rows, image, captions, splits):
     "What was guessed, with two captions."
@@ -214,17 +297,21 @@ def _csv_rows(text, separator, quoted):
         for row in rows:
             yield line, row
             line = rows.line_num+1
-    except csv.Error as e: raise ValueError(f"line {line}: {e}") from None
+    except csv.Error as e:
+        raise ValueError(f"line {line}: {e}") from None
 
 def _sample_rows(text, separator):
     "The first rows of a table, as far as they can be read, without spaces around the cells."
     rows = []
     try:
         quoted = separator!='|' and not _TOKEN.match(text)
-        for _,row in islice(_csv_rows(text[:_HEAD], separator, quoted), _SAMPLE): rows.append(row)
+        for _,row in islice(_csv_rows(text[:_HEAD], separator, quoted), _SAMPLE):
+            rows.append(row)
     except ValueError:
-        if separator=='\t': rows = [row for _,row in islice(_csv_rows(text[:_HEAD], separator, False), _SAMPLE)]
-    if len(text) > _HEAD and len(rows) > 1: del rows[-1] # may be cut
+        if separator=='\t':
+            rows = [row for _,row in islice(_csv_rows(text[:_HEAD], separator, False), _SAMPLE)]
+    if len(text) > _HEAD and len(rows) > 1:
+        del rows[-1] # may be cut
     return [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
 
 def _has_header(first, rest, asked):
@@ -232,7 +319,8 @@ def _has_header(first, rest, asked):
     names = [n.lower() for n in first]
     if any(a.strip().lower() in names for a in asked): return True
     if any(map(looks_like_image, first)): return False
-    if any(named_like(known, first) for known in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *_ID_COLUMNS, 'split')): return True
+    if any(named_like(known, first) for known in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *_ID_COLUMNS, 'split')):
+        return True
     if asked and all(a.strip().isdigit() for a in asked): return False
     files = (column_kind(row[p] for row in rest if p < len(row))=='image' for p in range(len(first)))
     return True if any(files) else None
@@ -261,19 +349,26 @@ def _layout(text, separators, image_column, caption_column):
     "The layout of a table: of the separators, the first with which its columns are clear."
     wrong = None
     for separator in separators:
-        try: found = _layout_with(text, separator, image_column, caption_column)
-        except ValueError as e: wrong = wrong or e; continue
+        try:
+            found = _layout_with(text, separator, image_column, caption_column)
+        except ValueError as e:
+            wrong = wrong or e
+            continue
         if found: return found
     if wrong: raise wrong
     first = text.split('\n', 1)[0]
-    raise ValueError(f"the first line must name a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions "
-                     f"({', '.join(CAPTION_COLUMNS)}), or hold the name of an image, not {first!r:.100}")
+    raise ValueError(
+        f"the first line must name a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions "
+        f"({', '.join(CAPTION_COLUMNS)}), or hold the name of an image, not {first!r:.100}"
+    )
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00020
 class Table:
     "Rows of a table, read as they are asked for, and what people should know about them."
     def __init__(self,
-        rows, # Place, image, captions and split of each row; an error in place of the image where a row does not fit
+        # Place, image, captions and split of each row; an error in place of the image where a row does not
+        # fit
+        rows,
         notes=(), # Texts for people
     ):
         self.rows, self.notes = rows, [note for note in notes if note]
@@ -281,9 +376,12 @@ class Table:
 
 def _quoted_rows(text, separator):
     "Line and fields of each row, with or without quotes as a sign of the format."
-    if separator!='\t' or _TOKEN.match(text): return _csv_rows(text, separator, separator==',' or separator==';')
-    try: return list(_csv_rows(text, separator, True))
-    except ValueError: return _csv_rows(text, separator, False)
+    if separator!='\t' or _TOKEN.match(text):
+        return _csv_rows(text, separator, separator==',' or separator==';')
+    try:
+        return list(_csv_rows(text, separator, True))
+    except ValueError:
+        return _csv_rows(text, separator, False)
 
 def _text_rows(text, layout, skipped):
     "Place, image, captions and split of each row of a table, `skipped` lines of which were taken off."
@@ -294,11 +392,13 @@ def _text_rows(text, layout, skipped):
         if len(row)!=width:
             if not any(map(str.strip, row)): continue
             if len(row) > width or not header:
-                yield f'line {line+skipped}', ValueError(_uneven(len(row), layout)), '', None; continue
+                yield f'line {line+skipped}', ValueError(_uneven(len(row), layout)), '', None
+                continue
             row += ['']*(width-len(row))
         name = row[image].strip()
         said = row[caption].strip() if caption is not None else [t for c in captions if (t := row[c].strip())]
-        if token: name = name.rpartition('#')[0] or name
+        if token:
+            name = name.rpartition('#')[0] or name
         yield f'line {line+skipped}', name, said, None if split is None else row[split].strip()
 
 def _uneven(fields, layout):
@@ -311,8 +411,12 @@ def read_columns(
     image_column:str=None, # As for `infer_columns`
     caption_column:str=None, # As for `infer_columns`
 ) -> Table:
-    "Read a table of lines. Raises `ValueError` where it is not clear what is what, and while it is read where quotes are not even."
-    start = re.match(r'(?:[ \t]*\n)*(?:sep=(.)\n)?', text, re.I) # spreadsheets write the separator into a first line
+    """Read a table of lines.
+
+    Raises `ValueError` where it is not clear what is what, and while it is read where quotes are not even.
+    """
+    # spreadsheets write the separator into a first line
+    start = re.match(r'(?:[ \t]*\n)*(?:sep=(.)\n)?', text, re.I)
     skipped = text.count('\n', 0, start.end())
     text = text[start.end():]
     layout = _layout(text, start[1] or '\t,;|', image_column, caption_column)
@@ -320,7 +424,8 @@ def read_columns(
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00023
 def _record_rows(records, place, image_column, caption_column):
-    "The table of some numbered objects, all with the same names in them; an error stands for one that could not be read."
+    """The table of some numbered objects, all with the same names in them; an error stands for one that
+    could not be read."""
     records = ((n, _answered(record)) for n,record in records)
     head = list(islice(records, _SAMPLE))
     objects = [r for _,r in head if isinstance(r, dict)]
@@ -330,44 +435,74 @@ def _record_rows(records, place, image_column, caption_column):
     return Table(_records(chain(head, records), place, names, columns), [columns.guess if columns else ''])
 
 def _answered(record):
-    "A record of LLaVA's form with the only answer of its conversation as its caption; any other record as it is."
+    """A record of LLaVA's form with the only answer of its conversation as its caption; any other record as
+    it is."""
     turns = record.get('conversations') if isinstance(record, dict) else None
     if not isinstance(turns, list): return record
-    answers = [turn.get('value') for turn in turns if isinstance(turn, dict) and turn.get('from') in ('gpt','assistant')]
-    if len(answers)!=1: return ValueError(f"has a conversation with {len(answers)} answers; only one that is the answer to one question is a caption")
+    answers = [
+        turn.get('value')
+        for turn in turns
+        if isinstance(turn, dict) and turn.get('from') in ('gpt', 'assistant')
+    ]
+    if len(answers)!=1:
+        return ValueError(
+            f"has a conversation with {len(answers)} answers; only one that is the answer to one question is"
+            " a caption"
+        )
     return {**{k: v for k,v in record.items() if k!='conversations'}, 'caption': answers[0]}
 
 def _records(records, place, names, columns):
     "Place, image, captions and split of each object."
     for n,record in records:
         if not isinstance(record, dict):
-            wrong = record if isinstance(record, ValueError) else ValueError(f"is not a JSON object, but {record!r:.60}")
-            yield f'{place} {n}', wrong, '', None; continue
+            wrong = (
+                record
+                if isinstance(record, ValueError)
+                else ValueError(f"is not a JSON object, but {record!r:.60}")
+            )
+            yield f'{place} {n}', wrong, '', None
+            continue
         said = [record.get(names[c]) for c in columns.captions]
-        if len(said) > 1: said = [t for t in said if t not in (None, '')]
+        if len(said) > 1:
+            said = [t for t in said if t not in (None, '')]
         split = None if columns.split is None else record.get(names[columns.split])
-        yield f'{place} {n}', record.get(names[columns.image]), said[0] if len(columns.captions)==1 else said, split
+        yield (
+            f'{place} {n}',
+            record.get(names[columns.image]),
+            said[0] if len(columns.captions) == 1 else said,
+            split,
+        )
 
 def _json_lines(text):
     "Line and value of each line of JSON, or the error."
     for line,row in enumerate(text.split('\n'), 1): # not splitlines: JSON may hold other line separators
         if not row.strip(): continue
-        try: yield line, parse_json(row)
-        except ValueError as e: yield line, ValueError(f"is not JSON: {e}")
+        try:
+            yield line, parse_json(row)
+        except ValueError as e:
+            yield line, ValueError(f"is not JSON: {e}")
 
 def _is_json_lines(text):
     "Whether a text is more than one line of JSON, the first an object."
     start = re.match(r'\s*', text).end()
     end = text.find('\n', start)
-    if text[start:start+1]!='{' or end < 0 or not re.compile(r'\s*\S').match(text, end): return False
-    try: return isinstance(parse_json(text[start:end]), dict)
-    except ValueError: return False
+    if text[start:start+1]!='{' or end < 0 or not re.compile(r'\s*\S').match(text, end):
+        return False
+    try:
+        return isinstance(parse_json(text[start:end]), dict)
+    except ValueError:
+        return False
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00024
 def _coco_table(images, annotations, image_column, caption_column):
-    "The table of a COCO document. An id that is a text in one place and a number in the other is the same id."
+    """The table of a COCO document.
+
+    An id that is a text in one place and a number in the other is the same id.
+    """
     names = lambda rows: list(dict.fromkeys(name for row in rows[:_SAMPLE] for name in row))
-    asked = lambda rows, column, what, usual: [names(rows)[p] for p in _asked_columns(names(rows), column, what)] or [usual]
+    asked = lambda rows, column, what, usual: [
+        names(rows)[p] for p in _asked_columns(names(rows), column, what)
+    ] or [usual]
     file = asked(images, image_column, 'image_column', 'file_name')[0]
     texts = asked(annotations, caption_column, 'caption_column', 'caption')
     known = {i['id']: i.get(file) for i in images if isinstance(i.get('id'), (int, str))}
@@ -376,24 +511,38 @@ def _coco_table(images, annotations, image_column, caption_column):
         respelt = 0
         for n,a in enumerate(annotations):
             id = a.get('image_id') if isinstance(a.get('image_id'), (int, str)) else None
-            if id not in known and str(id) in as_text: respelt += 1
+            if id not in known and str(id) in as_text:
+                respelt += 1
             said = [a.get(t) for t in texts]
             name = as_text.get(str(id)) or f"of id {a.get('image_id')!r:.60}"
             yield f'annotation {n}', name, said if len(texts) > 1 else said[0], None
-        if respelt: table.notes.append(f"{respelt} annotations have an id that is a text where the image's is a number, "
-                                       "or the other way round")
+        if respelt:
+            table.notes.append(
+                f"{respelt} annotations have an id that is a text where the image's is a number, "
+                "or the other way round"
+            )
     table.rows = rows()
     return table
 
 def _karpathy_rows(images):
     for n,image in enumerate(images):
         name, sentences = str(image.get('filename') or ''), image.get('sentences')
-        texts = [s.get('raw') if isinstance(s, dict) else None for s in sentences] if isinstance(sentences, list) else []
-        yield f'image {n}', name and str(Path(str(image.get('filepath') or ''))/name), texts, image.get('split')
+        texts = (
+            [s.get('raw') if isinstance(s, dict) else None for s in sentences]
+            if isinstance(sentences, list)
+            else []
+        )
+        yield (
+            f'image {n}',
+            name and str(Path(str(image.get('filepath') or '')) / name),
+            texts,
+            image.get('split'),
+        )
 
 def _is_mapping(found):
     "Whether a document gives the captions of each image by its name."
-    if not isinstance(found, dict) or not found or 'images' in found or 'annotations' in found: return False
+    if not isinstance(found, dict) or not found or 'images' in found or 'annotations' in found:
+        return False
     return all(isinstance(said, (str, list)) for said in found.values()) and any(map(looks_like_image, found))
 
 def read_document(
@@ -401,19 +550,25 @@ def read_document(
     image_column:str=None, # As for `infer_columns`
     caption_column:str=None, # As for `infer_columns`
 ) -> Table:
-    "Read a JSON document that is laid out as COCO, as Karpathy, as a list of objects (also with LLaVA's conversations), or as captions by name of image; raises `ValueError` if it is none of these."
-    if isinstance(found, list): return _record_rows(enumerate(found), 'object', image_column, caption_column)
+    """Read a JSON document that is laid out as COCO, as Karpathy, as a list of objects (also with LLaVA's
+    conversations), or as captions by name of image; raises `ValueError` if it is none of these."""
+    if isinstance(found, list):
+        return _record_rows(enumerate(found), 'object', image_column, caption_column)
     if _is_mapping(found):
         _asked_columns(['captions'], caption_column, 'caption_column')
         return Table((f'entry {n}', name, said, None) for n,(name,said) in enumerate(found.items()))
     if isinstance(found, dict) and not {'images','annotations'} & set(found):
         lists = [v for v in found.values() if isinstance(v, list)]
-        if len(lists)==1: return _record_rows(enumerate(lists[0]), 'object', image_column, caption_column)
-    images, annotations = (found.get(k) if isinstance(found, dict) else None for k in ('images','annotations'))
+        if len(lists)==1:
+            return _record_rows(enumerate(lists[0]), 'object', image_column, caption_column)
+    images, annotations = (
+        found.get(k) if isinstance(found, dict) else None for k in ('images', 'annotations')
+    )
     for what,rows in (('images', images), ('annotations', annotations or [])):
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
             raise ValueError(f"{what!r} must be a list of objects, as COCO or Karpathy has it")
-    if annotations is not None: return _coco_table(images, annotations, image_column, caption_column)
+    if annotations is not None:
+        return _coco_table(images, annotations, image_column, caption_column)
     _asked_columns(['filename'], image_column, 'image_column')
     _asked_columns(['sentences'], caption_column, 'caption_column')
     return Table(_karpathy_rows(images))
@@ -427,8 +582,10 @@ def read_json(
     "Read captions from JSON; raises `ValueError` as `read_document`."
     if lines and not re.match(r'\s*\[', text) or _is_json_lines(text):
         return _record_rows(_json_lines(text), 'line', image_column, caption_column)
-    try: found = parse_json(text)
-    except ValueError as e: raise ValueError(f"it is not JSON: {e}") from None
+    try:
+        found = parse_json(text)
+    except ValueError as e:
+        raise ValueError(f"it is not JSON: {e}") from None
     return read_document(found, image_column, caption_column)
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00026
@@ -436,7 +593,8 @@ def unread_table(
     name:str, # Of a file
 ) -> str: # '' if it may be read as it is
     "Say what to do with a table that is a spreadsheet's own file, or is compressed."
-    if re.search(r'\.(xlsx?|xlsm|ods|numbers)$', name, re.I): return f"{name} is a spreadsheet; save it as CSV (UTF-8)"
+    if re.search(r'\.(xlsx?|xlsm|ods|numbers)$', name, re.I):
+        return f"{name} is a spreadsheet; save it as CSV (UTF-8)"
     packed = re.search(r'\.(csv|tsv|txt|jsonl?|token)\.gz$', name, re.I)
     return f"{name} is compressed; unpack it first, as with gunzip" if packed else ''
 
@@ -444,14 +602,19 @@ def read_table(
     file, # `.json` or `.jsonl`; anything else is read as lines with fields
     image_column:str=None, # As for `infer_columns`
     caption_column:str=None, # As for `infer_columns`
-    encoding:str=None, # As for `capnb.settings.read_text`
+    encoding:str=None, # As for `capnb.files.read_text`
 ) -> Table:
-    "Read a file with a table of captions. Raises `ValueError` where it cannot be read, or where it is not clear what is what."
+    """Read a file with a table of captions.
+
+    Raises `ValueError` where it cannot be read, or where it is not clear what is what.
+    """
     file = Path(file)
-    if not is_regular(file): raise ValueError("it is no regular file") # opening a pipe would wait for ever
+    if not is_regular(file):
+        raise ValueError("it is no regular file") # opening a pipe would wait for ever
     if told := unread_table(file.name): raise ValueError(told)
     text = read_text(file, encoding, 'encoding')
-    if file.suffix.lower() not in ('.json','.jsonl'): return read_columns(text, image_column, caption_column)
+    if file.suffix.lower() not in ('.json','.jsonl'):
+        return read_columns(text, image_column, caption_column)
     return read_json(text, image_column, caption_column, lines=file.suffix.lower()=='.jsonl')
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00028
@@ -481,12 +644,14 @@ class NameIndex:
         key = self._keys[level]
         if self._found[level] is None:
             self._found[level] = {}
-            for known in self.names: self._found[level].setdefault(key(known).rpartition('/')[2], []).append(known)
+            for known in self.names:
+                self._found[level].setdefault(key(known).rpartition('/')[2], []).append(known)
         return self._found[level].get(key(name).rpartition('/')[2], [])
 
     def _is_folder(self, name):
         "Whether a folder of this name is in one of the names."
-        if self._folders is None: self._folders = {part for known in self.names for part in _parts(_folded(known))[:-1]}
+        if self._folders is None:
+            self._folders = {part for known in self.names for part in _parts(_folded(known))[:-1]}
         return name in self._folders
 
     def _fitting(self, level, name):
@@ -495,11 +660,13 @@ class NameIndex:
         given = _parts(key(name))
         known = [(_parts(key(other)), other) for other in self._last(level, name)]
         if same := [other for parts,other in known if parts==given]: return same, False
-        if longer := [other for parts,other in known if _ends_with(parts, given)]: return longer, False
+        if longer := [other for parts,other in known if _ends_with(parts, given)]:
+            return longer, False
         shorter = [(len(parts), other) for parts,other in known if _ends_with(given, parts)]
         if not shorter: return [], False
         most = max(shorter)[0]
-        if self._is_folder(_folded(given[-most-1])): return [], False # then it should have been in there
+        if self._is_folder(_folded(given[-most-1])):
+            return [], False # then it should have been in there
         return [other for n,other in shorter if n==most], True
 
     def find(self,
@@ -508,10 +675,13 @@ class NameIndex:
         "Find the only name that fits. Raises `ValueError` if there are several, `KeyError` if there is none."
         for level in range(len(self._keys)):
             found, dropped = self._fitting(level, name)
-            if len(found) > 1: raise ValueError(f"{name!r} may be {' or '.join(map(repr, found[:3]))}")
+            if len(found) > 1:
+                raise ValueError(f"{name!r} may be {' or '.join(map(repr, found[:3]))}")
             if not found: continue
-            if level or dropped: self.respelt[name] = found[0]
-            if dropped: self.dropped[name] = found[0]
+            if level or dropped:
+                self.respelt[name] = found[0]
+            if dropped:
+                self.dropped[name] = found[0]
             return found[0]
         raise KeyError(name)
 
@@ -520,7 +690,9 @@ class NameIndex:
         other:str,
     ) -> bool:
         "Whether two names mean the same only because a folder was left out, so that they may be two images."
-        return _parts(_folded(name))!=_parts(_folded(other)) and (name in self.dropped or other in self.dropped)
+        return _parts(_folded(name)) != _parts(_folded(other)) and (
+            name in self.dropped or other in self.dropped
+        )
 
     def same_last(self,
         name:str,
