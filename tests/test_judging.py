@@ -3,7 +3,6 @@ and the report in a browser."""
 import csv, io, json, re, shutil
 from contextlib import redirect_stdout
 import numpy as np, pytest, torch
-from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.run.entry import train
 from capnb.hub import model_path
@@ -11,7 +10,7 @@ from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
 from capnb.insight.report import (
-    ClipScorer, clip_parts, eval_command, judge, image_slices, read_predictions, report_page, slices,
+    ClipScorer, clip_parts, eval_command, judge, image_slices, report_page, slices,
     worst_first
 )
 from capnb.evaluation import score_parts
