@@ -12,10 +12,12 @@ from pathlib import Path
 from ..settings import OWN_DATA, Hyperparameters, as_hyperparameters, chosen_settings
 from ..files import check_writable
 from ..captioner import build_captioner, check_models, check_trained
-from ..evaluation import Scores, Tracker
+from ..evaluation import Scores
+from ..insight.facts import Facts
 from ..fast.cache import encode_data, features_folder
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
+from .trackers import Samples, Tracker
 from capnb.training import (
     find_state, fit, join_processes, main_process_first, read_state, resumed_hyperparameters, shard_decoder,
     sharding_asked, tracker_names,
@@ -109,7 +111,7 @@ def train(
         encoded,
         h,
         [
-            *([Scores(splits)] if h.evaluation_enabled else []),
+            *([Scores([Facts()]), Samples(splits)] if h.evaluation_enabled else []),
             *([Tracker(splits)] if trackers else []),
             *callbacks,
         ],

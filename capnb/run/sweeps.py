@@ -10,7 +10,7 @@ import os, time
 from contextlib import redirect_stderr, redirect_stdout
 from ..captioner import Captioner, build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
-from ..evaluation import Tracker
+from .trackers import Tracker
 from .checkpoints import start_from
 from .entry import prepare
 from capnb.run.studies import (
