@@ -36,7 +36,8 @@ def train_command(
     changes = {k:v for k,v in hyperparameters.items() if v is not None}
     # before anything heavy is imported: a mistake is told at once
     h = as_hyperparameters(config, preset or 'storybook', **changes)
-    if dry_run and resume: raise ValueError('--dry_run plans a new run; leave --resume out')
+    if dry_run and resume:
+        raise ValueError('--dry_run plans a new run; leave --resume out')
     if dry_run:
         from capnb.run import estimate
         estimate.dry_run(h)
