@@ -19,11 +19,11 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .adapter import Adapter, PatchAdapter
-from capnb.settings import (
-    Hyperparameters, SMALL_TEXT, as_hyperparameters, atomic_write, default_device, model_config, model_path,
-    parse_json, read_text, weights_fingerprint, with_new_names, write_json
-)
-from .images import open_images
+from .settings import Hyperparameters, as_hyperparameters, with_new_names
+from .files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
+from .hardware import default_device
+from .hub import model_config, model_path, weights_fingerprint
+from .image_pool import open_images
 from capnb.decoder import (
     begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder,
     tokenize_captions

@@ -37,7 +37,7 @@ def modules_of(path):
     return list(dict.fromkeys([*default, *filter(None, exports)])) if exports else default
 
 def number(path):
-    "The place of a chapter among the others, such as (1, 'b') for 30b_images; None where it has no number."
+    "The place of a chapter among the others, such as (1, 'b') for 30e_images; None where it has no number."
     return (int(m[1]), m[2]) if (m := re.match(r'(\d+)([a-z]?)_', path.stem)) else None
 
 def python(code):

@@ -10,10 +10,12 @@ import capnb, inspect, os, re, sys
 from dataclasses import fields
 from functools import cache, wraps
 from fastcore.script import Param, anno_parser
-from ..settings import PRESETS, Hyperparameters, allowed, check_value, check_writable, limits
+from ..settings import Hyperparameters, PRESETS, allowed, check_value, limits
+from ..files import check_writable
 
 # %% ../../nbs/30h_command_line.ipynb #537bcb77
 BEST = 'Take the checkpoint with the best validation loss of the newest run, not its last one'
+MODEL = Param('A captioner that comes with the package, in place of a checkpoint', str, choices=['storybook'])
 MODEL = Param('A captioner that comes with the package, in place of a checkpoint', str, choices=['storybook'])
 
 def _number(text):

@@ -9,7 +9,8 @@ __all__ = ['train_command', 'data_command', 'caption_command', 'results_command'
 from contextlib import contextmanager, nullcontext
 from fastcore.script import Param, store_true
 from .command_line import BEST, MODEL, Number, any_path, command, new_file, new_folder
-from ..settings import PRESETS, as_hyperparameters, say, write_json
+from ..settings import PRESETS, as_hyperparameters
+from ..files import say, write_json
 
 # %% ../../nbs/35_commands.ipynb #8cb2136d
 @command
@@ -35,7 +36,8 @@ def train_command(
     changes = {k:v for k,v in hyperparameters.items() if v is not None}
     # before anything heavy is imported: a mistake is told at once
     h = as_hyperparameters(config, preset or 'storybook', **changes)
-    if dry_run and resume: raise ValueError('--dry_run plans a new run; leave --resume out')
+    if dry_run and resume:
+        raise ValueError('--dry_run plans a new run; leave --resume out')
     if dry_run:
         from capnb.run import estimate
         estimate.dry_run(h)

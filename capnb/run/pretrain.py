@@ -51,7 +51,8 @@ def make_adapter(
     from tempfile import TemporaryDirectory
     from capnb.captioner import save_metadata, save_tensors, trained_state, weights_path
     from capnb.run.entry import train
-    from capnb.settings import Hyperparameters, atomic_write
+    from capnb.files import atomic_write
+    from capnb.settings import Hyperparameters
     with TemporaryDirectory() as runs:
         made = train(**changes, output_dir=runs, device='cpu')
     metadata = made.metadata
