@@ -5,7 +5,7 @@ import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from capnb.insight.decoder_families import (
-    agrees, compare_families, compare_family, default_config, tiny_config
+    agrees, compare_families, compare_family, tiny_config
 )
 from capnb.hub import model_path
 from capnb.decoder import caption_loss, token_nll, head_is_plain, load_decoder, tokenize_captions

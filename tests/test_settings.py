@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from capnb.settings import Hyperparameters, PRESETS, as_hyperparameters
 from capnb.files import check_writable, free_lock, shell_line
 from capnb.encoder import load_encoder

@@ -1,16 +1,14 @@
 "Tables of captions as people have them: the right captions, or an error that says what to do."
 import csv, io, json, os
-from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
 from capnb.captioner import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
-from capnb.files import read_text
 from capnb.data import read_folder
 from capnb.insight.report import read_predictions
-from capnb.run.sources.load import check_data, load_data
+from capnb.run.sources.load import load_data
 import capnb.files
 
 NAMES = [f'{n:03}.png' for n in range(12)]

@@ -21,7 +21,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ...captioner import load_model_from_checkpoint, read_metadata
 from ...decoder import check_options, split_scores
 from ...encoder import load_encoder
-from ...images import DecodingPool, ImageFile
+from ...image_pool import DecodingPool
+from ...images import ImageFile
 from .sources import Source
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #0da1800e
