@@ -14,6 +14,7 @@ from capnb.insight.report import (
     worst_first
 )
 from capnb.evaluation import score_parts
+from capnb.insight.facts import Facts
 from capnb.storybook import Storybook
 
 N = 12
@@ -316,7 +317,7 @@ def test_slices_hold_what_they_say():
         None, [{k: v for k, v in Storybook('test')[i].items() if k != 'image'} for i in range(60)]
     )
     captions = [r['captions'][0] if i%2 else 'A view.' for i,r in enumerate(data.rows)]
-    parts = score_parts(captions, data)
+    parts = score_parts(captions, data, [Facts()])
     found = {(s['slice'], s['value']): s for s in slices(captions, data.rows, parts, least=5)}
     cats = [i for i,r in enumerate(data.rows) if any(t['kind']=='cat' for t in r['facts']['things'])]
     assert (

@@ -6,9 +6,8 @@ from capnb.files import write_json
 from capnb.data import CaptionData, one_line, words
 from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
-from capnb.evaluation import (
-    BY_CHARACTER, _coco_words, coco_tools, rouge_l, score, score_table, text_statistics
-)
+from capnb.evaluation import BY_CHARACTER, rouge_l, score, score_table, text_statistics
+from capnb.insight.coco import _coco_words, coco_tools
 from capnb.insight.report import image_slices, read_predictions
 from capnb.storybook import Storybook
 

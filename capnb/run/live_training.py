@@ -71,7 +71,7 @@ class LiveTraining(VBox):
         data:dict, # 'train' and, if evaluation is enabled, 'validation': `EncodedData`, as for `fit`
         h:Hyperparameters,
         images, # `CaptionData` of images to caption after each epoch
-        # `Callback`s; with `Scores(splits)`, which `capnb_train` has, `capnb_train --resume` can go on with a
+        # `Callback`s; with `Scores()`, which `capnb_train` has, `capnb_train --resume` can go on with a
         # run that was stopped here
         callbacks=(),
         samples:int=4, # How many of them

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..captioner import Captioner, load_model_from_checkpoint
 from ..fast.cache import encode_data
 from ..evaluation import evaluate as evaluate_encoded
+from ..insight.facts import Facts
 from .sources.load import load_data, load_for
 from .entry import find_checkpoint
 
@@ -100,4 +101,4 @@ def evaluate(model=None, data=None, split='test', progress=False):
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     encoded = encode_data(model.encoder, splits[split], progress='Encoding' if progress else '')
-    return evaluate_encoded(model, encoded, progress='Writing' if progress else '')
+    return evaluate_encoded(model, encoded, 'Writing' if progress else '', [Facts()])

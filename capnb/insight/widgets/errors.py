@@ -10,7 +10,8 @@ import re
 from html import escape
 from ipywidgets import Button, Dropdown, HBox, HTML, Label, Layout, Text, VBox
 from ...captioner import Captioner
-from ...evaluation import fact_counts, rouge_each
+from ...evaluation import rouge_each
+from ..facts import fact_counts
 from .parts import STYLE, card, errors_in
 
 # %% ../../../nbs/17d_error_browser.ipynb #0da23023
