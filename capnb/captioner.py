@@ -23,7 +23,7 @@ from .settings import Hyperparameters, as_hyperparameters, with_new_names
 from .files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
 from .hardware import default_device
 from .hub import model_config, weights_fingerprint
-from .images import open_images
+from .image_pool import open_images
 from capnb.decoder import (
     begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder,
     tokenize_captions

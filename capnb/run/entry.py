@@ -9,7 +9,7 @@ __all__ = ['TrainingResult', 'prepare', 'train', 'find_checkpoint']
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from ..settings import OWN_DATA, Hyperparameters, as_hyperparameters, chosen_settings
+from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
 from ..captioner import build_captioner, check_models, check_trained
 from ..evaluation import Scores

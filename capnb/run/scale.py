@@ -20,7 +20,8 @@ from .command_line import BEST, Number, any_path, command, new_folder
 from .entry import find_checkpoint
 from ..settings import as_hyperparameters
 from ..files import say
-from ..images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files
+from ..image_pool import DecodingPool
+from ..images import ImageFile, image_format, image_formats, passed_over, walk_files
 from ..decoder import check_options, split_scores
 from ..encoder import load_encoder
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from filelock import FileLock, Timeout
-from ..settings import OWN_DATA, Hyperparameters, as_hyperparameters, check_value, one_of, with_new_names
+from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, check_value, one_of, with_new_names
 from ..files import atomic_write, free_lock, say, shell_line, write_json
 
 # %% ../../nbs/35d_studies.ipynb #19a00008

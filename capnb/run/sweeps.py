@@ -17,7 +17,7 @@ from capnb.run.studies import (
     SAMPLERS, classic_grid, import_optuna, open_study, read_vary, take_trial, trial_folder,
 )
 from capnb.settings import (
-    OWN_DATA, Hyperparameters, as_hyperparameters, check_value, chosen_settings, limits, one_of
+    Hyperparameters, OWN_DATA, as_hyperparameters, check_value, chosen_settings, limits, one_of
 )
 from ..files import free_lock, say
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names

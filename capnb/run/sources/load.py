@@ -24,7 +24,7 @@ from ...hub import hub_errors
 from capnb.data import (
     CaptionData, Source, _NamedRows, _image, counts_characters, is_zip, named_rows, split_rows, infer_columns
 )
-from ...images import decoding_pool
+from ...image_pool import decoding_pool
 from ...storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
 
