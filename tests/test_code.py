@@ -134,7 +134,6 @@ NOT_YET_SHORT = {
     'fast.bench',
     'fast.memory.phases',
     'hub._advice',
-    'images',
     'insight.pretraining',
     'insight.pretraining.small_clip',
     'insight.pretraining.warm_up',
