@@ -328,7 +328,8 @@ def test_best_is_taken(call, overtrained, monkeypatch):
         'capnb.insight.report.load_model_from_checkpoint',
         'capnb.run.sharing.share',
         'capnb.run.serving.server.serve',
-        'capnb.run.scale.read_metadata',
+        'capnb.run.scale.jobs.read_metadata',
+        'capnb.captioner.read_metadata',
     ):
         monkeypatch.setattr(name, take)
     commands = (
@@ -765,7 +766,7 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
             'capnb.insight.report.load_for',
             'capnb.run.sources.load.check_data',
             'capnb.fast.bench.bench',
-            'capnb.run.scale.run_job',
+            'capnb.run.scale.jobs.run_job',
             'capnb.insight.pretraining.pretrain',
             'capnb.run.sharing.share',
             'capnb.insight.report._captioned',
