@@ -26,7 +26,7 @@ from ..files import atomic_write, parse_json, read_text, say, write_json
 from ..hub import load_whole, model_config, read_model
 from ..data import one_line, words
 from ..run.sources.load import load_for
-from ..run.sources.tables import NameIndex
+from ..run.sources.names import NameIndex
 from ..decoder import use_int8
 from ..encoder import EncodedData, load_encoder
 from ..fast.cache import encode_data, features_folder

@@ -76,8 +76,8 @@ def data_command(
     be used, and what may teach the wrong thing."""
     from functools import partial
     from capnb.decoder import count_cut, cut_text, decoder_config, load_tokenizer
-    from capnb.data import BadRows
-    from capnb.run.sources.load import check_data, report_data
+    from capnb.run.sources.folders import BadRows
+    from capnb.run.sources.check import check_data, report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
