@@ -7,7 +7,7 @@ from PIL import Image
 from capnb.captioner import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import read_folder
-from capnb.insight.report import read_predictions
+from capnb.run.predictions import read_predictions
 from capnb.run.sources.load import load_data
 import capnb.files
 
