@@ -17,6 +17,7 @@ import numpy as np, torch, transformers
 from fastcore.basics import patch
 from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
+from ..log import log
 from ..captioner import load_model_from_checkpoint, read_metadata
 from ..run.command_line import BEST, any_path, command, new_file
 from ..settings import OWN_DATA
@@ -209,7 +210,7 @@ def read_predictions(
         if n in captions: raise ValueError(f"{path}: image_id {i!r} has two captions")
         captions[n] = caption
     for given,real in list(find.index.respelt.items())[:1]:
-        say(
+        log.warning(
             f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as"
             f" {given!r} for {real!r}"
         )
@@ -919,7 +920,7 @@ def _warn(judged, name):
     "Note and say that the scoring CLIP is the captioner's own."
     for j in judged.values():
         j.scores['clip']['own'] = True
-    say(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
+    log.warning(f"⚠️ {name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
 
 def _about(h, metadata): # what stands on top of the page
     learned = (
