@@ -329,6 +329,15 @@ def test_one_command_fills_the_table(call, tmp_path, checkpoint):
         == done.stdout.strip()
     )
 
+def test_a_table_from_before_goes_on(tmp_path, checkpoint):
+    "The column was named otherwise."
+    file = tmp_path/'results.json'
+    row = dict(dict.fromkeys(FIELDS), settings='best', encoder='a', decoder='b', data='c')
+    old = {'training_pictures' if k == 'training_images' else k: v for k,v in row.items()}
+    file.write_text(json.dumps([old]))
+    results_command([str(checkpoint), '--file', str(file)])
+    assert json.loads(file.read_text(encoding='utf-8'))[0] == row
+
 @pytest.mark.parametrize(
     'args, message',
     [

@@ -7,7 +7,8 @@ __all__ = ['coco_ids', 'write_predictions', 'read_predictions']
 
 # %% ../../nbs/34c_predictions.ipynb #06b5d2a3
 import json, re
-from ..files import parse_json, read_text, say, write_json
+from ..files import parse_json, read_text, write_json
+from ..log import log
 from ..data import one_line
 from .sources.tables import NameIndex
 
@@ -85,8 +86,8 @@ def read_predictions(
         if n in captions: raise ValueError(f"{path}: image_id {id!r} has two captions")
         captions[n] = caption
     for given,real in list(find.index.respelt.items())[:1]:
-        say(f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as "
-            f"{given!r} for {real!r}")
+        log.warning(f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as "
+                    f"{given!r} for {real!r}")
     missing = [id for n,id in enumerate(image_ids) if n not in captions]
     if missing:
         raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is "

@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from ..files import atomic_write, say
+from ..settings import OWN_DATA
+from ..files import atomic_write
+from ..log import log
 from ..encoder import EncodedData
 from ..decoder import use_int8
 from ..captioner import load_model_from_checkpoint
@@ -24,7 +26,6 @@ from ..insight.report.judged import judge
 from ..insight.report.page import report_page, training_charts
 from ..fast.cache import encode_data, features_folder
 from .sources.load import load_for
-from .entry import OWN_DATA
 from .predictions import read_predictions
 
 # %% ../../nbs/34d_scoring.ipynb #b3c31434
@@ -55,7 +56,7 @@ def score_checkpoint(
     if h.data==OWN_DATA:
         raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with "
                          "capnb.evaluation.evaluate")
-    say(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
+    log.info(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits, folder, out = load_for(h), features_folder(h), {}
 
     @cache
@@ -96,7 +97,7 @@ def score_predictions(
         scores = score(said, data, [Facts()])
         lower = floors(train, data, [Facts()])
         out[s] = splits[s], data, said, dict(scores, pictures=len(data), floors=lower)
-    say(f"{path}, captions for {h.data}")
+    log.info(f"{path}, captions for {h.data}")
     return out
 
 # %% ../../nbs/34d_scoring.ipynb #9f9830e6
@@ -125,7 +126,8 @@ def _warn_if_own(judged, scorer, model, h):
     if not own: return
     for j in judged.values():
         j.scores['clip']['own'] = True
-    say(f"⚠️ {scorer.name} is the captioner's own encoder, so its CLIPScore flatters: ask another CLIP")
+    log.warning(f"⚠️ {scorer.name} is the captioner's own encoder, so its CLIPScore flatters: ask another "
+                "CLIP")
 
 def judge_captions(
     path, # File of weights, or of captions

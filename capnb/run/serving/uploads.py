@@ -13,7 +13,8 @@ import json
 import os
 from collections import Counter, deque
 from contextlib import asynccontextmanager
-from ...images import DecodingPool, TooManyPixels, image_formats
+from ...image_pool import DecodingPool
+from ...images import TooManyPixels, image_formats
 from .limits import Limits, refuse
 
 # %% ../../../nbs/37c_serving_uploads.ipynb #0da12018
