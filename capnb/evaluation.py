@@ -273,7 +273,8 @@ def _way(s):
 def _table_rows(s):
     "A column of the table: by row a number, a list of a number and its interval, or None."
     between = s.get('intervals', {})
-    def sure(name, value): return value if value is None else [value, *between.get(name, [])]
+    def sure(name, value):
+        return value if value is None else [value, *between.get(name, [])]
     lower, facts, tools = s.get('floors', {}), s.get('facts') or {}, s.get('coco', {}) | s.get('clip', {})
     rows = {'ROUGE-L': sure('rouge_l', s['rouge_l']),
             '  floor: another picture': sure('rouge_l_floor', s['rouge_l_floor'])}

@@ -26,8 +26,9 @@ SMALL = dict(
     prefix_length=2,
     max_caption_length=12,
 )
-TOP_LEVEL = '''epoch training_loss validation_loss image_gain rouge_l rouge_l_floor rouge_l_ceiling facts_f1 learning_rate steps losses
-               hyperparameters encoder decoder data device seconds versions'''.split()
+TOP_LEVEL = '''epoch training_loss validation_loss image_gain rouge_l rouge_l_floor rouge_l_ceiling
+               facts_f1 learning_rate steps losses hyperparameters encoder decoder data
+               device seconds versions'''.split()
 HELD_BACK = {'test', 'compositional'}
 
 def flags(settings): return [word for k,v in settings.items() for word in (f'--{k}', v)]
@@ -837,7 +838,10 @@ LIBRARY = """
 from capnb.run.entry import train
 from capnb.storybook import Storybook
 rows = [dict(image=Storybook()[i]['image'], caption='\\u4e00\\u53ea\\u732b \\U0001f408') for i in range(24)]
-result = train(training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows, output_dir='runs')
+result = train(
+    training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows,
+    output_dir='runs',
+)
 assert result.checkpoint.exists()
 """
 

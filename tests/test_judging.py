@@ -28,10 +28,8 @@ def made(tmp_path_factory):
     (here/'data').mkdir()
     for i in range(40):
         book[i]['image'].resize((400, 300)).save(here/'data'/f'COCO_val2014_{i:012}.jpg')
-        table += [
-            f'COCO_val2014_{i:012}.jpg,"{c}",{"train" if i < 40-2*N else "validation" if i < 40-N else "test"}'
-            for c in book.captions(i)[:3]
-        ]
+        split = 'train' if i < 40-2*N else 'validation' if i < 40-N else 'test'
+        table += [f'COCO_val2014_{i:012}.jpg,"{c}",{split}' for c in book.captions(i)[:3]]
     (here/'data'/'captions.csv').write_text('\n'.join(table))
     train(
         data=str(here / 'data'),
