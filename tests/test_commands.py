@@ -726,6 +726,7 @@ TEXTS = {
     'bad_rows',
     'report_to',
     'allowed_hosts',
+    'model',
 }
 
 @pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
