@@ -10,8 +10,9 @@ import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
 from ...data import caption_texts
-from ...files import is_zip, read_text, say, zip_files
+from ...files import is_zip, read_text, zip_files
 from ...images import image_format, images_below
+from ...log import log
 from .columns import CAPTION_COLUMNS, SPLIT_NAMES, looks_like_image
 from .folders import Source, as_source, read_folder
 from .layouts import folder_tables, split_of_name
@@ -297,7 +298,7 @@ def _told(name, source, rows, columns):
     "A line that says what is read."
     image, captions = infer_columns(rows.features, *columns)
     sizes = ', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())
-    say(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
+    log.info(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
     return source
 
 def _read_rows(found, path, folder, columns, outside):

@@ -9,8 +9,9 @@ __all__ = ['BadRows', 'ImageFolder', 'Source', 'as_source', 'read_folder']
 from pathlib import Path
 from typing import NamedTuple
 from ...data import caption_texts, split_rows
-from ...files import is_zip, say
+from ...files import is_zip
 from ...images import ImageFile
+from ...log import log
 from .columns import SPLIT_NAMES
 from .layouts import folder_of_table, folder_tables, images_of_table, only_table, split_lists
 from .names import ImageFinder
@@ -169,7 +170,7 @@ def read_folder(
     parts = {}
     for split,rows in sources:
         for note in rows.notes:
-            say(f'⚠️ {note}')
+            log.warning(f'⚠️ {note}')
         for i,name in enumerate(rows.names):
             parts.setdefault(split or rows.splits[name], []).append((rows, i))
     tables = [rows for _,rows in sources]

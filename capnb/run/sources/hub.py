@@ -11,9 +11,9 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 from random import Random
-from tqdm.auto import tqdm
 from ...files import atomic_write
 from ...hub import hub_errors
+from ...log import progress_bar
 from .columns import SPLIT_NAMES
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b402
@@ -117,7 +117,7 @@ def _first_rows(repo, revision, limit):
         {},
         missing_splits(files),
     )
-    with tqdm(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
+    with progress_bar(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
         for name,urls in files.items():
             parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
             for rows in _groups(urls, kept):

@@ -10,10 +10,9 @@ import re
 from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
-from tqdm.auto import tqdm
 from ...data import CaptionData, image_of, split_rows
-from ...files import say
 from ...image_pool import decoding_pool
+from ...log import log, progress_bar
 from .archives import from_datasets, read_path
 from .folders import Source
 from capnb.run.sources.hub import (
@@ -48,7 +47,7 @@ def read_streams(
     streams = data if isinstance(data, Mapping) else dict(train=data)
     missing, have, found = missing_splits(streams), Counter(), {}
     need = lambda split: float('inf') if limit is None else limit if split=='train' else held_back(limit)
-    with tqdm(desc='Reading the stream', unit='image') as bar:
+    with progress_bar(desc='Reading the stream', unit='image') as bar:
         for name,stream in streams.items():
             stream, image, captions = _undecoded(stream, (image_column, caption_column))
             for n,row in enumerate(stream):
@@ -90,7 +89,7 @@ def scan(
     rows = deque()
     images = decoding_pool().map(_sources(data, rows), min_side=CHECKED_SIDE)
     for i, image in enumerate(
-        tqdm(images, desc=progress, disable=not progress, unit='picture', total=len(data))
+        progress_bar(images, desc=progress, disable=not progress, unit='picture', total=len(data))
     ):
         row = rows.popleft()
         yield (i, None, str(image)) if isinstance(image, ValueError) else (i, dict(row, image=image), '')
@@ -116,7 +115,7 @@ def _hub_rows(repo, revision, limit, columns):
     found = load_hub(repo, revision, limit)
     without_split = found.pop(None, [])
     image, captions = infer_columns(next(iter(found.values())).features, *columns)
-    say(
+    log.info(
         f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from"
         f" column {image}, with captions from {', '.join(captions)}"
     )
@@ -193,7 +192,7 @@ def load_data(
     if 'train' not in source.splits:
         raise ValueError(f"the data has no split 'train', only {', '.join(source.splits)}")
     if source.without_split:
-        say(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
+        log.info(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
     splits = {
         split: CaptionData(rows, limit if split == 'train' else None) for split, rows in source.splits.items()
     }
@@ -204,7 +203,7 @@ def load_data(
         ]
         splits['train'].num_skipped = len(bad)
         if bad:
-            say(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
+            log.warning(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
 def load_for(
