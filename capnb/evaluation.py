@@ -26,7 +26,7 @@ from .data import counts_characters, one_line, space_characters, words
 from .decoder import check_options
 from .encoder import EncodedData
 from .storybook import COLOURS, KINDS, read_facts
-from .training import Callback, _learning, validate
+from .training import Callback, learning, validate
 
 # %% ../nbs/07_evaluation.ipynb #231199c9
 class _Words(Tokenizer):
@@ -559,7 +559,7 @@ class Scores(Callback):
     def _held_back(self, run):
         return [s for s in run.data if s not in ('train','validation')]
     def _weights(self, run):
-        return {n: p.detach().cpu().clone() for n,p in _learning(run).items()}
+        return {n: p.detach().cpu().clone() for n,p in learning(run).items()}
     def _score_all(self, run, name=''):
         return {split: evaluate(run.model, run.data[split], name+split) for split in self._held_back(run)}
     def on_train_begin(self, run):
@@ -587,11 +587,11 @@ class Scores(Callback):
     def _score_untrained(self, run):
         "Score the model as it was before the first step."
         trained = self._weights(run)
-        load_trained(run.model, self.untrained, 'the state before training', _learning(run))
+        load_trained(run.model, self.untrained, 'the state before training', learning(run))
         try:
             return {split: scores for split,(scores,_) in self._score_all(run, 'untrained, ').items()}
         finally:
-            load_trained(run.model, trained, wanted=_learning(run))
+            load_trained(run.model, trained, wanted=learning(run))
 
     def _show(self, run, split, captions):
         "Print and draw the first captions of a split."

@@ -4,7 +4,7 @@ import json, sqlite3, struct, subprocess, sys
 from pathlib import Path
 import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
-from capnb import training
+from capnb.run import training
 from capnb.run import commands
 from capnb.captioner import read_metadata
 from capnb.run.entry import train

@@ -25,7 +25,10 @@ from ..images import open_image
 from ..evaluation import fact_counts, rouge_each
 from ..inference import CaptionStreamer, explain
 from .attribution import veil
-from ..training import Callback, Interrupted, ask_to_stop, fit, read_state, state_path
+from ..training import Callback
+from ..run.training import run_training
+from ..run.signals import Interrupted, ask_to_stop
+from ..run.resume import read_state, state_path
 
 # %% ../../nbs/17b_widgets.ipynb #0da23008
 STYLE = """<style>
@@ -604,7 +607,7 @@ def wait(self:LiveTraining):
 def _train(self:LiveTraining):
     with errors_in(self.errors):
         try:
-            fit(self.model, self.data, self.h, self.callbacks, self.state)
+            run_training(self.model, self.data, self.h, self.callbacks, self.state)
             self._say(f'done: {self.run.epoch} epochs, {self.run.checkpoint}')
         except Interrupted as e:
             self._say(str(e))

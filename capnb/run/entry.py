@@ -15,10 +15,9 @@ from ..evaluation import Scores, Tracker
 from ..fast.cache import encode_data, features_folder
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
-from capnb.training import (
-    find_state, fit, join_processes, main_process_first, read_state, resumed_hyperparameters, shard_decoder,
-    sharding_asked, tracker_names,
-)
+from .processes import join_processes, main_process_first, shard_decoder, sharding_asked
+from .resume import find_state, read_state, resumed_hyperparameters
+from .training import run_training, tracker_names
 
 # %% ../../nbs/33b_train_and_load.ipynb #6c112aa4
 OWN_DATA = '(data of your own)' # stands for the name of data that has none
@@ -88,7 +87,7 @@ def train(
     preset:str=None,
     callbacks=(), # More `capnb.training.Callback`s
     device=None, # None for the best device
-    # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.training.find_state` takes
+    # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.run.resume.find_state` takes
     resume=None,
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
@@ -105,7 +104,7 @@ def train(
     check_writable(h.output_dir) # before pictures are fetched and encoded for a run that cannot be saved
     trackers = tracker_names(h) # before pictures are fetched for a tracker that is not installed
     model, splits, encoded = prepare(h, data, device)
-    run = fit(
+    run = run_training(
         model,
         encoded,
         h,

@@ -19,7 +19,7 @@ from .sources.load import held_back, load_for
 from capnb.settings import (
     Hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, model_path, say,
 )
-from ..training import make_optimizer
+from .training import optimizer_for
 
 # %% ../../nbs/34_planning.ipynb #13a0001e
 KNOWN_DATA = { # GB of parquet files on the hub, and pictures of Karpathy's split
@@ -215,7 +215,7 @@ def time_phases(
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     device = hardware.device
     model = random_init_captioner(h, device, getattr(torch, choose_dtype(hardware)))
-    do, (optimizer, _) = phases(model, h, encoded), make_optimizer(model, h)
+    do, (optimizer, _) = phases(model, h, encoded), optimizer_for(model, h)
     processor, photograph = CLIPImageProcessorPil(
         size=dict(shortest_edge=h.image_size), crop_size=dict(height=h.image_size, width=h.image_size)
     ), Image.new('RGB', (500, 375) if h.data != 'storybook' else (64, 64))

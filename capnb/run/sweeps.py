@@ -25,7 +25,10 @@ from capnb.settings import (
 )
 from ..decoder import embedding_size
 from ..evaluation import Tracker
-from ..training import Callback, Interrupted, fit, in_processes, tracker_names
+from ..training import Callback
+from .training import run_training, tracker_names
+from .processes import in_processes
+from .signals import Interrupted
 
 # %% ../../nbs/36_sweeps.ipynb #19a00008
 def _optuna():
@@ -288,7 +291,7 @@ def run_trial(
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         model, prune, began = lab(h), Prune(trial), time.perf_counter()
         try:
-            run = fit(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
+            run = run_training(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
         except ValueError as e:
             trial.set_user_attr('error', str(e))
             study.tell(trial, state=state.FAIL)
