@@ -158,7 +158,7 @@ class Callback:
     def on_close(self, run:Run):
         "Called last of all, also where an error ends the run; `run.done` tells whether it came to its end."
 
-# %% ../nbs/06_training_loop.ipynb #de5bc5f1
+# %% ../nbs/06_training_loop.ipynb #17fde226
 def step(
     model:nn.Module,
     features, # (batch, ...)
@@ -169,7 +169,7 @@ def step(
     loss.backward()
     return loss.item()
 
-# %% ../nbs/06_training_loop.ipynb #6c370a01
+# %% ../nbs/06_training_loop.ipynb #7db54d0b
 def train_step(run:Run, features, captions):
     "Make the gradient of one batch, clip it, and correct what learns."
     loss = run.stepper(run.model, features, captions)
@@ -192,12 +192,8 @@ def train_epoch(run:Run):
         run.steps = min(run.steps, run.step+run.max_steps-len(run.losses))
     run.call('on_epoch_begin')
     run.model.train()
-    bar = tqdm(
-        run.batches.between(run.step, run.steps),
-        initial=run.step,
-        total=run.steps,
-        desc=f'Training Epoch {run.epoch+1}/{run.num_epochs}',
-    )
+    name, batches = f'Training Epoch {run.epoch+1}/{run.num_epochs}', run.batches.between(run.step, run.steps)
+    bar = tqdm(batches, name, total=run.steps, initial=run.step)
     for features,captions in bar:
         train_step(run, features, captions)
         bar.set_postfix({'Loss': f'{run.losses[-1]:.4f}', 'Avg Loss': f'{run.mean_loss:.4f}'}, refresh=False)
@@ -218,9 +214,7 @@ def close_epoch(run:Run):
     run.call('on_epoch_end')
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0733
-def training_loop(
-    run:Run,
-) -> Run: # The same
+def training_loop(run:Run) -> Run:
     "Train until epochs or steps are used up or a callback says stop; call each callback at its moments."
     try:
         run.call('on_resume' if run.resumed else 'on_train_begin')
@@ -239,21 +233,18 @@ def fit(
     data:dict, # 'train' and, if the run is to look at unseen pictures, 'validation': `EncodedData`
     num_epochs:int=1,
     batch_size:int=8, # Pictures in a step
-    learning_rate:float=1e-4,
-    decoder_lr_scale:float=.1, # As for `make_optimizer`, with the next two
-    decay:float=1.,
-    decay_step:int=1,
+    learning_rate:float=1e-4, # Of all that wants a gradient
     seed:int=0, # Fixes the order of the data, the choice of captions and what is drawn at random
     captions_per_image:int=1, # Captions of each picture that an epoch shows
     max_steps:int=None, # Stop after so many steps, wherever the epoch is
-    groups:dict=None, # What learns, as for `make_optimizer`; None for all that wants a gradient
+    optimizer=None, # With its schedule, from `make_optimizer`, in place of one with `learning_rate`
     callbacks=(), # `Callback`s
     stepper=step, # `stepper(model, features, captions)` makes the gradient of a batch and gives its loss
 ) -> Run:
     "Train what is to learn; after each epoch look at unseen pictures and call the callbacks."
     torch.manual_seed(seed)
-    groups = groups or dict(adapter={n: p for n,p in model.named_parameters() if p.requires_grad})
-    optimizer, scheduler = make_optimizer(groups, learning_rate, decoder_lr_scale, decay, decay_step)
+    learns = {n: p for n,p in model.named_parameters() if p.requires_grad}
+    optimizer, scheduler = optimizer or make_optimizer(dict(model=learns), learning_rate)
     return training_loop(Run(
         model, data, optimizer, scheduler, num_epochs, batch_size, seed, captions_per_image, max_steps,
         list(callbacks), stepper, validates='validation' in data,

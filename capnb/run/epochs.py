@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_curve', 'new_metadata', 'report_epoch', 'best_epoch', 'report_best', 'KeepCheckpoints', 'EarlyStopping']
 
-# %% ../../nbs/32d_epochs.ipynb #f89bf635
+# %% ../../nbs/32d_epochs.ipynb #061a619f
 from dataclasses import asdict
 from pathlib import Path
 import accelerate, capnb, torch, transformers

@@ -6,7 +6,7 @@
 __all__ = ['in_processes', 'sharding_asked', 'join_processes', 'broadcast_from_main', 'main_process_only', 'main_process_first',
            'own_rows', 'add_up', 'share_held', 'shard_decoder', 'check_sharded']
 
-# %% ../../nbs/33_several_processes.ipynb #bc6874f8
+# %% ../../nbs/33_several_processes.ipynb #1a37a20e
 import os
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['acquire_run_lock', 'Interrupted', 'how_to_go_on', 'ask_to_stop', 'stoppable']
 
-# %% ../../nbs/32e_signals.ipynb #559183c7
+# %% ../../nbs/32e_signals.ipynb #2341a1e0
 import signal, threading
 from contextlib import contextmanager
 from datetime import datetime, timedelta

@@ -6,7 +6,7 @@
 __all__ = ['token_counts', 'backward', 'read_ahead', 'ReadAhead', 'SharedStep', 'Begin', 'SaveState', 'tracker_names',
            'optimizer_for', 'run_training']
 
-# %% ../../nbs/33a_training.ipynb #4c04125e
+# %% ../../nbs/33a_training.ipynb #fde4bd7e
 import signal, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +134,7 @@ class ReadAhead(EpochBatches):
     def between(self, first, last):
         return read_ahead(self, self.rows[first:last], self.device)
 
-# %% ../../nbs/33a_training.ipynb #4becb5df
+# %% ../../nbs/33a_training.ipynb #80c164cf
 class SharedStep(Callback):
     "Makes the gradient of a batch in mixed precision, in parts that memory holds, and with other processes."
     def __init__(self, run:SavedRun):
@@ -161,7 +161,7 @@ class SharedStep(Callback):
         run.tokens += tokens
         return loss
 
-# %% ../../nbs/33a_training.ipynb #2bf0a472
+# %% ../../nbs/33a_training.ipynb #d92a7997
 class Begin(Callback):
     "Begin a run or take it up, and write the checkpoint of each epoch; comes before all other callbacks."
     def __init__(self,
@@ -235,7 +235,7 @@ class SaveState(Callback):
         save_state(run)
         report_best(run)
 
-# %% ../../nbs/33a_training.ipynb #dfb8c98d
+# %% ../../nbs/33a_training.ipynb #50be7076
 def _check_run(data, h):
     if h.evaluation_enabled and 'validation' not in data:
         raise ValueError(
@@ -302,7 +302,7 @@ def _new_run(model, data, h, stamp, callbacks, state, accelerator):
     run.callbacks = [Begin(state), run.stepper, *callbacks, KeepCheckpoints(), EarlyStopping(), SaveState()]
     return run
 
-# %% ../../nbs/33a_training.ipynb #c574dfbd
+# %% ../../nbs/33a_training.ipynb #0246accd
 def run_training(
     model:Captioner,
     data:dict, # 'train' and, if evaluation is enabled, 'validation': `EncodedData`
