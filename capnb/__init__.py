@@ -23,8 +23,18 @@ Everything else is in the modules of the package, one per chapter of the course.
 """
 
 __all__ = [
-    'Callback', 'Captioner', 'Hyperparameters', 'TrainingResult', 'caption', 'caption_files', 'evaluate', 'explain',
-    'fit', 'load', 'load_data', 'train'
+    'Callback',
+    'Captioner',
+    'Hyperparameters',
+    'TrainingResult',
+    'caption',
+    'caption_files',
+    'evaluate',
+    'explain',
+    'fit',
+    'load',
+    'load_data',
+    'train',
 ]
 
 _HOMES = dict(

@@ -5,9 +5,9 @@ import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from capnb.insight.decoder_families import (
-    agrees, compare_families, compare_family, default_config, tiny_config
+    agrees, compare_families, compare_family, tiny_config
 )
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.decoder import caption_loss, token_nll, head_is_plain, load_decoder, tokenize_captions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def test_a_decoder_whose_positions_are_not_heeded_gets_a_row_for_each_caption(to
             labels=torch.cat([torch.full((1, 3), -100), i[None].masked_fill(m == 0, -100)], 1),
         ).loss
         * m.sum()
-        for i, m in zip(ids, mask)
+        for i, m in zip(ids, mask, strict=True)
     ]
     assert caption_loss(decoder, prefix, ids, mask).item() == pytest.approx(
         (sum(own) / mask.sum()).item(), abs=1e-5

@@ -1,12 +1,14 @@
 "The pool of child processes that decode images, and what may go wrong in them."
 import io, os, random, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import psutil, pytest
 from PIL import Image
 from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged, saved, scene
-from capnb import images
-from capnb.images import DecodingPool, ImageFile, TooManyPixels, measure_image, open_image, open_images
+from capnb import image_pool
+from capnb.image_pool import DecodingPool, open_images
+from capnb.images import ImageFile, TooManyPixels, measure_image, open_image
 
 GOOD = [saved(scene(random.Random(i)), 'PNG') for i in range(10)]
 
@@ -38,7 +40,7 @@ def test_a_child_says_what_open_image_says(pool):
         for a in pool.map([ImageFile(f.data, f.name) for f in files])
     ]
     assert [str(a) if isinstance(a, ValueError) else a for a in answers] == [
-        said(lambda: open_image(f.data, f.name)) for f in files
+        said(partial(open_image, f.data, f.name)) for f in files
     ]
 
 def test_paths_and_images(pool, tmp_path):
@@ -69,7 +71,7 @@ def test_children_know_nothing_of_torch(pool):
 
 def test_importing_it_imports_nothing_heavy():
     code = (
-        "import sys, capnb.images; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m"
+        "import sys, capnb.image_pool; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m"
         " in sys.modules])"
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
@@ -80,14 +82,16 @@ def test_a_child_that_hangs_costs_one_image():
             pool.map(
                 [
                     ImageFile(*file)
-                    for file in zip([GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl')
+                    for file in zip(
+                        [GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl', strict=True
+                    )
                 ]
             )
         )
         assert [str(e) for e in found if isinstance(e, ValueError)] == [
             f'{name} is not a readable picture: decoding it took longer than 1 seconds' for name in 'bl'
         ]
-        assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD))
+        assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD, strict=True))
         assert len(pool.children) <= 2
 
 def test_a_child_that_dies_costs_one_image():
@@ -113,7 +117,7 @@ def test_a_child_has_a_limit_of_memory():
         assert same(pool.open(GOOD[0]), GOOD[0])
 
 def test_large_images_come_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(images, '_FREE', 1000)
+    monkeypatch.setattr(image_pool, '_FREE', 1000)
     with DecodingPool(2) as pool:
         with pool.large:
             waits = pool.submit(GOOD[0])
@@ -174,7 +178,7 @@ import random, sys, threading, time
 sys.path[:0] = [{tests!r}]
 from bombs import scan_bomb
 from damage import saved, scene
-from capnb.images import decoding_pool, open_images
+from capnb.image_pool import decoding_pool, open_images
 files = [saved(scene(random.Random(i)), 'PNG') for i in range(20)]
 print(sum(not isinstance(image, ValueError) for image in open_images(files)), flush=True)
 if len(sys.argv) > 1:
@@ -214,9 +218,10 @@ def test_children_end_with_a_parent_that_was_killed(script):
     assert until(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
 
 def test_few_images_start_no_process(monkeypatch):
-    monkeypatch.setattr(images, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
-    assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD))
-    assert all(same(image, source) for image, source in zip(open_images([open_image(b) for b in GOOD]), GOOD))
+    monkeypatch.setattr(image_pool, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
+    assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD[:7], strict=True))
+    opened = open_images([open_image(b) for b in GOOD])
+    assert all(same(image, source) for image, source in zip(opened, GOOD, strict=True))
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='the system stops no processes')
 def test_a_child_that_is_stopped_is_replaced():

@@ -24,7 +24,10 @@ def test_import_costs_little():
     assert ours-bare < .2, f'import capnb takes {ours-bare:.2f} s'
 
 def test_import_leaves_torch_out():
-    code = 'import sys, capnb; dir(capnb); print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])'
+    code = (
+        'import sys, capnb; dir(capnb); print([m for m in ("torch", "transformers", "numpy") if m in'
+        ' sys.modules])'
+    )
     assert python(code).strip() == '[]'
 
 def test_star_gives_the_names():
@@ -56,7 +59,9 @@ def test_help_shows_the_names():
     assert capnb.__doc__.splitlines()[0] in shown
     head = [line.strip() for line in shown.splitlines()]
     for name in capnb.__all__:
-        assert any(line.startswith((f'{name}(', f'class {name}(')) for line in head), f'help(capnb) does not show {name}'
+        assert any(
+            line.startswith((f'{name}(', f'class {name}(')) for line in head
+        ), f'help(capnb) does not show {name}'
 
 def test_version_is_that_of_the_settings():
     assert f'version = {capnb.__version__}\n' in (ROOT/'settings.ini').read_text(encoding='utf-8')

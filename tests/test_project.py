@@ -37,7 +37,7 @@ def modules_of(path):
     return list(dict.fromkeys([*default, *filter(None, exports)])) if exports else default
 
 def number(path):
-    "The place of a chapter among the others, such as (1, 'b') for 30b_images; None where it has no number."
+    "The place of a chapter among the others, such as (1, 'b') for 30e_images; None where it has no number."
     return (int(m[1]), m[2]) if (m := re.match(r'(\d+)([a-z]?)_', path.stem)) else None
 
 def python(code):
@@ -46,7 +46,7 @@ def python(code):
 
 # Layers, from the bottom: imports go down only, or to a lower number of the same layer. Understand and Fast
 # stand side by side.
-BASE = 'settings files hardware hub images image_pool'.split()
+BASE = 'settings files log hardware hub images image_pool'.split()
 COURSE = 'data encoder adapter decoder captioner training evaluation inference'.split()
 BELOW = dict(
     base=[],
@@ -109,7 +109,9 @@ def upward_imports(module):
 NOT_YET_DOWN = {
     'data': {'run.sources.tables'},
     'insight.decoder_families': {'run.command_line'},
-    'insight.report': {'fast.cache', 'run.command_line', 'run.entry', 'run.sources.load', 'run.sources.tables'},
+    'insight.report': {
+        'fast.cache', 'run.command_line', 'run.entry', 'run.sources.load', 'run.sources.tables',
+    },
     'run.sources.load': {'run.sources.archives', 'run.sources.tables'},
     'training': {'run.checkpoints'},
 }

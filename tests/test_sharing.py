@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from capnb.captioner import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, share
 from capnb.storybook import Storybook
 from hub import Hub
@@ -129,7 +129,8 @@ from vllm import LLM, SamplingParams
 if __name__ == '__main__':
     llm = LLM(model='llava', dtype='float32', max_model_len=256, enforce_eager=True)
     asked = [dict(prompt='<image>', multi_modal_data=dict(image=Image.open(f'{i}.png'))) for i in range(4)]
-    for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=48)): print('CAPTION', answer.outputs[0].text)
+    for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=48)):
+        print('CAPTION', answer.outputs[0].text)
 """)
     done = subprocess.run(
         [os.environ['CAPNB_VLLM_PYTHON'], 'serve.py'],

@@ -4,7 +4,7 @@ import json, sqlite3, struct, subprocess, sys
 from pathlib import Path
 import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
-from capnb.run import training
+from capnb.run import trackers
 from capnb.run import commands
 from capnb.captioner import read_metadata
 from capnb.run.entry import train
@@ -219,8 +219,13 @@ class Lose(Callback):
     def on_step_end(self, run):
         for p in psutil.Process().children(recursive=True)*(len(run.losses)==2):
             if 'wandb-core' in p.name(): p.kill()
-try: train(num_epochs=2, adapter_width=32, batch_size=8, max_caption_length=12, data=sys.argv[1], report_to='wandb', callbacks=[Lose()])
-except OSError as e: print('told:', e)
+try:
+    train(
+        num_epochs=2, adapter_width=32, batch_size=8, max_caption_length=12, data=sys.argv[1],
+        report_to='wandb', callbacks=[Lose()],
+    )
+except OSError as e:
+    print('told:', e)
 """
 
 def test_a_failure_of_wandb_is_loud(album, place, environment):
@@ -247,7 +252,7 @@ def test_a_failure_of_wandb_is_loud(album, place, environment):
     ],
 )
 def test_a_tracker_that_is_not_there(monkeypatch, album, report_to, available, word):
-    monkeypatch.setattr(training, 'get_available_trackers', lambda: available)
+    monkeypatch.setattr(trackers, 'get_available_trackers', lambda: available)
     monkeypatch.setattr(commands, 'prepare', lambda *a: pytest.fail('data was loaded'))
     with pytest.raises(ValueError) as error:
         train(SMALL, data=album, report_to=report_to)

@@ -12,7 +12,9 @@ import accelerate, capnb, torch, transformers
 from ..captioner import frozen_fingerprint, weights_path
 from .checkpoints import delete_checkpoint, model_places
 from .resume import SavedRun
-from ..settings import atomic_write, memory_in_use, revision_of, say
+from ..hub import revision_of
+from ..hardware import memory_in_use
+from ..files import atomic_write, say
 from ..training import Callback
 
 # %% ../../nbs/32d_epochs.ipynb #f95c2934

@@ -16,9 +16,10 @@ from ..decoder import count_cut, cut_text, decoder_config, generate_captions, lo
 from ..fast.memory import READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
 from .sources.load import held_back, load_for
-from capnb.settings import (
-    Hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, model_path, say,
-)
+from ..settings import Hyperparameters
+from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
+from ..hub import model_path
+from ..files import say
 from .training import optimizer_for
 
 # %% ../../nbs/34_planning.ipynb #13a0001e

@@ -14,7 +14,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 from ..captioner import Captioner, last_layers
-from ..settings import Hyperparameters, default_device, default_dtype
+from ..settings import Hyperparameters
+from ..hardware import default_device, default_dtype
 
 # %% ../../nbs/33_several_processes.ipynb #07b10057
 def in_processes() -> bool:

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .resume import SavedRun, state_path
-from ..settings import free_lock, shell_line
+from ..files import free_lock, shell_line
 
 # %% ../../nbs/32e_signals.ipynb #6a354920
 def _lock(folder, stamp):

@@ -7,10 +7,10 @@ __all__ = ['load', 'caption', 'evaluate']
 
 # %% ../../nbs/33c_in_python.ipynb #674b6743
 from pathlib import Path
-from ..settings import as_hyperparameters
-from ..captioner import Captioner, load_model_from_checkpoint
+from ..captioner import DEMO, Captioner, load_model_from_checkpoint
 from ..fast.cache import encode_data
 from ..evaluation import evaluate as evaluate_encoded
+from ..insight.facts import Facts
 from .sources.load import load_data, load_for
 from .entry import find_checkpoint
 
@@ -21,7 +21,8 @@ def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Cap
     Parameters
     ----------
     checkpoint : str or Path, optional
-        File of weights, `model_state_dict_....pth`. Default: the newest one in `folder`.
+        File of weights, `model_state_dict_....pth`, or 'storybook' for the captioner that comes with the
+        package. Default: the newest one in `folder`.
     folder : str or Path, default 'saved_models'
         Where to look for a checkpoint when none is named.
     best : bool, default False
@@ -48,39 +49,27 @@ def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Cap
     >>> captioner.training
     False
     """
-    return load_model_from_checkpoint(find_checkpoint(checkpoint, folder, best), device)[0]
+    path = checkpoint if checkpoint==DEMO else find_checkpoint(checkpoint, folder, best)
+    return load_model_from_checkpoint(path, device)[0]
 
 # %% ../../nbs/33c_in_python.ipynb #557517c6
 def caption(images, model=None, **options):
     """Write a caption for each image.
 
-    Parameters
-    ----------
-    images : PIL.Image.Image, str or Path, or a list of these
-        Images of any size and mode, or files of images.
-    model : Captioner, str or Path, optional
-        A captioner, or a checkpoint to load. Default: the newest checkpoint in `saved_models`.
-    **options
-        For `Captioner.caption`: `scores=True`, or what `generate` of transformers takes, such as `num_beams=3`.
+    Parameters ---------- images : PIL.Image.Image, str or Path, or a list of these Images of any size and
+    mode, or files of images. model : Captioner, str or Path, optional A captioner, or a checkpoint to load.
+    Default: the newest checkpoint in `saved_models`. **options For `Captioner.caption`: `scores=True`, or
+    what `generate` of transformers takes, such as `num_beams=3`.
 
-    Returns
-    -------
-    str or list
-        A text; for a list of images a list of texts. With `num_return_sequences` above 1 each text is a list
-        of them, best first; with `scores` each is a pair of the text and its mean log-probability, in nats per token.
+    Returns ------- str or list A text; for a list of images a list of texts. With `num_return_sequences`
+    above 1 each text is a list of them, best first; with `scores` each is a pair of the text and its mean
+    log-probability, in nats per token.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no checkpoint.
-    ValueError
-        If something is no image, or an option is unknown, out of range or without effect.
+    Raises ------ FileNotFoundError If there is no checkpoint. ValueError If something is no image, or an
+    option is unknown, out of range or without effect.
 
-    Examples
-    --------
-    >>> from capnb import caption
-    >>> caption('page.png')  # doctest: +SKIP
-    'A red cat sits beside the blue house.'
+    Examples -------- >>> from capnb import caption >>> caption('page.png') # doctest: +SKIP 'A red cat sits
+    beside the blue house.'
     """
     captioner = model if isinstance(model, Captioner) else load(model)
     return captioner.caption(images, **options)
@@ -89,38 +78,20 @@ def caption(images, model=None, **options):
 def evaluate(model=None, data=None, split='test', progress=False):
     """Caption a data set and score the captions.
 
-    Parameters
-    ----------
-    model : Captioner, str or Path, optional
-        A captioner, or a checkpoint to load. Default: the newest checkpoint in `saved_models`.
-    data : str, dict or dataset, optional
-        What `load_data` takes: a name, a folder, a data set or a dictionary of splits. Default: the data that the
-        checkpoint was trained for; a captioner does not know its data.
-    split : str, default 'test'
-        Name of the split that is scored.
-    progress : bool, default False
-        Show progress bars.
+    Parameters ---------- model : Captioner, str or Path, optional A captioner, or a checkpoint to load.
+    Default: the newest checkpoint in `saved_models`. data : str, dict or dataset, optional What `load_data`
+    takes: a name, a folder, a data set or a dictionary of splits. Default: the data that the checkpoint was
+    trained for; a captioner does not know its data. split : str, default 'test' Name of the split that is
+    scored. progress : bool, default False Show progress bars.
 
-    Returns
-    -------
-    scores : dict
-        Plain numbers: `rouge_l` from 0 to 1, `loss` in nats per token, `image_gain` in nats per caption and others.
-    captions : list of str
-        What was written, in the order of the split.
+    Returns ------- scores : dict Plain numbers: `rouge_l` from 0 to 1, `loss` in nats per token, `image_gain`
+    in nats per caption and others. captions : list of str What was written, in the order of the split.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no checkpoint.
-    ValueError
-        If the data is not known or has no such split, or if a captioner comes without data.
+    Raises ------ FileNotFoundError If there is no checkpoint. ValueError If the data is not known or has no
+    such split, or if a captioner comes without data.
 
-    Examples
-    --------
-    >>> from capnb import evaluate
-    >>> scores, captions = evaluate(data='storybook')
-    >>> 0 <= scores['rouge_l'] <= 1
-    True
+    Examples -------- >>> from capnb import evaluate >>> scores, captions = evaluate(data='storybook') >>> 0
+    <= scores['rouge_l'] <= 1 True
     """
     if isinstance(model, Captioner):
         if data is None:
@@ -132,4 +103,4 @@ def evaluate(model=None, data=None, split='test', progress=False):
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     encoded = encode_data(model.encoder, splits[split], progress='Encoding' if progress else '')
-    return evaluate_encoded(model, encoded, progress='Writing' if progress else '')
+    return evaluate_encoded(model, encoded, 'Writing' if progress else '', [Facts()])
