@@ -137,8 +137,6 @@ NOT_YET_SHORT = {
     'insight.pretraining',
     'insight.pretraining.small_clip',
     'insight.pretraining.warm_up',
-    'insight.report',
-    'insight.report.eval_command',
     'run.commands.caption_command',
     'run.commands.data_command',
     'run.sources.load',

@@ -8,7 +8,7 @@ from capnb.decoder import (
     caption_loss, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 )
 from capnb.inference import _words
-from capnb.insight.report import ClipScorer
+from capnb.insight.report.clipscore import ClipScorer
 from capnb.storybook import Storybook
 from capnb.run.training import token_counts
 
