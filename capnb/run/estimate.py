@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..decoder import count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
 from ..fast.memory import READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
-from .sources.load import held_back, load_for
+from .sources.hub import held_back
+from .sources.load import load_for
 from ..settings import Hyperparameters
 from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
 from ..hub import model_path
