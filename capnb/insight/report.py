@@ -27,7 +27,8 @@ from capnb.settings import (
 from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex
-from ..decoder import use_int8
+from ..fast.quantized import use_int8
+from ..fast.parts import make_fast
 from ..encoder import EncodedData, load_encoder
 from ..fast.cache import encode_data, features_folder
 from capnb.evaluation import (
@@ -744,6 +745,7 @@ def _captioned(path, split, int8=False, with_floors=True):
     """What a checkpoint writes: its hyperparameters, metadata and captioner, and of each split the pictures,
     the same encoded, the captions, and the scores."""
     model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
+    make_fast(model)
     if int8:
         use_int8(model.decoder)
     if h.data==OWN_DATA:

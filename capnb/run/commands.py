@@ -159,7 +159,9 @@ def caption_command(
     "Caption images with a trained model; each caption is printed as soon as it is written."
     from torch import manual_seed
     from capnb.captioner import load_model_from_checkpoint
-    from capnb.decoder import check_options, use_int8
+    from capnb.decoder import check_options
+    from capnb.fast.parts import make_fast
+    from capnb.fast.quantized import use_int8
     from capnb.images import find_images
     from capnb.inference import caption_files
     from capnb.run.entry import find_checkpoint
@@ -172,6 +174,7 @@ def caption_command(
         model, _, _ = load_model_from_checkpoint(
             find_checkpoint(checkpoint, folder, best), 'cpu' if int8 else None
         )
+        make_fast(model)
         if int8:
             use_int8(model.decoder)
         if seed is not None:

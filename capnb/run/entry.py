@@ -13,6 +13,7 @@ from ..settings import Hyperparameters, as_hyperparameters, check_writable, chos
 from ..captioner import build_captioner, check_models, check_trained
 from ..evaluation import Scores, Tracker
 from ..fast.cache import encode_data, features_folder
+from ..fast.parts import make_fast
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
 from capnb.training import (
@@ -47,9 +48,9 @@ def prepare(
     }
     device = join_processes(device)
     model = (
-        shard_decoder(build_captioner(h, 'cpu'), h, device)
+        shard_decoder(make_fast(build_captioner(h, 'cpu')), h, device)
         if sharding_asked()
-        else build_captioner(h, device)
+        else make_fast(build_captioner(h, device))
     )
     if h.init_from:
         start_from(model, h.init_from, h)

@@ -22,6 +22,7 @@ from ..settings import as_hyperparameters, say
 from ..images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files
 from ..decoder import check_options, split_scores
 from ..encoder import load_encoder
+from ..fast.parts import make_fast
 
 # %% ../../nbs/38_scale.ipynb #0da18008
 _KINDS = {'parquet files': ('.parquet',), 'tar archives': ('.tar', '.tar.gz', '.tgz')}
@@ -141,7 +142,8 @@ class CaptionWorker:
     ):
         torch.set_num_threads(threads)
         self.pool = DecodingPool(threads)
-        self.model, self.options = load_model_from_checkpoint(checkpoint, device)[0], check_options(options)
+        self.model = make_fast(load_model_from_checkpoint(checkpoint, device)[0])
+        self.options = check_options(options)
         several = self.options.get('num_return_sequences', 1) > 1
         text, number = (pa.list_(kind) if several else kind for kind in (pa.string(), pa.float32()))
         self.schema = pa.schema(dict(id=pa.string(), caption=text, score=number, error=pa.string()))

@@ -26,6 +26,7 @@ from .entry import find_checkpoint
 from ..settings import say
 from ..images import DecodingPool, TooManyPixels, image_formats
 from ..decoder import check_options
+from ..fast.parts import make_fast
 from ..inference import CaptionStreamer, explain
 
 # %% ../../nbs/37_serving.ipynb #0da1200c
@@ -150,7 +151,7 @@ class Worker:
         # it would print a page where we have a line
         logging.getLogger('litserve.loops').setLevel(logging.CRITICAL)
         try:
-            self.model = load_model_from_checkpoint(self.checkpoint, device)[0]
+            self.model = make_fast(load_model_from_checkpoint(self.checkpoint, device)[0])
         except (ValueError, OSError) as e:
             self.failure.put(str(e))
             raise

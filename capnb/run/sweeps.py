@@ -24,6 +24,7 @@ from capnb.settings import (
     free_lock, limits, say, shell_line, with_new_names, write_json
 )
 from ..decoder import embedding_size
+from ..fast.parts import make_fast
 from ..evaluation import Tracker
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names
 
@@ -129,7 +130,7 @@ class TrialRunner:
         learns, key = h.unfreeze_layers or h.lora_rank or h.init_from, [h[k] for k in _SHARED]
         if key==self.key and self.frozen and not learns:
             f = self.frozen
-            return Captioner(
+            return make_fast(Captioner(
                 f.encoder,
                 new_adapter(
                     h, f.encoder, f.decoder.get_input_embeddings().embedding_dim, embedding_size(f.decoder)
@@ -137,9 +138,9 @@ class TrialRunner:
                 f.decoder,
                 f.tokenizer,
                 h.max_caption_length,
-            )
+            ))
         if key==self.key:
-            model = build_captioner(h)
+            model = make_fast(build_captioner(h))
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
