@@ -17,7 +17,7 @@ from unicodedata import normalize
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .settings import is_regular, read_text, say, split_zip, zip_files
+from .files import is_regular, read_text, say, split_zip, zip_files
 # open_image: scripts import it from here
 from .images import ImageFile, image_format, open_image, walk_files
 from capnb.run.sources.tables import (
@@ -409,7 +409,7 @@ class ImageFolder:
         # Column of the file names, by name, or by number from 1 where there is no header
         image_column:str=None,
         caption_column:str=None, # Column of the captions, or several with commas between
-        encoding:str=None, # Of the table; None for UTF-8 or marked UTF-16, see `capnb.settings.read_text`
+        encoding:str=None, # Of the table; None for UTF-8 or marked UTF-16, see `capnb.files.read_text`
         outside:bool=False, # Whether rows may name images outside of the folder
     # Raises `FileNotFoundError` if there is no table, and `ValueError` that names table and lines that do not
     # fit

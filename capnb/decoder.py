@@ -17,7 +17,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 )
-from .settings import check_value, default_device, limits, load_whole, model_config, read_model
+from .settings import check_value, limits
+from .hardware import default_device
+from .hub import load_whole, model_config, read_model
 from .data import one_line
 
 # %% ../nbs/04_qwen_decoder.ipynb #0da7b031

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
-from .settings import default_device, load_whole, model_config, read_model, say
+from .hardware import default_device
+from .hub import load_whole, model_config, read_model
+from .files import say
 
 # %% ../nbs/02_clip_encoder.ipynb #5597efde
 # for pooled and for patch features

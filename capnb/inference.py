@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from .captioner import Captioner
 from .data import one_line, word_spans
 from .decoder import captions_of, check_options, split_scores, tokenize_captions
-from .images import find_images, open_image, open_images # find_images: scripts import it from here
+from .images import find_images, open_image # find_images: scripts import it from here
+from .image_pool import open_images
 
 # %% ../nbs/08_inference.ipynb #2a86e315
 class CaptionStreamer:

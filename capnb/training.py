@@ -34,10 +34,10 @@ from capnb.captioner import (
     read_tensors, save_checkpoint, save_metadata, save_tensors, unfreeze, weights_path
 )
 from .run.checkpoints import delete_checkpoint, model_places
-from capnb.settings import (
-    Hyperparameters, as_hyperparameters, atomic_write, default_device, default_dtype, default_mixed_precision,
-    free_lock, memory_in_use, revision_of, say, shell_line, with_new_names
-)
+from .settings import Hyperparameters, as_hyperparameters, with_new_names
+from .files import atomic_write, free_lock, say, shell_line
+from .hardware import default_device, default_dtype, default_mixed_precision, memory_in_use
+from .hub import revision_of
 from .data import captions_for_epoch
 from .decoder import count_cut, cut_text, text_ids
 from .encoder import ADVICE, EncodedData, in_slices, memory_ran_out

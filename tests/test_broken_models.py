@@ -2,7 +2,7 @@
 import ast, builtins, json, pickle, shutil, struct
 from pathlib import Path
 import pytest
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.encoder import load_encoder
 from capnb.decoder import load_decoder
 

@@ -7,12 +7,13 @@ from capnb.run.commands import caption_command
 from capnb.run.entry import train
 from capnb.decoder import check_options, generate_ids
 from capnb.encoder import EncodedData
-from capnb.evaluation import draw_samples, fact_counts, facts_scores, write_captions_for
-from capnb.images import open_images
+from capnb.evaluation import draw_samples, write_captions_for
+from capnb.insight.facts import fact_counts, facts_scores
+from capnb.image_pool import open_images
 from capnb.inference import caption_files, explain
 from capnb.insight.report import clip_scores, write_predictions
 from capnb.run.scale import ROW, CaptionWorker
-from capnb.run.serving import answer_batch
+from capnb.run.serving.worker import answer_batch
 from capnb.storybook import Storybook
 
 BEAMS = dict(num_beams=3, num_return_sequences=2)

@@ -10,7 +10,7 @@ from capnb.fast.quantized import use_int8
 from capnb.captioner import load_model_from_checkpoint, read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
-from capnb.settings import PRESETS, Hyperparameters
+from capnb.settings import Hyperparameters, PRESETS
 from capnb.images import open_image
 from capnb.storybook import Storybook
 
@@ -327,7 +327,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
     for name in (
         'capnb.insight.report.load_model_from_checkpoint',
         'capnb.run.sharing.share',
-        'capnb.run.serving.serve',
+        'capnb.run.serving.server.serve',
         'capnb.run.scale.read_metadata',
     ):
         monkeypatch.setattr(name, take)
@@ -828,6 +828,6 @@ def test_library_prints_in_one_place():
         and node.func.id == 'print'
         and 'file' not in {k.arg for k in node.keywords}
     ]
-    assert {name for name, _ in found} <= {'core.py', 'commands.py', 'speed.py'} and len(
-        [f for f in found if f[0] == 'core.py']
+    assert {name for name, _ in found} <= {'files.py', 'commands.py', 'bench.py'} and len(
+        [f for f in found if f[0] == 'files.py']
     ) == 1, found

@@ -2,14 +2,12 @@
 tokens that somebody wrote into a caption."""
 import csv, json
 import pytest, torch
-from torch.nn import functional as F
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, XGLMTokenizer
-from capnb.captioner import build_captioner
-from capnb.settings import as_hyperparameters, model_path
+from capnb.hub import model_path
 from capnb.decoder import (
-    caption_loss, token_nll, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
+    caption_loss, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 )
-from capnb.inference import _words, explain
+from capnb.inference import _words
 from capnb.insight.report import ClipScorer
 from capnb.storybook import Storybook
 from capnb.training import token_counts

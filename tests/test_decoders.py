@@ -5,9 +5,9 @@ import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from capnb.insight.decoder_families import (
-    agrees, compare_families, compare_family, default_config, tiny_config
+    agrees, compare_families, compare_family, tiny_config
 )
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb import decoder as readable
 from capnb.decoder import load_decoder, tokenize_captions
 from capnb.fast import loss as fast

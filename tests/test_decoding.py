@@ -5,8 +5,9 @@ import psutil, pytest
 from PIL import Image
 from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged, saved, scene
-from capnb import images
-from capnb.images import DecodingPool, ImageFile, TooManyPixels, measure_image, open_image, open_images
+from capnb import image_pool
+from capnb.image_pool import DecodingPool, open_images
+from capnb.images import ImageFile, TooManyPixels, measure_image, open_image
 
 GOOD = [saved(scene(random.Random(i)), 'PNG') for i in range(10)]
 
@@ -69,7 +70,7 @@ def test_children_know_nothing_of_torch(pool):
 
 def test_importing_it_imports_nothing_heavy():
     code = (
-        "import sys, capnb.images; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m"
+        "import sys, capnb.image_pool; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m"
         " in sys.modules])"
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
@@ -113,7 +114,7 @@ def test_a_child_has_a_limit_of_memory():
         assert same(pool.open(GOOD[0]), GOOD[0])
 
 def test_large_images_come_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(images, '_FREE', 1000)
+    monkeypatch.setattr(image_pool, '_FREE', 1000)
     with DecodingPool(2) as pool:
         with pool.large:
             waits = pool.submit(GOOD[0])
@@ -174,7 +175,7 @@ import random, sys, threading, time
 sys.path[:0] = [{tests!r}]
 from bombs import scan_bomb
 from damage import saved, scene
-from capnb.images import decoding_pool, open_images
+from capnb.image_pool import decoding_pool, open_images
 files = [saved(scene(random.Random(i)), 'PNG') for i in range(20)]
 print(sum(not isinstance(image, ValueError) for image in open_images(files)), flush=True)
 if len(sys.argv) > 1:
@@ -214,7 +215,7 @@ def test_children_end_with_a_parent_that_was_killed(script):
     assert until(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
 
 def test_few_images_start_no_process(monkeypatch):
-    monkeypatch.setattr(images, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
+    monkeypatch.setattr(image_pool, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
     assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD))
     assert all(same(image, source) for image, source in zip(open_images([open_image(b) for b in GOOD]), GOOD))
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
-from capnb.images import DecodingPool, find_images, image_formats, open_image
+from capnb.image_pool import DecodingPool
+from capnb.images import find_images, image_formats, open_image
 from capnb.run.scale import Source
 
 def outcome(file):
@@ -215,7 +216,7 @@ def test_many_large_images_are_never_held_whole(tmp_path):
     code = f"""
 import psutil, threading
 from pathlib import Path
-from capnb.images import open_images
+from capnb.image_pool import open_images
 me, peak, done = psutil.Process(), 0, threading.Event()
 def watch():
     global peak

@@ -3,18 +3,18 @@ and the report in a browser."""
 import csv, io, json, re, shutil
 from contextlib import redirect_stdout
 import numpy as np, pytest, torch
-from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.run.entry import train
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
 from capnb.insight.report import (
-    ClipScorer, clip_parts, eval_command, judge, image_slices, read_predictions, report_page, slices,
+    ClipScorer, clip_parts, eval_command, judge, image_slices, report_page, slices,
     worst_first
 )
 from capnb.evaluation import score_parts
+from capnb.insight.facts import Facts
 from capnb.storybook import Storybook
 
 N = 12
@@ -319,7 +319,7 @@ def test_slices_hold_what_they_say():
         None, [{k: v for k, v in Storybook('test')[i].items() if k != 'image'} for i in range(60)]
     )
     captions = [r['captions'][0] if i%2 else 'A view.' for i,r in enumerate(data.rows)]
-    parts = score_parts(captions, data)
+    parts = score_parts(captions, data, [Facts()])
     found = {(s['slice'], s['value']): s for s in slices(captions, data.rows, parts, least=5)}
     cats = [i for i,r in enumerate(data.rows) if any(t['kind']=='cat' for t in r['facts']['things'])]
     assert (

@@ -253,24 +253,26 @@ SMALL = {
     'num_epochs=3': 'num_epochs=99',
 }  # it goes on until the button stops it
 MADE = ('here = ', 'asking = ', 'browser = ', 'data = dict(')
+WIDGETS = ('17c_caption_widget', '17d_error_browser', '33c_live_training')
 
-def small(path, to):
-    "The cells of the chapter on widgets that make the widgets and what they need, with less to learn from."
-    nb = json.loads(path.read_text(encoding='utf-8'))
-    sources = {i: ''.join(c['source']) for i,c in enumerate(nb['cells']) if c['cell_type']=='code'}
-    nb['cells'] = [
-        nb['cells'][i] | dict(outputs=[], execution_count=None)
-        for i, s in sources.items()
-        if flags(nb['cells'][i]) & {'export'} or s.startswith(('#| hide\nimport tempfile', *MADE))
-    ]
-    text = json.dumps(nb)
+def wanted(cell):
+    "Whether a cell makes a widget, or something that one needs."
+    source = ''.join(cell['source'])
+    needed = flags(cell) & {'export', 'hide'} and 'nbdev_export()' not in source
+    return cell['cell_type'] == 'code' and (needed or source.startswith(MADE))
+
+def small(to):
+    "The cells of the chapters on widgets that make the widgets, with less to learn from, as one notebook."
+    chapters = [json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8')) for name in WIDGETS]
+    cells = [c | dict(outputs=[], execution_count=None) for nb in chapters for c in nb['cells'] if wanted(c)]
+    text = json.dumps(chapters[0] | dict(cells=cells))
     for long,short in SMALL.items():
-        assert long in text, f'{path.stem} has no {long!r} to make smaller'
+        assert long in text, f'there is no {long!r} to make smaller'
         text = text.replace(long, short)
     to.write_text(text, encoding='utf-8')
 
 def test_widgets(browser, lab, tmp_path):
-    small(ROOT/'nbs'/'17b_widgets.ipynb', lab.folder/'small.ipynb')
+    small(lab.folder/'small.ipynb')
     with opened(browser, lab, 'small.ipynb') as tab:
         run_all(tab, 120)
         use_captions(tab, widget_of(tab, 'CaptionWidget'))
@@ -284,7 +286,9 @@ def test_chapter(browser, lab, path):
     with opened(browser, lab, path.name) as tab:
         run_all(tab, 1800)
         picture(tab, path.stem)
-        if path.stem != '17b_widgets': return
-        use_captions(tab, widget_of(tab, 'CaptionWidget'))
-        use_errors(tab, widget_of(tab, 'ErrorBrowser'))
-        picture(widget_of(tab, 'LiveTraining'), 'training')
+        if path.stem == '17c_caption_widget':
+            use_captions(tab, widget_of(tab, 'CaptionWidget'))
+        if path.stem == '17d_error_browser':
+            use_errors(tab, widget_of(tab, 'ErrorBrowser'))
+        if path.stem == '33c_live_training':
+            picture(widget_of(tab, 'LiveTraining'), 'training')

@@ -1,6 +1,5 @@
 "A training that is killed, whatever it is writing just then, leaves only whole files under their names."
 import json, os, shutil, signal, time
-from pathlib import Path
 import pytest, torch
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint, read_metadata

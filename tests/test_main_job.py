@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
 from capnb.captioner import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.insight.pretraining import linear_probe, perplexity, retell_f1, retrieval
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,7 @@ import json, shutil
 import pytest
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint, read_metadata
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.training import read_state
 
 SETTINGS = [

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 import pytest
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint, newest_checkpoint, read_metadata
+from capnb.captioner import load_model_from_checkpoint, read_metadata
+from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.run.sharing import CapnbForImageCaptioning
 from capnb.run.sweeps import sweep
-from capnb.settings import OLD_NAMES, Hyperparameters, as_hyperparameters, with_new_names
+from capnb.settings import Hyperparameters, OLD_NAMES, as_hyperparameters, with_new_names
 
 CAPTION = 'A big black bird sits in the meadow.' # of the first image, by the version before
 LOSSES = [16.2831, 16.2014, 16.1403, 16.0789] # of all steps, by the version before

@@ -8,9 +8,10 @@ import huggingface_hub, pytest, torch
 from capnb.captioner import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
-from capnb.settings import (
-    PRESETS, Hardware, as_hyperparameters, choose_attention, choose_dtype, choose_mixed_precision,
-    default_attention, default_dtype, default_mixed_precision
+from capnb.settings import PRESETS, as_hyperparameters
+from capnb.hardware import (
+    Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
+    default_mixed_precision
 )
 from capnb.run.results import FIELDS, results_table
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
@@ -327,6 +328,15 @@ def test_one_command_fills_the_table(call, tmp_path, checkpoint):
         == results_table(rows)
         == done.stdout.strip()
     )
+
+def test_a_table_from_before_goes_on(tmp_path, checkpoint):
+    "The column was named otherwise."
+    file = tmp_path/'results.json'
+    row = dict(dict.fromkeys(FIELDS), settings='best', encoder='a', decoder='b', data='c')
+    old = {'training_pictures' if k == 'training_images' else k: v for k,v in row.items()}
+    file.write_text(json.dumps([old]))
+    results_command([str(checkpoint), '--file', str(file)])
+    assert json.loads(file.read_text(encoding='utf-8'))[0] == row
 
 @pytest.mark.parametrize(
     'args, message',

@@ -2,13 +2,12 @@
 import csv, json, random, string
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
-from capnb.settings import write_json
+from capnb.files import write_json
 from capnb.data import CaptionData, one_line, words
 from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
-from capnb.evaluation import (
-    BY_CHARACTER, _coco_words, coco_tools, rouge_l, score, score_table, text_statistics
-)
+from capnb.evaluation import BY_CHARACTER, rouge_l, score, score_table, text_statistics
+from capnb.insight.coco import _coco_words, coco_tools
 from capnb.insight.report import image_slices, read_predictions
 from capnb.storybook import Storybook
 

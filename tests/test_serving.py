@@ -15,9 +15,11 @@ from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
 from capnb.run.entry import train
 from capnb.images import open_image
-from capnb.run.serving import (
-    PAGE, Worker, answer_batch, client_of, gather, load_report, memory, send_load, serve_command, why
-)
+from capnb.run.serving.command import serve_command
+from capnb.run.serving.limits import client_of
+from capnb.run.serving.load import load_report, memory, send_load
+from capnb.run.serving.page import PAGE
+from capnb.run.serving.worker import Worker, answer_batch, gather, why
 from capnb.storybook import Storybook
 
 PAGES = 48
@@ -1425,7 +1427,7 @@ def test_stop_before_it_is_ready(start, made):
 THREADED = """
 import functools, litserve
 litserve.LitServer.run = functools.partialmethod(litserve.LitServer.run, api_server_worker_type='thread')
-from capnb.run.serving import serve_command
+from capnb.run.serving.command import serve_command
 if __name__ == '__main__': serve_command()
 """
 

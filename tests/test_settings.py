@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch
-from filelock import FileLock, Timeout
-from capnb.settings import PRESETS, Hyperparameters, as_hyperparameters, check_writable, free_lock, shell_line
+from filelock import FileLock
+from capnb.settings import Hyperparameters, PRESETS, as_hyperparameters
+from capnb.files import check_writable, free_lock, shell_line
 from capnb.encoder import load_encoder
 from capnb.fast.cache import encode_data
 from capnb.run.sources.load import load_data
@@ -212,7 +213,7 @@ def test_all_locks_are_freed_that_way():
     "No other place removes the file of a lock."
     for path in (Path(__file__).resolve().parent.parent/'capnb').rglob('*.py'):
         text = path.read_text(encoding='utf-8')
-        assert text.count('lock_file') == (path.name == 'core.py'), path
+        assert text.count('lock_file') == (path.name == 'files.py'), path
 
 def test_a_run_that_ended_can_be_claimed_again(tmp_path):
     with acquire_run_lock(tmp_path) as stamp:

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from capnb.captioner import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
-from capnb.settings import model_path
+from capnb.hub import model_path
 from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, share
 from capnb.storybook import Storybook
 from hub import Hub

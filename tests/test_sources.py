@@ -9,7 +9,7 @@ from datasets import (
     Value
 )
 from PIL import Image
-from capnb.settings import read_text
+from capnb.files import read_text
 from capnb.data import CaptionData
 from capnb.run.sources.load import ScannedImage, check_data, find_warnings, load_data
 

@@ -3,15 +3,15 @@ true."""
 import contextlib, io, json, re, shlex, signal, sys, time
 import pytest
 from PIL import Image
-from capnb.run import sweeps
+from capnb.run import studies, sweeps
 from capnb.captioner import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.commands import train_command
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-from capnb.run.sweeps import (
-    TrialRunner, open_study, read_vary, sweep, sweep_command, take_trial, trial_folder
-)
+from capnb.run.sweeps import TrialRunner, sweep
+from capnb.run.studies import open_study, read_vary, take_trial, trial_folder
+from capnb.run.sweep_command import sweep_command
 
 SMALL = dict(num_epochs=1, adapter_width=32, prefix_length=2, max_caption_length=12, batch_size=8)
 GRID = ['learning_rate=1e-3,1e-2', 'batch_size=4,8']
@@ -109,7 +109,7 @@ def test_grid_tries_all_and_loads_once(whole, album):
 
 def test_what_a_sweep_leaves(whole):
     folder, out, _ = whole
-    for name in sweeps.PLOTS:
+    for name in studies.PLOTS:
         with Image.open(folder/'sweep'/f'{name}.png') as image:
             assert min(image.size) > 100 and len(image.convert('L').getcolors()) > 10
     table = [line.split() for line in out.splitlines() if re.match(r'\s+\d', line)]
@@ -161,7 +161,7 @@ def test_a_failure_is_a_result(settings, monkeypatch):
     monkeypatch.setattr(sweeps, 'fit', failing)
     study = sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])
     assert states(study) == ['COMPLETE', 'FAIL', 'COMPLETE']
-    assert 'nan at step 3' in sweeps.sweep_table(study)
+    assert 'nan at step 3' in studies.sweep_table(study)
     # and it is not tried again
     assert states(sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])) == states(study)
 

@@ -1,16 +1,15 @@
 "Tables of captions as people have them: the right captions, or an error that says what to do."
 import csv, io, json, os
-from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
 from capnb.captioner import read_metadata
-from capnb.settings import Hyperparameters, as_hyperparameters, read_text
+from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import read_folder
 from capnb.insight.report import read_predictions
-from capnb.run.sources.load import check_data, load_data
-import capnb.settings as core
+from capnb.run.sources.load import load_data
+import capnb.files
 
 NAMES = [f'{n:03}.png' for n in range(12)]
 SAID = [
@@ -624,7 +623,7 @@ def test_pipes_and_devices_are_no_images_and_no_tables(tmp_path):
 def test_tables_have_limits(tmp_path, monkeypatch):
     folder = album(tmp_path, lines(NAMES, SAID, header=('file','caption')))
     with open(folder/'captions.csv', 'ab') as f:
-        f.truncate(core.TEXT_LIMIT+1) # holds no blocks
+        f.truncate(capnb.files.TEXT_LIMIT+1) # holds no blocks
     with pytest.raises(ValueError, match='captions.csv is larger than 1024 MiB; nothing was read'):
         read_folder(folder)
     (folder/'captions.csv').unlink()
@@ -657,7 +656,7 @@ def test_notes_of_checkpoints_and_results_have_limits(call, tmp_path):
     for write in (
         lambda file: file.write_text('[' * 100_000),
         lambda file: file.write_bytes(b'{"epoch": 1, "x": "\xe9"}'),
-        lambda file: os.truncate(file, core.SMALL_TEXT + 1),
+        lambda file: os.truncate(file, capnb.files.SMALL_TEXT + 1),
     ):
         write(notes)
         with pytest.raises(ValueError, match='training_metadata_.*json is not the metadata of a checkpoint'):
@@ -787,7 +786,7 @@ GUESSED = [
 @pytest.mark.parametrize('said,encoding', GUESSED)
 def test_the_likeliest_encoding_is_offered_first(said, encoding):
     text = 'file_name,caption\n' + ''.join(f'{n}.jpg,{said} {n}\n' for n in range(40))
-    assert core.guess_encodings(text.encode(encoding))[0] == encoding
+    assert capnb.files.guess_encodings(text.encode(encoding))[0] == encoding
 
 # --- What messages advise
 

@@ -412,14 +412,18 @@ def bench_text(
     lines = []
     for side,speed in found['captions_per_second'].items():
         peak = found['peak_gb'][side] if side!='train bound' else None
-        lines.append(f"{side:20} {speed:6.2f} captions/s" + (f"   {peak:4.1f} GB at the peak" if peak else ''))
+        lines.append(
+            f"{side:20} {speed:6.2f} captions/s" + (f"   {peak:4.1f} GB at the peak" if peak else '')
+        )
     lines.append(
         f"\nThe bound is the matrix products of a step alone, at {found['matmul_gflops']:.0f} GFLOP/s with"
         f" {found['threads']} threads; the system took {found['system_over_user']:.1%} of the time of 'train"
         " capnb'.\n"
     )
     for name,(low,high) in found['spread'].items():
-        lines.append(f"{name:34} {found[name]:5.2f}   ({low:.2f} to {high:.2f} over {found['rounds']} rounds)")
+        lines.append(
+            f"{name:34} {found[name]:5.2f}   ({low:.2f} to {high:.2f} over {found['rounds']} rounds)"
+        )
     if found['memory_over_guide']:
         lines.append(f"{'memory_over_guide':34} {found['memory_over_guide']:5.2f}")
     return '\n'.join(lines)

@@ -18,8 +18,10 @@ from threading import Lock
 from zlib import crc32
 from PIL import Image
 from tqdm.auto import tqdm
-from ..settings import Hyperparameters, atomic_write, check_writable, read_zipped, say, split_zip
-from ..images import MOST_FILE, ImageFile, image_opener
+from ..settings import Hyperparameters
+from ..files import atomic_write, check_writable, read_zipped, say, split_zip
+from ..images import ImageFile, MOST_FILE
+from ..image_pool import image_opener
 from ..data import _image
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
 

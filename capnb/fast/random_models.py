@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig
 from ..captioner import Captioner, add_lora, check_pair, new_adapter, unfreeze
 from ..encoder import ImageEncoder, tower_class
-from ..settings import Hyperparameters, model_config
+from ..settings import Hyperparameters
+from ..hub import model_config
 
 # %% ../../nbs/24c_random_models.ipynb #13a00008
 _QWEN3 = dict(

@@ -9,7 +9,7 @@ __all__ = ['veil', 'draw_strip', 'draw_explanation', 'named_things', 'parts_insi
 import textwrap
 import numpy as np
 from ..evaluation import interval, mean_parts
-from ..storybook import read_facts
+from .facts import read_facts
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
 def veil(

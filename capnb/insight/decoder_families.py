@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 )
 from ..run.command_line import Number, command, new_file
-from ..settings import atomic_write, read_model, say
+from ..files import atomic_write, say
+from ..hub import read_model
 from capnb.decoder import (
     caption_loss as readable_loss, check_decoder, generate_ids, load_decoder, tokenize_captions,
     write_ids as readable_write

@@ -24,11 +24,12 @@ from transformers import (
     AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from ..settings import atomic_write, no_loading_bar
+from ..files import atomic_write
+from ..hub import no_loading_bar
 from ..decoder import tokenize_captions
-from ..evaluation import facts_scores
+from .facts import facts_scores, read_facts
 from capnb.storybook import (
-    COLOURS, HELD_OUT, KINDS, PLACES, Storybook, Scene, draw_scene, facts_of, read_facts, relation_holds,
+    COLOURS, HELD_OUT, KINDS, PLACES, Storybook, Scene, draw_scene, facts_of, relation_holds,
     split_of, write_captions
 )
 

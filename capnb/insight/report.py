@@ -19,11 +19,11 @@ from fastcore.script import Param, store_true
 from transformers import AutoTokenizer
 from ..captioner import load_model_from_checkpoint, read_metadata
 from ..run.command_line import BEST, any_path, command, new_file
-from ..run.entry import OWN_DATA, find_checkpoint
-from capnb.settings import (
-    PRESETS, as_hyperparameters, atomic_write, load_whole, model_config, read_model, parse_json, read_text,
-    say, write_json
-)
+from ..settings import OWN_DATA
+from ..run.entry import find_checkpoint
+from ..settings import PRESETS, as_hyperparameters
+from ..files import atomic_write, parse_json, read_text, say, write_json
+from ..hub import load_whole, model_config, read_model
 from ..data import one_line, words
 from ..run.sources.load import load_for
 from ..run.sources.tables import NameIndex
@@ -31,9 +31,10 @@ from ..fast.quantized import use_int8
 from ..fast.parts import make_fast
 from ..encoder import EncodedData, load_encoder
 from ..fast.cache import encode_data, features_folder
+from .coco import coco_parts, coco_tools
+from .facts import Facts
 from capnb.evaluation import (
-    BY_CHARACTER, FACTS, FLOORS, Parts, coco_parts, coco_tools, compare, compare_table, evaluate, floors,
-    mean_parts, score, score_parts, score_table, with_intervals
+    BY_CHARACTER, FACTS, FLOORS, Parts, compare, compare_table, evaluate, floors, mean_parts, score, score_parts, score_table, with_intervals
 )
 
 # %% ../../nbs/18_reports.ipynb #jd210006
@@ -345,8 +346,8 @@ def judge(
     folder=None, # Where features of the scorer are kept
 ) -> Judged:
     "Score captions in all ways that were asked for."
-    references, parts = [r['captions'] for r in data.rows], score_parts(captions, data)
-    scores, more = dict(scores or dict(score(captions, data), pictures=len(data))), {}
+    references, parts = [r['captions'] for r in data.rows], score_parts(captions, data, [Facts()])
+    scores, more = dict(scores or dict(score(captions, data, [Facts()]), pictures=len(data))), {}
     if coco:
         more['coco'] = coco_parts(captions, references)
     if scorer:
@@ -759,9 +760,9 @@ def _captioned(path, split, int8=False, with_floors=True):
         lambda s: encode_data(model.encoder, splits[s], progress=f'Encoding {s}', folder=features_folder(h))
     )
     for s in _asked(splits, split):
-        scores, captions = evaluate(model, encoded(s), s)
+        scores, captions = evaluate(model, encoded(s), s, [Facts()])
         if with_floors:
-            scores['floors'] = metadata.get(s, {}).get('floors') or floors(encoded('train'), encoded(s))
+            scores['floors'] = metadata.get(s, {}).get('floors') or floors(encoded('train'), encoded(s), [Facts()])
         out[s] = splits[s], encoded(s), captions, scores
     return h, metadata, model, out
 
@@ -784,7 +785,7 @@ def _predicted(path, h, split):
     captions, train, out = iter(read_predictions(path, ids)), EncodedData(None, splits['train'].texts()), {}
     for s,d in rows.items():
         said = [next(captions) for _ in d.rows]
-        out[s] = splits[s], d, said, dict(score(said, d), pictures=len(d), floors=floors(train, d))
+        out[s] = splits[s], d, said, dict(score(said, d, [Facts()]), pictures=len(d), floors=floors(train, d, [Facts()]))
     say(f"{path}, captions for {h.data}")
     return out
 

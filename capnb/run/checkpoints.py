@@ -11,7 +11,8 @@ from pathlib import Path
 from capnb.captioner import (
     Captioner, MODEL_NAMES, check_shapes, metadata_path, parameter_groups, read_metadata, read_weights
 )
-from ..settings import Hyperparameters, model_path
+from ..settings import Hyperparameters
+from ..hub import model_path
 
 # %% ../../nbs/32_checkpoints.ipynb #924182f9
 def _checkpoints(folder):

@@ -17,9 +17,10 @@ from ..fast.writing import write_ids
 from ..fast.memory import READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
 from .sources.load import held_back, load_for
-from capnb.settings import (
-    Hyperparameters, choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, model_path, say,
-)
+from ..settings import Hyperparameters
+from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
+from ..hub import model_path
+from ..files import say
 from ..training import make_optimizer
 
 # %% ../../nbs/34_planning.ipynb #13a0001e

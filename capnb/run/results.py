@@ -9,9 +9,8 @@ __all__ = ['FIELDS', 'settings_name', 'result_row', 'add_row', 'results_table', 
 from dataclasses import asdict
 from pathlib import Path
 from ..captioner import read_metadata
-from capnb.settings import (
-    PRESETS, SMALL_TEXT, Hyperparameters, as_hyperparameters, atomic_write, parse_json, read_text, write_json,
-)
+from ..settings import Hyperparameters, PRESETS, as_hyperparameters, with_new_names
+from ..files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
 
 # %% ../../nbs/34b_results.ipynb #13a00039
 FIELDS = (
@@ -146,7 +145,10 @@ def record_result(
         rows = parse_json(read_text(path, limit=SMALL_TEXT)) if path.exists() else []
     except ValueError:
         rows = None
-    if not isinstance(rows, list) or any(not isinstance(r, dict) or set(r)!=set(FIELDS) for r in rows):
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f"{file} is no file of results")
+    rows = [with_new_names(r) for r in rows]
+    if any(set(r)!=set(FIELDS) for r in rows):
         raise ValueError(f"{file} is no file of results")
     rows = add_row(rows, result_row(checkpoint, hardware))
     write_json(path, rows)

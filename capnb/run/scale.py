@@ -18,8 +18,10 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ..captioner import load_model_from_checkpoint, read_metadata
 from .command_line import BEST, Number, any_path, command, new_folder
 from .entry import find_checkpoint
-from ..settings import as_hyperparameters, say
-from ..images import DecodingPool, ImageFile, image_format, image_formats, passed_over, walk_files
+from ..settings import as_hyperparameters
+from ..files import say
+from ..image_pool import DecodingPool
+from ..images import ImageFile, image_format, image_formats, passed_over, walk_files
 from ..decoder import check_options, split_scores
 from ..encoder import load_encoder
 from ..fast.parts import make_fast

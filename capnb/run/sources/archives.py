@@ -9,7 +9,7 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from ...settings import read_text, say, zip_files
+from ...files import read_text, say, zip_files
 from capnb.data import (
     LEADS_OUT, Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder,
     split_of_name, infer_columns

@@ -19,11 +19,12 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .archives import from_datasets, read_path, visible_images
-from ...settings import atomic_write, hub_errors, say, split_zip
+from ...files import atomic_write, say, split_zip
+from ...hub import hub_errors
 from capnb.data import (
     CaptionData, Source, _NamedRows, _image, counts_characters, is_zip, named_rows, split_rows, infer_columns
 )
-from ...images import decoding_pool
+from ...image_pool import decoding_pool
 from ...storybook import SPLITS, Storybook
 from .tables import SPLIT_NAMES
 
@@ -151,7 +152,7 @@ def load_hub(
     limit:int=None, # Download only what this many training pictures need; None for everything
 ) -> dict: # Name of split (None for rows of no split among others): `datasets.Dataset`
     """Load a data set of the hub with the splits that it brings; raises `OSError` with one line that says
-    what to do, see `capnb.settings.hub_errors`."""
+    what to do, see `capnb.hub.hub_errors`."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
     with hub_errors('data set', repo):

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
-from ...settings import is_regular, parse_json, read_text
+from ...files import is_regular, parse_json, read_text
 from ...images import IMAGE_SUFFIX
 
 # %% ../../../nbs/31b_tables.ipynb #7ab00006
@@ -602,7 +602,7 @@ def read_table(
     file, # `.json` or `.jsonl`; anything else is read as lines with fields
     image_column:str=None, # As for `infer_columns`
     caption_column:str=None, # As for `infer_columns`
-    encoding:str=None, # As for `capnb.settings.read_text`
+    encoding:str=None, # As for `capnb.files.read_text`
 ) -> Table:
     """Read a file with a table of captions.
 
