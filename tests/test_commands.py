@@ -1,6 +1,6 @@
 """The console commands from outside, as a person in a shell meets them: train, judge, caption, and be told
 what is wrong."""
-import ast, importlib, inspect, json, os, re, shutil, subprocess, sys
+import ast, importlib, inspect, json, logging, os, re, shutil, subprocess, sys, time
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
@@ -328,7 +328,8 @@ def test_best_is_taken(call, overtrained, monkeypatch):
         'capnb.insight.report.load_model_from_checkpoint',
         'capnb.run.sharing.share',
         'capnb.run.serving.server.serve',
-        'capnb.run.scale.read_metadata',
+        'capnb.run.scale.jobs.read_metadata',
+        'capnb.captioner.read_metadata',
     ):
         monkeypatch.setattr(name, take)
     commands = (
@@ -575,6 +576,48 @@ def test_help_says_defaults_and_choices(call, script, tmp_path):
         for choice in p.annotation.choices or ():
             assert str(choice) in said[flag]
 
+# still import PyTorch before they read their arguments; this only gets shorter
+NOT_YET_LIGHT = {'capnb_eval', 'capnb_decoders', 'capnb_scale'}
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
+def test_help_imports_nothing_heavy(environment, script, tmp_path):
+    name, module, function = re.split('[=:]', script)
+    code = f"""import sys
+from {module} import {function}
+try:
+    {function}(['--help'])
+finally:
+    found = [m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]
+    print(found, file=sys.stderr)"""
+    words = [sys.executable, '-c', code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and '--quiet' in done.stdout, done.stderr
+    assert (done.stderr.strip() == '[]') == (name not in NOT_YET_LIGHT), done.stderr
+
+def test_help_is_there_within_a_second(start, environment, tmp_path):
+    "Beyond what Python itself takes; the middle of five each."
+    def seconds(begin):
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            with begin() as process:
+                process.communicate()
+            times.append(time.perf_counter()-began)
+        return sorted(times)[2]
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    bare = seconds(lambda: subprocess.Popen([sys.executable, '-c', 'pass'], **quiet))
+    assert seconds(lambda: start('capnb_train', '--help', cwd=tmp_path)) - bare < 1
+
+def test_quiet_says_results_only(run, call, trained, tmp_path):
+    small = SMALL | dict(num_epochs=1, max_steps=1)
+    done = run('capnb_train', '--quiet', *flags(small), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert all(line.startswith('⚠') for line in done.stdout.splitlines()), done.stdout
+    assert list((tmp_path/'saved_models').glob('model_state_dict_*.pth'))
+    done = call('capnb_eval', '--quiet', '--split', 'test', cwd=trained[0])
+    assert done.stderr == '' and 'rouge_l' in done.stdout
+    assert logging.getLogger('capnb').level == logging.INFO # as before
+
 @pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
 def test_version(call, script, tmp_path):
     assert call(script.split('=')[0], '--version', cwd=tmp_path).stdout == f"capnb {CFG['version']}\n"
@@ -723,7 +766,7 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
             'capnb.insight.report.load_for',
             'capnb.run.sources.load.check_data',
             'capnb.fast.bench.bench',
-            'capnb.run.scale.run_job',
+            'capnb.run.scale.jobs.run_job',
             'capnb.insight.pretraining.pretrain',
             'capnb.run.sharing.share',
             'capnb.insight.report._captioned',

@@ -7,7 +7,7 @@ from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
 from capnb.image_pool import DecodingPool
 from capnb.images import find_images, image_formats, open_image
-from capnb.run.scale import Source
+from capnb.run.scale.sources import Source
 
 def outcome(file):
     """What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused'
@@ -234,7 +234,8 @@ print(len(sizes), *sizes[0], peak/1e6)
 
 def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     import pyarrow as pa
-    from capnb.run.scale import ROW, _open_rows
+    from capnb.run.scale.jobs import _open_rows
+    from capnb.run.scale.sources import ROW
     files = [
         (holiday / '5.jpg').read_bytes(),
         (holiday / '6.jpg').read_bytes()[:300],
@@ -255,7 +256,7 @@ def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     ]
 
 def test_scale_follows_links_and_tells_what_it_passes_over(linked, phone, capsys):
-    from capnb.run.scale import Source
+    from capnb.run.scale.sources import Source
     source = Source(str(linked))
     assert sorted(source.files) == [f'{linked.as_posix()}/a/0.png', f'{linked.as_posix()}/b/1.png']
     assert [row['id'][0].as_py() for file in sorted(source.files) for row in source.read(file)] == [

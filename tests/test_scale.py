@@ -8,7 +8,7 @@ from capnb.captioner import load_model_from_checkpoint
 from capnb.run.entry import train
 from capnb.images import find_images
 from capnb.inference import caption_files
-from capnb.run.scale import scale_command
+from capnb.run.scale.command import scale_command
 from capnb.storybook import Storybook
 
 N, SHARD = 200, 10
@@ -220,7 +220,8 @@ def test_picture_that_kills_each_worker_ends_the_job(start, made, tmp_path, monk
     here, _ = made
     code = f"""
 import os, sys
-from capnb.run.scale import *
+from capnb.run.scale.jobs import *
+from capnb.run.scale.sources import Source
 class Deadly(CaptionWorker):
     def __call__(self, rows): return os._exit(1) if '100.png' in rows['id'].to_pylist() else super().__call__(rows)
 try: run_job(Source('pages'), {str(tmp_path/'out')!r}, Deadly, ({str(next((here/'saved_models').glob('*.pth')))!r}, {{}}), dict(work='deadly'), batch_size={SHARD}, shard_size={SHARD})

@@ -7,11 +7,13 @@ __all__ = ['BEST', 'MODEL', 'Number', 'any_path', 'new_file', 'new_folder', 'com
 
 # %% ../../nbs/30h_command_line.ipynb #54af5b0b
 import capnb, inspect, os, re, sys
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache, wraps
 from fastcore.script import Param, anno_parser
 from ..settings import Hyperparameters, PRESETS, allowed, check_value, limits
 from ..files import check_writable
+from ..log import quiet
 
 # %% ../../nbs/30h_command_line.ipynb #537bcb77
 BEST = 'Take the checkpoint with the best validation loss of the newest run, not its last one'
@@ -105,21 +107,26 @@ def command(f):
     def parser():
         parser = anno_parser(run, f'capnb_{name}')
         parser.add_argument('--version', action='version', version=f'capnb {capnb.__version__}')
+        parser.add_argument('--quiet', action='store_true', help='Only results and warnings, no progress')
         parser.error = lambda message: parser.exit(2, f'{name}: {message}; see --help\n')
         return parser
 
     def read(words):
+        "The arguments for `f`, and whether to be quiet."
         args, parameters = vars(parser().parse_args(_as_flags(words))), run.__signature__.parameters
-        return {
+        checked = {
             k: p.annotation.check(k, args[k]) if isinstance(p.annotation, Number) else args[k]
             for k, p in parameters.items()
         }
+        return checked, args['quiet']
 
     @wraps(f)
     def run(argv=None): # Words after the command's name; None takes those of this process
         _lenient_output()
         try:
-            return f(**read(sys.argv[1:] if argv is None else argv))
+            args, silent = read(sys.argv[1:] if argv is None else argv)
+            with quiet() if silent else nullcontext():
+                return f(**args)
         except (ValueError, OSError) as e:
             print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
         except KeyboardInterrupt as e:

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, check_value, one_of, with_new_names
 from ..files import atomic_write, free_lock, say, shell_line, write_json
+from ..log import log
 
 # %% ../../nbs/35d_studies.ipynb #19a00008
 def import_optuna():
@@ -163,7 +164,7 @@ def _line_up_again(study, folder):
                 {**t.system_attrs.get('fixed_params', {}), **t.params}, user_attrs=dict(again=t.number)
             )
         study.tell(t.number, state=import_optuna().trial.TrialState.FAIL)
-        say(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
+        log.info(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
         free_lock(lock)
 
 # %% ../../nbs/35d_studies.ipynb #19a00019
