@@ -17,7 +17,8 @@ from unicodedata import normalize
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .files import is_regular, read_text, say, split_zip, zip_files
+from .log import log
+from .files import is_regular, read_text, split_zip, zip_files
 # open_image: scripts import it from here
 from .images import ImageFile, image_format, open_image, walk_files
 from capnb.run.sources.tables import (
@@ -649,7 +650,7 @@ def read_folder(
     parts = {}
     for split,rows in sources:
         for note in rows.notes:
-            say(f'⚠️ {note}')
+            log.warning(f'⚠️ {note}')
         for i,name in enumerate(rows.names):
             parts.setdefault(split or rows.splits[name], []).append((rows, i))
     tables = [rows for _,rows in sources]
@@ -671,7 +672,6 @@ def captions_for_epoch(
         Random(f'{seed}/{i}/{turn}').shuffle(order)
         chosen.append(order[place])
     return chosen
-
 
 # %% ../nbs/01_data.ipynb #02a00005
 # Scripts without spaces between words

@@ -11,11 +11,10 @@ import torch, transformers
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
+from .log import log, progress_bar
 from .hardware import default_device
 from .hub import load_whole, model_config, read_model
-from .files import say
 
 # %% ../nbs/02_clip_encoder.ipynb #5597efde
 # for pooled and for patch features
@@ -82,7 +81,7 @@ def in_slices(
                 'out of memory with a single image; what helps: a smaller model, shorter captions '
                 f'(max_caption_length), and {ADVICE}'
             )
-        say(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}')
+        log.warning(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}')
         size //= 2
         if on_less:
             on_less(size)
@@ -266,7 +265,7 @@ def encode_data(
 ) -> EncodedData: # Its features in memory, float32
     "Encode every picture of a data set, one batch after the other; rows keep everything but the picture."
     rows, features = [], []
-    for at in tqdm(range(0, len(data), batch_size), progress, disable=not progress, unit='batch'):
+    for at in progress_bar(range(0, len(data), batch_size), progress, disable=not progress, unit='batch'):
         batch = [data[i] for i in range(at, min(at+batch_size, len(data)))]
         features.append(encoder.encode([row.pop('image') for row in batch]).cpu())
         rows += batch

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np, torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
-from tqdm.auto import tqdm
-from .files import atomic_write, say
+from .log import log, progress_bar
+from .files import atomic_write
 from .data import counts_characters, words
 from .encoder import EncodedData
 from .decoder import check_options
@@ -136,7 +136,6 @@ def compare(
         out[name] = dict(value=a, other=b, difference=a-b, interval=[low, high], real=not low <= 0 <= high)
     return out
 
-
 # %% ../nbs/07_evaluation.ipynb #aae36a38
 def write_captions_for(
     model:Captioner,
@@ -148,7 +147,7 @@ def write_captions_for(
     "Caption every encoded image. Raises `ValueError` if several captions per image are asked for."
     kwargs = check_options(kwargs, one='scores compare one caption per image with the references')
     out = []
-    with tqdm(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
+    with progress_bar(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
         for at in range(0, len(data), batch_size):
             captions = model.caption_features(data.features[at:at+batch_size], **kwargs)
             out += captions
@@ -274,7 +273,8 @@ def _way(s):
 def _table_rows(s):
     "A column of the table: by row a number, a list of a number and its interval, or None."
     between = s.get('intervals', {})
-    def sure(name, value): return value if value is None else [value, *between.get(name, [])]
+    def sure(name, value):
+        return value if value is None else [value, *between.get(name, [])]
     lower, facts, tools = s.get('floors', {}), s.get('facts') or {}, s.get('coco', {}) | s.get('clip', {})
     rows = {'ROUGE-L': sure('rouge_l', s['rouge_l']),
             '  floor: another picture': sure('rouge_l_floor', s['rouge_l_floor'])}
@@ -372,7 +372,7 @@ class Scores(Callback):
         untrained = self._score_untrained(run)
         run.metadata.update(scores, untrained=untrained)
         before = {f'untrained {split[:4]}': s for split,s in untrained.items()}
-        say('\n' + score_table(scores | before) + '\n')
+        log.info('\n' + score_table(scores | before) + '\n')
 
     def _score_untrained(self, run):
         "Score the model as it was before the first step."

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from PIL import Image, ImageStat
-from tqdm.auto import tqdm
+from .log import progress_bar
 from .captioner import Captioner
 from .data import one_line, word_spans
 from .decoder import captions_of, check_options, split_scores, tokenize_captions
@@ -190,7 +190,7 @@ def caption_files(
     scores. Raises `ValueError` for options that `check_options` refuses, before anything is opened."""
     files, kwargs = list(files), check_options(kwargs)
     images = open_images(files, model.encoder.min_side, ahead=batch_size)
-    with closing(images), tqdm(total=len(files), disable=not progress, unit='image') as bar:
+    with closing(images), progress_bar(total=len(files), disable=not progress, unit='image') as bar:
         for at in range(0, len(files), batch_size):
             opened = list(islice(images, batch_size))
             good = [i for i,image in enumerate(opened) if not isinstance(image, ValueError)]

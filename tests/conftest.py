@@ -50,12 +50,12 @@ def start(scripts, tmp_path_factory):
             ' background has it ignored\n'
             f"from {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n"
         )
-    def start(name, *args, cwd, env={}):
+    def start(name, *args, cwd, env=None):
         assert name in scripts, f'settings.ini has no console script {name}'
         return subprocess.Popen(
             [sys.executable, folder / name, *map(str, args)],
             cwd=cwd,
-            env=outside(COLUMNS='200', **env),
+            env=outside(COLUMNS='200', **(env or {})),
             text=True,
             encoding='utf-8',
             stdout=subprocess.PIPE,
@@ -66,7 +66,7 @@ def start(scripts, tmp_path_factory):
 @pytest.fixture(scope='session')
 def run(start):
     "Run a console command to its end; gives exit code, output and error output."
-    def run(name, *args, cwd, env={}):
+    def run(name, *args, cwd, env=None):
         with start(name, *args, cwd=cwd, env=env) as process:
             try:
                 out, err = process.communicate(timeout=600)

@@ -26,8 +26,9 @@ SMALL = dict(
     prefix_length=2,
     max_caption_length=12,
 )
-TOP_LEVEL = '''epoch training_loss validation_loss image_gain rouge_l rouge_l_floor rouge_l_ceiling facts_f1 learning_rate steps losses
-               hyperparameters encoder decoder data device seconds versions'''.split()
+TOP_LEVEL = '''epoch training_loss validation_loss image_gain rouge_l rouge_l_floor rouge_l_ceiling
+               facts_f1 learning_rate steps losses hyperparameters encoder decoder data
+               device seconds versions'''.split()
 HELD_BACK = {'test', 'compositional'}
 
 def flags(settings): return [word for k,v in settings.items() for word in (f'--{k}', v)]
@@ -325,7 +326,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
         taken.append(Path(checkpoint).name)
         raise ValueError('that is enough')
     for name in (
-        'capnb.insight.report.load_model_from_checkpoint',
+        'capnb.run.scoring.load_model_from_checkpoint',
         'capnb.run.sharing.share',
         'capnb.run.serving.server.serve',
         'capnb.run.scale.jobs.read_metadata',
@@ -725,6 +726,7 @@ TEXTS = {
     'bad_rows',
     'report_to',
     'allowed_hosts',
+    'model',
 }
 
 @pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
@@ -763,13 +765,13 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
         for name in (
             'capnb.run.entry.prepare',
             'capnb.captioner.load_model_from_checkpoint',
-            'capnb.insight.report.load_for',
+            'capnb.run.scoring.load_for',
             'capnb.run.sources.load.check_data',
             'capnb.fast.bench.bench',
             'capnb.run.scale.jobs.run_job',
             'capnb.insight.pretraining.pretrain',
             'capnb.run.sharing.share',
-            'capnb.insight.report._captioned',
+            'capnb.run.scoring.score_checkpoint',
             'capnb.run.results.result_row',
         ):
             m.setattr(name, stop)
@@ -836,7 +838,10 @@ LIBRARY = """
 from capnb.run.entry import train
 from capnb.storybook import Storybook
 rows = [dict(image=Storybook()[i]['image'], caption='\\u4e00\\u53ea\\u732b \\U0001f408') for i in range(24)]
-result = train(training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows, output_dir='runs')
+result = train(
+    training_size_limit=16, batch_size=8, num_epochs=1, adapter_width=16, max_caption_length=9, data=rows,
+    output_dir='runs',
+)
 assert result.checkpoint.exists()
 """
 

@@ -8,7 +8,7 @@ from capnb.decoder import (
     caption_loss, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 )
 from capnb.inference import _words
-from capnb.insight.report import ClipScorer
+from capnb.insight.report.clipscore import ClipScorer
 from capnb.storybook import Storybook
 from capnb.training import token_counts
 
@@ -34,7 +34,7 @@ def test_its_loss_is_that_of_transformers(pair, most):
     prefix = (torch.randn(2, 4, decoder.config.hidden_size)*.03).requires_grad_()
     ids, mask = tokenize_captions(tokenizer, captions, most)
     expected, tokens = 0., 0
-    for i,(row,own) in enumerate(zip(ids, mask)):
+    for i,(row,own) in enumerate(zip(ids, mask, strict=True)):
         row = row[own == 1]
         joined = torch.cat([prefix[i//2], decoder.get_input_embeddings()(row)])[None]
         labels = torch.cat([torch.full((4,), -100), row])[None]
@@ -132,7 +132,7 @@ def test_training_and_dry_run_say_it_and_the_flag_helps(call, album, tmp_path, p
 
 def test_a_special_token_in_a_caption_is_text(pair):
     decoder, tokenizer = pair
-    end, odd = tokenizer.eos_token, f'A red {tokenizer.eos_token} cat.'
+    odd = f'A red {tokenizer.eos_token} cat.'
     labels, mask = tokenize_captions(tokenizer, [odd], 60)
     assert (labels[mask == 1] == tokenizer.eos_token_id).sum() == 1 and tokenizer.decode(
         labels[0][:-1]

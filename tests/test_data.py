@@ -108,8 +108,12 @@ LOAD = '''import hashlib, json, sys
 from capnb.run.sources.load import load_data
 for job in json.loads(sys.argv[1]):
     sys.stdin.readline() # until the next one is wanted
-    try: found = {split: [[row['image_id'], row['captions'], hashlib.md5(row['image'].tobytes()).hexdigest()] for row in rows] for split,rows in load_data(**job).items()}
-    except (OSError, ValueError) as e: found = f'{type(e).__name__}: {e}'
+    def facts(row):
+        return [row['image_id'], row['captions'], hashlib.md5(row['image'].tobytes()).hexdigest()]
+    try:
+        found = {split: [facts(row) for row in rows] for split,rows in load_data(**job).items()}
+    except (OSError, ValueError) as e:
+        found = f'{type(e).__name__}: {e}'
     print('\\n' + json.dumps(found), flush=True)'''
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def load(hub, environment, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as process:
-            for job in jobs:
+            for _ in jobs:
                 before = hub.sent
                 process.stdin.write('\n')
                 process.stdin.flush()

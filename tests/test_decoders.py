@@ -121,7 +121,7 @@ def test_a_decoder_whose_positions_are_not_heeded_gets_a_row_for_each_caption(to
             labels=torch.cat([torch.full((1, 3), -100), i[None].masked_fill(m == 0, -100)], 1),
         ).loss
         * m.sum()
-        for i, m in zip(ids, mask)
+        for i, m in zip(ids, mask, strict=True)
     ]
     assert caption_loss(decoder, prefix, ids, mask).item() == pytest.approx(
         (sum(own) / mask.sum()).item(), abs=1e-5

@@ -1,5 +1,6 @@
 "The pool of child processes that decode images, and what may go wrong in them."
 import io, os, random, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import psutil, pytest
 from PIL import Image
@@ -39,7 +40,7 @@ def test_a_child_says_what_open_image_says(pool):
         for a in pool.map([ImageFile(f.data, f.name) for f in files])
     ]
     assert [str(a) if isinstance(a, ValueError) else a for a in answers] == [
-        said(lambda: open_image(f.data, f.name)) for f in files
+        said(partial(open_image, f.data, f.name)) for f in files
     ]
 
 def test_paths_and_images(pool, tmp_path):
@@ -81,14 +82,16 @@ def test_a_child_that_hangs_costs_one_image():
             pool.map(
                 [
                     ImageFile(*file)
-                    for file in zip([GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl')
+                    for file in zip(
+                        [GOOD[0], scan_bomb(), *GOOD[1:], scan_bomb()], 'abcdefghijkl', strict=True
+                    )
                 ]
             )
         )
         assert [str(e) for e in found if isinstance(e, ValueError)] == [
             f'{name} is not a readable picture: decoding it took longer than 1 seconds' for name in 'bl'
         ]
-        assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD))
+        assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD, strict=True))
         assert len(pool.children) <= 2
 
 def test_a_child_that_dies_costs_one_image():
@@ -216,8 +219,9 @@ def test_children_end_with_a_parent_that_was_killed(script):
 
 def test_few_images_start_no_process(monkeypatch):
     monkeypatch.setattr(image_pool, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
-    assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD))
-    assert all(same(image, source) for image, source in zip(open_images([open_image(b) for b in GOOD]), GOOD))
+    assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD[:7], strict=True))
+    opened = open_images([open_image(b) for b in GOOD])
+    assert all(same(image, source) for image, source in zip(opened, GOOD, strict=True))
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='the system stops no processes')
 def test_a_child_that_is_stopped_is_replaced():

@@ -19,7 +19,8 @@ import sys, capnb.fast.cache as enc
 from capnb.encoder import load_encoder
 from capnb.run.sources.load import load_data
 enc.SHARD_ROWS = 32
-enc.encode_data(load_encoder('storybook-clip', 'cpu', 64), load_data('storybook', limit=int(sys.argv[2]))['train'], 32, folder=sys.argv[1])
+data = load_data('storybook', limit=int(sys.argv[2]))['train']
+enc.encode_data(load_encoder('storybook-clip', 'cpu', 64), data, 32, folder=sys.argv[1])
 """
 shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 

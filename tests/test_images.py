@@ -223,7 +223,8 @@ def watch():
     while not done.wait(.01): peak = max(peak, sum(p.memory_info().rss for p in [me, *me.children()]))
 thread = threading.Thread(target=watch)
 thread.start()
-sizes = [image.size for image in list(open_images(sorted(Path({str(tmp_path)!r}).glob('*.jpg')), 672, ahead=16))]
+files = sorted(Path({str(tmp_path)!r}).glob('*.jpg'))
+sizes = [image.size for image in list(open_images(files, 672, ahead=16))]
 done.set()
 thread.join()
 print(len(sizes), *sizes[0], peak/1e6)

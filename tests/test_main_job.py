@@ -32,10 +32,8 @@ def test_learning_made_them_so(main_job):
 
 def test_the_end_shows_it(main_job):
     folder, said, metadata = main_job
-    for name, value in (
-        ('F1 of colour and kind', metadata['facts_f1']),
-        ('ROUGE-L', metadata['test']['rouge_l']),
-    ):
+    assert 'facts_f1' in metadata and 'rouge_l' in metadata['test']
+    for name in ('F1 of colour and kind', 'ROUGE-L'):
         assert re.search(rf'^ *{name} .*\d\.\d{{3}}', said, re.M), name
     assert (
         f"{metadata['test']['facts']['pairs']['f1']:.3f}" in said

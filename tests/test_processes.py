@@ -88,11 +88,11 @@ def same(folder, other, exact=False):
     assert len(losses(folder))==len(losses(other)) and weights(folder).keys()==weights(other).keys()
     if exact:
         assert losses(folder) == losses(other) and all(
-            torch.equal(a, b) for a, b in zip(weights(folder).values(), weights(other).values())
+            torch.equal(a, b) for a, b in zip(weights(folder).values(), weights(other).values(), strict=True)
         )
     else:
         assert losses(folder)==pytest.approx(losses(other), rel=1e-5)
-        for a,b in zip(weights(folder).values(), weights(other).values()):
+        for a,b in zip(weights(folder).values(), weights(other).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 def said(folder, rank): return (folder/f'log-{rank}').read_text(encoding='utf-8')

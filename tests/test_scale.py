@@ -218,14 +218,23 @@ def test_without_ray_is_one_line(made, monkeypatch, capsys):
 def test_picture_that_kills_each_worker_ends_the_job(start, made, tmp_path, monkeypatch):
     "It is tried again a few times, not for ever; what the others have done stays."
     here, _ = made
+    weights = str(next((here/'saved_models').glob('*.pth')))
     code = f"""
 import os, sys
 from capnb.run.scale.jobs import *
 from capnb.run.scale.sources import Source
 class Deadly(CaptionWorker):
-    def __call__(self, rows): return os._exit(1) if '100.png' in rows['id'].to_pylist() else super().__call__(rows)
-try: run_job(Source('pages'), {str(tmp_path/'out')!r}, Deadly, ({str(next((here/'saved_models').glob('*.pth')))!r}, {{}}), dict(work='deadly'), batch_size={SHARD}, shard_size={SHARD})
-except ValueError as e: print('ENDED', e)
+    def __call__(self, rows):
+        if '100.png' in rows['id'].to_pylist():
+            os._exit(1)
+        return super().__call__(rows)
+try:
+    run_job(
+        Source('pages'), {str(tmp_path/'out')!r}, Deadly, ({weights!r}, {{}}), dict(work='deadly'),
+        batch_size={SHARD}, shard_size={SHARD},
+    )
+except ValueError as e:
+    print('ENDED', e)
 """
     done = subprocess.run(
         [sys.executable, '-c', code],

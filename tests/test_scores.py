@@ -8,7 +8,8 @@ from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import BY_CHARACTER, rouge_l, score, score_table, text_statistics
 from capnb.insight.coco import _coco_words, coco_tools
-from capnb.insight.report import image_slices, read_predictions
+from capnb.insight.report.slices import image_slices
+from capnb.run.predictions import read_predictions
 from capnb.storybook import Storybook
 
 BREAKS = '\n\r\v\f\x00\x1c\x1d\x1e\x1f\x85\u2028\u2029\t\xa0'
@@ -154,7 +155,8 @@ def test_rouge_of_every_script(language):
 def test_letters_are_told_apart():
     assert rouge_l(['für'], 'fär') == 0 and rouge_l(['für'], 'FU\u0308R') == 1
     assert rouge_l(['кот'], 'кит') == 0 and rouge_l(['红色的狗'], '红色的猫') == .75
-    assert words('कि') == ['कि'] != words('की') and words('iPhone手机3台') == ['iphone', '手', '机', '3', '台']
+    assert words('कि') == ['कि'] != words('की')
+    assert words('iPhone手机3台') == ['iphone', '手', '机', '3', '台']
 
 def test_the_table_says_what_is_counted_by_character():
     rows = lambda text: EncodedData(None, [dict(captions=[text], image_id=str(i)) for i in range(2)])

@@ -1,6 +1,7 @@
 """The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in
 a browser."""
-import base64, http.client, http.server, io, json, os, random, re, signal, socket, subprocess, sys, threading, time, warnings, zlib
+import base64, http.client, http.server, io, json, os, random, re, signal, socket, subprocess, sys
+import threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def same(model, pages, wanted):
     def same(i, caption):
         if caption == wanted[i]: return True
         ids = [model.tokenizer(c)['input_ids'] + [model.tokenizer.eos_token_id] for c in (caption, wanted[i])]
-        at = next(at for at,(a,b) in enumerate(zip(*ids)) if a != b)
+        at = next(at for at,(a,b) in enumerate(zip(*ids, strict=False)) if a != b)
         nats, _ = model.nll(model.encoder.encode([open_image(pages[i])]*2), [caption, wanted[i]])
         return abs(nats[0,at] - nats[1,at]).item() < 1e-4
     return same
@@ -272,7 +273,7 @@ def check_stream(found, i, same):
     texts = [e['text'] for e in told[:-1]]
     assert (
         len(texts) >= 5
-        and all(b.startswith(a) and len(a) < len(b) for a, b in zip(texts, texts[1:]))
+        and all(b.startswith(a) and len(a) < len(b) for a, b in zip(texts, texts[1:], strict=False))
         and texts[-1] == told[-1]['caption']
     )
 
@@ -321,7 +322,7 @@ def as_offline(model, picture, answer):
     "Whether an explanation is that of `explain`, up to rounding."
     wanted = why(model, open_image(picture), answer['caption'])['words']
     assert [w['text'] for w in answer['words']] == [w['text'] for w in wanted] and len(wanted) > 4
-    for got,own in zip(answer['words'], wanted):
+    for got,own in zip(answer['words'], wanted, strict=True):
         assert got['probability'] == pytest.approx(own['probability'], abs=.002)
         assert (
             got['patches'] == [pytest.approx(row, abs=0.02) for row in own['patches']]
@@ -705,7 +706,7 @@ def test_slow_clients_are_told_to_go(narrow, kind):
     end, told = time.monotonic()+10, [None]
     while None in told and time.monotonic() < end:
         time.sleep(.2)
-        told = [new or old for new,old in zip(go_on(), told*3)]
+        told = [new or old for new,old in zip(go_on(), told*3, strict=False)]
     for s in made:
         s.close()
     assert b'HTTP/1.1 408' in told and set(told) <= {b'HTTP/1.1 408', b'closed'}, told
@@ -733,7 +734,7 @@ def test_the_oldest_of_very_many_goes(server, pages):
         end, told = time.monotonic()+20, go_on()
         while told.count(None) > 128 and time.monotonic() < end: # until all have arrived
             time.sleep(.1)
-            told = [new or old for new,old in zip(go_on(), told)]
+            told = [new or old for new,old in zip(go_on(), told, strict=True)]
         assert (
             120 <= told.count(None) <= 128 and told[-100:] == [None] * 100 and b'HTTP/1.1 408' in told[:10]
         ), told
@@ -793,7 +794,7 @@ def test_clients_that_leave_leave_nothing(server, pages, path):
     """More requests than there are places, each left when its answer begins: the next one is served, and the
     places are free."""
     body = form(pages[0])
-    for i in range(70):
+    for _ in range(70):
         with socket.create_connection(('127.0.0.1', server.port)) as s:
             s.sendall(
                 f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
@@ -823,7 +824,7 @@ def fuzz(server, same, pages, model, number, capsys):
     def bad(file):
         status, answer = server.caption(file.data)
         try:
-            wanted = open_image(file.data)
+            open_image(file.data)
         except ValueError:
             assert status == 415 and answer['detail'], (file.name, status, answer)
         else:
@@ -896,7 +897,7 @@ def test_memory_under_attack(start, made, pages, capsys):
             return Counter(status for status,_ in pool.map(lambda _: server.caption(data, path), range(n)))
     def leave(n):
         body = form(large)
-        for i in range(n):
+        for _ in range(n):
             with socket.create_connection(('127.0.0.1', server.port), timeout=60) as s:
                 s.sendall(
                     b'POST /caption?stream=true&explain=true HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
@@ -1194,8 +1195,12 @@ def test_all_answers_have_the_headers_of_safety(server):
 
 EVIL = """async ([address, data, mode]) => {
   const form = new FormData()
-  form.append('file', new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))], {type: 'image/png'}), 'a.png')
-  try { const answer = await fetch(address + '/caption', {method: 'POST', body: form, mode}); return [answer.type, answer.status, await answer.text()] }
+  const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0))
+  form.append('file', new Blob([bytes], {type: 'image/png'}), 'a.png')
+  try {
+    const answer = await fetch(address + '/caption', {method: 'POST', body: form, mode})
+    return [answer.type, answer.status, await answer.text()]
+  }
   catch (error) { return String(error) }
 }"""
 
@@ -1239,7 +1244,9 @@ DROP = """data => {
   const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer()
   transfer.items.add(new File([bytes], 'page.png', {type: 'image/png'}))
   const drop = document.getElementById('drop')
-  for (const kind of ['dragover', 'drop']) drop.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}))
+  for (const kind of ['dragover', 'drop']) {
+    drop.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}))
+  }
 }"""
 
 @contextmanager
@@ -1308,9 +1315,11 @@ def photograph(tab, name):
 
 def veil(tab): # the opacity of each part of it; None where there is none
     return tab.evaluate("""() => {
-      const heat = document.getElementById('heat'), copy = new OffscreenCanvas(heat.width, heat.height).getContext('2d', {willReadFrequently: true})
+      const heat = document.getElementById('heat'), canvas = new OffscreenCanvas(heat.width, heat.height)
+      const copy = canvas.getContext('2d', {willReadFrequently: true})
       copy.drawImage(heat, 0, 0)
-      return heat.hidden ? null : Array.from(copy.getImageData(0, 0, heat.width, heat.height).data).filter((_, i) => i % 4 == 3)
+      const values = Array.from(copy.getImageData(0, 0, heat.width, heat.height).data)
+      return heat.hidden ? null : values.filter((_, i) => i % 4 == 3)
     }""")
 
 def test_each_word_shows_its_patches(browser, server, pages, model):
@@ -1548,7 +1557,7 @@ def test_server_that_writes_several_captions(start, made, model, pages):
         several.wait()
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(several.caption, pages[:8]))
-        for page,(status, answer) in zip(pages, found):
+        for page,(status, answer) in zip(pages, found, strict=True):
             wanted = model.caption(open_image(page), num_beams=3, num_return_sequences=2)
             assert (status, answer['caption'], [c['caption'] for c in answer['captions']]) == (
                 200,

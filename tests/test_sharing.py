@@ -129,7 +129,8 @@ from vllm import LLM, SamplingParams
 if __name__ == '__main__':
     llm = LLM(model='llava', dtype='float32', max_model_len=256, enforce_eager=True)
     asked = [dict(prompt='<image>', multi_modal_data=dict(image=Image.open(f'{i}.png'))) for i in range(4)]
-    for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=48)): print('CAPTION', answer.outputs[0].text)
+    for answer in llm.generate(asked, SamplingParams(temperature=0, max_tokens=48)):
+        print('CAPTION', answer.outputs[0].text)
 """)
     done = subprocess.run(
         [os.environ['CAPNB_VLLM_PYTHON'], 'serve.py'],

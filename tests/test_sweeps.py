@@ -181,7 +181,7 @@ def test_other_models_are_loaded_only_for_what_needs_them(settings):
 def test_no_two_processes_draw_the_same(settings, tmp_path, sampler):
     "Each has a sampler of its own with the same seed, and so has one that begins again."
     space, h, taken = read_vary(['learning_rate=1e-4:1e-2']), as_hyperparameters(settings), []
-    for process in range(4):
+    for _ in range(4):
         taken.append(take_trial(open_study(tmp_path/'s', h, space, sampler), tmp_path/'s', space, sampler, 9))
     assert len({t.params['learning_rate'] for t,_ in taken}) == 4
 

@@ -7,7 +7,7 @@ from PIL import Image
 from capnb.captioner import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import read_folder
-from capnb.insight.report import read_predictions
+from capnb.run.predictions import read_predictions
 from capnb.run.sources.load import load_data
 import capnb.files
 
@@ -30,7 +30,7 @@ def album(folder, text, name='captions.csv', encoding='utf-8', files=NAMES):
 def lines(*columns, header=None, separator=','):
     "A table as Python's csv writes it."
     file = io.StringIO()
-    csv.writer(file, delimiter=separator).writerows([header]*bool(header) + list(zip(*columns)))
+    csv.writer(file, delimiter=separator).writerows([header]*bool(header) + list(zip(*columns, strict=True)))
     return file.getvalue()
 
 def captions(folder, **options):
@@ -39,12 +39,13 @@ def captions(folder, **options):
         name: rows.captions[name] for rows in read_folder(folder, **options).tables for name in rows.names
     }
 
-RIGHT = {name: [said] for name,said in zip(NAMES, SAID)}
+RIGHT = {name: [said] for name,said in zip(NAMES, SAID, strict=True)}
 
 # --- Columns with names
 
-HEADERS = '''filepath,title image_path,caption path,caption img,caption image_id,caption Image,Caption image,label file_path,text filename,prompt
-image,alt_text url,caption image,caption_en image,captions image,blip_caption img_path,sentence foto,beschreibung'''.split()
+HEADERS = '''filepath,title image_path,caption path,caption img,caption image_id,caption Image,Caption
+    image,label file_path,text filename,prompt image,alt_text url,caption image,caption_en image,captions
+    image,blip_caption img_path,sentence foto,beschreibung'''.split()
 
 @pytest.mark.parametrize('header', HEADERS)
 def test_names_of_columns(tmp_path, header):
@@ -56,13 +57,16 @@ def test_names_of_columns(tmp_path, header):
 def test_several_columns_of_captions(tmp_path, first):
     found = captions(album(tmp_path, lines(NAMES, SAID, [*OTHER[:-1], ''], header=first.split(','))))
     assert found == {
-        name: [said, *filter(None, [other])] for name, said, other in zip(NAMES, SAID, [*OTHER[:-1], ''])
+        name: [said, *filter(None, [other])]
+        for name, said, other in zip(NAMES, SAID, [*OTHER[:-1], ''], strict=True)
     }
 
-JSON = [dict(image=n, caption=c, caption_human=o) for n,c,o in zip(NAMES, SAID, OTHER)]
+JSON = [dict(image=n, caption=c, caption_human=o) for n,c,o in zip(NAMES, SAID, OTHER, strict=True)]
 COCO = dict(
     images=[dict(id=i, file_name=n, title='x') for i, n in enumerate(NAMES)],
-    annotations=[dict(image_id=i, caption=c, caption_human=o) for i, (c, o) in enumerate(zip(SAID, OTHER))],
+    annotations=[
+        dict(image_id=i, caption=c, caption_human=o) for i, (c, o) in enumerate(zip(SAID, OTHER, strict=True))
+    ],
 )
 FORMS = {
     'captions.csv': lines(NAMES, SAID, OTHER, header=('image', 'caption', 'caption_human')),
@@ -76,9 +80,11 @@ FORMS = {
 def test_columns_that_are_asked_for(tmp_path, name):
     folder = album(tmp_path, FORMS[name], name)
     assert captions(folder) == RIGHT
-    assert captions(folder, caption_column='caption_human') == {n: [o] for n,o in zip(NAMES, OTHER)}
+    assert captions(folder, caption_column='caption_human') == {
+        n: [o] for n, o in zip(NAMES, OTHER, strict=True)
+    }
     both = captions(folder, caption_column='caption, caption_human')
-    assert both == {n: [c, o] for n,c,o in zip(NAMES, SAID, OTHER)}
+    assert both == {n: [c, o] for n,c,o in zip(NAMES, SAID, OTHER, strict=True)}
     for column in ('image_column', 'caption_column'):
         with pytest.raises(
             ValueError,
@@ -93,7 +99,7 @@ PAINTED = Image.fromarray(np.zeros((8,8,3), np.uint8))
 
 @pytest.mark.parametrize('make', [Dataset.from_list, list])
 def test_columns_of_data_in_python(make):
-    rows = make([dict(photo=PAINTED, caption=c, note=o) for c,o in zip(SAID, OTHER)])
+    rows = make([dict(photo=PAINTED, caption=c, note=o) for c,o in zip(SAID, OTHER, strict=True)])
     for data in (rows, dict(train=rows, validation=rows)):
         found = load_data(data, image_column='photo', caption_column='note')['validation']
         assert all(row['captions'][0] in OTHER for row in found) and len(found)
@@ -177,11 +183,11 @@ def test_without_a_header_two_captions_are_asked_for(tmp_path):
         captions(folder, caption_column='4')
     assert captions(
         album(tmp_path, lines([n[:-4] for n in NAMES], SAID)), image_column='1', caption_column='2'
-    ) == {n[:-4]: [c] for n, c in zip(NAMES, SAID)}
+    ) == {n[:-4]: [c] for n, c in zip(NAMES, SAID, strict=True)}
 
 def test_a_comma_in_captions_without_quotes_is_never_cut_off(tmp_path):
     with pytest.raises(ValueError, match='which column holds the captions'):
-        captions(album(tmp_path, ''.join(f'{n},{c}, and more\n' for n,c in zip(NAMES, SAID))))
+        captions(album(tmp_path, ''.join(f'{n},{c}, and more\n' for n,c in zip(NAMES, SAID, strict=True))))
     with pytest.raises(ValueError, match='line 1 has 3 fields, most lines 2'):
         captions(album(tmp_path, f'{NAMES[0]},first, and second\n' + lines(NAMES[1:], SAID[1:])))
 
@@ -254,7 +260,9 @@ def test_a_cell_that_is_no_caption_is_named(tmp_path, cell, why):
 def test_half_a_letter_is_named(tmp_path):
     folder = album(
         tmp_path,
-        json.dumps([dict(image=n, caption=c) for n, c in zip(NAMES, [*SAID[:-1], '\ud83d dog'])]),
+        json.dumps(
+            [dict(image=n, caption=c) for n, c in zip(NAMES, [*SAID[:-1], '\ud83d dog'], strict=True)]
+        ),
         'captions.json',
     )
     with pytest.raises(ValueError, match="object 11: no caption for '011.png': .*half a letter"):
@@ -316,7 +324,7 @@ def test_an_encoding_stops_and_with_the_flag_is_read(tmp_path, language, encodin
     ) as stopped:
         captions(folder)
     assert '--encoding' in str(stopped.value)
-    assert captions(folder, encoding=encoding) == {name: [c] for name,c in zip(NAMES, said)}
+    assert captions(folder, encoding=encoding) == {name: [c] for name,c in zip(NAMES, said, strict=True)}
 
 @pytest.mark.parametrize('language', LANGUAGES)
 def test_unicode_is_read_without_a_flag(tmp_path, language):
@@ -325,7 +333,7 @@ def test_unicode_is_read_without_a_flag(tmp_path, language):
         folder = album(tmp_path, lines(NAMES, said, header=('file_name','caption')), encoding=encoding)
         assert (
             captions(folder) == captions(folder, encoding='cp1252' if encoding != 'utf-8' else None) == {
-                name: [c] for name, c in zip(NAMES, said)
+                name: [c] for name, c in zip(NAMES, said, strict=True)
             }
         )
 
@@ -363,7 +371,7 @@ def test_zeros_and_noise_are_no_text(tmp_path):
 def test_plus_signs_are_no_utf7(tmp_path, text):
     said = [text, *SAID[1:]]
     assert captions(album(tmp_path, lines(NAMES, said, header=('file', 'caption')))) == {
-        n: [c] for n, c in zip(NAMES, said)
+        n: [c] for n, c in zip(NAMES, said, strict=True)
     }
 
 def test_encoding_is_a_setting_of_the_commands(call, tmp_path):
@@ -495,7 +503,9 @@ def test_ids_of_predictions(tmp_path, capsys):
         json.dumps(
             [
                 dict(image_id=i, caption=c)
-                for i, c in zip(('000000000139', 'Images\\COCO_VAL2014_000000000285', 632), 'abc')
+                for i, c in zip(
+                    ('000000000139', 'Images\\COCO_VAL2014_000000000285', 632), 'abc', strict=True
+                )
             ]
         )
     )
@@ -640,7 +650,8 @@ def test_hostile_documents_are_named(tmp_path):
             'annotation 0: there is no picture',
         ),
         (
-            '[{"file_name":["0.png"],"caption":"x"},{"file_name":null,"caption":"x"},{"file_name":true,"caption":"x","split":[1]}]',
+            '[{"file_name":["0.png"],"caption":"x"},{"file_name":null,"caption":"x"},'
+            '{"file_name":true,"caption":"x","split":[1]}]',
             'object 1: there is no picture None',
         ),
     ):

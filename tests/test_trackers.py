@@ -219,8 +219,13 @@ class Lose(Callback):
     def on_step_end(self, run):
         for p in psutil.Process().children(recursive=True)*(len(run.losses)==2):
             if 'wandb-core' in p.name(): p.kill()
-try: train(num_epochs=2, adapter_width=32, batch_size=8, max_caption_length=12, data=sys.argv[1], report_to='wandb', callbacks=[Lose()])
-except OSError as e: print('told:', e)
+try:
+    train(
+        num_epochs=2, adapter_width=32, batch_size=8, max_caption_length=12, data=sys.argv[1],
+        report_to='wandb', callbacks=[Lose()],
+    )
+except OSError as e:
+    print('told:', e)
 """
 
 def test_a_failure_of_wandb_is_loud(album, place, environment):

@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from zlib import crc32
 from PIL import Image
-from tqdm.auto import tqdm
+from ..log import log, progress_bar
 from ..settings import Hyperparameters
-from ..files import atomic_write, check_writable, read_zipped, say, split_zip
+from ..files import atomic_write, check_writable, read_zipped, split_zip
 from ..images import ImageFile, MOST_FILE
 from ..image_pool import image_opener
 from ..data import _image
@@ -92,7 +92,7 @@ class FeatureCache:
             except ValueError as e:
                 damaged = str(e)
             if damaged:
-                say(f'⚠️ {path} is damaged ({damaged}): its pictures are encoded again')
+                log.warning(f'⚠️ {path} is damaged ({damaged}): its pictures are encoded again')
                 path.unlink(missing_ok=True) # out here, where nothing maps it any more: Windows would refuse
         self.index()
 
@@ -268,11 +268,9 @@ def _encoded(encoder, data, which, cache, taken, alone, opener):
 
 def _say_size(name, n, cache, where):
     each = 2*int(np.prod(cache.shape))
-    say(
+    log.info(
         f"💾 {name}: the features of {n:,} pictures take {each:,} bytes each, {n*each/1e6:,.1f} MB in all,"
-        f" {where}",
-        flush=True,
-    )
+        f" {where}")
 
 # %% ../../nbs/24_feature_cache.ipynb #24000007
 def features_folder(
@@ -297,7 +295,7 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
     def encoded(i):
         return _encoded(encoder, data, batches[i], cache, taken, alone, opener)
-    bar = tqdm(desc=progress, disable=not progress, unit='picture', total=len(data))
+    bar = progress_bar(desc=progress, disable=not progress, unit='picture', total=len(data))
     with bar, closing(_ahead(encoded, len(batches), threads or os.cpu_count())) as done:
         for some, theirs, new in done:
             rows += some

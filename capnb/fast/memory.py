@@ -76,14 +76,8 @@ def phases(
 # counted
 ) -> dict:
     "What a run does, each thing once, on made-up data."
-    n, device, dtype, e, per_image = (
-        min(TOKENS, h.max_caption_length),
-        model.device,
-        model.decoder.dtype,
-        model.encoder,
-        model.encoder.patches if h.features == 'patch' else h.prefix_length,
-    )
-    seen = (e.patches, e.width) if h.features=='patch' else (e.width,)
+    n, device, e, patch = min(TOKENS, h.max_caption_length), model.device, model.encoder, h.features=='patch'
+    seen = (e.patches, e.width) if patch else (e.width,)
     pixels = (
         (e.patches, 3 * e.model.config.patch_size**2)
         if e.model.config.model_type.startswith('siglip2')
@@ -102,16 +96,12 @@ def phases(
         ).backward()
     @torch.no_grad()
     def validate(): return token_nll(model.decoder, prefix(READ), *captions(READ))
-    @torch.no_grad()
     # a caption that never ends fills the cache; each of its positions is kept until all captions are done
+    @torch.no_grad()
     def write():
-        whole = torch.zeros(
-            WRITTEN,
-            per_image + h.max_caption_length,
-            model.decoder.get_input_embeddings().embedding_dim,
-            device=device,
-            dtype=dtype,
-        )
+        longest = (e.patches if patch else h.prefix_length) + h.max_caption_length
+        width = model.decoder.get_input_embeddings().embedding_dim
+        whole = torch.zeros(WRITTEN, longest, width, device=device, dtype=model.decoder.dtype)
         return model.decoder(inputs_embeds=whole, use_cache=True, logits_to_keep=1)
     return dict(encode=encode, step=step, validate=validate, write=write)
 

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from fastcore.script import Param
-from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 )
+from ..log import progress_bar
 from ..run.command_line import Number, command, new_file
 from ..files import atomic_write, say
 from ..hub import read_model
@@ -288,7 +288,7 @@ def compare_families(
             return dict(
                 zip(
                     kinds,
-                    tqdm(pool.map(compare, kinds), total=len(kinds), unit='family', disable=not progress),
+                    progress_bar(pool.map(compare, kinds), total=len(kinds), unit='family', disable=not progress),
                 )
             )
     finally:

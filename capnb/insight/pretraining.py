@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from logging import INFO
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from ..log import log, progress_bar
 from ..files import atomic_write
 from ..hub import no_loading_bar
 from ..decoder import tokenize_captions
@@ -163,7 +165,8 @@ class Log:
         self.rows, self.start = [], time.perf_counter()
     def __call__(self, **row):
         self.rows.append(dict(row, seconds=round(time.perf_counter()-self.start)))
-        tqdm.write(
+        if not log.isEnabledFor(INFO): return
+        tqdm.write( # between the bars
             '  '.join(
                 f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}' for k, v in self.rows[-1].items()
             )
@@ -249,7 +252,7 @@ def pretrain_decoder(
     torch.manual_seed(0)
     lm, log = small_qwen3(tokenizer).train(), Log()
     optimizer, scheduler = _optimizer(lm.parameters(), 1.5e-3, steps, hold=.6)
-    for step in tqdm(range(steps), desc='Qwen3'):
+    for step in progress_bar(range(steps), desc='Qwen3'):
         ids, mask = tokenize_captions(tokenizer, map(mixed_page, range(32*step, 32*(step+1))), 256)
         labels = ids.masked_fill((mask==0) | note_mask(tokenizer, ids), -100)
         loss = lm(inputs_embeds=blurred(lm, tokenizer, ids), attention_mask=mask, labels=labels).loss
@@ -417,7 +420,7 @@ def warm_up(
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer, scheduler = _optimizer(parameters, 1e-3, steps)
     for step, (pixels, kind, colour, labels) in enumerate(
-        tqdm(_batches(warmup_batch, steps), total=steps, desc='CLIP, warm-up')
+        progress_bar(_batches(warmup_batch, steps), total=steps, desc='CLIP, warm-up')
     ):
         out = clip.get_image_features(pixel_values=pixels)
         present = (labels[:,[0,3],None]==torch.arange(len(KINDS))).any(1).float()       # (batch, kinds)
@@ -539,7 +542,7 @@ def contrast(
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(10))
     for step, (pixels, ids, mask, also) in enumerate(
-        tqdm(
+        progress_bar(
             _batches(partial(contrast_batch, tokenizer=tokenizer), steps), total=steps, desc='CLIP, contrast'
         )
     ):

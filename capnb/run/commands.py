@@ -47,6 +47,21 @@ def train_command(
 
 
 # %% ../../nbs/35_commands.ipynb #0da7b702
+def _check(data, h, **options):
+    "What `check_data` finds; a table of which all rows are bad is told row by row."
+    from functools import partial
+    from capnb.data import BadRows
+    from capnb.decoder import count_cut, decoder_config, load_tokenizer
+    from capnb.run.sources.load import check_data
+    tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
+    cut = partial(count_cut, tokenizer, max_caption_length=h.max_caption_length)
+    try:
+        return check_data(data, count_cut=cut, **options)
+    except BadRows as e:
+        for problem in e.bad:
+            say(f"bad: {problem}")
+        raise ValueError(f"{data}: all {len(e.bad)} rows of a table are bad; the first: {e.bad[0]}") from None
+
 @command
 def data_command(
     action: Param('What to do', str, opt=False, choices=['check']),
@@ -74,37 +89,20 @@ def data_command(
 ):
     """Look a data set over before a long run: what each split holds, samples, every row or image that cannot
     be used, and what may teach the wrong thing."""
-    from functools import partial
-    from capnb.decoder import count_cut, cut_text, decoder_config, load_tokenizer
-    from capnb.data import BadRows
-    from capnb.run.sources.load import check_data, report_data
+    from capnb.decoder import cut_text
+    from capnb.run.sources.load import report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
-    tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
-    try:
-        report = check_data(
-            data,
-            limit,
-            image_column=image_column,
-            caption_column=caption_column,
-            revision=data_revision,
-            encoding=encoding,
-            outside=outside_files,
-            count_cut=partial(count_cut, tokenizer, max_caption_length=h.max_caption_length),
-        )
-    except BadRows as e:
-        for problem in e.bad:
-            say(f"bad: {problem}")
-        raise ValueError(f"{data}: all {len(e.bad)} rows of a table are bad; the first: {e.bad[0]}") from None
+    columns = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
+    report = _check(data, h, limit=limit, revision=data_revision, outside=outside_files, **columns)
     report_data(report)
     if report['cut']:
         say(f"{cut_text(report['cut'])} (preset {preset}, tokenizer {h.tokenizer_name})")
     if json_file:
         write_json(json_file, report)
-    if report['bad']:
-        raise ValueError(
-            f"{len(report['bad'])} bad rows in {data}; train with --bad_rows skip to leave them out"
-        )
+    bad = len(report['bad'])
+    if bad:
+        raise ValueError(f"{bad} bad rows in {data}; train with --bad_rows skip to leave them out")
 
 # %% ../../nbs/35_commands.ipynb #8e98cee5
 @contextmanager
@@ -130,6 +128,29 @@ def _print_captions(row):
     for text,score in zip(texts, scores, strict=True):
         print(f"{row['file']}: {text}{score}", flush=True)
 
+def _captioned(checkpoint, files, options, scores, seed, int8):
+    "Load a captioner and caption files, a row for each."
+    from torch import manual_seed
+    from capnb.captioner import load_model_from_checkpoint
+    from capnb.fast.parts import make_fast
+    from capnb.fast.quantized import use_int8
+    from capnb.inference import caption_files
+    captioner, _, _ = load_model_from_checkpoint(checkpoint, 'cpu' if int8 else None)
+    make_fast(captioner)
+    if int8:
+        use_int8(captioner.decoder)
+    if seed is not None:
+        manual_seed(seed)
+    yield from caption_files(captioner, files, progress=len(files)>32, scores=scores, **options)
+
+_PROBABLE = Number(
+    'With --do_sample: share of the probability that is drawn from, the likeliest words first', float, hi=1
+)
+_SCORES = Param('Say how sure the model is of each caption: its mean log-probability per token', store_true)
+_INT8 = Param(
+    'Write with 8-bit integers, on the CPU: faster, and some captions come out differently', store_true
+)
+
 @command
 def caption_command(
     images: Param(
@@ -146,48 +167,27 @@ def caption_command(
     ) = 1,
     do_sample: Param('Draw the words by lot', store_true) = False,
     temperature: Number('With --do_sample: below 1 for likelier words, above 1 for others', float) = None,
-    top_p: Number(
-        'With --do_sample: share of the probability that is drawn from, the likeliest words first',
-        float,
-        hi=1,
-    ) = None,
+    top_p: _PROBABLE = None,
     seed: Number('With --do_sample: fixes what is drawn', lo=0) = None,
-    scores: Param(
-        'Say how sure the model is of each caption: its mean log-probability per token', store_true
-    ) = False,
-    int8: Param(
-        'Write with 8-bit integers, on the CPU: faster, and some captions come out differently', store_true
-    ) = False,
+    scores: _SCORES = False,
+    int8: _INT8 = False,
 ):
     "Caption images with a trained model; each caption is printed as soon as it is written."
-    from torch import manual_seed
-    from capnb.captioner import load_model_from_checkpoint
     from capnb.decoder import check_options
-    from capnb.fast.parts import make_fast
-    from capnb.fast.quantized import use_int8
     from capnb.images import find_images
-    from capnb.inference import caption_files
     from capnb.run.entry import find_captioner
-    options = check_options(dict(num_beams=num_beams, num_return_sequences=num_return_sequences,
-                                 do_sample=do_sample, temperature=temperature, top_p=top_p))
+    options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences, do_sample=do_sample)
+    options = check_options(options | dict(temperature=temperature, top_p=top_p))
     if seed is not None and not do_sample:
         raise ValueError('seed has no effect without --do_sample')
     files, bad = find_images(images), []
     with _json_array() if json else nullcontext(_print_captions) as add:
         path, notice = find_captioner(checkpoint, folder, best, model)
-        captioner, _, _ = load_model_from_checkpoint(path, 'cpu' if int8 else None)
-        make_fast(captioner)
-        if int8:
-            use_int8(captioner.decoder)
-        if seed is not None:
-            manual_seed(seed)
-        for row in caption_files(captioner, files, progress=len(files)>32, scores=scores, **options):
+        for row in _captioned(path, files, options, scores, seed, int8):
             if 'error' in row:
                 bad.append(row['error'])
-            if notice:
-                row['notice'] = notice
             if json or 'error' not in row:
-                add(row)
+                add(row | (dict(notice=notice) if notice else {}))
     if bad: raise ValueError('; '.join(bad))
 
 # %% ../../nbs/35_commands.ipynb #01fd4d40

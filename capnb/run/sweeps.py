@@ -20,7 +20,8 @@ from capnb.run.studies import (
 from capnb.settings import (
     Hyperparameters, OWN_DATA, as_hyperparameters, check_value, chosen_settings, limits, one_of
 )
-from ..files import free_lock, say
+from ..files import free_lock
+from ..log import log
 from ..training import Callback, Interrupted, fit, in_processes, tracker_names
 
 # %% ../../nbs/36_sweeps.ipynb #19a0000f
@@ -147,7 +148,7 @@ def _settings(settings, preset, vary, sampler, trials, changes):
         )
     return h, space, None
 
-def _say(t):
+def _told(t):
     "What came out of a trial, in a line."
     values, a = (
         ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in t.params.items()),
@@ -186,6 +187,6 @@ def sweep(
             raise
         finally:
             free_lock(lock)
-        say(_say(study.trials[trial.number]), flush=True)
+        log.info(_told(study.trials[trial.number]))
     return study
 

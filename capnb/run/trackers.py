@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from ..files import say, write_json
+from ..log import log
+from ..files import write_json
 from ..captioner import metadata_path, save_metadata
 from ..training import Callback
 from ..evaluation import draw_samples
@@ -37,8 +38,8 @@ class Samples(Callback):
         path = Path(run.h.output_dir)/f'samples_{run.stamp}.png'
         draw_samples([self.images[split][i]['image'] for i in range(len(captions))], captions, path)
         for row,caption in zip(data.rows, captions):
-            say(f"  {row['image_id']}: {caption}")
-        say(f'🖼️  {path}')
+            log.info(f"  {row['image_id']}: {caption}")
+        log.info(f'🖼️  {path}')
 
 # %% ../../nbs/32b_trackers.ipynb #08c0a002
 _ERRORS = dict(mlflow='mlflow.exceptions.MlflowException', wandb='wandb.errors.Error') # what these two raise

@@ -7,7 +7,7 @@ __all__ = ['load', 'caption', 'evaluate']
 
 # %% ../../nbs/33c_in_python.ipynb #674b6743
 from pathlib import Path
-from ..captioner import Captioner, load_model_from_checkpoint
+from ..captioner import DEMO, Captioner, load_model_from_checkpoint
 from ..fast.cache import encode_data
 from ..fast.parts import make_fast
 from ..evaluation import evaluate as evaluate_encoded
@@ -22,7 +22,8 @@ def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Cap
     Parameters
     ----------
     checkpoint : str or Path, optional
-        File of weights, `model_state_dict_....pth`. Default: the newest one in `folder`.
+        File of weights, `model_state_dict_....pth`, or 'storybook' for the captioner that comes with the
+        package. Default: the newest one in `folder`.
     folder : str or Path, default 'saved_models'
         Where to look for a checkpoint when none is named.
     best : bool, default False
@@ -49,7 +50,8 @@ def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Cap
     >>> captioner.training
     False
     """
-    return make_fast(load_model_from_checkpoint(find_checkpoint(checkpoint, folder, best), device)[0])
+    path = checkpoint if checkpoint==DEMO else find_checkpoint(checkpoint, folder, best)
+    return make_fast(load_model_from_checkpoint(path, device)[0])
 
 # %% ../../nbs/33c_in_python.ipynb #557517c6
 def caption(images, model=None, **options):

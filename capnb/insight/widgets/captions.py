@@ -13,7 +13,7 @@ from ipywidgets import (
     Button, FileUpload, FloatSlider, HBox, HTML, IntRangeSlider, IntSlider, Layout, ToggleButtons, VBox
 )
 from PIL import ImageOps
-from ...captioner import Captioner
+from ...captioner import Captioner, load_model_from_checkpoint
 from ...images import open_image
 from ...inference import CaptionStreamer, explain
 from .parts import STYLE, errors_in, image_buttons, image_html, mark, veiled
@@ -114,14 +114,16 @@ class CaptionWidget(VBox):
     """Caption an image of yours or one of those given, and ask each word how sure it is, what else it might
     have been, and what it rests on."""
     def __init__(self,
-        model:Captioner,
+        model, # `Captioner`, or what `load_model_from_checkpoint` takes, such as 'storybook'
         images=(), # To choose from: PIL images, or paths
+        notice:str='', # A line about the captioner to show
     ):
-        self.model, self.images = model, [open_image(image) for image in images]
+        self.model = model if isinstance(model, Captioner) else load_model_from_checkpoint(model)[0]
+        self.images = [open_image(image) for image in images]
         self.image, self.caption, self.words = None, '', []
         # What is clicked and moved; the end of a caption is one of its tokens, too.
         self.upload = FileUpload(accept='image/*', multiple=False, description='your picture')
-        self.decoding = Decoding(model.max_caption_length-1)
+        self.decoding = Decoding(self.model.max_caption_length-1)
         self.pages = image_buttons(self.images, self.pick)
         self.upload.observe(self._uploaded, 'value')
         self.decoding.on_change(self.write)
@@ -131,7 +133,8 @@ class CaptionWidget(VBox):
         choice = HBox([self.pages, self.upload], layout=Layout(align_items='center', flex_flow='row wrap'))
         wide = Layout(flex_flow='row wrap', grid_gap='1.5rem', margin='.5rem 0')
         middle = HBox([self.shown, self.decoding], layout=wide)
-        super().__init__([HTML(STYLE), choice, middle, self.hint, self.said, self.more, self.errors])
+        self.notice = HTML(f'<p class="notice">{escape(notice)}</p>' if notice else '')
+        super().__init__([HTML(STYLE), self.notice, choice, middle, self.hint, self.said, self.more, self.errors])
         self.add_class('capnb')
         if self.images:
             self.pick(0)

@@ -13,7 +13,7 @@ import capnb
 from .access import SAFE
 from .desk import Desk, answers
 from .limits import read_body, refuse
-from .page import PAGE, docs_page
+from .page import docs_page, whole_page
 
 # %% ../../../nbs/37g_serving_app.ipynb #0da1201f
 _HEALTH = {
@@ -21,7 +21,11 @@ _HEALTH = {
         description=what,
         content={
             'application/json': dict(
-                schema=dict(type='object', required=['status'], properties=dict(status=dict(enum=states)))
+                schema=dict(
+                    type='object',
+                    required=['status'],
+                    properties=dict(status=dict(enum=states), notice=dict(type='string')),
+                )
             )
         },
     )
@@ -98,6 +102,9 @@ _WITH_WORDS['properties']['captions'] = _list(
     ),
 )
 _WITH_WORDS['properties']['words'] = _list(_WORD, description='With `explain=true`: why each word was said')
+_WITH_WORDS['properties']['notice'] = dict(
+    type='string', description='Where nobody chose the captioner that comes with the package: which one writes'
+)
 _EVENTS = (
     'With `stream=true`, server-sent events, each a line `data: ` with JSON: {"text": the caption so far},'
     ' again and again, then {"caption": ...},\nand with `explain=true` at last'
@@ -123,13 +130,14 @@ def _responses(
 STARTING, SERVING, STOPPING = range(3)
 _PAGE_MAY = "img-src blob:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
-def _add_pages(app):
+def _add_pages(app, notice):
     "Add what people read to the app."
     from fastapi.responses import HTMLResponse
+    whole = whole_page(notice)
     @app.get('/', include_in_schema=False)
     async def page():
         policy = f"{SAFE['Content-Security-Policy']}; {_PAGE_MAY}"
-        return HTMLResponse(PAGE, headers={'Content-Security-Policy': policy})
+        return HTMLResponse(whole, headers={'Content-Security-Policy': policy})
 
     @app.get('/docs', include_in_schema=False)
     async def docs(): return HTMLResponse(docs_page(app.openapi()))
@@ -144,7 +152,8 @@ def _add_health(app, desk, state):
             found = 'overloaded'
         if state.value==STOPPING:
             found = 'stopping'
-        return JSONResponse(dict(status=found), 200 if found=='ready' else 503)
+        notice = dict(notice=desk.notice) if desk.notice else {}
+        return JSONResponse(dict(status=found) | notice, 200 if found=='ready' else 503)
 
 _EXPLAIN = (
     'Say why each word was said: dozens of times the work of the caption, done between the captions of others'
@@ -219,7 +228,7 @@ def make_app(
         wrong = '; '.join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
         return JSONResponse(dict(detail=wrong), 422)
 
-    _add_pages(app)
+    _add_pages(app, desk.notice)
     _add_health(app, desk, state)
     _add_caption(app, desk, key, state)
     return app

@@ -8,7 +8,7 @@ __all__ = ['serve_command']
 # %% ../../../nbs/37i_serving_command.ipynb #bce92b0b
 import os
 from fastcore.script import Param, store_true
-from ..command_line import BEST, Number, any_path, command
+from ..command_line import BEST, MODEL, Number, any_path, command
 from .limits import Limits
 
 # %% ../../../nbs/37i_serving_command.ipynb #0da12028
@@ -17,8 +17,9 @@ def serve_command(
     checkpoint: Param(
         'Weights, a file model_state_dict_....pth; without it the newest one', any_path, opt=False, nargs='?'
     ) = None,
-    folder: Param('Where to look for the newest checkpoint', any_path) = 'saved_models',
+    folder: Param('Where to look for the newest checkpoint, saved_models if not said', any_path) = None,
     best: Param(BEST, store_true) = False,
+    model: MODEL = None,
     host: Param('127.0.0.1 for this machine only, 0.0.0.0 or :: for all that reach it', str) = '127.0.0.1',
     port: Number('Port to listen at', lo=1024, hi=65535) = 8000,
     api_key: Param(
@@ -44,11 +45,11 @@ def serve_command(
 ):
     "Serve captions over HTTP: POST /caption, a page at /, /health, and what can be asked at /docs."
     # These load PyTorch, which --help has no need of.
-    from capnb.run.entry import find_checkpoint
+    from capnb.run.entry import find_captioner
     from capnb.run.serving.server import serve
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
     names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
     limits = Limits(max_upload, max_pixels, max_waiting, timeout, max_per_client)
     options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
-    checkpoint = find_checkpoint(checkpoint, folder, best)
-    serve(checkpoint, host, port, key, limits, batch_size, without_key, names, options)
+    checkpoint, notice = find_captioner(checkpoint, folder, best, model)
+    serve(checkpoint, host, port, key, limits, batch_size, without_key, names, options, notice)

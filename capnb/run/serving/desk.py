@@ -48,7 +48,9 @@ class Desk:
         running, # Shared number of requests that somebody waits for; a server that stops finishes these
         started, # Shared number of workers that have begun
         min_side, # As for `Opener`
+        notice:str=None, # What every answer says of the captioner, and the page
     ):
+        self.notice = notice
         self.server, self.limits, self.running, self.started, self.min_side = (
             server,
             limits,
@@ -199,6 +201,8 @@ async def answers(
                     if 'dropped' in answer: raise TimeoutError
                     if 'status' in answer:
                         refuse(**answer)
+                    if desk.notice and 'caption' in answer:
+                        answer['notice'] = desk.notice
                     yield answer
     except TimeoutError:
         refuse(

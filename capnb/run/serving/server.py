@@ -122,6 +122,7 @@ def serve(
     without_key:bool=False, # At a host that others reach: let all of them ask
     allowed_hosts:tuple=(), # Names by which the server is reached, beside those of this machine
     options:dict=None, # How captions are written: what `check_options` takes, such as dict(num_beams=3)
+    notice:str=None, # What answers and page say of the captioner
 ):
     """Serve captions over HTTP until SIGTERM, after which it returns, or Ctrl-C; raises `ValueError` if it
     cannot begin."""
@@ -143,7 +144,7 @@ def serve(
     def ready():
         state.value = SERVING
         say(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
-    server.app = make_app(Desk(server, limits, running, started, min_side), key, state, ready)
+    server.app = make_app(Desk(server, limits, running, started, min_side, notice), key, state, ready)
     server.app.add_middleware(Guard, ours=host_check(host, key, allowed_hosts), more=allowed_hosts)
 
     came = _on_signal(server, running, state, limits)

@@ -9,7 +9,8 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, re, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from ...files import read_text, say, zip_files
+from ...log import log
+from ...files import read_text, zip_files
 from capnb.data import (
     LEADS_OUT, Source, as_source, folder_tables, image_columns, is_zip, named_rows, read_folder,
     split_of_name, infer_columns
@@ -297,7 +298,7 @@ def _told(name, source, rows, columns):
     "A line that says what is read."
     image, captions = infer_columns(rows.features, *columns)
     sizes = ', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())
-    say(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
+    log.info(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
     return source
 
 def _read_rows(found, path, folder, columns, outside):

@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from ...log import log, progress_bar
 from .archives import from_datasets, read_path, visible_images
 from ...files import atomic_write, say, split_zip
 from ...hub import hub_errors
@@ -129,7 +129,7 @@ def _first_rows(repo, revision, limit):
         {},
         _missing(files),
     )
-    with tqdm(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
+    with progress_bar(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
         for name,urls in files.items():
             parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
             for rows in _groups(urls, kept):
@@ -189,7 +189,7 @@ def read_streams(
     streams = data if isinstance(data, Mapping) else dict(train=data)
     missing, have, found = _missing(streams), Counter(), {}
     need = lambda split: float('inf') if limit is None else limit if split=='train' else held_back(limit)
-    with tqdm(desc='Reading the stream', unit='image') as bar:
+    with progress_bar(desc='Reading the stream', unit='image') as bar:
         for name,stream in streams.items():
             stream, image, captions = _undecoded(stream, (image_column, caption_column))
             for n,row in enumerate(stream):
@@ -232,7 +232,7 @@ def scanned(self:CaptionData,
     rows = deque()
     images = decoding_pool().map(self._sources(rows), min_side=CHECKED_SIDE)
     for i, image in enumerate(
-        tqdm(images, desc=progress, disable=not progress, unit='picture', total=len(self))
+        progress_bar(images, desc=progress, disable=not progress, unit='picture', total=len(self))
     ):
         row = rows.popleft()
         yield (i, None, str(image)) if isinstance(image, ValueError) else (i, dict(row, image=image), '')
@@ -255,7 +255,7 @@ def _hub_rows(repo, revision, limit, columns):
     found = load_hub(repo, revision, limit)
     without_split = found.pop(None, [])
     image, captions = infer_columns(next(iter(found.values())).features, *columns)
-    say(
+    log.info(
         f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from"
         f" column {image}, with captions from {', '.join(captions)}"
     )
@@ -332,7 +332,7 @@ def load_data(
     if 'train' not in source.splits:
         raise ValueError(f"the data has no split 'train', only {', '.join(source.splits)}")
     if source.without_split:
-        say(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
+        log.info(f"ℹ️ {len(source.without_split):,} images have no split and are not used")
     splits = {
         split: CaptionData(rows, limit if split == 'train' else None) for split, rows in source.splits.items()
     }
@@ -343,7 +343,7 @@ def load_data(
         ]
         splits['train'].num_skipped = len(bad)
         if bad:
-            say(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
+            log.warning(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
 def load_for(
