@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from ..captioner import Captioner, build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
 from ..fast.parts import make_fast
-from .trackers import Tracker
+from .trackers import Tracker, tracker_names
 from .checkpoints import start_from
 from .entry import prepare
 from capnb.run.studies import (
@@ -22,7 +22,11 @@ from capnb.settings import (
 )
 from ..files import free_lock
 from ..log import log
-from ..training import Callback, Interrupted, fit, in_processes, tracker_names
+from ..training import Callback
+from .training import run_training
+
+from .processes import in_processes
+from .signals import Interrupted
 
 # %% ../../nbs/36_sweeps.ipynb #19a0000f
 _SHARED = (
@@ -106,7 +110,7 @@ def run_trial(
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         model, prune, began = lab(h), Prune(trial), time.perf_counter()
         try:
-            run = fit(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
+            run = run_training(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
         except ValueError as e:
             trial.set_user_attr('error', str(e))
             study.tell(trial, state=state.FAIL)
