@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from capnb.decoder import use_int8
+from capnb.fast.quantized import use_int8
 from capnb.captioner import load_model_from_checkpoint, read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train

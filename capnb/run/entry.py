@@ -15,6 +15,7 @@ from ..captioner import build_captioner, check_models, check_trained, shipped_ch
 from ..evaluation import Scores
 from ..insight.facts import Facts
 from ..fast.cache import encode_data, features_folder
+from ..fast.parts import make_fast
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
 from .trackers import Samples, Tracker, tracker_names
@@ -48,9 +49,9 @@ def prepare(
     }
     device = join_processes(device)
     model = (
-        shard_decoder(build_captioner(h, 'cpu'), h, device)
+        shard_decoder(make_fast(build_captioner(h, 'cpu')), h, device)
         if sharding_asked()
-        else build_captioner(h, device)
+        else make_fast(build_captioner(h, device))
     )
     if h.init_from:
         start_from(model, h.init_from, h)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from ..decoder import count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
+from ..fast.writing import write_ids
 from ..fast.memory import READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
 from .sources.hub import held_back
@@ -232,7 +233,7 @@ def time_phases(
         optimizer.step()
         optimizer.zero_grad()
     def write(n):
-        return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n), device)
+        return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n, write=write_ids), device)
     return dict(
         prepare=_seconds(lambda: processor([photograph] * encoded, return_tensors='pt'), device) / encoded,
         encode=_seconds(do['encode'], device) / encoded,

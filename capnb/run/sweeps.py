@@ -10,6 +10,7 @@ import os, time
 from contextlib import redirect_stderr, redirect_stdout
 from ..captioner import Captioner, build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
+from ..fast.parts import make_fast
 from .trackers import Tracker, tracker_names
 from .checkpoints import start_from
 from .entry import prepare
@@ -60,7 +61,7 @@ class TrialRunner:
         learns, key = h.unfreeze_layers or h.lora_rank or h.init_from, [h[k] for k in _SHARED]
         if key==self.key and self.frozen and not learns:
             f = self.frozen
-            return Captioner(
+            return make_fast(Captioner(
                 f.encoder,
                 new_adapter(
                     h, f.encoder, f.decoder.get_input_embeddings().embedding_dim, embedding_size(f.decoder)
@@ -68,9 +69,9 @@ class TrialRunner:
                 f.decoder,
                 f.tokenizer,
                 h.max_caption_length,
-            )
+            ))
         if key==self.key:
-            model = build_captioner(h)
+            model = make_fast(build_captioner(h))
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
