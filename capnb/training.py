@@ -84,8 +84,8 @@ def validate(
     model.eval()
     captions = [r['captions'][0] for r in data.rows]
     def read(here): # sums over some pictures: nats with the right one, with another one, tokens
-        nats, mask = model.nats(data.features[here], captions[here])
-        other, _ = model.nats(data.features[[i-1 for i in range(here.start, here.stop)]], captions[here])
+        nats, mask = model.nll(data.features[here], captions[here])
+        other, _ = model.nll(data.features[[i-1 for i in range(here.start, here.stop)]], captions[here])
         return nats.sum().item(), other.sum().item(), mask.sum().item()
     total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size), strict=True))
     model.train(was_training)
