@@ -108,7 +108,6 @@ def upward_imports(module):
 # true fails the test.
 NOT_YET_DOWN = {
     'insight.decoder_families': {'run.command_line'},
-    'training': {'run.checkpoints'},
 }
 
 def test_there_is_something_to_test():
