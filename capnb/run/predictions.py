@@ -10,7 +10,7 @@ import json, re
 from ..files import parse_json, read_text, write_json
 from ..log import log
 from ..data import one_line
-from .sources.tables import NameIndex
+from .sources.names import NameIndex
 
 # %% ../../nbs/34c_predictions.ipynb #jd210021
 def coco_ids(
