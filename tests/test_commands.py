@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from capnb.decoder import use_int8
+from capnb.fast.quantized import use_int8
 from capnb.captioner import load_model_from_checkpoint, read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
@@ -578,7 +578,7 @@ def test_help_says_defaults_and_choices(call, script, tmp_path):
             assert str(choice) in said[flag]
 
 # still import PyTorch before they read their arguments; this only gets shorter
-NOT_YET_LIGHT = {'capnb_eval', 'capnb_decoders', 'capnb_scale'}
+NOT_YET_LIGHT = {'capnb_eval', 'capnb_decoders'}
 
 @pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
 def test_help_imports_nothing_heavy(environment, script, tmp_path):

@@ -10,7 +10,7 @@ from capnb.decoder import (
 from capnb.inference import _words
 from capnb.insight.report.clipscore import ClipScorer
 from capnb.storybook import Storybook
-from capnb.training import token_counts
+from capnb.run.training import token_counts
 
 LONG = 'A young woman in a yellow raincoat is walking two brown dogs across the bridge while traffic waits'
 

@@ -132,9 +132,11 @@ def _captioned(checkpoint, files, options, scores, seed, int8):
     "Load a captioner and caption files, a row for each."
     from torch import manual_seed
     from capnb.captioner import load_model_from_checkpoint
-    from capnb.decoder import use_int8
+    from capnb.fast.parts import make_fast
+    from capnb.fast.quantized import use_int8
     from capnb.inference import caption_files
     captioner, _, _ = load_model_from_checkpoint(checkpoint, 'cpu' if int8 else None)
+    make_fast(captioner)
     if int8:
         use_int8(captioner.decoder)
     if seed is not None:

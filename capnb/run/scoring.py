@@ -15,7 +15,8 @@ from ..settings import OWN_DATA
 from ..files import atomic_write
 from ..log import log
 from ..encoder import EncodedData
-from ..decoder import use_int8
+from ..fast.quantized import use_int8
+from ..fast.parts import make_fast
 from ..captioner import load_model_from_checkpoint
 from ..evaluation import compare, evaluate, floors, score
 from ..insight.coco import coco_tools
@@ -51,6 +52,7 @@ def score_checkpoint(
 ) -> Scored:
     "Write captions with a checkpoint for the data that it was trained on, and score them."
     model, metadata, h = load_model_from_checkpoint(path, 'cpu' if int8 else None)
+    make_fast(model)
     if int8:
         use_int8(model.decoder)
     if h.data==OWN_DATA:
