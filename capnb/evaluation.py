@@ -21,7 +21,7 @@ from .data import counts_characters, words
 from .encoder import EncodedData
 from .decoder import check_options
 from .captioner import Captioner, load_trained
-from .training import Callback, _learning, validate
+from .training import Callback, learning, validate
 
 # %% ../nbs/07_evaluation.ipynb #231199c9
 class _Words(Tokenizer):
@@ -347,7 +347,7 @@ class Scores(Callback):
         self.measures = measures
 
     def _weights(self, run):
-        return {n: p.detach().cpu().clone() for n,p in _learning(run).items()}
+        return {n: p.detach().cpu().clone() for n,p in learning(run).items()}
 
     def _held_back(self, run):
         return [split for split in run.data if split not in ('train', 'validation')]
@@ -377,8 +377,8 @@ class Scores(Callback):
     def _score_untrained(self, run):
         "Score the model as it was before the first step."
         trained = self._weights(run)
-        load_trained(run.model, self.untrained, 'the state before training', _learning(run))
+        load_trained(run.model, self.untrained, 'the state before training', learning(run))
         try:
             return self._score_all(run, 'untrained, ')
         finally:
-            load_trained(run.model, trained, wanted=_learning(run))
+            load_trained(run.model, trained, wanted=learning(run))

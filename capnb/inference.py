@@ -131,7 +131,7 @@ def _relevance(model, image, caption, cells=8, window=3, batch_size=8, between=N
         if between:
             between()
         part = pictures[at:at+batch_size]
-        nats.append(model.nats(model.encoder.encode(part), [caption]*len(part))[0].cpu())
+        nats.append(model.nll(model.encoder.encode(part), [caption]*len(part))[0].cpu())
     nats = torch.cat(nats)
     return (nats[1:]-nats[0]).T.reshape(-1, cells, cells).numpy()
 

@@ -11,7 +11,8 @@ from capnb.evaluation import draw_samples, write_captions_for
 from capnb.insight.facts import fact_counts, facts_scores
 from capnb.image_pool import open_images
 from capnb.inference import caption_files, explain
-from capnb.insight.report import clip_scores, write_predictions
+from capnb.insight.report.clipscore import clip_scores
+from capnb.run.predictions import write_predictions
 from capnb.run.scale.jobs import CaptionWorker
 from capnb.run.scale.sources import ROW
 from capnb.run.serving.worker import answer_batch

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from capnb.decoder import use_int8
+from capnb.fast.quantized import use_int8
 from capnb.captioner import load_model_from_checkpoint, read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
@@ -326,7 +326,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
         taken.append(Path(checkpoint).name)
         raise ValueError('that is enough')
     for name in (
-        'capnb.insight.report.load_model_from_checkpoint',
+        'capnb.run.scoring.load_model_from_checkpoint',
         'capnb.run.sharing.share',
         'capnb.run.serving.server.serve',
         'capnb.run.scale.jobs.read_metadata',
@@ -578,7 +578,7 @@ def test_help_says_defaults_and_choices(call, script, tmp_path):
             assert str(choice) in said[flag]
 
 # still import PyTorch before they read their arguments; this only gets shorter
-NOT_YET_LIGHT = {'capnb_eval', 'capnb_decoders', 'capnb_scale'}
+NOT_YET_LIGHT = {'capnb_eval', 'capnb_decoders'}
 
 @pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
 def test_help_imports_nothing_heavy(environment, script, tmp_path):
@@ -765,13 +765,13 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
         for name in (
             'capnb.run.entry.prepare',
             'capnb.captioner.load_model_from_checkpoint',
-            'capnb.insight.report.load_for',
+            'capnb.run.scoring.load_for',
             'capnb.run.sources.load.check_data',
             'capnb.fast.bench.bench',
             'capnb.run.scale.jobs.run_job',
             'capnb.insight.pretraining.pretrain',
             'capnb.run.sharing.share',
-            'capnb.insight.report._captioned',
+            'capnb.run.scoring.score_checkpoint',
             'capnb.run.results.result_row',
         ):
             m.setattr(name, stop)

@@ -8,9 +8,9 @@ from capnb.decoder import (
     caption_loss, count_cut, cut_text, load_decoder, text_ids, tokenize_captions
 )
 from capnb.inference import _words
-from capnb.insight.report import ClipScorer
+from capnb.insight.report.clipscore import ClipScorer
 from capnb.storybook import Storybook
-from capnb.training import token_counts
+from capnb.run.training import token_counts
 
 LONG = 'A young woman in a yellow raincoat is walking two brown dogs across the bridge while traffic waits'
 

@@ -351,15 +351,16 @@ def test_hub_fault_is_one_line_of_the_command(hub, run, tmp_path, fault, word):
     assert done.stderr.startswith('train: data set nlphuji/flickr30k: ') and word in done.stderr
 
 FULL = '''import errno
-import capnb.run.sources.load as data
+import capnb.run.sources.hub as hub
+from capnb.run.sources.load import load_data
 def full(*args, **more): raise OSError(errno.ENOSPC, 'No space left on device')
 {where} = full
-data.load_data('flickr30k', limit={limit})'''
+load_data('flickr30k', limit={limit})'''
 
 @pytest.mark.parametrize(
     'where,limit',
     [
-        ('data.atomic_write', 30),
+        ('hub.atomic_write', 30),
         ('import huggingface_hub.file_download as d; d.http_get', None),
         ('import datasets.arrow_writer as d; d.ArrowWriter.write_table', None),
     ],

@@ -8,7 +8,10 @@ from capnb.insight.decoder_families import (
     agrees, compare_families, compare_family, tiny_config
 )
 from capnb.hub import model_path
-from capnb.decoder import caption_loss, token_nll, head_is_plain, load_decoder, tokenize_captions
+from capnb import decoder as readable
+from capnb.decoder import load_decoder, tokenize_captions
+from capnb.fast import loss as fast
+from capnb.fast.loss import caption_loss, head_is_plain, token_nll
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()

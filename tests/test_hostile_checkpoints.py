@@ -2,7 +2,7 @@
 import json, shutil
 import pytest, torch
 from capnb.captioner import load_model_from_checkpoint
-from capnb.training import read_state
+from capnb.run.resume import read_state
 
 resource = pytest.importorskip('resource') # not on Windows
 

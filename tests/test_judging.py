@@ -9,10 +9,11 @@ from capnb.hub import model_path
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
-from capnb.insight.report import (
-    ClipScorer, clip_parts, eval_command, judge, image_slices, report_page, slices,
-    worst_first
-)
+from capnb.insight.report.clipscore import ClipScorer, clip_parts
+from capnb.insight.report.judged import judge
+from capnb.insight.report.page import report_page
+from capnb.insight.report.slices import image_slices, slices, worst_first
+from capnb.run.eval import eval_command
 from capnb.evaluation import score_parts
 from capnb.insight.facts import Facts
 from capnb.storybook import Storybook
@@ -223,7 +224,7 @@ def test_a_row_per_picture(written):
         assert np.mean([float(r[name]) for r in rows]) == pytest.approx(value, abs=1e-4)
 
 def test_facts_of_a_picture_that_has_none():
-    from capnb.insight.report import each_score
+    from capnb.insight.report.judged import each_score
     facts = Storybook('test')[3]['facts']
     assert len(facts['things']) == 1
     data = EncodedData(None, [dict(image_id='a', captions=['A cat.', 'A dog.'], facts=facts)]*2)

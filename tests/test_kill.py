@@ -6,7 +6,7 @@ from capnb.captioner import load_model_from_checkpoint, read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.storybook import Storybook
-from capnb.training import read_state
+from capnb.run.resume import read_state
 
 # An epoch is one step, and the weights are large enough that writing them takes a while.
 ENDLESS = dict(

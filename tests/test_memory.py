@@ -8,7 +8,8 @@ from capnb.data import CaptionData
 from capnb.encoder import memory_ran_out
 from capnb.fast.cache import encode_data
 from capnb.storybook import Storybook
-from capnb.training import Run, backward
+from capnb.run.resume import SavedRun
+from capnb.run.training import backward
 
 SURE = [
     torch.OutOfMemoryError(
@@ -130,7 +131,7 @@ def test_training_raises_what_a_single_caption_raised(model, error):
             if len(captions) > self.room: raise error
             return model(features, captions)
     optimizer = torch.optim.SGD(model.adapter.parameters())
-    run = Run(Small(), {}, as_hyperparameters(), '')
+    run = SavedRun(Small(), {}, h=as_hyperparameters())
     with pytest.raises(RuntimeError) as raised:
         backward(run, Accelerator(cpu=True), optimizer, torch.zeros(4, model.encoder.width), ['a cat']*4)
     assert raised.value is error and run.micro_batch_size == 1

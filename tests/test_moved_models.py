@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from capnb.captioner import load_model_from_checkpoint, read_metadata
 from capnb.hub import model_path
-from capnb.training import read_state
+from capnb.run.resume import read_state
 
 SETTINGS = [
     '--encoder_name',

@@ -3,14 +3,14 @@ step."""
 import multiprocessing, os, signal, socket, subprocess, sys, time
 import pytest, torch
 from capnb.storybook import Storybook
-from capnb.training import find_state, read_state
+from capnb.run.resume import find_state, read_state
 
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(
     [
         'capnb.run.commands',
         'capnb.evaluation',
-        'capnb.training',
+        'capnb.run.training',
         'transformers.models.clip.modeling_clip',
         'transformers.models.qwen3.modeling_qwen3',
         'matplotlib.figure',
@@ -189,10 +189,10 @@ def spread(rank):
     """Ask for FSDP, as `accelerate launch` does, and note how much of the decoder this process holds when it
     learns."""
     os.environ['ACCELERATE_USE_FSDP'] = 'true'
-    from capnb import training
+    from capnb.run import processes, training
     backward, log = training.backward, open(f'held-{rank}', 'w')
     def noted(run, *args):
-        print(training.share_held(run.model), file=log, flush=True)
+        print(processes.share_held(run.model), file=log, flush=True)
         return backward(run, *args)
     training.backward = noted
 

@@ -109,11 +109,7 @@ def upward_imports(module):
 NOT_YET_DOWN = {
     'data': {'run.sources.tables'},
     'insight.decoder_families': {'run.command_line'},
-    'insight.report': {
-        'fast.cache', 'run.command_line', 'run.entry', 'run.sources.load', 'run.sources.tables',
-    },
     'run.sources.load': {'run.sources.archives', 'run.sources.tables'},
-    'training': {'run.checkpoints'},
 }
 
 def test_there_is_something_to_test():

@@ -8,7 +8,7 @@ from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.run.commands import train_command
 from capnb.storybook import Storybook
-from capnb.training import find_state, read_state
+from capnb.run.resume import find_state, read_state
 
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
 # Three epochs of six steps each, with scores, a training state after every second step, and checkpoints that
@@ -30,7 +30,7 @@ SERVER.set_forkserver_preload(
     [
         'capnb.run.commands',
         'capnb.evaluation',
-        'capnb.training',
+        'capnb.run.training',
         'transformers.models.clip.modeling_clip',
         'transformers.models.qwen3.modeling_qwen3',
         'matplotlib.figure',

@@ -8,7 +8,8 @@ from capnb.decoder import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import BY_CHARACTER, rouge_l, score, score_table, text_statistics
 from capnb.insight.coco import _coco_words, coco_tools
-from capnb.insight.report import image_slices, read_predictions
+from capnb.insight.report.slices import image_slices
+from capnb.run.predictions import read_predictions
 from capnb.storybook import Storybook
 
 BREAKS = '\n\r\v\f\x00\x1c\x1d\x1e\x1f\x85\u2028\u2029\t\xa0'

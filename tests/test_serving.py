@@ -71,7 +71,7 @@ def same(model, pages, wanted):
         if caption == wanted[i]: return True
         ids = [model.tokenizer(c)['input_ids'] + [model.tokenizer.eos_token_id] for c in (caption, wanted[i])]
         at = next(at for at,(a,b) in enumerate(zip(*ids, strict=False)) if a != b)
-        nats, _ = model.nats(model.encoder.encode([open_image(pages[i])]*2), [caption, wanted[i]])
+        nats, _ = model.nll(model.encoder.encode([open_image(pages[i])]*2), [caption, wanted[i]])
         return abs(nats[0,at] - nats[1,at]).item() < 1e-4
     return same
 

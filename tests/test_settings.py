@@ -11,7 +11,7 @@ from capnb.files import check_writable, free_lock, shell_line
 from capnb.encoder import load_encoder
 from capnb.fast.cache import encode_data
 from capnb.run.sources.load import load_data
-from capnb.training import acquire_run_lock
+from capnb.run.signals import acquire_run_lock
 
 H = Hyperparameters()
 NAMES = [f.name for f in fields(Hyperparameters)]

@@ -11,7 +11,8 @@ from datasets import (
 from PIL import Image
 from capnb.files import read_text
 from capnb.data import CaptionData
-from capnb.run.sources.load import ScannedImage, check_data, find_warnings, load_data
+from capnb.run.sources.check import ScannedImage, check_data, find_warnings
+from capnb.run.sources.load import load_data
 
 NAMES = [f'{1000+n}_a{n}.png' for n in range(20)]
 
@@ -877,7 +878,7 @@ def test_formats_and_paths_of_datasets(kind, tmp_path):
     ],
 )
 def test_a_dictionary_is_no_caption(said, kind):
-    from capnb.run.sources.tables import caption_texts
+    from capnb.data import caption_texts
     with pytest.raises(ValueError, match=f'a {kind} is not a caption: '):
         caption_texts(said)
     rows = [dict(image=Image.new('RGB', (64,64)), caption=said) for _ in range(12)]

@@ -154,11 +154,11 @@ def test_a_hopeless_trial_is_stopped(settings):
     assert study.trials[3].value == study.trials[3].intermediate_values[1]
 
 def test_a_failure_is_a_result(settings, monkeypatch):
-    fit = sweeps.fit
+    run_training = sweeps.run_training
     def failing(model, data, h, callbacks):
         if h.learning_rate == 1e-2: raise ValueError('the loss is nan at step 3')
-        return fit(model, data, h, callbacks)
-    monkeypatch.setattr(sweeps, 'fit', failing)
+        return run_training(model, data, h, callbacks)
+    monkeypatch.setattr(sweeps, 'run_training', failing)
     study = sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])
     assert states(study) == ['COMPLETE', 'FAIL', 'COMPLETE']
     assert 'nan at step 3' in studies.sweep_table(study)

@@ -6,8 +6,8 @@ from datasets import Dataset
 from PIL import Image
 from capnb.captioner import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
-from capnb.data import read_folder
-from capnb.insight.report import read_predictions
+from capnb.run.sources.folders import read_folder
+from capnb.run.predictions import read_predictions
 from capnb.run.sources.load import load_data
 import capnb.files
 
@@ -691,7 +691,7 @@ def folders(path, names, files, table='captions.csv'):
     if table.endswith('json'):
         text = json.dumps(dict(images=[dict(id=n, file_name=name) for n,name in enumerate(names)],
                                annotations=[dict(image_id=n, caption=c) for n,c in enumerate(said)]))
-    from capnb.data import ImageFolder
+    from capnb.run.sources.folders import ImageFolder
     album(path, text, table, files=files)
     return {
         name: file.relative_to(path).as_posix()

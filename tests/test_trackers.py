@@ -4,7 +4,7 @@ import json, sqlite3, struct, subprocess, sys
 from pathlib import Path
 import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
-from capnb import training
+from capnb.run import trackers
 from capnb.run import commands
 from capnb.captioner import read_metadata
 from capnb.run.entry import train
@@ -252,7 +252,7 @@ def test_a_failure_of_wandb_is_loud(album, place, environment):
     ],
 )
 def test_a_tracker_that_is_not_there(monkeypatch, album, report_to, available, word):
-    monkeypatch.setattr(training, 'get_available_trackers', lambda: available)
+    monkeypatch.setattr(trackers, 'get_available_trackers', lambda: available)
     monkeypatch.setattr(commands, 'prepare', lambda *a: pytest.fail('data was loaded'))
     with pytest.raises(ValueError) as error:
         train(SMALL, data=album, report_to=report_to)

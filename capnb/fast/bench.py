@@ -18,7 +18,9 @@ from transformers import (
     LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 )
 from ..settings import as_hyperparameters
-from ..decoder import FrozenLinear, caption_loss, greedy_ids, use_onednn
+from .loss import caption_loss
+from .writing import greedy_ids
+from .cpu import FrozenLinear, use_onednn
 from .random_models import llava_config, random_init_captioner
 
 

@@ -22,7 +22,7 @@ from ..settings import Hyperparameters
 from ..files import atomic_write, check_writable, read_zipped, split_zip
 from ..images import ImageFile, MOST_FILE
 from ..image_pool import image_opener
-from ..data import _image
+from ..data import image_of
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70003
@@ -232,8 +232,8 @@ def _ahead(do, n, threads):
 def _looked_at(encoder, data, i, cache, opener):
     """Row `i` without its image, the image's digest, and, where the cache has it not, what the encoder is to
     see."""
-    image, row, where = data._parts(i)
-    image = _image(image, where)
+    image, row, where = data.parts(i)
+    image = image_of(image, where)
     content, known = _file_bytes(image), lambda digest: cache.find([digest])[0] >= 0
     digest = content and _digest(content)
     if digest and known(digest): return row, digest, None # needs no decoding

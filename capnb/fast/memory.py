@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from ..captioner import Captioner
-from ..decoder import caption_loss, token_nll
+from .loss import caption_loss, token_nll
 from .random_models import random_init_captioner
 from ..settings import Hyperparameters
 

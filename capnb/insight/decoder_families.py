@@ -21,8 +21,12 @@ from ..run.command_line import Number, command, new_file
 from ..files import atomic_write, say
 from ..hub import read_model
 from capnb.decoder import (
-    caption_loss, check_decoder, generate_ids, head_is_plain, load_decoder, takes_positions, tokenize_captions
+    caption_loss as readable_loss, check_decoder, generate_ids, load_decoder, tokenize_captions,
+    write_ids as readable_write
 )
+from ..fast.packing import takes_positions
+from ..fast.loss import caption_loss, head_is_plain
+from ..fast.writing import write_ids
 
 # %% ../../nbs/13_other_models.ipynb #16de0011
 _TINY = { # names of settings by value
@@ -172,18 +176,30 @@ def compare_decoder(
     tokenizer, # Its tokenizer
 # `loss_difference` (nats per token), `gradient_difference` (share of the largest number), `greedy_equal`, ...
 ) -> dict:
-    "Compare loss, gradient and greedy text with what `transformers` computes for each caption alone."
+    """Compare loss, gradient and greedy text, of the readable and of the fast way, with what `transformers`
+    computes for each caption alone."""
     ids, mask = tokenize_captions(tokenizer, CAPTIONS)
     tokens = torch.randint(len(tokenizer), (7,3), generator=torch.Generator().manual_seed(1))
     prefix = decoder.get_input_embeddings()(tokens).detach()
     own, own_grad = _with_gradient(lambda p: _own_loss(decoder, p, ids, mask), prefix[:2])
-    ours, grad = _with_gradient(lambda p: caption_loss(decoder, p, ids, mask), prefix[:2])
+    found = [
+        _with_gradient(lambda p: loss(decoder, p, ids, mask), prefix[:2])
+        for loss in (readable_loss, caption_loss)
+    ]
     texts = _greedy_alone(decoder, prefix, tokenizer.eos_token_id)
-    written = generate_ids(decoder, tokenizer, prefix, 12, batch_size=3).tolist()
-    return dict(loss=own, loss_difference=abs(ours-own),
-                gradient_difference=((grad-own_grad).abs().max()/own_grad.abs().max()).item(),
-                greedy_equal=[row[:len(text)] for row,text in zip(written, texts)]==texts,
-                head_is_plain=head_is_plain(decoder), shares_rows=takes_positions(decoder, 3+ids.shape[1]))
+    written = [
+        generate_ids(decoder, tokenizer, prefix, 12, batch_size=3, write=write).tolist()
+        for write in (readable_write, write_ids)
+    ]
+    return dict(
+        loss=own,
+        loss_difference=max(abs(loss - own) for loss, _ in found),
+        gradient_difference=max((grad - own_grad).abs().max().item() for _, grad in found)
+        / own_grad.abs().max().item(),
+        greedy_equal=all([row[: len(text)] for row, text in zip(rows, texts)] == texts for rows in written),
+        head_is_plain=head_is_plain(decoder),
+        shares_rows=takes_positions(decoder, 3 + ids.shape[1]),
+    )
 
 # %% ../../nbs/13_other_models.ipynb #16de0018
 def compare_family(

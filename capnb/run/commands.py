@@ -50,9 +50,9 @@ def train_command(
 def _check(data, h, **options):
     "What `check_data` finds; a table of which all rows are bad is told row by row."
     from functools import partial
-    from capnb.data import BadRows
+    from capnb.run.sources.folders import BadRows
     from capnb.decoder import count_cut, decoder_config, load_tokenizer
-    from capnb.run.sources.load import check_data
+    from capnb.run.sources.check import check_data
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
     cut = partial(count_cut, tokenizer, max_caption_length=h.max_caption_length)
     try:
@@ -90,7 +90,7 @@ def data_command(
     """Look a data set over before a long run: what each split holds, samples, every row or image that cannot
     be used, and what may teach the wrong thing."""
     from capnb.decoder import cut_text
-    from capnb.run.sources.load import report_data
+    from capnb.run.sources.check import report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
     columns = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
@@ -132,9 +132,11 @@ def _captioned(checkpoint, files, options, scores, seed, int8):
     "Load a captioner and caption files, a row for each."
     from torch import manual_seed
     from capnb.captioner import load_model_from_checkpoint
-    from capnb.decoder import use_int8
+    from capnb.fast.parts import make_fast
+    from capnb.fast.quantized import use_int8
     from capnb.inference import caption_files
     captioner, _, _ = load_model_from_checkpoint(checkpoint, 'cpu' if int8 else None)
+    make_fast(captioner)
     if int8:
         use_int8(captioner.decoder)
     if seed is not None:

@@ -15,13 +15,14 @@ from ..captioner import build_captioner, check_models, check_trained, shipped_ch
 from ..evaluation import Scores
 from ..insight.facts import Facts
 from ..fast.cache import encode_data, features_folder
+from ..fast.parts import make_fast
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
-from .trackers import Samples, Tracker
-from capnb.training import (
-    find_state, fit, join_processes, main_process_first, read_state, resumed_hyperparameters, shard_decoder,
-    sharding_asked, tracker_names,
-)
+from .trackers import Samples, Tracker, tracker_names
+from .training import run_training
+
+from .processes import join_processes, main_process_first, shard_decoder, sharding_asked
+from .resume import find_state, read_state, resumed_hyperparameters
 
 # %% ../../nbs/33b_train_and_load.ipynb #6c112aa4
 @dataclass
@@ -48,9 +49,9 @@ def prepare(
     }
     device = join_processes(device)
     model = (
-        shard_decoder(build_captioner(h, 'cpu'), h, device)
+        shard_decoder(make_fast(build_captioner(h, 'cpu')), h, device)
         if sharding_asked()
-        else build_captioner(h, device)
+        else make_fast(build_captioner(h, device))
     )
     if h.init_from:
         start_from(model, h.init_from, h)
@@ -89,7 +90,7 @@ def train(
     preset:str=None,
     callbacks=(), # More `capnb.training.Callback`s
     device=None, # None for the best device
-    # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.training.find_state` takes
+    # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.run.resume.find_state` takes
     resume=None,
     **changes, # Single hyperparameters, over everything else
 ) -> TrainingResult:
@@ -106,7 +107,7 @@ def train(
     check_writable(h.output_dir) # before pictures are fetched and encoded for a run that cannot be saved
     trackers = tracker_names(h) # before pictures are fetched for a tracker that is not installed
     model, splits, encoded = prepare(h, data, device)
-    run = fit(
+    run = run_training(
         model,
         encoded,
         h,

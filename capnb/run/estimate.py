@@ -13,14 +13,16 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from ..decoder import count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
+from ..fast.writing import write_ids
 from ..fast.memory import READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
-from .sources.load import held_back, load_for
+from .sources.hub import held_back
+from .sources.load import load_for
 from ..settings import Hyperparameters
 from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
 from ..hub import model_path
 from ..files import say
-from ..training import make_optimizer
+from .training import optimizer_for
 
 # %% ../../nbs/34_planning.ipynb #13a0001e
 KNOWN_DATA = { # GB of parquet files on the hub, and pictures of Karpathy's split
@@ -216,7 +218,7 @@ def time_phases(
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     device = hardware.device
     model = random_init_captioner(h, device, getattr(torch, choose_dtype(hardware)))
-    do, (optimizer, _) = phases(model, h, encoded), make_optimizer(model, h)
+    do, (optimizer, _) = phases(model, h, encoded), optimizer_for(model, h)
     processor, photograph = CLIPImageProcessorPil(
         size=dict(shortest_edge=h.image_size), crop_size=dict(height=h.image_size, width=h.image_size)
     ), Image.new('RGB', (500, 375) if h.data != 'storybook' else (64, 64))
@@ -231,7 +233,7 @@ def time_phases(
         optimizer.step()
         optimizer.zero_grad()
     def write(n):
-        return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n), device)
+        return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n, write=write_ids), device)
     return dict(
         prepare=_seconds(lambda: processor([photograph] * encoded, return_tensors='pt'), device) / encoded,
         encode=_seconds(do['encode'], device) / encoded,

@@ -16,7 +16,10 @@ from PIL import Image
 from ..captioner import Captioner
 from ..insight.widgets.parts import STYLE, card, errors_in, image_html
 from ..settings import Hyperparameters
-from ..training import Callback, Interrupted, ask_to_stop, fit, read_state, state_path
+from ..training import Callback
+from .training import run_training
+from .signals import Interrupted, ask_to_stop
+from .resume import read_state, state_path
 
 # %% ../../nbs/33c_live_training.ipynb #0da2302c
 def draw_run(
@@ -112,7 +115,7 @@ class LiveTraining(VBox):
     def _train(self):
         with errors_in(self.errors):
             try:
-                fit(self.model, self.data, self.h, self.callbacks, self.state)
+                run_training(self.model, self.data, self.h, self.callbacks, self.state)
                 self._say(f'done: {self.run.epoch} epochs, {self.run.checkpoint}')
             except Interrupted as e:
                 self._say(str(e))

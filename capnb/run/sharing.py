@@ -31,6 +31,8 @@ from capnb.decoder import (
     captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
 )
 from ..encoder import load_image_processor, prepare_images
+from ..fast.parts import make_fast
+from ..fast.writing import write_ids
 
 # %% ../../nbs/39_sharing.ipynb #9f62d761
 def _last_name(text):
@@ -151,7 +153,7 @@ class CapnbForImageCaptioning(PreTrainedModel):
         # it pads itself
         defaults = {k: v for k,v in said.items() if k not in ('transformers_version', 'pad_token_id')}
         model, prefix = self.captioner, self.captioner.prefix(self.captioner.encoder(pixel_values))
-        return generate_ids(model.decoder, model.tokenizer, prefix, **{**defaults, **kwargs})
+        return generate_ids(model.decoder, model.tokenizer, prefix, write=write_ids, **{**defaults, **kwargs})
 
 # %% ../../nbs/39_sharing.ipynb #0da7c012
 class CapnbProcessor(ProcessorMixin):
@@ -297,7 +299,7 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     config = CapnbConfig.from_pretrained(name, **hub)
     h = config.h_in(name)
     state = _shared_weights(cached_file(name, 'model.safetensors', **hub), name, h) # before anything is built
-    captioner = build_captioner(h, device)
+    captioner = make_fast(build_captioner(h, device))
     unfreeze(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
     load_trained(captioner, state, name)
@@ -335,7 +337,7 @@ def share(
 ) -> CapnbForImageCaptioning: # To be saved with `save_pretrained` or uploaded with `push_to_hub`
     "Bring a checkpoint into the form of `transformers`."
     model, metadata, _ = load_model_from_checkpoint(checkpoint, device)
-    return CapnbForImageCaptioning(config_of(metadata), model, without_paths(metadata)).eval()
+    return CapnbForImageCaptioning(config_of(metadata), make_fast(model), without_paths(metadata)).eval()
 
 def as_checkpoint(
     name, # Folder or hub id of a shared captioner

@@ -10,7 +10,8 @@ import os, time
 from contextlib import redirect_stderr, redirect_stdout
 from ..captioner import Captioner, build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
-from .trackers import Tracker
+from ..fast.parts import make_fast
+from .trackers import Tracker, tracker_names
 from .checkpoints import start_from
 from .entry import prepare
 from capnb.run.studies import (
@@ -21,7 +22,11 @@ from capnb.settings import (
 )
 from ..files import free_lock
 from ..log import log
-from ..training import Callback, Interrupted, fit, in_processes, tracker_names
+from ..training import Callback
+from .training import run_training
+
+from .processes import in_processes
+from .signals import Interrupted
 
 # %% ../../nbs/36_sweeps.ipynb #19a0000f
 _SHARED = (
@@ -56,7 +61,7 @@ class TrialRunner:
         learns, key = h.unfreeze_layers or h.lora_rank or h.init_from, [h[k] for k in _SHARED]
         if key==self.key and self.frozen and not learns:
             f = self.frozen
-            return Captioner(
+            return make_fast(Captioner(
                 f.encoder,
                 new_adapter(
                     h, f.encoder, f.decoder.get_input_embeddings().embedding_dim, embedding_size(f.decoder)
@@ -64,9 +69,9 @@ class TrialRunner:
                 f.decoder,
                 f.tokenizer,
                 h.max_caption_length,
-            )
+            ))
         if key==self.key:
-            model = build_captioner(h)
+            model = make_fast(build_captioner(h))
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
@@ -105,7 +110,7 @@ def run_trial(
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         model, prune, began = lab(h), Prune(trial), time.perf_counter()
         try:
-            run = fit(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
+            run = run_training(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
         except ValueError as e:
             trial.set_user_attr('error', str(e))
             study.tell(trial, state=state.FAIL)

@@ -9,6 +9,7 @@ __all__ = ['load', 'caption', 'evaluate']
 from pathlib import Path
 from ..captioner import DEMO, Captioner, load_model_from_checkpoint
 from ..fast.cache import encode_data
+from ..fast.parts import make_fast
 from ..evaluation import evaluate as evaluate_encoded
 from ..insight.facts import Facts
 from .sources.load import load_data, load_for
@@ -50,7 +51,7 @@ def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Cap
     False
     """
     path = checkpoint if checkpoint==DEMO else find_checkpoint(checkpoint, folder, best)
-    return load_model_from_checkpoint(path, device)[0]
+    return make_fast(load_model_from_checkpoint(path, device)[0])
 
 # %% ../../nbs/33c_in_python.ipynb #557517c6
 def caption(images, model=None, **options):
@@ -99,6 +100,7 @@ def evaluate(model=None, data=None, split='test', progress=False):
         splits = load_data(data, image_size=model.encoder.image_size)
     else:
         model, _, h = load_model_from_checkpoint(find_checkpoint(model))
+        make_fast(model)
         splits = load_for(h, data)
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")

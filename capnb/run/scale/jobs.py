@@ -21,6 +21,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ...captioner import load_model_from_checkpoint, read_metadata
 from ...decoder import check_options, split_scores
 from ...encoder import load_encoder
+from ...fast.parts import make_fast
 from ...image_pool import DecodingPool
 from ...images import ImageFile
 from .sources import Source
@@ -56,7 +57,8 @@ class CaptionWorker:
     ):
         torch.set_num_threads(threads)
         self.pool = DecodingPool(threads)
-        self.model, self.options = load_model_from_checkpoint(checkpoint, device)[0], check_options(options)
+        self.model = make_fast(load_model_from_checkpoint(checkpoint, device)[0])
+        self.options = check_options(options)
         several = self.options.get('num_return_sequences', 1) > 1
         text, number = (pa.list_(kind) if several else kind for kind in (pa.string(), pa.float32()))
         self.schema = pa.schema(dict(id=pa.string(), caption=text, score=number, error=pa.string()))

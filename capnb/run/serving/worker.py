@@ -12,6 +12,7 @@ import time
 from queue import Empty
 from ...captioner import load_model_from_checkpoint
 from ...inference import CaptionStreamer, explain
+from ...fast.parts import make_fast
 
 # %% ../../../nbs/37_serving.ipynb #0da1200c
 def gather(
@@ -135,7 +136,7 @@ class Worker:
         # it would print a page where we have a line
         logging.getLogger('litserve.loops').setLevel(logging.CRITICAL)
         try:
-            self.model = load_model_from_checkpoint(self.checkpoint, device)[0]
+            self.model = make_fast(load_model_from_checkpoint(self.checkpoint, device)[0])
         except (ValueError, OSError) as e:
             self.failure.put(str(e))
             raise

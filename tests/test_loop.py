@@ -1,0 +1,253 @@
+"""The loop of the course stays small and plain: few lines, no files, and nothing of the tracks that build on
+it."""
+import ast, inspect, os
+import pytest, torch
+from capnb import training
+from capnb.captioner import build_captioner, parameter_groups
+from capnb.encoder import EncodedData
+from capnb.run.resume import find_state, read_state
+from capnb.run.training import optimizer_for, run_training
+from capnb.settings import as_hyperparameters
+from capnb.training import Callback, epoch_batches, fit, make_optimizer, step
+
+TREE = ast.parse(inspect.getsource(training))
+FUNCTIONS = {n.name: n for n in TREE.body if isinstance(n, ast.FunctionDef)}
+METHODS = {m.name: m for n in TREE.body if isinstance(n, ast.ClassDef) and n.name in ('Run', 'EpochBatches')
+           for m in n.body if isinstance(m, ast.FunctionDef)}
+SMALL = dict(prefix_length=2, adapter_width=32, max_caption_length=8, batch_size=8, learning_rate=3e-3)
+
+# --- Its size
+
+# what is no part of a step, with sections of their own
+BEFORE_AND_AFTER = ('epoch_batches', 'make_optimizer', 'validate')
+
+def code_lines(function):
+    "The numbers of the lines with code: no docstring, no comment, no empty line."
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    inside = {line for n in body for line in range(n.lineno, n.end_lineno+1)}
+    head = range(function.lineno, function.body[0].lineno)
+    text = inspect.getsource(training).splitlines()
+    return {i for i in inside | set(head) if text[i-1].strip() and not text[i-1].strip().startswith('#')}
+
+def called(names):
+    "These functions and methods of the module, and all that they call or pass on, however deep."
+    found, coming = {}, list(names)
+    while coming:
+        name = coming.pop()
+        node = FUNCTIONS.get(name) or METHODS.get(name)
+        if node is None or name in found: continue
+        found[name] = node
+        coming += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+        coming += [n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+    return found
+
+def test_the_loop_is_short():
+    parts = called(['fit', 'train_epoch'])
+    loop = {name: n for name,n in parts.items() if name not in BEFORE_AND_AFTER}
+    assert {'fit', 'training_loop', 'train_epoch', 'train_step', 'step', 'close_epoch'} <= loop.keys()
+    lines = set().union(*map(code_lines, loop.values()))
+    assert len(lines) <= 90, sorted((len(code_lines(n)), name) for name,n in loop.items())
+    assert max(len(line) for line in inspect.getsource(training).splitlines()[7:]) <= 110
+
+# --- What it stands on
+
+FORBIDDEN = (
+    'pathlib',
+    'signal',
+    'filelock',
+    'json',
+    'os',
+    'accelerate',
+    'mlflow',
+    'wandb',
+    'capnb.run',
+    'capnb.fast',
+    'capnb.insight',
+)
+
+def imported(tree):
+    """The modules that a tree imports, inside functions, too; what is imported from a package counts as its
+    module."""
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import):
+            yield from (a.name for a in n.names)
+        elif isinstance(n, ast.ImportFrom):
+            module = '.'.join(filter(None, ['capnb' if n.level else '', n.module]))
+            yield from (f'{module}.{a.name}' for a in n.names)
+
+def offenders(tree):
+    return [m for m in imported(tree) if any(m==f or m.startswith(f+'.') for f in FORBIDDEN)]
+
+def test_the_loop_imports_no_files_signals_or_tracks_above():
+    assert offenders(TREE) == []
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'import os',
+        'from pathlib import Path',
+        'from .run.resume import read_state',
+        'def f():\n    from capnb.fast import packing',
+        'from accelerate.tracking import x',
+    ],
+)
+def test_the_check_of_imports_sees_them(line):
+    assert offenders(ast.parse(line))
+
+def test_no_settings_come_in():
+    "Plain arguments only: no `Hyperparameters`, and nothing named `h`."
+    names = {n.id for n in ast.walk(TREE) if isinstance(n, ast.Name)} | {
+        n.arg for n in ast.walk(TREE) if isinstance(n, ast.arg)
+    }
+    assert not names & {'h', 'Hyperparameters', 'as_hyperparameters'}
+
+# --- It trains, and leaves nothing
+
+class Toy(torch.nn.Module):
+    "A model of plain tensors: says the length of a caption from its features."
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, features, captions):
+        wanted = torch.tensor([[float(len(texts[0]))] for texts in captions])
+        return (self.layer(features)-wanted).square().mean()
+
+def toy_data(n=40):
+    features = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    return EncodedData(features, [dict(captions=['x'*(1+i%5)], image_id=str(i)) for i in range(n)])
+
+@pytest.fixture
+def files(monkeypatch, tmp_path):
+    "What is written or made, wherever; the working directory is an empty one."
+    import sys
+    monkeypatch.chdir(tmp_path)
+    seen, watching = [], [True]
+    def audit(event, args):
+        if not watching[0]: return
+        if event=='open' and isinstance(args[0], str) and args[2] & (os.O_WRONLY|os.O_RDWR|os.O_CREAT):
+            seen.append(args[0])
+        if event in ('os.mkdir', 'os.rename', 'os.link', 'os.symlink'):
+            seen.append(str(args[0]))
+    sys.addaudithook(audit)
+    yield seen
+    watching[0] = False
+
+def test_plain_tensors_train_and_leave_no_file(files, tmp_path):
+    run = fit(Toy(), dict(train=toy_data()), num_epochs=5, batch_size=8, learning_rate=.1)
+    assert len(run.losses)==25 and sum(run.losses[-5:]) < sum(run.losses[:5])/2 and run.done
+    assert [f for f in files if not f.startswith('/dev/')] == [] and list(tmp_path.iterdir()) == []
+
+@pytest.fixture(scope='module')
+def encoded():
+    width = build_captioner(as_hyperparameters(**SMALL), 'cpu').encoder.width
+    draw = torch.Generator().manual_seed(0)
+    texts = ['A cat.', 'Two red hats.', 'A small blue fox sleeps.']
+    rows = [dict(captions=[texts[i%3], texts[(i+1)%3]], image_id=str(i)) for i in range(28)]
+    return {
+        split: EncodedData(torch.randn(28, width, generator=draw), rows) for split in ('train', 'validation')
+    }
+
+def test_a_captioner_trains_and_leaves_no_file(encoded, files, tmp_path):
+    run = fit(build_captioner(as_hyperparameters(**SMALL), 'cpu'), encoded, num_epochs=3, learning_rate=3e-3)
+    assert (
+        len(run.losses) == 12
+        and len(run.validation) == 3
+        and run.metadata['validation_loss'] == run.validation[-1]
+    )
+    assert run.validation[-1] < run.validation[0]
+    assert [f for f in files if not f.startswith('/dev/')] == [] and list(tmp_path.iterdir()) == []
+
+# --- It is the loop that Run uses
+
+def test_run_training_is_the_same_loop(encoded, tmp_path):
+    "The same losses, validation and weights, to the last bit; and only Run leaves files."
+    h = as_hyperparameters(**SMALL, num_epochs=2, captions_per_image=2, max_steps=7, output_dir=str(tmp_path))
+    saved = run_training(build_captioner(h, 'cpu'), encoded, h)
+    model = build_captioner(h, 'cpu')
+    plain = fit(model, encoded, 2, 8, captions_per_image=2, max_steps=7, optimizer=optimizer_for(model, h))
+    assert saved.losses==plain.losses and saved.validation==plain.validation and len(plain.losses)==7
+    for (name, a), (_, b) in zip(
+        saved.model.adapter.state_dict().items(), plain.model.adapter.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert read_state(find_state(tmp_path))['position']['losses']==plain.losses
+
+# --- The seams
+
+def test_a_stepper_makes_the_gradient(encoded):
+    "The loop calls it once a step and takes its loss; that it only wraps the readable one changes nothing."
+    calls = []
+    def counted(model, features, captions):
+        calls.append((len(features), len(captions)))
+        return step(model, features, captions)
+    h, data = as_hyperparameters(**SMALL), dict(train=encoded['train'])
+    run, plain = (fit(build_captioner(h, 'cpu'), data, **how) for how in (dict(stepper=counted), {}))
+    assert calls==[(8, 8)]*3+[(4, 4)] and run.losses==plain.losses
+
+def test_the_gradient_is_clipped():
+    "However steep the loss: a step of plain descent is no longer than the learning rate."
+    model = Toy()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    run = training.Run(model, {}, torch.optim.SGD(model.parameters(), lr=1.), stepper=step)
+    training.train_step(run, 1000*torch.ones(4, 3), [['x']]*4)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (after-before).norm().item()==pytest.approx(1, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+class Moments(Callback):
+    "Notes each moment with the epoch and the step."
+    def __init__(self):
+        self.seen = []
+
+for moment in [name for name in vars(Callback) if name.startswith('on_')]:
+    setattr(
+        Moments, moment, lambda self, run, moment=moment: self.seen.append((moment[3:], run.epoch, run.step))
+    )
+
+def test_the_moments(encoded):
+    watch = Moments()
+    fit(build_captioner(as_hyperparameters(**SMALL), 'cpu'), encoded, 2, 20, callbacks=[watch])
+    epoch = lambda e: [
+        ('epoch_begin', e, 0),
+        ('step_end', e, 1),
+        ('step_end', e, 2),
+        ('epoch_trained', e + 1, 0),
+        ('epoch_end', e + 1, 0),
+    ]
+    assert watch.seen==[('train_begin', 0, 0), *epoch(0), *epoch(1), ('train_end', 2, 0), ('close', 2, 0)]
+
+def test_closed_after_an_error():
+    watch = Moments()
+    def broken(model, features, captions):
+        raise RuntimeError('broken')
+    with pytest.raises(RuntimeError, match='broken'):
+        fit(Toy(), dict(train=toy_data()), callbacks=[watch], stepper=broken)
+    assert [m for m,*_ in watch.seen]==['train_begin', 'epoch_begin', 'close']
+
+def test_a_callback_may_change_the_batches_and_stop():
+    class Fewer(Callback):
+        def on_epoch_begin(self, run):
+            run.batches.rows = [rows[:2] for rows in run.batches.rows]
+        def on_epoch_end(self, run):
+            run.stop = True
+    sizes = []
+    def counted(model, features, captions):
+        sizes.append(len(features))
+        return step(model, features, captions)
+    run = fit(Toy(), dict(train=toy_data()), 5, 8, callbacks=[Fewer()], stepper=counted)
+    assert sizes==[2]*5 and run.epoch==1 and run.done
+
+def test_groups_learn_at_their_rates(encoded):
+    h = as_hyperparameters(**SMALL, lora_rank=2)
+    model = build_captioner(h, 'cpu')
+    run = fit(model, dict(train=encoded['train']), optimizer=make_optimizer(parameter_groups(model, h), 1e-3))
+    assert [(g['name'], g['lr']) for g in run.optimizer.param_groups]==[('adapter', 1e-3), ('decoder', 1e-4)]
+    assert training.learning(run).keys()=={n for n,p in model.named_parameters() if p.requires_grad}
+
+def test_batches_between():
+    batches = epoch_batches(toy_data(), 8, 0)
+    whole, some = list(batches), list(batches.between(1, 3))
+    assert len(whole) == 5 and all(
+        torch.equal(a, b) and s == t for (a, s), (b, t) in zip(whole[1:3], some, strict=True)
+    )
