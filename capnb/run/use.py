@@ -17,20 +17,25 @@ from .entry import find_checkpoint
 
 # %% ../../nbs/33c_in_python.ipynb #e869baf4
 def _weights(checkpoint, folder='saved_models', best=False):
-    return checkpoint if checkpoint==DEMO else find_checkpoint(checkpoint, folder, best)
+    "The file of weights that is asked for, or the name of the captioner that comes with the package."
+    if checkpoint==DEMO: return checkpoint
+    if checkpoint in (None, 'newest'): return find_checkpoint(None, folder, best)
+    if checkpoint=='best': return find_checkpoint(None, folder, True)
+    if Path(checkpoint).is_dir(): return find_checkpoint(None, checkpoint, best)
+    return find_checkpoint(checkpoint, folder, best)
 
-def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Captioner:
+def load(checkpoint='newest', folder='saved_models', best: bool = False, device=None) -> Captioner:
     """Load a trained captioner, ready to write.
 
     Parameters
     ----------
-    checkpoint : str or Path, optional
-        File of weights, `model_state_dict_....pth`, or 'storybook' for the captioner that comes with the
-        package. Default: the newest one in `folder`.
+    checkpoint : str or Path, default 'newest'
+        File of weights, `model_state_dict_....pth`, or a folder, for the newest one there;
+        or a word: 'newest' in `folder`, the 'best' of the newest run, 'storybook' for the captioner that comes with the package.
     folder : str or Path, default 'saved_models'
-        Where to look for a checkpoint when none is named.
+        Where to look for a checkpoint when no file is named.
     best : bool, default False
-        Take the checkpoint of the newest run with the lowest validation loss, not the last one.
+        The same as the word 'best': of the newest run the checkpoint with the lowest validation loss.
     device : str or torch.device, optional
         Where the captioner lives. Default: the best device of this machine.
 
@@ -89,7 +94,7 @@ def caption(images, model=None, **options):
     >>> caption('page.png')
     '...'
     """
-    captioner = model if isinstance(model, Captioner) else load(model)
+    captioner = model if isinstance(model, Captioner) else load(model or 'newest')
     return captioner.caption(images, **options)
 
 # %% ../../nbs/33c_in_python.ipynb #edcf30bc
