@@ -1257,6 +1257,8 @@ def opened(browser, server, **options):
         tab.on('console', lambda m: said.append(m.text))
         tab.on('pageerror', lambda e: said.append(str(e)))
         tab.on('request', lambda r: asked.append(r.url))
+        # Chromium passes file choosers on from now, or one that a key opens at once would be missed.
+        tab.on('filechooser', lambda chooser: None)
         tab.goto(server.address)
         tab.evaluate(WATCH)
         yield tab
