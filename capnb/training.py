@@ -87,7 +87,7 @@ def validate(
         nats, mask = model.nll(data.features[here], captions[here])
         other, _ = model.nll(data.features[[i-1 for i in range(here.start, here.stop)]], captions[here])
         return nats.sum().item(), other.sum().item(), mask.sum().item()
-    total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size)))
+    total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size), strict=True))
     model.train(was_training)
     if not math.isfinite(total+swapped):
         raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at '

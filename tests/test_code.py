@@ -134,15 +134,10 @@ NOT_YET_SHORT = {
     'fast.bench',
     'fast.memory.phases',
     'hub._advice',
-    'insight.pretraining',
-    'insight.pretraining.small_clip',
-    'insight.pretraining.warm_up',
     'run.commands.caption_command',
     'run.commands.data_command',
     'run.sources.load',
     'run.sources.tables',
-    'training',
-    'training.train_epoch',
 }
 
 @pytest.mark.parametrize('module', [m for m in MODULES if m != '_modidx'])
@@ -190,9 +185,6 @@ NOT_YET_PLAIN = {
     'captioner.check_models',
     'captioner.check_pair',
     'captioner.unfreeze',
-    'training._accelerator',
-    'training._new_run',
-    'training.make_optimizer',
 }
 
 def test_hyperparameters_are_read_at_most_one_call_below_an_entry_point():

@@ -168,7 +168,7 @@ def test_run_training_is_the_same_loop(encoded, tmp_path):
     plain = fit(model, encoded, 2, 8, captions_per_image=2, max_steps=7, optimizer=optimizer_for(model, h))
     assert saved.losses==plain.losses and saved.validation==plain.validation and len(plain.losses)==7
     for (name, a), (_, b) in zip(
-        saved.model.adapter.state_dict().items(), plain.model.adapter.state_dict().items()
+        saved.model.adapter.state_dict().items(), plain.model.adapter.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
     assert read_state(find_state(tmp_path))['position']['losses']==plain.losses

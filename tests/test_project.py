@@ -110,7 +110,6 @@ NOT_YET_DOWN = {
     'data': {'run.sources.tables'},
     'insight.decoder_families': {'run.command_line'},
     'run.sources.load': {'run.sources.archives', 'run.sources.tables'},
-    'training': {'run.checkpoints'},
 }
 
 def test_there_is_something_to_test():

@@ -106,7 +106,7 @@ def add_up(
     # all in one tensor, so that the processes talk once
     total = accelerator.reduce(torch.cat([*map(torch.flatten, gradients), said]), 'sum')
     *sums, (loss, asked) = total.split([*map(torch.numel, gradients), 2])
-    for gradient,total in zip(gradients, sums):
+    for gradient,total in zip(gradients, sums, strict=True):
         gradient.copy_(total.view_as(gradient))
     return loss.item(), asked.item() > 0
 
@@ -117,7 +117,7 @@ def _all_layers(decoder):
 def share_held(model:Captioner) -> float: # 1 for all
     "Say which part of the weights of the decoder's layers this process holds."
     layers = [p for layer in _all_layers(model.decoder) for p in layer.parameters()]
-    return sum(getattr(p, 'to_local', lambda: p)().numel() for p in layers)/sum(p.numel() for p in layers)
+    return sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in layers)/sum(p.numel() for p in layers)
 
 def shard_decoder(
     model:Captioner, # On a CPU, where the whole of it has room

@@ -100,12 +100,13 @@ def data_fingerprint(
 def _kept(callbacks):
     "What callbacks name in `keeps`, by the name of their class."
     names = [type(c).__name__ for c in callbacks]
-    if twice := [n for c,n in zip(callbacks, names) if c.keeps and names.count(n)>1]:
+    if twice := [n for c,n in zip(callbacks, names, strict=True) if c.keeps and names.count(n)>1]:
         raise ValueError(
             f'two callbacks are named {twice[0]}; a run that goes on could not tell which is which'
         )
     return {
-        n: {k: getattr(c, k) for k in c.keeps if hasattr(c, k)} for c, n in zip(callbacks, names) if c.keeps
+        n: {k: getattr(c, k) for k in c.keeps if hasattr(c, k)}
+        for c,n in zip(callbacks, names, strict=True) if c.keeps
     }
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0718
