@@ -9,7 +9,8 @@ __all__ = ['save_curve', 'new_metadata', 'report_epoch', 'best_epoch', 'report_b
 from dataclasses import asdict
 from pathlib import Path
 import accelerate, capnb, torch, transformers
-from ..captioner import frozen_fingerprint, weights_path
+from ..captioner import frozen_fingerprint
+from ..checkpoint import weights_path
 from .checkpoints import delete_checkpoint, model_places
 from .resume import SavedRun
 from ..hub import revision_of
