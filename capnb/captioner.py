@@ -48,8 +48,41 @@ def write_captions(
     return generate_captions(model.decoder, model.tokenizer, prefix, most, **options)
 
 class Captioner(nn.Module):
-    """A frozen encoder, an adapter that learns and a decoder, which is frozen unless `unfreeze` or LoRA let
-    parts of it learn."""
+    """A frozen image encoder, an adapter that learns, and a decoder that writes captions.
+
+    The decoder is frozen as well, unless `unfreeze` or LoRA let parts of it learn.
+
+    Parameters
+    ----------
+    encoder : ImageEncoder
+        Turns images into features, from `capnb.encoder.load_encoder`.
+    adapter : Adapter or PatchAdapter
+        Turns features into prefix tokens.
+    decoder : transformers.PreTrainedModel
+        A causal language model, which writes after the prefix.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Of the decoder.
+    max_caption_length : int, default 128
+        Most tokens of a caption, read or written.
+
+    Attributes
+    ----------
+    reader : callable
+        `reader(model, features, captions)` gives the NLL of each token. Default: `read_captions`.
+    writer : callable
+        `writer(model, features, **options)` writes captions. Default: `write_captions`.
+    device : torch.device
+        Where the adapter is.
+
+    Examples
+    --------
+    >>> from capnb import Captioner, load
+    >>> captioner = load('storybook')
+    >>> isinstance(captioner, Captioner)
+    True
+    >>> all(name.startswith('adapter.') for name, p in captioner.named_parameters() if p.requires_grad)
+    True
+    """
     def __init__(self,
         encoder, # `ImageEncoder`
         adapter, # `Adapter` or `PatchAdapter`
@@ -100,8 +133,31 @@ class Captioner(nn.Module):
         return ids.to(self.device), mask.to(self.device)
 
     def nll(self, features, captions):
-        """Say how surprising each token of each caption is, given its image; `read_captions` says what comes
-        and goes."""
+        """Give the negative log-likelihood of each token of each caption, given its image.
+
+        Parameters
+        ----------
+        features : torch.Tensor
+            Encoded images, shape (batch, encoder width) or (batch, patches, encoder width).
+        captions : list of str, or list of lists of str
+            One text for each image, or several.
+
+        Returns
+        -------
+        nll : torch.Tensor
+            In nats, shape (captions, tokens); 0 where there is no token.
+        mask : torch.Tensor
+            1 where there is a token, else 0; shape (captions, tokens).
+
+        Examples
+        --------
+        >>> from capnb import load
+        >>> captioner = load('storybook')
+        >>> features = captioner.encoder.encode(['page.png'])
+        >>> nll, mask = captioner.nll(features, ['A red cat.'])
+        >>> nll.shape == mask.shape
+        True
+        """
         return self.reader(self, features, captions)
 
     def forward(self, features, captions) -> torch.Tensor:
@@ -127,21 +183,40 @@ class Captioner(nn.Module):
             c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part
         ]
 
-    def caption(self,
-        # A PIL image or a list of them, of any size and mode; or paths of images, of which large ones are
-        # made
-        # smaller as they are opened
-        images,
-        # Give (text, score) for each text: the mean log-probability of its tokens, nearer to 0 if surer
-        scores:bool=False,
-        **kwargs, # For `transformers`' `generate`, such as `num_beams=3`; what `check_options` takes
-    # A text; with `num_return_sequences` above 1 a list of texts, best first; for a list of images a list of
-    # these
-    ):
-        """Write a caption for each image; greedy unless `kwargs` say otherwise.
+    def caption(self, images, scores: bool = False, **kwargs):
+        """Write a caption for each image, greedily unless the options say otherwise.
 
-        Raises `ValueError` for what is no image, and for an option that is unknown, out of range or without
-        effect.
+        Parameters
+        ----------
+        images : PIL.Image.Image, str or Path, or a list of these
+            Images of any size and mode, or files of images, of which large ones are made smaller as they
+            are opened.
+        scores : bool, default False
+            Give (text, score) for each text: the mean log-probability of its tokens, in nats per token,
+            nearer to 0 if surer.
+        **kwargs
+            For `generate` of transformers, such as `num_beams=3`; what `check_options` takes.
+
+        Returns
+        -------
+        str or list
+            A text; for a list of images a list of texts. With `num_return_sequences` above 1 each is a list
+            of texts, best first.
+
+        Raises
+        ------
+        ValueError
+            For what is no image, and for an option that is unknown, out of range or without effect.
+
+        Examples
+        --------
+        >>> from capnb import load
+        >>> captioner = load('storybook')
+        >>> captioner.caption('page.png')
+        '...'
+        >>> [(text, score)] = captioner.caption(['page.png'], scores=True)
+        >>> score < 0
+        True
         """
         if isinstance(images, (Image.Image, str, Path)):
             return self.caption([images], scores, **kwargs)[0]
