@@ -11,9 +11,9 @@ import math, random
 from dataclasses import dataclass, field
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from .data import captions_for_epoch
 from .encoder import EncodedData, in_slices
+from .log import progress_bar
 
 # %% ../nbs/06_training_loop.ipynb #487db40e
 @dataclass
@@ -193,7 +193,7 @@ def train_epoch(run:Run):
     run.call('on_epoch_begin')
     run.model.train()
     name, batches = f'Training Epoch {run.epoch+1}/{run.num_epochs}', run.batches.between(run.step, run.steps)
-    bar = tqdm(batches, name, total=run.steps, initial=run.step)
+    bar = progress_bar(batches, name, total=run.steps, initial=run.step)
     for features,captions in bar:
         train_step(run, features, captions)
         bar.set_postfix({'Loss': f'{run.losses[-1]:.4f}', 'Avg Loss': f'{run.mean_loss:.4f}'}, refresh=False)

@@ -14,7 +14,8 @@ from .checkpoints import delete_checkpoint, model_places
 from .resume import SavedRun
 from ..hub import revision_of
 from ..hardware import memory_in_use
-from ..files import atomic_write, say
+from ..files import atomic_write
+from ..log import log
 from ..training import Callback
 
 # %% ../../nbs/32d_epochs.ipynb #f95c2934
@@ -94,21 +95,21 @@ def new_metadata(run:SavedRun) -> dict:
 def report_epoch(run:SavedRun):
     "Print what an epoch brought: five lines as scripts of this kind have them, then what stands behind them."
     m, show = run.metadata, lambda v, digits=4: 'N/A' if v is None else f'{v:.{digits}f}'
-    say('✅ Model saved successfully!')
-    say(f'📁 Model state dict: {run.checkpoint}')
-    say(f"📊 Training loss: {show(m['training_loss'])}")
-    say(f"📈 Validation loss: {show(m['validation_loss'])}")
-    say(f"🎯 ROUGE-L score: {show(m['rouge_l'])}")
-    say(
+    log.info('✅ Model saved successfully!')
+    log.info(f'📁 Model state dict: {run.checkpoint}')
+    log.info(f"📊 Training loss: {show(m['training_loss'])}")
+    log.info(f"📈 Validation loss: {show(m['validation_loss'])}")
+    log.info(f"🎯 ROUGE-L score: {show(m['rouge_l'])}")
+    log.info(
         f"⏱️ Epoch {run.epoch}/{run.h.num_epochs}: {m['seconds']:.0f} s on {m['device']},"
         f" {memory_in_use(run.model.device):.1f} GB of memory in use"
     )
     if m['image_gain'] is not None:
-        say(f"🔍 Image gain: {m['image_gain']:.2f} nats per caption")
+        log.info(f"🔍 Image gain: {m['image_gain']:.2f} nats per caption")
     if m['rouge_l'] is not None:
-        say(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
+        log.info(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
-        say(
+        log.warning(
             "⚠️ The captions hardly depend on the picture: they are about as likely with another picture."
             " Look at samples before training on; see the troubleshooting chapter."
         )
@@ -127,7 +128,7 @@ def report_best(run:SavedRun):
     path = lambda epoch: weights_path(run.h.output_dir, run.stamp, epoch)
     there = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None and path(e).exists()]
     if there:
-        say(
+        log.info(
             f'🏆 Best by validation loss: epoch {min(there)[1]}, {min(there)[0]:.4f}, {path(min(there)[1])};'
             ' other commands take it with --best'
         )
@@ -144,7 +145,7 @@ class EarlyStopping(Callback):
     def on_epoch_end(self, run):
         if not run.h.patience or run.epoch-best_epoch(run) < run.h.patience: return
         run.stop = True
-        say(
+        log.info(
             f'🛑 No better validation loss for {run.epoch-best_epoch(run)} epochs: the run ends here, the'
             f' best was epoch {best_epoch(run)}'
         )

@@ -37,7 +37,7 @@ from .signals import Interrupted, acquire_run_lock, stoppable
 from .trackers import tracker_names
 from ..settings import Hyperparameters
 from ..hardware import default_mixed_precision
-from ..files import say
+from ..log import log
 from ..training import Callback, EpochBatches, make_optimizer, training_loop
 
 # %% ../../nbs/33a_training.ipynb #6c6f0703
@@ -73,7 +73,7 @@ def _halve(run, n):
             f' smaller model, and {ADVICE}'
         )
     run.micro_batch_size = size//2
-    say(
+    log.warning(
         f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and'
         f' the result the same. What also helps: {ADVICE}'
     )
@@ -173,18 +173,18 @@ class Begin(Callback):
 
     def on_train_begin(self, run):
         set_seed(run.h.seed) # for what draws at random in training, such as dropout
-        say(cut_text(run.captions))
+        log.info(cut_text(run.captions))
 
     def on_resume(self, run):
         state = reopened(self.state, run.h)
         load_state(run, state)
-        say(f'▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of '
+        log.info(f'▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of '
             f'{run.h.num_epochs} epochs done')
         if run.main:
             now = dict(hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir))
             now['position'] = {**state['position'], 'done': False}
             save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | now)
-        say(cut_text(run.captions))
+        log.info(cut_text(run.captions))
 
     def on_epoch_begin(self, run):
         unfreeze(run.model, run.h, run.epoch+1)
