@@ -14,7 +14,7 @@ from random import Random
 from unicodedata import normalize
 import numpy as np
 from PIL import Image
-from .images import ImageFile, open_image # open_image: scripts import it from here
+from .images import ImageFile, open_image # noqa: F401 scripts import `open_image` from here
 
 # %% ../nbs/01_data.ipynb #02a00002
 def one_line(text:str) -> str:

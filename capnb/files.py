@@ -74,7 +74,8 @@ def _unmarked_encodings(raw):
 def _torn(text):
     """The share of letters and signs beyond ASCII, in tenths, that no one writes there: a capital or a
     symbol within a small word."""
-    inner = (b for a,b,c in zip(text, text[1:], text[2:]) if not b.isascii() and a.islower() and c.islower())
+    threes = zip(text, text[1:], text[2:], strict=False) # the last ones have no two behind them
+    inner = (b for a,b,c in threes if not b.isascii() and a.islower() and c.islower())
     wrong = sum(b.isupper() or unicodedata.category(b) in ('So','Sm','Sc','No') or b in '¿¡‰' for b in inner)
     return round(wrong/max(1, sum(not c.isascii() for c in text)), 1)
 
@@ -120,7 +121,7 @@ def _encoding_error(file, raw, at, why, guesses, setting):
         )
     lines = [raw.decode(g, 'replace').splitlines() for g in guesses]
     shown = [next((line for line in found if not line.isascii()), '').strip() for found in lines]
-    may = ' or '.join(f'{g}, which reads {text!r:.80}' for g,text in zip(guesses, shown))
+    may = ' or '.join(f'{g}, which reads {text!r:.80}' for g,text in zip(guesses, shown, strict=True))
     use = f"name the right one, as in --{setting} {guesses[0]}, or" if setting else 'please'
     return ValueError(f"{said}; it may be {may}; {use} save the file as UTF-8")
 

@@ -66,60 +66,51 @@ def _causes(e):
         yield e
         e = e.__cause__ or e.__context__
 
-def _advice(causes, kind, name):
-    "The kind of error and what to say about it, for the first cause that is known; None if there is none."
+def _refused(is_a, status, page):
+    "The kind of error and what to say about it, if the hub has answered and refuses."
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub import errors as hub
+    if is_a(hub.GatedRepoError):
+        terms = f"its terms must be accepted first; do so at {page}, then log in with `hf auth login`"
+        return PermissionError, terms
+    if is_a(hub.RevisionNotFoundError):
+        return FileNotFoundError, f"it has no such revision; {page} lists its branches"
+    if is_a(hub.RepositoryNotFoundError) or is_a(DatasetNotFoundError) and status is None:
+        unknown = "there is none of this name on the hub, or it is private"
+        return FileNotFoundError, f"{unknown}; check the name, or log in with `hf auth login`"
+    if status in (401, 403):
+        return PermissionError, "the hub refuses access; log in with `hf auth login`"
+    if status==429 or status and status>=500:
+        answer = f"the hub answers with error {status}; try again later, what is downloaded is kept"
+        return ConnectionError, answer
+    if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError, EmptyDatasetError):
+        return FileNotFoundError, f"it has not the files that are needed; look at {page}"
+
+def _unreachable(is_a):
+    "The kind of error and what to say about it, if there was no answer."
+    from huggingface_hub import constants, errors as hub
+    without_answer = (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    if not is_a(*without_answer): return None
+    if constants.HF_HUB_OFFLINE:
+        offline = "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it"
+        return ConnectionError, f"{offline}; unset HF_HUB_OFFLINE"
+    return (
+        ConnectionError,
+        f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded is"
+        " kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine",
+    )
+
+def _advice(causes, kind, name):
+    "The kind of error and what to say about it, for the first cause that is known; None if there is none."
     from huggingface_hub import constants, errors as hub
     is_a = lambda *kinds: any(isinstance(c, kinds) for c in causes)
     status = next((c.response.status_code for c in causes if isinstance(c, hub.HfHubHTTPError)), None)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind=='data set' else ''}{name}"
     if any(getattr(c, 'errno', None)==errno.ENOSPC for c in causes):
-        return (
-            OSError,
-            (
-                "no space is left on the disk; free some, or let HF_HOME point to a folder on a larger disk"
-                f" than {constants.HF_HOME}"
-            ),
-        )
-    if is_a(hub.GatedRepoError):
-        return (
-            PermissionError,
-            f"its terms must be accepted first; do so at {page}, then log in with `hf auth login`",
-        )
-    if is_a(hub.RevisionNotFoundError):
-        return FileNotFoundError, f"it has no such revision; {page} lists its branches"
-    if is_a(hub.RepositoryNotFoundError) or is_a(DatasetNotFoundError) and status is None:
-        return (
-            FileNotFoundError,
-            (
-                "there is none of this name on the hub, or it is private; check the name, or log in with `hf"
-                " auth login`"
-            ),
-        )
-    if status in (401, 403):
-        return PermissionError, "the hub refuses access; log in with `hf auth login`"
-    if status==429 or status and status>=500:
-        return (
-            ConnectionError,
-            f"the hub answers with error {status}; try again later, what is downloaded is kept",
-        )
-    if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError, EmptyDatasetError):
-        return FileNotFoundError, f"it has not the files that are needed; look at {page}"
-    if not is_a(hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return None
-    if constants.HF_HUB_OFFLINE:
-        return (
-            ConnectionError,
-            "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE",
-        )
-    return (
-        ConnectionError,
-        (
-            f"{constants.ENDPOINT} cannot be reached; check the network and start again (what is downloaded"
-            " is kept), or set HF_HUB_OFFLINE=1 to use only what is on this machine"
-        ),
-    )
+        larger = f"let HF_HOME point to a folder on a larger disk than {constants.HF_HOME}"
+        return OSError, f"no space is left on the disk; free some, or {larger}"
+    return _refused(is_a, status, page) or _unreachable(is_a)
 
 # %% ../nbs/30d_hub.ipynb #0da7b107
 @contextmanager

@@ -100,9 +100,9 @@ def decode_requests(
     set_timer = lambda s: hasattr(signal, 'setitimer') and signal.setitimer(signal.ITIMER_REAL, s)
     while True:
         request, body = next_request()
-        def ask(pixels):
+        def ask(pixels, free=request['free']):
             "Wait until there is room for a large image."
-            if pixels <= request['free']: return
+            if pixels <= free: return
             set_timer(0)
             _send(replies, dict(wait=pixels))
             next_request()

@@ -45,7 +45,7 @@ def image_formats() -> tuple: # Names, as Pillow has them
     except ImportError:
         missing.append('HEIF')
     try:
-        import pillow_jxl # makes itself known
+        import pillow_jxl # noqa: F401 makes itself known
     except ImportError:
         missing.append('JXL')
     return tuple(name for name in _SUFFIXES if name not in missing)

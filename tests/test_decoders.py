@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from capnb.insight.decoder_families import (
+from capnb.fast.decoder_families import (
     agrees, compare_families, compare_family, tiny_config
 )
 from capnb.hub import model_path

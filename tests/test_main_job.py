@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
 from capnb.captioner import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.hub import model_path
-from capnb.insight.pretraining import linear_probe, perplexity, retell_f1, retrieval
+from capnb.insight.small_clip import linear_probe, retrieval
+from capnb.insight.small_qwen3 import perplexity, retell_f1
 
 @pytest.fixture(scope='module')
 def main_job(run, tmp_path_factory):

@@ -35,7 +35,8 @@ def has_old_names(values):
 def test_new_names_are_settings_or_metadata():
     settings = asdict(Hyperparameters())
     assert not OLD_NAMES.keys() & settings.keys()
-    assert {new for new in OLD_NAMES.values() if new not in settings} == {'num_skipped'}
+    elsewhere = {new for new in OLD_NAMES.values() if new not in settings}
+    assert elsewhere == {'num_skipped', 'training_images'} # in metadata and in the file of results
     assert not OLD_NAMES.keys() & set(OLD_NAMES.values())
 
 def test_settings_of_a_script():

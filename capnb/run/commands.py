@@ -8,7 +8,7 @@ __all__ = ['train_command', 'data_command', 'caption_command', 'results_command'
 # %% ../../nbs/35_commands.ipynb #53ce255b
 from contextlib import contextmanager, nullcontext
 from fastcore.script import Param, store_true
-from .command_line import BEST, MODEL, Number, any_path, command, new_file, new_folder
+from .command_line import BEST, MODEL, Number, any_path, command, new_file
 from ..settings import PRESETS, as_hyperparameters
 from ..files import say, write_json
 

@@ -9,13 +9,13 @@ __all__ = ['save_curve', 'new_metadata', 'report_epoch', 'best_epoch', 'report_b
 from dataclasses import asdict
 from pathlib import Path
 import accelerate, capnb, torch, transformers
+from ..log import log
 from ..captioner import frozen_fingerprint, weights_path
 from .checkpoints import delete_checkpoint, model_places
 from .resume import SavedRun
 from ..hub import revision_of
 from ..hardware import memory_in_use
 from ..files import atomic_write
-from ..log import log
 from ..training import Callback
 
 # %% ../../nbs/32d_epochs.ipynb #f95c2934

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment, set_seed
 from accelerate.utils.memory import clear_device_cache
+from ..log import log
 from capnb.captioner import (
     Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, save_metadata, save_tensors, unfreeze,
     weights_path
@@ -37,7 +38,6 @@ from .signals import Interrupted, acquire_run_lock, stoppable
 from .trackers import tracker_names
 from ..settings import Hyperparameters
 from ..hardware import default_mixed_precision
-from ..log import log
 from ..training import Callback, EpochBatches, make_optimizer, training_loop
 
 # %% ../../nbs/33a_training.ipynb #6c6f0703

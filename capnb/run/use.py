@@ -16,18 +16,26 @@ from .sources.load import load_data, load_for
 from .entry import find_checkpoint
 
 # %% ../../nbs/33c_in_python.ipynb #e869baf4
-def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Captioner:
+def _weights(checkpoint, folder='saved_models', best=False):
+    "The file of weights that is asked for, or the name of the captioner that comes with the package."
+    if checkpoint==DEMO: return checkpoint
+    if checkpoint in (None, 'newest'): return find_checkpoint(None, folder, best)
+    if checkpoint=='best': return find_checkpoint(None, folder, True)
+    if Path(checkpoint).is_dir(): return find_checkpoint(None, checkpoint, best)
+    return find_checkpoint(checkpoint, folder, best)
+
+def load(checkpoint='newest', folder='saved_models', best=False, device=None) -> Captioner:
     """Load a trained captioner, ready to write.
 
     Parameters
     ----------
-    checkpoint : str or Path, optional
-        File of weights, `model_state_dict_....pth`, or 'storybook' for the captioner that comes with the
-        package. Default: the newest one in `folder`.
+    checkpoint : str or Path, default 'newest'
+        File of weights, `model_state_dict_....pth`, or a folder, for the newest one there; or a word: 'newest' in
+        `folder`, the 'best' of the newest run, 'storybook' for the captioner that comes with the package.
     folder : str or Path, default 'saved_models'
-        Where to look for a checkpoint when none is named.
+        Where to look for a checkpoint when no file is named.
     best : bool, default False
-        Take the checkpoint of the newest run with the lowest validation loss, not the last one.
+        The same as the word 'best': of the newest run the checkpoint with the lowest validation loss.
     device : str or torch.device, optional
         Where the captioner lives. Default: the best device of this machine.
 
@@ -50,56 +58,86 @@ def load(checkpoint=None, folder='saved_models', best=False, device=None) -> Cap
     >>> captioner.training
     False
     """
-    path = checkpoint if checkpoint==DEMO else find_checkpoint(checkpoint, folder, best)
-    return make_fast(load_model_from_checkpoint(path, device)[0])
+    return make_fast(load_model_from_checkpoint(_weights(checkpoint, folder, best), device)[0])
 
 # %% ../../nbs/33c_in_python.ipynb #557517c6
 def caption(images, model=None, **options):
     """Write a caption for each image.
 
-    Parameters ---------- images : PIL.Image.Image, str or Path, or a list of these Images of any size and
-    mode, or files of images. model : Captioner, str or Path, optional A captioner, or a checkpoint to load.
-    Default: the newest checkpoint in `saved_models`. **options For `Captioner.caption`: `scores=True`, or
-    what `generate` of transformers takes, such as `num_beams=3`.
+    Parameters
+    ----------
+    images : PIL.Image.Image, str or Path, or a list of these
+        Images of any size and mode, or files of images.
+    model : Captioner, str or Path, optional
+        A captioner, or a checkpoint to load. Default: the newest checkpoint in `saved_models`.
+    **options
+        For `Captioner.caption`: `scores=True`, or what `generate` of transformers takes, such as `num_beams=3`.
 
-    Returns ------- str or list A text; for a list of images a list of texts. With `num_return_sequences`
-    above 1 each text is a list of them, best first; with `scores` each is a pair of the text and its mean
-    log-probability, in nats per token.
+    Returns
+    -------
+    str or list
+        A text; for a list of images a list of texts. With `num_return_sequences` above 1 each text is a list
+        of them, best first; with `scores` each is a pair of the text and its mean log-probability, in nats per token.
 
-    Raises ------ FileNotFoundError If there is no checkpoint. ValueError If something is no image, or an
-    option is unknown, out of range or without effect.
+    Raises
+    ------
+    FileNotFoundError
+        If there is no checkpoint.
+    ValueError
+        If something is no image, or an option is unknown, out of range or without effect.
 
-    Examples -------- >>> from capnb import caption >>> caption('page.png') # doctest: +SKIP 'A red cat sits
-    beside the blue house.'
+    Examples
+    --------
+    >>> from capnb import caption
+    >>> caption('page.png')  # doctest: +SKIP
+    'A red cat sits beside the blue house.'
     """
-    captioner = model if isinstance(model, Captioner) else load(model)
+    captioner = model if isinstance(model, Captioner) else load(model or 'newest')
     return captioner.caption(images, **options)
 
 # %% ../../nbs/33c_in_python.ipynb #edcf30bc
 def evaluate(model=None, data=None, split='test', progress=False):
     """Caption a data set and score the captions.
 
-    Parameters ---------- model : Captioner, str or Path, optional A captioner, or a checkpoint to load.
-    Default: the newest checkpoint in `saved_models`. data : str, dict or dataset, optional What `load_data`
-    takes: a name, a folder, a data set or a dictionary of splits. Default: the data that the checkpoint was
-    trained for; a captioner does not know its data. split : str, default 'test' Name of the split that is
-    scored. progress : bool, default False Show progress bars.
+    Parameters
+    ----------
+    model : Captioner, str or Path, optional
+        A captioner, or a checkpoint to load. Default: the newest checkpoint in `saved_models`.
+    data : str, dict or dataset, optional
+        What `load_data` takes: a name, a folder, a data set or a dictionary of splits. Default: the data that the
+        checkpoint was trained for; a captioner does not know its data.
+    split : str, default 'test'
+        Name of the split that is scored.
+    progress : bool, default False
+        Show progress bars.
 
-    Returns ------- scores : dict Plain numbers: `rouge_l` from 0 to 1, `loss` in nats per token, `image_gain`
-    in nats per caption and others. captions : list of str What was written, in the order of the split.
+    Returns
+    -------
+    scores : dict
+        Plain numbers: `rouge_l` from 0 to 1, `loss` in nats per token, `image_gain` in nats per caption and others.
+    captions : list of str
+        What was written, in the order of the split.
 
-    Raises ------ FileNotFoundError If there is no checkpoint. ValueError If the data is not known or has no
-    such split, or if a captioner comes without data.
+    Raises
+    ------
+    FileNotFoundError
+        If there is no checkpoint.
+    ValueError
+        If the data is not known or has no such split, or if a captioner comes without data.
 
-    Examples -------- >>> from capnb import evaluate >>> scores, captions = evaluate(data='storybook') >>> 0
-    <= scores['rouge_l'] <= 1 True
+    Examples
+    --------
+    >>> from capnb import evaluate
+    >>> scores, captions = evaluate(data='storybook')
+    >>> 0 <= scores['rouge_l'] <= 1
+    True
     """
     if isinstance(model, Captioner):
         if data is None:
             raise ValueError('a captioner does not know what data it was trained for; pass data')
         splits = load_data(data, image_size=model.encoder.image_size)
     else:
-        model, _, h = load_model_from_checkpoint(find_checkpoint(model))
+        model, _, h = load_model_from_checkpoint(_weights(model))
         make_fast(model)
         splits = load_for(h, data)
     if split not in splits:

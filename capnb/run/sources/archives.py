@@ -6,7 +6,7 @@
 __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBeside', 'read_texts_beside', 'read_path']
 
 # %% ../../../nbs/31g_archives.ipynb #02a00002
-import glob, json, os, re, tarfile
+import glob, json, os, tarfile
 from pathlib import Path
 from typing import NamedTuple
 from ...data import caption_texts

@@ -83,11 +83,11 @@ def _groups(files, folder):
     import pyarrow as pa, pyarrow.parquet as pq
     from datasets import Dataset
     from huggingface_hub import HfFileSystem
+    def opener(file):
+        "A function that opens a file when it is first needed."
+        return cache(lambda: pq.ParquetFile(HfFileSystem().open(file, cache_type='none')))
     for n,file in enumerate(files):
-        opened, count = (
-            cache(lambda: pq.ParquetFile(HfFileSystem().open(file, cache_type='none'))),
-            folder / f'{n:05}.count',
-        )
+        opened, count = opener(file), folder/f'{n:05}.count'
         if not count.exists():
             with atomic_write(count) as out:
                 out.write(str(opened().num_row_groups))

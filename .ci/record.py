@@ -1,0 +1,108 @@
+"""What the quick checks leave out, and what must not get less.
+
+`python .ci/record.py run`: run the slow tests and the chapters with slow cells, write down how each ended, count
+all tests, and commit both (`.ci/slow` calls this). `check`: fail where that record is missing or names a failure,
+say how old it is and whether the package is still the same, and fail where tests were lost."""
+import hashlib, json, re, subprocess, sys, tempfile, time
+import xml.etree.ElementTree as xml
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOW, COLLECTED = ROOT/'.ci/slow.json', ROOT/'.ci/collected'
+
+def package_hash(folder=ROOT/'capnb'):
+    "A hash over the names and the bytes of all files of the package."
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts):
+        data = path.read_bytes()
+        whole.update(f'{path.relative_to(folder).as_posix()} {len(data)}\n'.encode() + data)
+    return whole.hexdigest()[:16]
+
+def collected():
+    "How many tests pytest finds, the slow ones included."
+    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', '-n', '0', '-m', '']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = re.findall(r'^(\d+) tests? collected', done.stdout, re.M)
+    if done.returncode or not found: sys.exit(f'The tests cannot be collected:\n{done.stdout[-3000:]}')
+    return int(found[0])
+
+def slow_tests():
+    "Run the tests that are marked slow; for each how it ended and its seconds."
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder)/'report.xml'
+        subprocess.run([sys.executable, '-m', 'pytest', '-m', 'slow', f'--junitxml={report}'], cwd=ROOT)
+        if not report.exists(): sys.exit('pytest wrote no report')
+        cases = list(xml.parse(report).iter('testcase'))
+    found = {}
+    for case in cases:
+        ended = {'failure': 'failed', 'error': 'failed', 'skipped': 'skipped'}
+        outcome = next((ended[part.tag] for part in case if part.tag in ended), 'passed')
+        name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+        # of a test that failed and could not be tidied up, too, there are two
+        if found.get(name, {}).get('outcome') != 'failed':
+            found[name] = dict(outcome=outcome, seconds=round(float(case.get('time')), 1))
+    return found
+
+def is_slow(path):
+    "Whether a chapter has cells that are flagged slow."
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells if c['cell_type']=='code']
+    return any(re.search(r'^#\s*\|\s*slow\s*$', source, re.M) for source in sources)
+
+def slow_chapters():
+    "Run the chapters with slow cells, those included; for each how it ended and its seconds."
+    found = {}
+    for path in sorted(filter(is_slow, (ROOT/'nbs').glob('*.ipynb'))):
+        start = time.monotonic()
+        done = subprocess.run(['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0'], cwd=ROOT)
+        outcome = 'failed' if done.returncode else 'passed'
+        found[f'nbs/{path.name}'] = dict(outcome=outcome, seconds=round(time.monotonic()-start, 1))
+    return found
+
+def run():
+    "Run all that is slow, write it down and commit that; gives the exit code."
+    package = package_hash()
+    tests = slow_tests() | slow_chapters()
+    record = dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'), package=package, tests=tests)
+    SLOW.write_text(as_text(record), encoding='utf-8')
+    COLLECTED.write_text(f'{collected()}\n', encoding='utf-8')
+    failed = failures(record)
+    said = f"{len(tests)-len(failed)} of {len(tests)} passed" if failed else f'{len(tests)} passed'
+    subprocess.run(['git', 'add', SLOW, COLLECTED], cwd=ROOT, check=True)
+    message = f'Record of the slow tests: {said}'
+    subprocess.run(['git', 'commit', '-m', message, '--', SLOW, COLLECTED], cwd=ROOT, check=True)
+    return 1 if failed else 0
+
+def as_text(record):
+    "A record as JSON, with a line for each test."
+    lines = [f'  {json.dumps(name)}: {json.dumps(how)}' for name,how in sorted(record['tests'].items())]
+    head = json.dumps({k: v for k,v in record.items() if k!='tests'})[:-1]
+    return head + ', "tests": {\n' + ',\n'.join(lines) + '\n}}\n'
+
+def failures(record): return [name for name,how in record['tests'].items() if how['outcome']=='failed']
+
+def check_slow(file=SLOW, package=None, now=None):
+    "What is to be said of the record, in a line; exits where it is missing or names a failure."
+    if not file.exists(): sys.exit(f'There is no {file.name}: run .ci/slow')
+    record = json.loads(file.read_text(encoding='utf-8'))
+    if failed := failures(record): sys.exit(f"The slow tests failed: {', '.join(failed)}")
+    if not record['tests']: sys.exit(f'{file.name} names no test: run .ci/slow')
+    age = (now or datetime.now(timezone.utc)) - datetime.fromisoformat(record['date'])
+    same = record['package'] == (package or package_hash())
+    took = sum(how['seconds'] for how in record['tests'].values())
+    return (f"The {len(record['tests'])} slow tests passed {age.days} days and {age.seconds//3600} hours ago, in "
+            f"{took:.0f} s; the package is {'the same' if same else 'another'} since.")
+
+def check_collected(file=COLLECTED, now=None):
+    "What is to be said of the number of tests, in a line; exits where it has fallen."
+    if not file.exists(): sys.exit(f'There is no {file.name}: run .ci/slow')
+    before, now = int(file.read_text()), collected() if now is None else now
+    if now < before: sys.exit(f'There are {now:,} tests, {before-now:,} fewer than the {before:,} that there were')
+    return f'There are {now:,} tests; there were {before:,}.'
+
+if __name__ == '__main__':
+    if sys.argv[1:] == ['run']: sys.exit(run())
+    if sys.argv[1:] != ['check']: sys.exit(__doc__)
+    print(check_slow())
+    print(check_collected())
