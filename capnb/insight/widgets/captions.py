@@ -134,7 +134,8 @@ class CaptionWidget(VBox):
         wide = Layout(flex_flow='row wrap', grid_gap='1.5rem', margin='.5rem 0')
         middle = HBox([self.shown, self.decoding], layout=wide)
         self.notice = HTML(f'<p class="notice">{escape(notice)}</p>' if notice else '')
-        super().__init__([HTML(STYLE), self.notice, choice, middle, self.hint, self.said, self.more, self.errors])
+        below = [self.hint, self.said, self.more, self.errors]
+        super().__init__([HTML(STYLE), self.notice, choice, middle, *below])
         self.add_class('capnb')
         if self.images:
             self.pick(0)

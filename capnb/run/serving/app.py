@@ -103,7 +103,8 @@ _WITH_WORDS['properties']['captions'] = _list(
 )
 _WITH_WORDS['properties']['words'] = _list(_WORD, description='With `explain=true`: why each word was said')
 _WITH_WORDS['properties']['notice'] = dict(
-    type='string', description='Where nobody chose the captioner that comes with the package: which one writes'
+    type='string',
+    description='Where nobody chose the captioner that comes with the package: which one writes',
 )
 _EVENTS = (
     'With `stream=true`, server-sent events, each a line `data: ` with JSON: {"text": the caption so far},'
