@@ -20,7 +20,9 @@ def reading_calls(path):
         if isinstance(node.func.value, ast.Name) and node.func.value.id in OURS: continue
         yield node
 
-@pytest.mark.parametrize('path', sorted((ROOT/'capnb').glob('*.py')), ids=lambda p: p.stem)
+MODULES = sorted((ROOT/'capnb').rglob('*.py'))
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.relative_to(ROOT/'capnb').as_posix())
 def test_no_call_forgets_to_refuse_code(path):
     for node in reading_calls(path):
         if node.func.attr == '_from_config':
@@ -31,7 +33,7 @@ def test_no_call_forgets_to_refuse_code(path):
         ), f'{path.name}, line {node.lineno}'
 
 def test_the_reading_calls_are_found():
-    assert sum(1 for path in (ROOT/'capnb').glob('*.py') for _ in reading_calls(path)) >= 6
+    assert sum(1 for path in MODULES for _ in reading_calls(path)) >= 6
 
 def change(path, **more):
     "Change settings of a JSON file."
