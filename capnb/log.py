@@ -13,7 +13,8 @@ from .files import say
 # %% ../nbs/30g_log.ipynb #ef3e88b4
 class Printer(logging.Handler):
     "Print each message as it is."
-    def emit(self, record): say(self.format(record), flush=True)
+    def emit(self, record):
+        say(self.format(record), flush=True)
 
 log = logging.getLogger('capnb')
 if not log.handlers: # nobody has set it up before us

@@ -89,7 +89,7 @@ def scan(
     rows = deque()
     images = decoding_pool().map(_sources(data, rows), min_side=CHECKED_SIDE)
     for i, image in enumerate(
-        progress_bar(images, desc=progress, disable=not progress, unit='picture', total=len(data))
+        progress_bar(images, desc=progress, disable=not progress, unit='image', total=len(data))
     ):
         row = rows.popleft()
         yield (i, None, str(image)) if isinstance(image, ValueError) else (i, dict(row, image=image), '')
@@ -116,7 +116,7 @@ def _hub_rows(repo, revision, limit, columns):
     without_split = found.pop(None, [])
     image, captions = infer_columns(next(iter(found.values())).features, *columns)
     log.info(
-        f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from"
+        f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} images; from"
         f" column {image}, with captions from {', '.join(captions)}"
     )
     splits = {split: named_rows(rows, *columns) for split,rows in found.items()}
@@ -174,9 +174,9 @@ def load_data(
     # which is then cut
     data='storybook',
     image_size:int=64, # Size at which the storybook is drawn, pixels
-    # Use only the first `limit` training pictures; of a hub data set no more is downloaded than that needs
+    # Use only the first `limit` training images; of a hub data set no more is downloaded than that needs
     limit:int=None,
-    # 'stop' at a row or picture that cannot be read, or 'skip' it: then each picture is opened once, now
+    # 'stop' at a row or image that cannot be read, or 'skip' it: then each image is opened once, now
     bad_rows:str='stop',
     image_column:str=None, # As for `infer_columns` and `read_folder`
     caption_column:str=None, # As for `infer_columns` and `read_folder`
@@ -184,7 +184,7 @@ def load_data(
     encoding:str=None, # Of the tables of a folder, see `read_folder`
     outside:bool=False, # Whether tables may name images outside of the folder
 ) -> dict: # Name of split: `CaptionData`
-    """Load captioned pictures; raises `ValueError` if the name is not known or 'train' is missing, and as
+    """Load captioned images; raises `ValueError` if the name is not known or 'train' is missing, and as
     `read_folder` and `load_hub`."""
     source = find_source(
         data, limit, image_size, bad_rows, revision, image_column, caption_column, encoding, outside
@@ -199,11 +199,11 @@ def load_data(
     if bad_rows=='skip':
         bad = [
             *source.bad,
-            *(b for split, rows in splits.items() for b in skip_bad(rows, f'Looking over {split}')),
+            *(b for split, rows in splits.items() for b in skip_bad(rows, f'Scanning {split}')),
         ]
         splits['train'].num_skipped = len(bad)
         if bad:
-            log.warning(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
+            log.warning(f"⚠️ skipped what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
 def load_for(
