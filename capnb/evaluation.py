@@ -19,7 +19,7 @@ from .log import log, progress_bar
 from .files import atomic_write
 from .data import counts_characters, words
 from .encoder import EncodedData
-from .decoder import check_options
+from .options import check_options
 from .captioner import Captioner, load_trained
 from .training import Callback, learning, validate
 

@@ -15,7 +15,8 @@ from PIL import Image, ImageStat
 from .log import progress_bar
 from .captioner import Captioner
 from .data import one_line, word_spans
-from .decoder import captions_of, check_options, split_scores, tokenize_captions
+from .decoder import captions_of, split_scores, tokenize_captions
+from .options import check_options
 from .images import find_images, open_image # find_images: scripts import it from here
 from .image_pool import open_images
 
@@ -137,19 +138,56 @@ def _relevance(model, image, caption, cells=8, window=3, batch_size=8, between=N
 
 # %% ../nbs/08_inference.ipynb #09ee0004
 def explain(
-    model:Captioner,
-    image, # A PIL picture of any size and mode, or the path of one
-    caption:str=None, # What to explain; None for what the model writes
-    alternatives:int=4, # Other tokens to name for each word
-    # Say which parts of the picture each word rests on; it takes 65 passes of encoder and decoder
-    patches:bool=True,
-    # Called again and again in the course of the work, for whoever has something more urgent to do
+    model: Captioner,
+    image,
+    caption: str | None = None,
+    alternatives: int = 4,
+    patches: bool = True,
     between=None,
-    **kwargs, # For `transformers`' `generate`, where the model writes
-) -> tuple: # The caption, and a list of `Word`
-    """Say of each word of a caption how probable it was, what else could have been said, and on which part
-    of the picture it rests (occlusion, Zeiler and Fergus 2014); raises `ValueError` for what is no
-    picture and for a tokenizer that does not tell where its tokens stand."""
+    **kwargs
+) -> tuple:
+    """Say of each word of a caption how probable it is, what else could stand there and what it rests on.
+
+    The regions come from occlusion (Zeiler and Fergus 2014, https://arxiv.org/abs/1311.2901).
+
+    Parameters
+    ----------
+    model : Captioner
+        Who writes and reads the caption.
+    image : PIL.Image.Image, str or Path
+        Of any size and mode, or the file of one.
+    caption : str, optional
+        What to explain. Default: what the model writes.
+    alternatives : int, default 4
+        Other tokens to name for each word.
+    patches : bool, default True
+        Also find the regions that each word rests on; it takes 65 passes of encoder and decoder.
+    between : callable, optional
+        Called again and again in the course of the work, for whoever has something more urgent to do.
+        Default: nothing is called.
+    **kwargs
+        For `generate` of transformers, where the model writes.
+
+    Returns
+    -------
+    caption : str
+        What was explained.
+    words : list of Word
+        Its words, each with `probability` from 0 to 1, `alternatives` and `patches`, the nats that it loses
+        when a region is covered.
+
+    Raises
+    ------
+    ValueError
+        For what is no image, and for a tokenizer that does not tell where its tokens stand.
+
+    Examples
+    --------
+    >>> from capnb import explain, load
+    >>> caption, words = explain(load('storybook'), 'page.png', patches=False)
+    >>> words[0].text == caption.split()[0]
+    True
+    """
     image = open_image(image)
     kwargs = check_options(kwargs, one='an explanation is of one caption')
     caption = model.caption(image, **kwargs) if caption is None else one_line(caption)
@@ -176,18 +214,44 @@ def _fields(found, scores):
     )
 
 def caption_files(
-    model:Captioner,
-    files, # Paths of images
-    batch_size:int=32, # Images at a time
-    progress:bool=False, # Show a progress bar
-    # Say of each caption how sure the model is, too: `score`, as `Captioner.caption` gives it
-    scores:bool=False,
-    **kwargs, # For `transformers`' `generate`
-): # Yields `{'file', 'caption'}`, or `{'file', 'error'}` for an unreadable image, in the order of `files`
+    model: Captioner, files, batch_size: int = 32, progress: bool = False, scores: bool = False, **kwargs
+):
     """Caption image files one after the other.
 
-    With `num_return_sequences` above 1 `caption` is a list of texts, best first, and `score` a list of their
-    scores. Raises `ValueError` for options that `check_options` refuses, before anything is opened."""
+    Parameters
+    ----------
+    model : Captioner
+        Who writes.
+    files : iterable of str or Path
+        Files of images.
+    batch_size : int, default 32
+        Images at a time.
+    progress : bool, default False
+        Show a progress bar.
+    scores : bool, default False
+        Add a `score` to each caption, as `Captioner.caption` gives it, in nats per token.
+    **kwargs
+        For `generate` of transformers; what `check_options` takes.
+
+    Yields
+    ------
+    dict
+        `file` and `caption`, or `file` and `error` for an unreadable image, in the order of `files`. With
+        `num_return_sequences` above 1 `caption` is a list of texts, best first, and `score` a list.
+
+    Raises
+    ------
+    ValueError
+        For an option that is unknown, out of range or without effect, before anything is opened.
+
+    Examples
+    --------
+    >>> from capnb import caption_files, load
+    >>> for row in caption_files(load('storybook'), ['page.png', 'lost.png']):
+    ...     print(row['file'], sorted(row))
+    page.png ['caption', 'file']
+    lost.png ['error', 'file']
+    """
     files, kwargs = list(files), check_options(kwargs)
     images = open_images(files, model.encoder.min_side, ahead=batch_size)
     with closing(images), progress_bar(total=len(files), disable=not progress, unit='image') as bar:

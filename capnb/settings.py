@@ -7,7 +7,7 @@ __all__ = ['OLD_NAMES', 'OWN_DATA', 'PRESETS', 'limits', 'Hyperparameters', 'all
            'chosen_settings', 'as_hyperparameters']
 
 # %% ../nbs/30b_settings.ipynb #74982778
-import json, os, re
+import inspect, json, os, re
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,7 +33,8 @@ def _setting(default, help, **allowed):
 class Hyperparameters(Mapping):
     """All settings of a training run, by attribute and as a dictionary.
 
-    The first eleven are the ones of the classic scripts, name for name.
+    They do not change once they are made. The first eleven are the ones of the classic scripts, name for
+    name.
     """
     batch_size: int = _setting(8, 'Captions per optimizer step', lo=1)
     num_epochs: int = _setting(5, 'Times each image is seen', lo=1)
@@ -217,6 +218,37 @@ def _refuse_attribute(self, name, value=None):
     raise FrozenInstanceError(_UNCHANGED)
 # the dataclass's own do not say what to do
 Hyperparameters.__setattr__ = Hyperparameters.__delattr__ = _refuse_attribute
+
+# %% ../nbs/30b_settings.ipynb #cb6733a8
+def _described(f):
+    "What the docstring says of a field, in NumPy style."
+    kind, text = f.type.__name__, f.metadata['help']
+    if f.metadata['choices']:
+        kind = '{' + ', '.join(map(repr, f.metadata['choices'])) + '}'
+    if f.default is None:
+        return f'{f.name} : {kind}, optional\n    {text}. Default: not set.'
+    return f'{f.name} : {kind}, default {f.default!r}\n    {text}.'
+
+_PARAMETERS = '\n'.join(_described(f) for f in fields(Hyperparameters))
+_EXAMPLE = """>>> from capnb import Hyperparameters
+>>> h = Hyperparameters(batch_size=4)
+>>> h.batch_size, h['num_epochs'], len(dict(h)) == len(h)
+(4, 5, True)"""
+Hyperparameters.__doc__ = f"""{inspect.cleandoc(Hyperparameters.__doc__)}
+
+Parameters
+----------
+{_PARAMETERS}
+
+Raises
+------
+ValueError
+    For a value that is not allowed; it names the setting.
+
+Examples
+--------
+{_EXAMPLE}
+"""
 
 # %% ../nbs/30b_settings.ipynb #416ac924
 def _plain(value, kind, m):

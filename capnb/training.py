@@ -11,9 +11,9 @@ import math, random
 from dataclasses import dataclass, field
 import torch
 from torch import nn
-from .log import progress_bar
 from .data import captions_for_epoch
 from .encoder import EncodedData, in_slices
+from .log import progress_bar
 
 # %% ../nbs/06_training_loop.ipynb #487db40e
 @dataclass
@@ -139,7 +139,23 @@ def learning(
     return {n: p for n,p in run.model.named_parameters() if id(p) in learns}
 
 class Callback:
-    "Something that a run does besides learning."
+    """Something that a run does besides learning.
+
+    A subclass overrides the moments that it needs: `on_train_begin`, `on_resume`, `on_epoch_begin`,
+    `on_step_end`, `on_epoch_trained`, `on_epoch_end`, `on_train_end` and `on_close`. Each gets the `Run`.
+
+    Attributes
+    ----------
+    keeps : tuple of str
+        Names of attributes that a run which goes on must find again: plain data and tensors. Default: none.
+
+    Examples
+    --------
+    >>> from capnb import Callback
+    >>> class Losses(Callback):
+    ...     def on_epoch_end(self, run):
+    ...         print(f'epoch {run.epoch}: {run.losses[-1]:.2f}')
+    """
     keeps = () # Names of attributes that a run which goes on must find again: plain data and tensors
     def on_train_begin(self, run:Run):
         "Called before the first step of all."
@@ -229,19 +245,60 @@ def training_loop(run:Run) -> Run:
     return run
 
 def fit(
-    model:nn.Module, # `model(features, captions)` gives the loss; a `Captioner`, say
-    data:dict, # 'train' and, if the run is to look at unseen pictures, 'validation': `EncodedData`
-    num_epochs:int=1,
-    batch_size:int=8, # Pictures in a step
-    learning_rate:float=1e-4, # Of all that wants a gradient
-    seed:int=0, # Fixes the order of the data, the choice of captions and what is drawn at random
-    captions_per_image:int=1, # Captions of each picture that an epoch shows
-    max_steps:int=None, # Stop after so many steps, wherever the epoch is
-    optimizer=None, # With its schedule, from `make_optimizer`, in place of one with `learning_rate`
-    callbacks=(), # `Callback`s
-    stepper=step, # `stepper(model, features, captions)` makes the gradient of a batch and gives its loss
+    model: nn.Module,
+    data: dict,
+    num_epochs: int = 1,
+    batch_size: int = 8,
+    learning_rate: float = 1e-4,
+    seed: int = 0,
+    captions_per_image: int = 1,
+    max_steps: int | None = None,
+    optimizer=None,
+    callbacks=(),
+    stepper=step,
 ) -> Run:
-    "Train what is to learn; after each epoch look at unseen pictures and call the callbacks."
+    """Train what is to learn; after each epoch look at unseen images and call the callbacks.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        `model(features, captions)` gives the loss, in nats per token; a `Captioner`, say. With validation
+        data it has `nll`, too.
+    data : dict of str to EncodedData
+        'train' and, if the run is to look at unseen images, 'validation'.
+    num_epochs : int, default 1
+        Times each image is seen.
+    batch_size : int, default 8
+        Images in a step.
+    learning_rate : float, default 0.0001
+        Of all that wants a gradient.
+    seed : int, default 0
+        Fixes the order of the data, the choice of captions and what is drawn at random.
+    captions_per_image : int, default 1
+        Captions of each image that an epoch shows.
+    max_steps : int, optional
+        Stop after so many steps, wherever the epoch is. Default: no limit.
+    optimizer : tuple, optional
+        An optimizer and its schedule, from `make_optimizer`. Default: AdamW with `learning_rate`.
+    callbacks : iterable of Callback, default ()
+        What the run does besides learning.
+    stepper : callable, default `step`
+        `stepper(model, features, captions)` makes the gradient of a batch and returns its loss.
+
+    Returns
+    -------
+    Run
+        The run at its end: `losses` of each step and `metadata` of the last epoch.
+
+    Examples
+    --------
+    >>> from capnb import fit, load, load_data
+    >>> from capnb.encoder import encode_data
+    >>> captioner = load('storybook')
+    >>> data = {'train': encode_data(captioner.encoder, load_data('storybook', limit=8)['train'])}
+    >>> len(fit(captioner, data, num_epochs=2, batch_size=4).losses)
+    4
+    """
     torch.manual_seed(seed)
     learns = {n: p for n,p in model.named_parameters() if p.requires_grad}
     optimizer, scheduler = optimizer or make_optimizer(dict(model=learns), learning_rate)

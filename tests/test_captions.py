@@ -5,7 +5,8 @@ import numpy as np, pyarrow as pa, pytest, torch
 from capnb.captioner import Captioner, load_model_from_checkpoint
 from capnb.run.commands import caption_command
 from capnb.run.entry import train
-from capnb.decoder import check_options, generate_ids
+from capnb.decoder import generate_ids
+from capnb.options import check_options
 from capnb.encoder import EncodedData
 from capnb.evaluation import draw_samples, write_captions_for
 from capnb.insight.facts import fact_counts, facts_scores

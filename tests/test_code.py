@@ -129,11 +129,7 @@ def too_long(module):
 NOT_YET_SHORT = {
     'captioner',
     'decoder',
-    'decoder.greedy_ids',
     'fast.bench',
-    'fast.memory.phases',
-    'run.commands.caption_command',
-    'run.commands.data_command',
 }
 
 @pytest.mark.parametrize('module', [m for m in MODULES if m != '_modidx'])
@@ -180,7 +176,6 @@ def go_betweens(trees):
 NOT_YET_PLAIN = {
     'captioner.check_models',
     'captioner.check_pair',
-    'captioner.unfreeze',
 }
 
 def test_hyperparameters_are_read_at_most_one_call_below_an_entry_point():

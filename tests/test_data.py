@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, Features, Image as ImageColumn, List, Value
 from PIL import Image
 from hub import Hub
-from capnb.captioner import read_metadata
+from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.sources.load import load_data
 from capnb.storybook import Storybook

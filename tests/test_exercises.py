@@ -4,8 +4,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = sorted([*(ROOT/'nbs').glob('[0-9][0-9]_*.ipynb'), # all of these, and of their second parts those that have some
-                   *(p for p in (ROOT/'nbs').glob('[0-9][0-9][a-z]_*.ipynb') if '# exercise 1' in p.read_text(encoding='utf-8'))])
+# all of these, and of their second parts those that have some
+CHAPTERS = sorted(
+    [
+        *(ROOT / 'nbs').glob('[0-9][0-9]_*.ipynb'),
+        *(
+            p
+            for p in (ROOT / 'nbs').glob('[0-9][0-9][a-z]_*.ipynb')
+            if '# exercise 1' in p.read_text(encoding='utf-8')
+        ),
+    ]
+)
 SKIPPED = {'notest', 'slow', 'cuda', 'eval: false'}
 each_chapter = pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 

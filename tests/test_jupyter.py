@@ -253,7 +253,7 @@ SMALL = {
     'num_epochs=3': 'num_epochs=99',
 }  # it goes on until the button stops it
 MADE = ('here = ', 'asking = ', 'browser = ', 'data = dict(')
-WIDGETS = ('17c_caption_widget', '17d_error_browser', '33c_live_training')
+WIDGETS = ('17c_caption_widget', '17d_error_browser', '33d_live_training')
 
 def wanted(cell):
     "Whether a cell makes a widget, or something that one needs."
@@ -290,5 +290,5 @@ def test_chapter(browser, lab, path):
             use_captions(tab, widget_of(tab, 'CaptionWidget'))
         if path.stem == '17d_error_browser':
             use_errors(tab, widget_of(tab, 'ErrorBrowser'))
-        if path.stem == '33c_live_training':
+        if path.stem == '33d_live_training':
             picture(widget_of(tab, 'LiveTraining'), 'training')

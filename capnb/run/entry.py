@@ -27,7 +27,26 @@ from .resume import find_state, read_state, resumed_hyperparameters
 # %% ../../nbs/33b_train_and_load.ipynb #6c112aa4
 @dataclass
 class TrainingResult:
-    "What a training leaves."
+    """What a training leaves.
+
+    Attributes
+    ----------
+    model : Captioner
+        The trained captioner, in evaluation mode.
+    metadata : dict
+        Plain data of the last epoch: losses in nats per token, scores, hyperparameters and times.
+    checkpoint : Path
+        Weights of the last epoch.
+    curve : Path
+        Image of the loss curve.
+
+    Examples
+    --------
+    >>> from capnb import train
+    >>> result = train(num_epochs=1, training_size_limit=16, evaluation_enabled=False)
+    >>> result.checkpoint.exists() and result.curve.exists()
+    True
+    """
     model: object # `Captioner`, in evaluation mode
     metadata: dict # Of the last epoch
     checkpoint: Path # Weights of the last epoch
@@ -81,20 +100,51 @@ def _resumed(resume, wanted, has_data):
     return state, h
 
 def train(
-    # Dictionary, path of a JSON or YAML file, or `Hyperparameters`; None for the preset as it is
-    settings=None,
-    # A data set or a dictionary of splits, see `capnb.run.sources.load.load_data`; None for the one that the
-    # settings name
-    data=None,
-    # One of `PRESETS`; `settings` changes it; None for 'storybook', or for what the run had that goes on
-    preset:str=None,
-    callbacks=(), # More `capnb.training.Callback`s
-    device=None, # None for the best device
-    # Go on with a run: True for the newest in `output_dir`, or a path as `capnb.run.resume.find_state` takes
-    resume=None,
-    **changes, # Single hyperparameters, over everything else
+    settings=None, data=None, preset: str | None = None, callbacks=(), device=None, resume=None, **changes
 ) -> TrainingResult:
-    "Train a captioner: load the data, encode each picture once, fit the adapter, score it, save it."
+    """Train a captioner: load the data, encode each image once, fit the adapter, score it, save it.
+
+    Parameters
+    ----------
+    settings : dict, str, Path or Hyperparameters, optional
+        Hyperparameters, or a JSON or YAML file of them. Default: the preset as it is.
+    data : str, dict or dataset, optional
+        A data set, a dictionary of splits, or a name, see `load_data`. Default: the data that the settings
+        name.
+    preset : str, optional
+        One of `capnb.settings.PRESETS`, which `settings` changes. Default: 'storybook', or what the run had
+        that goes on.
+    callbacks : iterable of Callback, default ()
+        What the run does besides learning.
+    device : str or torch.device, optional
+        Where to train. Default: the best device of this machine.
+    resume : bool, str or Path, optional
+        Go on with a run: True for the newest in `output_dir`, or a path as `capnb.run.resume.find_state`
+        takes. Default: begin a new run.
+    **changes
+        Single hyperparameters, over everything else, such as `num_epochs=2`.
+
+    Returns
+    -------
+    TrainingResult
+        The captioner and where its files are.
+
+    Raises
+    ------
+    ValueError
+        For a setting or data that makes no sense.
+    FileNotFoundError
+        If there is no run to go on with.
+    OSError
+        If `output_dir` cannot be written.
+
+    Examples
+    --------
+    >>> from capnb import train
+    >>> result = train(num_epochs=1, training_size_limit=16, evaluation_enabled=False)
+    >>> result.metadata['training_loss'] > 0
+    True
+    """
     if isinstance(data, (str, os.PathLike)):
         data, changes = None, dict(changes, data=data)
     if data is not None:
@@ -142,8 +192,9 @@ def find_captioner(
     best:bool=False, # As for `find_checkpoint`
     model:str=None, # 'storybook' for the captioner that comes with the package
 ): # Path of the weights; None, or a line for whoever reads the captions
-    """Find the captioner that a command writes with; where nothing was asked for and nothing was trained it is
-    the storybook's, and a line says so. Raises what `find_checkpoint` does, and `ValueError` for two at once."""
+    """Find the captioner that a command writes with; where nothing was asked for and nothing was trained it
+    is the storybook's, and a line says so. Raises what `find_checkpoint` does, and `ValueError` for two
+    at once."""
     asked = checkpoint or folder or best
     if model and asked:
         raise ValueError('name either a checkpoint or, with --model, a captioner of the package, not both')

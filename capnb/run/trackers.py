@@ -15,7 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from ..log import log
 from ..files import write_json
-from ..captioner import metadata_path, save_metadata
+from ..checkpoint import metadata_path, save_metadata
 from ..training import Callback
 from ..evaluation import draw_samples
 from ..settings import Hyperparameters

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
-from ...captioner import read_metadata
+from ...checkpoint import read_metadata
 from ...evaluation import BY_CHARACTER, FACTS, FLOORS, TOOLS
 from .slices import slices, worst_first
 from .judged import each_score

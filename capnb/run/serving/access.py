@@ -48,27 +48,24 @@ def foreign(
     "Tell the requests that come from another page, or for another host."
     hosts, origin = headers.getlist('host'), headers.get('origin')
     if len(hosts)!=1 or not ours(host_name(hosts[0])):
-        return (
-            f"the host {', '.join(hosts)!r:.99} is not one of this server; see --allowed_hosts of capnb_serve"
-        )
+        names = ', '.join(hosts)
+        return f"the host {names!r:.99} is not one of this server; see --allowed_hosts of capnb_serve"
     sender = None if origin is None else origin.partition('://')[2]
     if sender not in (None, hosts[0]) and host_name(sender) not in more:
-        return (
-            f'requests of other web pages ({origin!r:.99}) are not taken; see --allowed_hosts of capnb_serve'
-        )
+        why = 'are not taken; see --allowed_hosts of capnb_serve'
+        return f'requests of other web pages ({origin!r:.99}) {why}'
     followed = headers.get('sec-fetch-mode')=='navigate' and headers.get('sec-fetch-dest')=='document'
     if headers.get('sec-fetch-site')=='cross-site' and not followed:
         return 'requests of other web pages are not taken'
     return None
 
 # %% ../../../nbs/37d_serving_access.ipynb #0da1261c
+_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SAFE = {
     'X-Content-Type-Options': 'nosniff',
     'Cross-Origin-Resource-Policy': 'same-origin',
     'Referrer-Policy': 'no-referrer',
-    'Content-Security-Policy': (
-        "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    ),
+    'Content-Security-Policy': _POLICY,
 }
 
 class Guard:

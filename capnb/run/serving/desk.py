@@ -34,9 +34,8 @@ class Place:
         found = [answer for answer,_ in self.response_queue]
         self.response_queue.clear()
         last = 'words' if self.explained else 'caption'
-        self.over = self.over or any(
-            last in answer or 'status' in answer or 'dropped' in answer for answer in found
-        )
+        ends = {last, 'status', 'dropped'}
+        self.over = self.over or any(ends & answer.keys() for answer in found)
         return found
 
 class Desk:
@@ -51,13 +50,8 @@ class Desk:
         notice:str=None, # What every answer says of the captioner, and the page
     ):
         self.notice = notice
-        self.server, self.limits, self.running, self.started, self.min_side = (
-            server,
-            limits,
-            running,
-            started,
-            min_side,
-        )
+        self.server, self.limits, self.min_side = server, limits, min_side
+        self.running, self.started = running, started
         self.taken, self.bytes, self.at_worker, self.holding = Counter(), Counter(), {}, set()
 
     @contextmanager
@@ -156,9 +150,8 @@ class Desk:
     def overloaded(self):
         "Whether there is no place, or what the worker has is not answered in time."
         now = time.monotonic()
-        return self.taken.total() >= self.limits.waiting or any(
-            place.end < now for place in self.at_worker.values()
-        )
+        late = any(place.end < now for place in self.at_worker.values())
+        return late or self.taken.total() >= self.limits.waiting
 
 # %% ../../../nbs/37e_serving_desk.ipynb #0da1201d
 class Gone(Exception):

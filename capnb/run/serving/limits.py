@@ -133,16 +133,15 @@ class Watch:
         self.doing, self.since, self.size = doing, self.loop.time(), 0
         if self.timer:
             self.timer.cancel()
-        seconds = (
-            self.limits.coming + 5 if doing in ('body', 'answer') else min(HEAD_SECONDS, self.limits.coming)
-        )
+        seconds = min(HEAD_SECONDS, self.limits.coming)
+        if doing in ('body', 'answer'):
+            seconds = self.limits.coming + 5
         self.timer = self.loop.call_later(seconds, self.hang_up, 408, 'the request took too long to come')
 
     def hang_up(self, status, detail):
         "Close the connection; a client that has begun a request is told why."
-        answering = (
-            self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        )
+        cycle = self.cycle
+        answering = cycle is not None and cycle.response_started and not cycle.response_complete
         if self.reading and not answering:
             body = json.dumps(dict(detail=detail)).encode()
             head = f'HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: application/json\r\n'
@@ -160,11 +159,9 @@ class Watch:
     def make_room(self):
         "Close the oldest connections where those that wait for their client are too many, or hold too much."
         for own,times in ((True, 2), (False, 8)):
-            found = [
-                c
-                for c in self.connections
-                if c.unfinished() and (c.client_name == self.client_name or not own)
-            ]
+            found = [c for c in self.connections if c.unfinished()]
+            if own:
+                found = [c for c in found if c.client_name==self.client_name]
             found.sort(key=lambda c: c.since)
             most, most_bytes = times*self.limits.waiting, 8*times*self.limits.upload*1e6
             while len(found) > most or sum(c.size for c in found) > most_bytes:

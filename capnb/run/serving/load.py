@@ -16,18 +16,17 @@ import psutil
 # %% ../../../nbs/37j_serving_load.ipynb #0da1203b
 def send_load(
     address:str, # http://HOST:PORT
-    pictures:list, # Of bytes
+    images:list, # Of bytes
     clients:int=32,
     seconds:float=60,
     key:str=None, # If the server wants one
-) -> dict: # 'answers': (number of the picture, status, answer, seconds) of each request; 'seconds' in all
+) -> dict: # 'answers': (number of the image, status, answer, seconds) of each request; 'seconds' in all
     """Let many clients ask a server for captions, each again as soon as it has its answer, and note what
     they get."""
-    bodies = [json.dumps(dict(image=base64.b64encode(p).decode())) for p in pictures]
-    headers, answers = {
-        'Content-Type': 'application/json',
-        **({'Authorization': f'Bearer {key}'} if key else {}),
-    }, []
+    bodies = [json.dumps(dict(image=base64.b64encode(image).decode())) for image in images]
+    headers, answers = {'Content-Type': 'application/json'}, []
+    if key:
+        headers['Authorization'] = f'Bearer {key}'
     start = time.perf_counter()
     def client(i):
         connection = http.client.HTTPConnection(address.removeprefix('http://'), timeout=120)

@@ -50,11 +50,9 @@ def _write(model, asked, send, options):
     beams, several = (options.get(name, 1) > 1 for name in ('num_beams', 'num_return_sequences'))
     rows, words = [i for i,stream in enumerate(streams) if stream], {}
     if rows and not (beams or several):
-        words = dict(
-            streamer=CaptionStreamer(
-                model.tokenizer, rows, lambda row, text: send(uids[row], dict(text=text))
-            )
-        )
+        def tell(row, text):
+            send(uids[row], dict(text=text))
+        words = dict(streamer=CaptionStreamer(model.tokenizer, rows, tell))
     features = model.encoder.encode(list(images))
     found = model.caption_features(features, several, batch_size=len(images), **options, **words)
     answers = dict(zip(uids, map(_as_answer, found), strict=True))

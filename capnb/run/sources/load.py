@@ -169,23 +169,61 @@ def find_source(
 
 # %% ../../../nbs/31i_sources.ipynb #0da7b412
 def load_data(
-    # 'storybook'; a name of `HUB_DATA` or a hub id; a file or folder, see
-    # `capnb.run.sources.archives.read_path`; a dictionary of splits with at least 'train'; or one data set,
-    # which is then cut
     data='storybook',
-    image_size:int=64, # Size at which the storybook is drawn, pixels
-    # Use only the first `limit` training images; of a hub data set no more is downloaded than that needs
-    limit:int=None,
-    # 'stop' at a row or image that cannot be read, or 'skip' it: then each image is opened once, now
-    bad_rows:str='stop',
-    image_column:str=None, # As for `infer_columns` and `read_folder`
-    caption_column:str=None, # As for `infer_columns` and `read_folder`
-    revision:str=None, # Of a hub data set
-    encoding:str=None, # Of the tables of a folder, see `read_folder`
-    outside:bool=False, # Whether tables may name images outside of the folder
-) -> dict: # Name of split: `CaptionData`
-    """Load captioned images; raises `ValueError` if the name is not known or 'train' is missing, and as
-    `read_folder` and `load_hub`."""
+    image_size: int = 64,
+    limit: int | None = None,
+    bad_rows: str = 'stop',
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    revision: str | None = None,
+    encoding: str | None = None,
+    outside: bool = False,
+) -> dict:
+    """Load captioned images.
+
+    Parameters
+    ----------
+    data : str, Path, dict or dataset, default 'storybook'
+        'storybook'; a name of `HUB_DATA` or a hub id; a file or folder, see
+        `capnb.run.sources.archives.read_path`; a dictionary of splits with at least 'train'; or one data
+        set, which is then cut.
+    image_size : int, default 64
+        Width and height at which the storybook is drawn, in pixels.
+    limit : int, optional
+        Use only the first training images; of a hub data set no more is downloaded than that needs.
+        Default: all.
+    bad_rows : str, default 'stop'
+        'stop' at a row or image that cannot be read, or 'skip' it: then each image is opened once, now.
+    image_column : str, optional
+        Column of images, where it cannot be inferred. Default: inferred, as `infer_columns` does.
+    caption_column : str, optional
+        Column of captions. Default: inferred, as `infer_columns` does.
+    revision : str, optional
+        Branch, tag or commit of a hub data set. Default: its main branch.
+    encoding : str, optional
+        Of the tables of a folder. Default: UTF-8, or UTF-16 where the file is marked as such.
+    outside : bool, default False
+        Whether tables may name images outside of the folder.
+
+    Returns
+    -------
+    dict of str to CaptionData
+        The data set of each split, by its name. A row has `image`, `captions` and `image_id`.
+
+    Raises
+    ------
+    ValueError
+        If the name is not known, 'train' is missing, or something cannot be read.
+    OSError
+        If a file cannot be read or the hub cannot be reached.
+
+    Examples
+    --------
+    >>> from capnb import load_data
+    >>> splits = load_data('storybook', limit=100)
+    >>> len(splits['train']), splits['train'][0]['image'].size
+    (100, (64, 64))
+    """
     source = find_source(
         data, limit, image_size, bad_rows, revision, image_column, caption_column, encoding, outside
     )
