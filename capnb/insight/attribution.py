@@ -9,7 +9,6 @@ __all__ = ['veil', 'draw_strip', 'draw_explanation', 'named_things', 'parts_insi
 import textwrap
 import numpy as np
 from ..evaluation import interval, mean_parts
-from .facts import read_facts
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
 def veil(
@@ -86,7 +85,7 @@ def draw_explanation(
     axs, box = below.subplots(rows, columns, squeeze=False).ravel(), (0, image.width, image.height, 0)
     for ax in axs:
         ax.axis('off')
-    for ax,word in zip(axs, shown):
+    for ax,word in zip(axs, shown, strict=False):
         ax.imshow(image, extent=box)
         if word:
             _draw_word(ax, word, box)
@@ -104,7 +103,7 @@ def named_things(
     texts = [w.text.lower() for w in words]
     return [
         (at + part, things[pair])
-        for at, pair in enumerate(zip(texts, texts[1:]))
+        for at, pair in enumerate(zip(texts, texts[1:], strict=False))
         if pair in things
         for part in (0, 1)
     ]
