@@ -1,8 +1,9 @@
 """What the quick checks leave out, and what must not get less.
 
 `python .ci/record.py run`: run the slow tests and the chapters with slow cells, write down how each ended,
-count all tests, and commit both (`.ci/slow` calls this). `check`: fail where that record is missing or names a
-failure, say how old it is and whether the package is still the same, and fail where tests were lost."""
+count all tests, and commit both (`.ci/slow` calls this). `check`: fail where that record is missing or names
+a failure, say how old it is and whether the package is still the same, and fail where tests were lost.
+"""
 import hashlib, json, re, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as xml
 from datetime import datetime, timezone
@@ -57,8 +58,9 @@ def slow_chapters():
     found = {}
     for path in sorted(filter(is_slow, (ROOT/'nbs').glob('*.ipynb'))):
         start = time.monotonic()
-        command = ['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0']
-        done = subprocess.run(command, cwd=ROOT)
+        done = subprocess.run(
+            ['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0'], cwd=ROOT
+        )
         outcome = 'failed' if done.returncode else 'passed'
         found[f'nbs/{path.name}'] = dict(outcome=outcome, seconds=round(time.monotonic()-start, 1))
     return found
@@ -83,7 +85,8 @@ def as_text(record):
     head = json.dumps({k: v for k,v in record.items() if k!='tests'})[:-1]
     return head + ', "tests": {\n' + ',\n'.join(lines) + '\n}}\n'
 
-def failures(record): return [name for name,how in record['tests'].items() if how['outcome']=='failed']
+def failures(record):
+    return [name for name,how in record['tests'].items() if how['outcome']=='failed']
 
 def check_slow(file=SLOW, package=None, now=None):
     "What is to be said of the record, in a line; exits where it is missing or names a failure."
@@ -97,8 +100,10 @@ def check_slow(file=SLOW, package=None, now=None):
     age = (now or datetime.now(timezone.utc)) - datetime.fromisoformat(record['date'])
     same = record['package'] == (package or package_hash())
     took = sum(how['seconds'] for how in record['tests'].values())
-    said = f"The {len(record['tests'])} slow tests passed {age.days} days and {age.seconds//3600} hours ago"
-    return f"{said}, in {took:.0f} s; the package is {'the same' if same else 'another'} since."
+    return (
+        f"The {len(record['tests'])} slow tests passed {age.days} days and {age.seconds//3600} hours ago, in "
+        f"{took:.0f} s; the package is {'the same' if same else 'another'} since."
+    )
 
 def check_collected(file=COLLECTED, now=None):
     "What is to be said of the number of tests, in a line; exits where it has fallen."

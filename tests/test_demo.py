@@ -102,7 +102,9 @@ def test_own_checkpoint_comes_first(page):
 
 def ask(port, method, path, body=None):
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-    connection.request(method, path, body, {'Content-Type': 'multipart/form-data; boundary=x'} if body else {})
+    connection.request(
+        method, path, body, {'Content-Type': 'multipart/form-data; boundary=x'} if body else {}
+    )
     answer = connection.getresponse()
     found = answer.status, answer.read().decode()
     connection.close()

@@ -263,7 +263,8 @@ def load_state(
     for what in ('data', 'frozen'):
         saved, now = state['identity'].get(what), run.identity[what]
         name = 'data' if what=='data' else 'frozen models'
-        if saved!=now: raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
+        if saved!=now:
+            raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
     load_trained(run.model, state['weights'], path, learning(run))
     try:
         _load_optimizer(run.optimizer, state['optimizer'])
