@@ -1,8 +1,9 @@
 """What the quick checks leave out, and what must not get less.
 
-`python .ci/record.py run`: run the slow tests and the chapters with slow cells, write down how each ended, count
-all tests, and commit both (`.ci/slow` calls this). `check`: fail where that record is missing or names a failure,
-say how old it is and whether the package is still the same, and fail where tests were lost."""
+`python .ci/record.py run`: run the slow tests and the chapters with slow cells, write down how each ended,
+count all tests, and commit both (`.ci/slow` calls this). `check`: fail where that record is missing or names
+a failure, say how old it is and whether the package is still the same, and fail where tests were lost.
+"""
 import hashlib, json, re, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as xml
 from datetime import datetime, timezone
@@ -24,7 +25,8 @@ def collected():
     command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', '-n', '0', '-m', '']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = re.findall(r'^(\d+) tests? collected', done.stdout, re.M)
-    if done.returncode or not found: sys.exit(f'The tests cannot be collected:\n{done.stdout[-3000:]}')
+    if done.returncode or not found:
+        sys.exit(f'The tests cannot be collected:\n{done.stdout[-3000:]}')
     return int(found[0])
 
 def slow_tests():
@@ -32,7 +34,8 @@ def slow_tests():
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
         subprocess.run([sys.executable, '-m', 'pytest', '-m', 'slow', f'--junitxml={report}'], cwd=ROOT)
-        if not report.exists(): sys.exit('pytest wrote no report')
+        if not report.exists():
+            sys.exit('pytest wrote no report')
         cases = list(xml.parse(report).iter('testcase'))
     found = {}
     for case in cases:
@@ -55,7 +58,9 @@ def slow_chapters():
     found = {}
     for path in sorted(filter(is_slow, (ROOT/'nbs').glob('*.ipynb'))):
         start = time.monotonic()
-        done = subprocess.run(['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0'], cwd=ROOT)
+        done = subprocess.run(
+            ['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0'], cwd=ROOT
+        )
         outcome = 'failed' if done.returncode else 'passed'
         found[f'nbs/{path.name}'] = dict(outcome=outcome, seconds=round(time.monotonic()-start, 1))
     return found
@@ -80,29 +85,39 @@ def as_text(record):
     head = json.dumps({k: v for k,v in record.items() if k!='tests'})[:-1]
     return head + ', "tests": {\n' + ',\n'.join(lines) + '\n}}\n'
 
-def failures(record): return [name for name,how in record['tests'].items() if how['outcome']=='failed']
+def failures(record):
+    return [name for name,how in record['tests'].items() if how['outcome']=='failed']
 
 def check_slow(file=SLOW, package=None, now=None):
     "What is to be said of the record, in a line; exits where it is missing or names a failure."
-    if not file.exists(): sys.exit(f'There is no {file.name}: run .ci/slow')
+    if not file.exists():
+        sys.exit(f'There is no {file.name}: run .ci/slow')
     record = json.loads(file.read_text(encoding='utf-8'))
-    if failed := failures(record): sys.exit(f"The slow tests failed: {', '.join(failed)}")
-    if not record['tests']: sys.exit(f'{file.name} names no test: run .ci/slow')
+    if failed := failures(record):
+        sys.exit(f"The slow tests failed: {', '.join(failed)}")
+    if not record['tests']:
+        sys.exit(f'{file.name} names no test: run .ci/slow')
     age = (now or datetime.now(timezone.utc)) - datetime.fromisoformat(record['date'])
     same = record['package'] == (package or package_hash())
     took = sum(how['seconds'] for how in record['tests'].values())
-    return (f"The {len(record['tests'])} slow tests passed {age.days} days and {age.seconds//3600} hours ago, in "
-            f"{took:.0f} s; the package is {'the same' if same else 'another'} since.")
+    return (
+        f"The {len(record['tests'])} slow tests passed {age.days} days and {age.seconds//3600} hours ago, in "
+        f"{took:.0f} s; the package is {'the same' if same else 'another'} since."
+    )
 
 def check_collected(file=COLLECTED, now=None):
     "What is to be said of the number of tests, in a line; exits where it has fallen."
-    if not file.exists(): sys.exit(f'There is no {file.name}: run .ci/slow')
+    if not file.exists():
+        sys.exit(f'There is no {file.name}: run .ci/slow')
     before, now = int(file.read_text()), collected() if now is None else now
-    if now < before: sys.exit(f'There are {now:,} tests, {before-now:,} fewer than the {before:,} that there were')
+    if now < before:
+        sys.exit(f'There are {now:,} tests, {before-now:,} fewer than the {before:,} that there were')
     return f'There are {now:,} tests; there were {before:,}.'
 
 if __name__ == '__main__':
-    if sys.argv[1:] == ['run']: sys.exit(run())
-    if sys.argv[1:] != ['check']: sys.exit(__doc__)
+    if sys.argv[1:] == ['run']:
+        sys.exit(run())
+    if sys.argv[1:] != ['check']:
+        sys.exit(__doc__)
     print(check_slow())
     print(check_collected())

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['begin_ids', 'decoder_config', 'check_decoder', 'load_tokenizer', 'alike', 'random_ids', 'load_decoder', 'text_ids',
            'tokenize_captions', 'caption_lengths', 'count_cut', 'cut_text', 'token_nll', 'caption_loss',
-           'check_options', 'generate_rows', 'score_ids', 'write_ids', 'generate_ids', 'captions_of',
-           'generate_captions', 'split_scores', 'embedding_size']
+           'generate_rows', 'score_ids', 'write_ids', 'generate_ids', 'captions_of', 'generate_captions',
+           'split_scores', 'embedding_size']
 
 # %% ../nbs/04_qwen_decoder.ipynb #b095524c
-import difflib, inspect, re, torch, warnings
+import inspect, re, torch, warnings
 from importlib.util import find_spec
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 )
-from .settings import check_value, limits
 from .hardware import default_device
 from .hub import load_whole, model_config, read_model
 from .data import one_line
+from .options import check_options
 
 # %% ../nbs/04_qwen_decoder.ipynb #0da7b031
 def _settle_end(tokenizer, config):
@@ -220,7 +220,7 @@ def caption_lengths(
     "Count the tokens of captions as they are, end-of-text included."
     different = list(dict.fromkeys(captions))
     parts = (text_ids(tokenizer, different[at:at+4096]) for at in range(0, len(different), 4096))
-    lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part)))
+    lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part), strict=True))
     return [lengths[c] for c in captions]
 
 def count_cut(
@@ -271,95 +271,6 @@ def token_nll(
 def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
     "Mean NLL per caption token, end-of-text included; the arguments are those of `token_nll`."
     return token_nll(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
-
-# %% ../nbs/04_qwen_decoder.ipynb #5a0000c1
-_SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'top_h', 'typical_p', 'epsilon_cutoff', 'eta_cutoff')
-_BEAMS = ('length_penalty', 'early_stopping')
-_OPTIONS = (
-    'batch_size',
-    'do_sample',
-    'num_beams',
-    'num_return_sequences',
-    'max_new_tokens',
-    'min_new_tokens',
-    'max_time',
-    'stop_strings',
-    'eos_token_id',
-    'repetition_penalty',
-    'no_repeat_ngram_size',
-    'bad_words_ids',
-    'sequence_bias',
-    'suppress_tokens',
-    'begin_suppress_tokens',
-    'forced_bos_token_id',
-    'forced_eos_token_id',
-    'exponential_decay_length_penalty',
-    'renormalize_logits',
-    'remove_invalid_values',
-    'watermarking_config',
-    'logits_processor',
-    'stopping_criteria',
-    'streamer',
-    'use_cache',
-    'cache_implementation',
-    'cache_config',
-    'compile_config',
-    'disable_compile',
-    'synced_gpus',
-    *_SAMPLING,
-    *_BEAMS,
-)
-_FORM = 'it would change the form of the answer; with scores=True each caption comes with its score'
-_INSTEAD = dict(
-    return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
-    output_hidden_states=_FORM, generation_config='pass what it holds as single options',
-    max_length='use max_new_tokens', min_length='use min_new_tokens')
-_NUMBERS = {
-    name: (int, limits(lo=1))
-    for name in ('batch_size', 'num_beams', 'num_return_sequences', 'max_new_tokens')
-}
-_NUMBERS |= {name: (int, limits(lo=0)) for name in ('min_new_tokens', 'top_k', 'no_repeat_ngram_size')}
-_NUMBERS |= {name: (float, limits(lo=0)) for name in ('temperature', 'repetition_penalty', 'max_time')}
-_NUMBERS |= dict(top_p=(float, limits(lo=0, hi=1)), do_sample=(bool, limits()))
-
-def _checked_option(name, value):
-    "The value of an option; raises `ValueError` if it is out of range."
-    kind, allowed = _NUMBERS.get(name, (None, None))
-    return kind(check_value(name, value, kind, allowed)) if kind else value
-
-def _check_name(name):
-    "Raise a `ValueError` that says what to do about a name which is no option."
-    if name in _OPTIONS: return
-    close = difflib.get_close_matches(name, _OPTIONS, 1, .85)
-    instead = f'did you mean {close[0]}?' if close else 'leave it out'
-    raise ValueError(f"{name} is not an option for captions: {_INSTEAD.get(name, instead)}")
-
-def check_options(
-    options:dict, # Keyword arguments for `generate_ids`, by name; None stands for one that is not set
-    one:str=None, # If there is room for one caption per image only: the reason
-) -> dict: # Those that are set, numbers as `int` or `float`
-    """Check options for captions; raises `ValueError` for one that is unknown, out of range, or without
-    effect."""
-    for name in options:
-        _check_name(name)
-    found = {name: _checked_option(name, value) for name,value in options.items() if value is not None}
-    sample, beams, n = (
-        found.get(k, v) for k, v in dict(do_sample=False, num_beams=1, num_return_sequences=1).items()
-    )
-    for names,met,need in (_SAMPLING, sample, 'do_sample=True'), (_BEAMS, beams > 1, 'num_beams above 1'):
-        idle = [name for name in names if name in found and not met]
-        if idle:
-            raise ValueError(f"{idle[0]} has no effect without {need}; set that too, or leave {idle[0]} out")
-    if n > 1 and one:
-        raise ValueError(f"num_return_sequences is {n}; allowed: 1, since {one}")
-    if n > beams and not (sample and beams==1):
-        more = f'up to num_beams, which is {beams}, or any number with do_sample=True'
-        raise ValueError(f"num_return_sequences is {n}; allowed: {more}")
-    if 'streamer' in found and max(beams, n) > 1:
-        raise ValueError(
-            'streamer follows one caption per image; leave it out, or num_beams and num_return_sequences'
-        )
-    return found
 
 # %% ../nbs/04_qwen_decoder.ipynb #5a00000a
 def _until_end(ids, ends):

@@ -15,7 +15,8 @@ from PIL import Image, ImageStat
 from .log import progress_bar
 from .captioner import Captioner
 from .data import one_line, word_spans
-from .decoder import captions_of, check_options, split_scores, tokenize_captions
+from .decoder import captions_of, split_scores, tokenize_captions
+from .options import check_options
 from .images import find_images, open_image # find_images: scripts import it from here
 from .image_pool import open_images
 
@@ -33,7 +34,8 @@ class CaptionStreamer:
     def put(self, tokens): # (batch,); before the first ones comes the empty prompt, (batch, 0)
         if tokens.dim()!=1: return
         self.tokens.append(tokens[self.rows])
-        for row,text in zip(self.rows, captions_of(self.tokenizer, torch.stack(self.tokens, 1))):
+        texts = captions_of(self.tokenizer, torch.stack(self.tokens, 1))
+        for row,text in zip(self.rows, texts, strict=True):
             if text!=self.told.get(row, ''):
                 self.told[row] = text
                 self.tell(row, text)

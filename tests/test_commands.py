@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from capnb.fast.quantized import use_int8
-from capnb.captioner import load_model_from_checkpoint, read_metadata
+from capnb.captioner import load_model_from_checkpoint
+from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.settings import Hyperparameters, PRESETS
@@ -330,7 +331,7 @@ def test_best_is_taken(call, overtrained, monkeypatch):
         'capnb.run.sharing.share',
         'capnb.run.serving.server.serve',
         'capnb.run.scale.jobs.read_metadata',
-        'capnb.captioner.read_metadata',
+        'capnb.checkpoint.read_metadata',
     ):
         monkeypatch.setattr(name, take)
     commands = (

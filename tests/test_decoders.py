@@ -11,7 +11,7 @@ from capnb.hub import model_path
 from capnb import decoder as readable
 from capnb.decoder import load_decoder, tokenize_captions
 from capnb.fast import loss as fast
-from capnb.fast.loss import caption_loss, head_is_plain, token_nll
+from capnb.fast.loss import head_is_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()
@@ -52,9 +52,10 @@ FAMILIES = {  # with what their makers set and the defaults leave out
     'mamba': {},
 }
 
+@pytest.mark.parametrize('way', [readable, fast], ids=['readable', 'fast'])
 @pytest.mark.parametrize('pad_is_zero', [True, False], ids=['zero row', 'no zero row'])
 @pytest.mark.parametrize('kind', FAMILIES)
-def test_the_loss_is_the_models_own(kind, pad_is_zero, tokenizer, tmp_path):
+def test_the_loss_is_the_models_own(kind, pad_is_zero, way, tokenizer, tmp_path):
     decoder, tokenizer = saved(tmp_path, tokenizer, kind, pad_is_zero, **FAMILIES[kind])
     ids, mask = tokenize_captions(tokenizer, ['A red cat in the snow.', 'A dog.'])
     prefix = (
@@ -67,7 +68,7 @@ def test_the_loss_is_the_models_own(kind, pad_is_zero, tokenizer, tmp_path):
         [ids.new_full((2, 3), -100), ids.masked_fill(mask == 0, -100)], 1
     )
     own = decoder(inputs_embeds=joined, attention_mask=seen, labels=labels).loss
-    ours = caption_loss(decoder, prefix, ids, mask)
+    ours = way.caption_loss(decoder, prefix, ids, mask)
     assert ours.item() == pytest.approx(own.item(), abs=1e-5)
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, prefix)[0] for loss in (ours, own)), atol=1e-5, rtol=1e-4
@@ -105,7 +106,8 @@ def test_a_decoder_that_looks_ahead_is_refused_by_name(tokenizer, tmp_path):
         saved(tmp_path, tokenizer, 'bert-generation')
     saved(tmp_path/'set', tokenizer, 'bert-generation', is_decoder=True)
 
-def test_a_decoder_whose_positions_are_not_heeded_gets_a_row_for_each_caption(tokenizer, tmp_path):
+@pytest.mark.parametrize('way', [readable, fast], ids=['readable', 'fast'])
+def test_a_decoder_whose_positions_are_not_heeded_gets_a_row_for_each_caption(way, tokenizer, tmp_path):
     """It takes position_ids, but counts by itself: two captions in a row would stand at other positions than
     alone."""
     decoder, tokenizer = saved(tmp_path, tokenizer, 'llama')
@@ -123,7 +125,7 @@ def test_a_decoder_whose_positions_are_not_heeded_gets_a_row_for_each_caption(to
         * m.sum()
         for i, m in zip(ids, mask, strict=True)
     ]
-    assert caption_loss(decoder, prefix, ids, mask).item() == pytest.approx(
+    assert way.caption_loss(decoder, prefix, ids, mask).item() == pytest.approx(
         (sum(own) / mask.sum()).item(), abs=1e-5
     )
 
@@ -160,7 +162,8 @@ def test_every_family_is_in_the_table_and_as_it_says():
         kind: what(row) for kind, row in said.items()
     }
 
-def test_a_window_over_columns_of_a_row(tokenizer, tmp_path):
+@pytest.mark.parametrize('way', [readable, fast], ids=['readable', 'fast'])
+def test_a_window_over_columns_of_a_row(way, tokenizer, tmp_path):
     """GPT-Neo looks back over so many columns of the row it reads, in which other captions may lie between a
     caption and its image."""
     # longer than what a decoder is tried with
@@ -172,5 +175,5 @@ def test_a_window_over_columns_of_a_row(tokenizer, tmp_path):
     prefix = decoder.get_input_embeddings()(
         torch.randint(590, (1, 3), generator=torch.Generator().manual_seed(1))
     ).detach()
-    alone = torch.cat([token_nll(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
-    torch.testing.assert_close(token_nll(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([way.token_nll(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
+    torch.testing.assert_close(way.token_nll(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)

@@ -71,8 +71,8 @@ def test_children_know_nothing_of_torch(pool):
 
 def test_importing_it_imports_nothing_heavy():
     code = (
-        "import sys, capnb.image_pool; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m"
-        " in sys.modules])"
+        "import sys, capnb.image_pool; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib')"
+        " if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 

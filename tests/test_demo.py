@@ -2,7 +2,8 @@
 import http.client, json, re, socket, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from capnb.captioner import load_model_from_checkpoint, read_metadata, read_tensors, shipped_checkpoint
+from capnb.captioner import load_model_from_checkpoint, shipped_checkpoint
+from capnb.checkpoint import read_metadata, read_tensors
 from capnb.hub import model_path
 from capnb.insight.facts import facts_scores
 from capnb.insight.widgets.captions import CaptionWidget
@@ -101,7 +102,9 @@ def test_own_checkpoint_comes_first(page):
 
 def ask(port, method, path, body=None):
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-    connection.request(method, path, body, {'Content-Type': 'multipart/form-data; boundary=x'} if body else {})
+    connection.request(
+        method, path, body, {'Content-Type': 'multipart/form-data; boundary=x'} if body else {}
+    )
     answer = connection.getresponse()
     found = answer.status, answer.read().decode()
     connection.close()

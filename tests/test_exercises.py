@@ -4,8 +4,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = sorted([*(ROOT/'nbs').glob('[0-9][0-9]_*.ipynb'), # all of these, and of their second parts those that have some
-                   *(p for p in (ROOT/'nbs').glob('[0-9][0-9][a-z]_*.ipynb') if '# exercise 1' in p.read_text(encoding='utf-8'))])
+# all of these, and of their second parts those that have some
+CHAPTERS = sorted(
+    [
+        *(ROOT / 'nbs').glob('[0-9][0-9]_*.ipynb'),
+        *(
+            p
+            for p in (ROOT / 'nbs').glob('[0-9][0-9][a-z]_*.ipynb')
+            if '# exercise 1' in p.read_text(encoding='utf-8')
+        ),
+    ]
+)
 SKIPPED = {'notest', 'slow', 'cuda', 'eval: false'}
 each_chapter = pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 
@@ -91,7 +100,6 @@ FILES = {
 }
 SHORTER = { # the length of a training that the answers do not depend on, and what it is here
     '07_evaluation': ('train=4000', 'train=1500'),
-    '10b_facts': ('train=4000', 'train=1500'),
 }
 
 def looked_up(table):

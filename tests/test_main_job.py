@@ -4,7 +4,7 @@ import re
 import pytest, torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
-from capnb.captioner import read_metadata
+from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.hub import model_path
 from capnb.insight.small_clip import linear_probe, retrieval

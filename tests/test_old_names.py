@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 import pytest
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint, read_metadata
+from capnb.captioner import load_model_from_checkpoint
+from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.run.sharing import CapnbForImageCaptioning

@@ -3,7 +3,7 @@ import json, os, shutil, socket, subprocess, sys, tempfile
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from capnb.captioner import read_metadata
+from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.hub import model_path

@@ -4,7 +4,7 @@ import contextlib, io, json, re, shlex, signal, sys, time
 import pytest
 from PIL import Image
 from capnb.run import studies, sweeps
-from capnb.captioner import read_metadata
+from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.commands import train_command
 from capnb.settings import as_hyperparameters

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from capnb.captioner import read_metadata
+from capnb.checkpoint import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.run.sources.folders import read_folder
 from capnb.run.predictions import read_predictions

@@ -6,7 +6,7 @@ import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
 from capnb.run import trackers
 from capnb.run import commands
-from capnb.captioner import read_metadata
+from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
 from capnb.storybook import Storybook

@@ -8,9 +8,8 @@ __all__ = ['newest_checkpoint', 'best_checkpoint', 'delete_checkpoint', 'model_p
 # %% ../../nbs/32_checkpoints.ipynb #59ed50eb
 import os, re
 from pathlib import Path
-from capnb.captioner import (
-    Captioner, MODEL_NAMES, check_shapes, metadata_path, parameter_groups, read_metadata, read_weights
-)
+from ..captioner import Captioner, parameter_groups
+from ..checkpoint import MODEL_NAMES, check_shapes, metadata_path, read_metadata, read_weights
 from ..settings import Hyperparameters
 from ..hub import model_path
 

@@ -173,7 +173,7 @@ def caption_command(
     int8: _INT8 = False,
 ):
     "Caption images with a trained model; each caption is printed as soon as it is written."
-    from capnb.decoder import check_options
+    from capnb.options import check_options
     from capnb.images import find_images
     from capnb.run.entry import find_captioner
     options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences, do_sample=do_sample)

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 import accelerate, capnb, torch, transformers
 from ..log import log
-from ..captioner import frozen_fingerprint, weights_path
+from ..captioner import frozen_fingerprint
+from ..checkpoint import weights_path
 from .checkpoints import delete_checkpoint, model_places
 from .resume import SavedRun
 from ..hub import revision_of

@@ -49,7 +49,8 @@ def make_adapter(
 ) -> Path: # Of the weights
     "Train the adapter of the demo and save it in half precision, with a card."
     from tempfile import TemporaryDirectory
-    from capnb.captioner import save_metadata, save_tensors, trained_state, weights_path
+    from capnb.captioner import trained_state
+    from capnb.checkpoint import save_metadata, save_tensors, weights_path
     from capnb.run.entry import train
     from capnb.files import atomic_write
     from capnb.settings import Hyperparameters

@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'settings_name', 'result_row', 'add_row', 'results_table', 
 # %% ../../nbs/34b_results.ipynb #a8f073ed
 from dataclasses import asdict
 from pathlib import Path
-from ..captioner import read_metadata
+from ..checkpoint import read_metadata
 from ..settings import Hyperparameters, PRESETS, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
 

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from zlib import crc32
 import numpy, torch
-from capnb.captioner import (
-    check_weights, find_models, load_trained, read_tensors, save_tensors, weights_path
-)
+from ..captioner import load_trained
+from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
 from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..training import Run, learning
@@ -264,7 +263,8 @@ def load_state(
     for what in ('data', 'frozen'):
         saved, now = state['identity'].get(what), run.identity[what]
         name = 'data' if what=='data' else 'frozen models'
-        if saved!=now: raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
+        if saved!=now:
+            raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
     load_trained(run.model, state['weights'], path, learning(run))
     try:
         _load_optimizer(run.optimizer, state['optimizer'])

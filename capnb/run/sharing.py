@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 from capnb.captioner import (
-    Captioner, build_captioner, check_frozen, check_trained, check_weights, load_model_from_checkpoint,
-    load_trained, save_checkpoint, unfreeze, trained_state
+    Captioner, build_captioner, check_frozen, check_trained, load_model_from_checkpoint, load_trained,
+    save_checkpoint, unfreeze, trained_state
 )
+from ..checkpoint import check_weights
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, write_json
 from ..hub import hub_errors

@@ -18,10 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment, set_seed
 from accelerate.utils.memory import clear_device_cache
 from ..log import log
-from capnb.captioner import (
-    Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, save_metadata, save_tensors, unfreeze,
-    weights_path
-)
+from ..captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, unfreeze
+from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import count_cut, cut_text, text_ids
 from ..encoder import ADVICE, memory_ran_out
 from .checkpoints import model_places

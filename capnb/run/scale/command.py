@@ -39,7 +39,7 @@ def scale_command(
 ):
     "Caption or encode millions of pictures with many workers; the same command goes on where it was stopped."
     # These load PyTorch, which --help has no need of.
-    from capnb.captioner import read_metadata
+    from capnb.checkpoint import read_metadata
     from capnb.run.entry import find_checkpoint
     from capnb.run.scale.jobs import caption_images, encode_images
     checkpoint = find_checkpoint(checkpoint, best=best)

@@ -18,8 +18,10 @@ import pyarrow.dataset
 import torch
 from fsspec.core import url_to_fs
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ...captioner import load_model_from_checkpoint, read_metadata
-from ...decoder import check_options, split_scores
+from ...captioner import load_model_from_checkpoint
+from ...checkpoint import read_metadata
+from ...decoder import split_scores
+from ...options import check_options
 from ...encoder import load_encoder
 from ...fast.parts import make_fast
 from ...image_pool import DecodingPool

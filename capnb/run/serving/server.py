@@ -15,8 +15,8 @@ import socket
 import threading
 import time
 from functools import partial
-from ...captioner import read_metadata
-from ...decoder import check_options
+from ...checkpoint import read_metadata
+from ...options import check_options
 from .access import Guard, check_key, host_check
 from .app import SERVING, STARTING, STOPPING, make_app
 from .desk import Desk
