@@ -95,7 +95,8 @@ def folder_of_table(table):
     here, above = table.parent, table.parent.parent
     has_zips = lambda folder: any(map(is_zip, folder.glob('*.zip')))
     has_images = lambda folder: any(map(image_format, _entries(folder)[1])) or has_zips(folder)
-    if split_zip(table) or any(map(image_format, walk_files(here))) or has_zips(here): return here
+    if split_zip(table) or any(map(image_format, walk_files(here))) or has_zips(here):
+        return here
     beside = [above, *(above/name for name in _entries(above)[0] if not is_zip(above/name))]
     return above if any(map(has_images, beside)) else here
 
