@@ -44,7 +44,8 @@ def _leave_one_out(scores):
 
 def _against(captions, references, n):
     "ROUGE-L of each caption against the first `n` of its references, each left out once."
-    return [_leave_one_out([rouge_l([r], c) for r in refs[:n]]) for c,refs in zip(captions, references)]
+    pairs = zip(captions, references, strict=True)
+    return [_leave_one_out([rouge_l([r], c) for r in refs[:n]]) for c,refs in pairs]
 
 def _each_reference(refs, n):
     "Mean ROUGE-L of the first `n` references, each against the others."
@@ -62,7 +63,7 @@ def rouge_each(
         raise ValueError(f"{count} captions and references of {len(references)} pictures do not belong "
                          "together")
     n = min(map(len, references))
-    own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references)]
+    own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references, strict=True)]
     return dict(rouge_l=[_leave_one_out(scores[:n]) for scores in own],
                 rouge_l_floor=_against(captions, references[1:]+references[:1], n) if count>1 else None,
                 rouge_l_ceiling=[_each_reference(refs, n) for refs in references] if n>1 else None,

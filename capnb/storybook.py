@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'COLOURS', 'SIZES', 'PLACES', 'RELATIONS', 'HELD_OUT', 'SPLI
            'write_captions', 'facts_of', 'Storybook']
 
 # %% ../nbs/10_storybook.ipynb #46e3391e
-import math, random, re
+import math, random
 from dataclasses import dataclass
 from zlib import crc32
 from PIL import Image, ImageDraw
@@ -187,7 +187,7 @@ def _sky(place, width, rng):
     return column.resize((width,width), Image.Resampling.BILINEAR)
 
 def _land(draw, place, width, rng):
-    for colour, base in zip(_LAND[place], (_between(rng,.5,.62), _between(rng,.68,.8))):
+    for colour, base in zip(_LAND[place], (_between(rng,.5,.62), _between(rng,.68,.8)), strict=True):
         flat = .25 if place=='beach' else 1
         phase, height = _between(rng,0,6.3), flat*_between(rng,.02,.06)
         wave = [(x*width/12, width*(base+height*math.sin(phase+x*.5))) for x in range(13)]

@@ -11,9 +11,9 @@ import math, random
 from dataclasses import dataclass, field
 import torch
 from torch import nn
-from .log import progress_bar
 from .data import captions_for_epoch
 from .encoder import EncodedData, in_slices
+from .log import progress_bar
 
 # %% ../nbs/06_training_loop.ipynb #487db40e
 @dataclass

@@ -1,12 +1,15 @@
 """The loop of the course stays small and plain: few lines, no files, and nothing of the tracks that build on
 it."""
 import ast, inspect, os
+from contextlib import nullcontext
+from types import SimpleNamespace
 import pytest, torch
+from accelerate import Accelerator
 from capnb import training
 from capnb.captioner import build_captioner, parameter_groups
 from capnb.encoder import EncodedData
-from capnb.run.resume import find_state, read_state
-from capnb.run.training import optimizer_for, run_training
+from capnb.run.resume import SavedRun, find_state, read_state
+from capnb.run.training import SharedStep, optimizer_for, run_training
 from capnb.settings import as_hyperparameters
 from capnb.training import Callback, epoch_batches, fit, make_optimizer, step
 
@@ -251,3 +254,29 @@ def test_batches_between():
     assert len(whole) == 5 and all(
         torch.equal(a, b) and s == t for (a, s), (b, t) in zip(whole[1:3], some, strict=True)
     )
+
+# --- Half precision
+
+def test_gradients_are_unscaled_before_they_are_clipped(encoded, tmp_path):
+    "With fp16 the loss is scaled up, and so is the gradient; the step is that of the gradient as it is."
+    scale, h = 1024., as_hyperparameters(**SMALL, output_dir=str(tmp_path))
+    def after_a_step(accelerator):
+        model = build_captioner(h, 'cpu').train()
+        run = SavedRun(model, encoded, torch.optim.SGD(model.adapter.parameters(), lr=1.), h=h)
+        run.accelerator, run.stepper = accelerator(model), SharedStep(run)
+        run.batches = epoch_batches(encoded['train'], 8, 0)
+        run.stepper.on_epoch_begin(run)
+        training.train_step(run, *next(run.batches.between(0, 1)))
+        return run.losses, torch.cat([p.detach().flatten() for p in model.adapter.parameters()])
+    def scaling(model):
+        def unscale():
+            for p in model.adapter.parameters():
+                p.grad /= scale
+        return SimpleNamespace(
+            num_processes=1, process_index=0, autocast=nullcontext,
+            backward=lambda loss: (loss*scale).backward(), unscale_gradients=unscale,
+        )
+    losses, scaled = after_a_step(scaling)
+    expected, plain = after_a_step(lambda model: Accelerator(cpu=True))
+    assert losses == expected
+    torch.testing.assert_close(scaled, plain)

@@ -138,8 +138,9 @@ def warmup_batch(
     scenes, rng = [BOOK.scene(i*size+j) for j in range(size)], random.Random(f'colours {i}')
     def palette(s): return {t.colour: _other_colour(s, rng) for t in s.things}
     palettes = [COLOURS if j%2 else palette(s) for j,s in enumerate(scenes)]
-    images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in enumerate(zip(scenes, palettes))]
-    kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes)))
+    drawn = enumerate(zip(scenes, palettes, strict=True))
+    images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in drawn]
+    kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes), strict=True))
     labels = torch.stack([scene_labels(s) for s in scenes])
     colours[::2], labels[::2,1], labels[::2,4] = -100, -100, -100
     return to_pixels(images), kinds, colours, labels
@@ -174,7 +175,7 @@ def warm_up(
         present = (labels[:,[0,3],None]==torch.arange(len(KINDS))).any(1).float() # (batch, kinds)
         loss = (F.cross_entropy(heads['kind'](patches).flatten(0,1), kind.flatten())
                 + F.cross_entropy(heads['colour'](patches).flatten(0,1), colour.flatten())
-                + .3*sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T))
+                + .3*sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T, strict=True))
                 + 2*F.binary_cross_entropy_with_logits(heads['present'](feature), present))
         right = (heads['kind'](patches).argmax(-1)==kind)[kind<len(KINDS)].float().mean().item()
         take_step(loss, parameters, optimizer, scheduler)
@@ -327,7 +328,8 @@ def _fit_linear(x, labels):
     def closure():
         optimizer.zero_grad()
         told = layer(x).split(_WIDTHS, 1)
-        loss = sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T)) + 1e-4*layer.weight.pow(2).sum()
+        wrong = sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T, strict=True))
+        loss = wrong + 1e-4*layer.weight.pow(2).sum()
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -348,6 +350,6 @@ def linear_probe(
     # chance: one answer for all, the one that is right most often among those that apply
     commonest = labels.mode(0).values
     commonest[3:6] = labels[labels[:,3]>=0][:,3:6].mode(0).values
-    always = [F.one_hot(c, width).expand(len(truth), -1) for c,width in zip(commonest, _WIDTHS)]
+    always = [F.one_hot(c, width).expand(len(truth), -1) for c,width in zip(commonest, _WIDTHS, strict=True)]
     chance = _shares(always, truth)
     return {name: dict(found=found[name], chance=chance[name]) for name in found}

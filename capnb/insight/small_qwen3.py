@@ -74,7 +74,7 @@ def _note(scene, words, rng):
     def kept(*options):
         return ' '.join(word for word,share in options if word and rng.random()<share)
     parts = []
-    for where,t in zip(stands, scene.things):
+    for where,t in zip(stands, scene.things, strict=True):
         colour, kind = words[t.pair]
         parts.append(kept((where,.9), (t.size,.8), (colour,.9), (kind,.9)))
     parts.append(kept((scene.place,.95)))
@@ -85,7 +85,7 @@ def _other_words(scene, share, rng):
     "For each pair of colour and kind of a scene the words that stand for it on this page."
     words = {}
     for pair in sorted({t.pair for t in scene.things}):
-        others = zip(pair, (_OTHER_LOOKS, _OTHER_THINGS))
+        others = zip(pair, (_OTHER_LOOKS, _OTHER_THINGS), strict=True)
         words[pair] = [rng.choice(new) if rng.random()<share else word for word,new in others]
     return words
 

@@ -6,6 +6,7 @@
 __all__ = ['PROMPT', 'clip_scores', 'ClipScorer', 'clip_parts']
 
 # %% ../../../nbs/17e_clipscore.ipynb #de741573
+from itertools import pairwise
 import numpy as np, torch, transformers
 from transformers import AutoTokenizer
 from ...hub import load_whole, model_config, read_model
@@ -82,7 +83,7 @@ def clip_parts(
     "CLIPScore and RefCLIPScore, with another image as the floor and people as the ceiling."
     said, ends = scorer.embed_texts(captions), np.cumsum([0, *map(len, references)])
     read = scorer.embed_texts([r for refs in references for r in refs])
-    people = [read[a:b] for a,b in zip(ends, ends[1:])]
+    people = [read[a:b] for a,b in pairwise(ends)]
     found = clip_scores(images, said, people)
     other = clip_scores(images.roll(-1, 0), said, people[1:]+people[:1])
     ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images, strict=True)]

@@ -45,7 +45,7 @@ def image_slices(
 ) -> list: # For each image a list of pairs, such as ('kind', 'cat')
     "Name what each image has in common with others."
     used = _used_words([r['captions'] for r in rows], least)
-    return [_labels(*each) for each in zip(rows, _lengths(captions), used)]
+    return [_labels(*each) for each in zip(rows, _lengths(captions), used, strict=True)]
 
 # %% ../../../nbs/17f_slices.ipynb #jd210027
 _SCORES = ('pairs', 'rouge_l', 'clipscore') # that slices have

@@ -105,7 +105,7 @@ def find_warnings(
 def _scan(rows, split, samples, bad, scanned):
     "Open the rows of a split once; what is wrong with rows is added to `bad`, the others to `scanned`."
     sizes, captions, first = [], [], []
-    for _,row,problem in scan(rows, f'Looking over {split}'):
+    for _,row,problem in scan(rows, f'Scanning {split}'):
         if row is None:
             bad.append(f'{split}: {problem}')
             continue

@@ -60,9 +60,9 @@ def _regrouped(hub):
 HUB_DATA = {'flickr30k': ('nlphuji/flickr30k', 'refs/convert/parquet'), 'flickr8k': ('jxie/flickr8k', None)}
 
 def held_back(
-    limit:int, # Training pictures
-) -> int: # Pictures of each other split
-    "Say how many pictures of each other split belong to a limited number of training pictures."
+    limit:int, # Training images
+) -> int: # Images of each other split
+    "Say how many images of each other split belong to a limited number of training images."
     return max(10, -(-limit//10))
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b409
@@ -101,7 +101,7 @@ def _groups(files, folder):
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b410
 def _first_rows(repo, revision, limit):
-    """The first rows of each of the hub's splits, as many as `limit` training pictures and what is held back
+    """The first rows of each of the hub's splits, as many as `limit` training images and what is held back
     beside them need."""
     from datasets import concatenate_datasets
     from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
@@ -117,7 +117,7 @@ def _first_rows(repo, revision, limit):
         {},
         missing_splits(files),
     )
-    with progress_bar(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
+    with progress_bar(total=limit, desc=f'Downloading {repo}', unit='image') as bar:
         for name,urls in files.items():
             parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
             for rows in _groups(urls, kept):
@@ -137,7 +137,7 @@ def _first_rows(repo, revision, limit):
 def load_hub(
     repo:str, # 'owner/name' on the hub
     revision:str=None, # Branch, tag or commit; None for the main one
-    limit:int=None, # Download only what this many training pictures need; None for everything
+    limit:int=None, # Download only what this many training images need; None for everything
 ) -> dict: # Name of split (None for rows of no split among others): `datasets.Dataset`
     """Load a data set of the hub with the splits that it brings; raises `OSError` with one line that says
     what to do, see `capnb.hub.hub_errors`."""

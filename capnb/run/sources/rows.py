@@ -16,11 +16,11 @@ _ID_COLUMNS = ('image_id', 'filename', 'file_name', 'img_id', 'id')
 
 def infer_columns(
     features:Mapping, # Types of the columns by name, as `datasets` has them
-    image_column:str=None, # Name of the column with the picture, if you know it
+    image_column:str=None, # Name of the column with the image, if you know it
     # Name of the column with captions, or several with commas between, if you know it
     caption_column:str=None,
-): # Name of the picture's column, list of names of the captions' columns
-    """Tell which columns hold picture and captions: the picture by its type, captions by their name; raises
+): # Name of the image's column, list of names of the captions' columns
+    """Tell which columns hold image and captions: the image by its type, captions by their name; raises
     `ValueError` that lists the columns where that is not clear."""
     from datasets import LargeList, List, Value
     is_text = lambda f: (
