@@ -15,7 +15,7 @@ from ..evaluation import interval, mean_parts
 def veil(
     patches, # (rows, columns): nats
 ) -> np.ndarray: # (rows, columns, 4): red, green, blue, opacity; 0 to 1
-    "Grey that is lifted from the parts of a picture that a word rests on."
+    "Grey that is lifted from the parts of an image that a word rests on."
     shown = np.clip(patches, 0, None)/max(1, patches.max())
     return np.dstack([np.full((*patches.shape, 3), .45), .85*(1-shown)])
 
@@ -53,11 +53,11 @@ def _draw_word(ax, word, box):
 def draw_explanation(
     caption:str,
     words, # `Word`s of `capnb.inference.explain`, with patches
-    image, # The PIL picture
-    least:float=.1, # Nats that a word must lose to get a picture of its own
+    image, # The PIL image
+    least:float=.1, # Nats that a word must lose to get an image of its own
     columns:int=4,
 ): # Figure of matplotlib
-    """Draw on which parts of a picture the words of its caption rest, how sure the model was of each, and
+    """Draw on which parts of an image the words of its caption rest, how sure the model was of each, and
     what else it might have said."""
     from matplotlib.figure import Figure
     shown = [None] + [w for w in words if w.text[:1].isalnum() and w.patches.max() >= least]
@@ -78,7 +78,7 @@ def draw_explanation(
 # %% ../../nbs/17_attribution.ipynb #22ee0015
 def named_things(
     words, # `Word`s of a caption
-    facts:dict, # Of the picture, from `capnb.storybook.facts_of`
+    facts:dict, # Of the image, from `capnb.storybook.facts_of`
 ) -> list: # Of (place of the word in `words`, number of the thing in `facts['things']`)
     """Find the words that name colour and kind of a thing that is there; where two things are alike, nobody
     can say which is meant."""
@@ -88,10 +88,10 @@ def named_things(
     return [(at+part, things[pair]) for at,pair in pairs if pair in things for part in (0, 1)]
 
 def parts_inside(
-    thing:dict, # With `x`, `y`, `radius`: shares of the picture
+    thing:dict, # With `x`, `y`, `radius`: shares of the image
     shape, # (rows, columns) of a grid
 ) -> np.ndarray: # (rows, columns), true where the middle of a part lies in the circle around the thing
-    "Say which parts of a picture belong to a thing."
+    "Say which parts of an image belong to a thing."
     y, x = ((np.arange(n)+.5)/n for n in shape)
     return (x-thing['x'])**2+(y[:,None]-thing['y'])**2 <= thing['radius']**2
 
@@ -119,17 +119,17 @@ def pointing(
     return found
 
 def pointing_scores(
-    pictures, # Of each image what `pointing` gives
-) -> dict: # 'hit', 'chance', 'gain' (hit less chance), 'share', 'other', 'own'; 'words', 'pictures': how many
+    images, # Of each image what `pointing` gives
+) -> dict: # 'hit', 'chance', 'gain' (hit less chance), 'share', 'other', 'own'; 'words', 'images': how many
     """Sum up how well words point at their things (pointing game, Zhang et al. 2016).
 
     Each is the mean over images, of the mean over their words, and its 95% interval."""
-    pictures = [p for p in pictures if p]
+    images = [words for words in images if words]
     def each(key):
-        known = [[w[key] for w in p if w[key] is not None] for p in pictures]
+        known = [[w[key] for w in words if w[key] is not None] for words in images]
         return [np.mean(values) for values in known if values]
     scores = {key: each(key) for key in ('hit','chance','share','other','own')}
     scores['gain'] = [h-c for h,c in zip(scores['hit'], scores['chance'], strict=True)]
     parts = {key: mean_parts(values) for key,values in scores.items() if values}
     found = {key: (p.value, *interval(p)) for key,p in parts.items()}
-    return found | dict(words=sum(map(len, pictures)), pictures=len(pictures))
+    return found | dict(words=sum(map(len, images)), pictures=len(images))
