@@ -94,9 +94,9 @@ def mean_parts(each) -> Parts:
 def resampled(
     parts:Parts,
     times:int=1000, # Draws
-    seed:int=0, # The same seed and number of pictures, the same draws
+    seed:int=0, # The same seed and number of images, the same draws
 ) -> np.ndarray: # (times,)
-    "The score of selections of as many pictures, drawn with replacement."
+    "The score of selections of as many images, drawn with replacement."
     n, chance = len(parts.each), np.random.default_rng(seed)
     sums = [
         chance.multinomial(n, np.full(n, 1 / n), size=min(50, times - at)) @ parts.each
@@ -108,7 +108,7 @@ def interval(
     parts:Parts,
     **kwargs, # For `resampled`
 ) -> list: # Two numbers
-    "Say between which two numbers a score lies in 95 of 100 selections of the pictures."
+    "Say between which two numbers a score lies in 95 of 100 selections of the images."
     return np.percentile(resampled(parts, **kwargs), (2.5, 97.5)).tolist()
 
 def with_intervals(
@@ -119,7 +119,7 @@ def with_intervals(
 
 def compare(
     parts:dict, # Name: `Parts` of one captioner
-    other:dict, # The same of another, on the same pictures
+    other:dict, # The same of another, on the same images
 # Name, floor and ceiling left out: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies
 # outside of that
 ) -> dict:

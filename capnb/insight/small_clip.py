@@ -132,9 +132,9 @@ def _other_colour(scene, rng):
 # %% ../../nbs/10e_small_clip.ipynb #c0ffee13
 def warmup_batch(
     i:int,
-    size:int=32, # Pictures
+    size:int=32, # Images
 ): # Pixels (batch, 3, 64, 64), kind and colour of each patch (batch, 64), labels of the scene (batch, 8)
-    "On every second picture things have other colours, which are not asked for (-100): shapes must do."
+    "On every second image things have other colours, which are not asked for (-100): shapes must do."
     scenes, rng = [BOOK.scene(i*size+j) for j in range(size)], random.Random(f'colours {i}')
     def palette(s): return {t.colour: _other_colour(s, rng) for t in s.things}
     palettes = [COLOURS if j%2 else palette(s) for j,s in enumerate(scenes)]
@@ -308,9 +308,9 @@ def image_features(
 def retrieval(
     clip:CLIPModel, tokenizer,
     split:str='validation',
-    n:int=400, # Pictures, and captions to choose from
-) -> dict: # Share of pictures whose own caption is found first, and chance
-    "Find each picture's caption among those of `n` unseen pictures."
+    n:int=400, # Images, and captions to choose from
+) -> dict: # Share of images whose own caption is found first, and chance
+    "Find each image's caption among those of `n` unseen images."
     pages = [Storybook(split, seed=1, n=n)[i] for i in range(n)]
     ids, mask = tokenize_captions(tokenizer, [p['captions'][0] for p in pages], 48)
     images = F.normalize(image_features(clip, [p['image'] for p in pages]), dim=-1)

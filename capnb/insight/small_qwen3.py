@@ -249,16 +249,16 @@ def perplexity(
 
     `frequencies` is that of one who knows only how frequent tokens are, `nothing` that of one who knows
     nothing."""
-    book, nats = Storybook('validation', seed=1, n=n), dict(caption=[], retold=[])
+    book, nll = Storybook('validation', seed=1, n=n), dict(caption=[], retold=[])
     counts = torch.zeros(len(tokenizer))
     for first,second,*_ in map(book.captions, range(n)):
         ids = tokenizer(f'{first}\n{second}', return_tensors='pt')['input_ids']
         # of each token but the first
         surprise = F.cross_entropy(lm(input_ids=ids).logits[0,:-1], ids[0,1:], reduction='none')
         start = len(tokenizer(first+'\n')['input_ids'])
-        nats['caption'].append(surprise[:start-1])
-        nats['retold'].append(surprise[start-1:])
+        nll['caption'].append(surprise[:start-1])
+        nll['retold'].append(surprise[start-1:])
         counts += torch.bincount(ids[0], minlength=len(counts))
-    found = {k: torch.cat(v).mean().exp().item() for k,v in nats.items()}
+    found = {k: torch.cat(v).mean().exp().item() for k,v in nll.items()}
     frequencies = torch.special.entr(counts/counts.sum()).sum().exp().item()
     return dict(found, frequencies=frequencies, nothing=float(len(tokenizer)))

@@ -15,11 +15,11 @@ from ...evaluation import mean_parts
 
 # %% ../../../nbs/17e_clipscore.ipynb #jd210006
 def clip_scores(
-    images, # Vectors of pictures, of length 1, (pictures, width)
+    images, # Vectors of images, of length 1, (images, width)
     captions, # Vectors of one caption each, the same
-    references, # For each picture the vectors of its references (n, width)
-) -> dict: # 'clipscore' and 'refclipscore': tensors (pictures,)
-    "CLIPScore and RefCLIPScore of each picture (Hessel et al. 2021)."
+    references, # For each image the vectors of its references (n, width)
+) -> dict: # 'clipscore' and 'refclipscore': tensors (images,)
+    "CLIPScore and RefCLIPScore of each image (Hessel et al. 2021)."
     seen = 2.5*(images*captions).sum(-1).clamp(min=0)
     said = torch.stack([(r @ c).max() for r,c in zip(references, captions, strict=True)]).clamp(min=0)
     return dict(clipscore=seen, refclipscore=2*seen*said/(seen+said).clamp(min=1e-12))

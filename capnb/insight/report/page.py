@@ -83,7 +83,7 @@ def _card(judged, i, size, each):
     "An image with its caption, references and scores."
     names = dict(rouge_l='ROUGE-L', pairs='facts', clipscore='CLIPScore')
     scores = [(label, each[name][i]) for name,label in names.items() if name in each]
-    uri = image_uri(judged.pictures[i]['image'], size)
+    uri = image_uri(judged.images[i]['image'], size)
     return dict(id=judged.ids[i], uri=uri, caption=judged.captions[i],
                 references=judged.data.rows[i]['captions'], scores=[s for s in scores if s[1] is not None])
 
