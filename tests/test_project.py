@@ -113,12 +113,14 @@ NOT_YET_DOWN = {
 def test_there_is_something_to_test():
     assert NOTEBOOKS and MODULES
 
-# A process that has imported what others wrote, and nothing of ours, is copied for each module: a forgotten import
+# A process that has imported what others wrote, and nothing of ours, is copied for each module: a forgotten
+# import
 # shows as it does in a fresh one, in a fraction of its time.
 IMPORT_EACH = '''
 import json, os, sys, traceback
 import accelerate, datasets, ipywidgets, matplotlib.pyplot, torch._dynamo, transformers
-import transformers.models.auto.modeling_auto, transformers.generation.utils, transformers.image_processing_utils
+import transformers.generation.utils, transformers.image_processing_utils
+import transformers.models.auto.modeling_auto
 failed = {}
 for module in sys.argv[1:]:
     told, tell = os.pipe()
