@@ -432,7 +432,7 @@ def load_trained(
     for name in sorted(wanted.keys() ^ state.keys()):
         raise ValueError(f"{source}: {name} is {'missing' if name in wanted else 'not part of this model'}")
     check_shapes(wanted, state, source)
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(state, strict=False)
 
 def check_frozen(
     model:Captioner,
