@@ -238,15 +238,15 @@ def new_adapter(
         if h.features=='patch': return PatchAdapter(encoder.width, width, size)
         return Adapter(encoder.width, width, h.prefix_length, h.adapter_width, size)
 
-def _check_size(h, text):
-    """Raise a `ValueError` for an adapter or a LoRA larger than any that makes sense, before memory is taken
-    for it."""
-    numbers = h.adapter_width*h.prefix_length*text.hidden_size
-    if h.features=='pooled' and numbers > 2**32:
-        raise ValueError(f"adapter_width {h.adapter_width:,} and prefix_length {h.prefix_length:,} "
+def _check_size(hidden, adapter_width, prefix_length, lora_rank):
+    """Raise a `ValueError` for an adapter (None where it is one of patches) or a LoRA larger than any that
+    makes sense beside a decoder `hidden` wide, before memory is taken for it."""
+    numbers = (adapter_width or 0)*prefix_length*hidden
+    if numbers > 2**32:
+        raise ValueError(f"adapter_width {adapter_width:,} and prefix_length {prefix_length:,} "
                          f"make an adapter of {numbers:,} numbers")
-    if h.lora_rank and h.lora_rank > text.hidden_size:
-        raise ValueError(f"lora_rank is {h.lora_rank:,}, but the decoder is only {text.hidden_size:,} wide")
+    if lora_rank and lora_rank > hidden:
+        raise ValueError(f"lora_rank is {lora_rank:,}, but the decoder is only {hidden:,} wide")
 
 def check_pair(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
@@ -278,13 +278,17 @@ def check_pair(
             f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs):"
             " nothing would unfreeze"
         )
-    _check_size(h, text)
+    adapter_width = None if h.features=='patch' else h.adapter_width
+    _check_size(text.hidden_size, adapter_width, h.prefix_length, h.lora_rank)
     if h.lora_rank and h.unfreeze_layers:
         raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
+def _configurations(encoder_name, decoder_name):
+    return model_config(encoder_name, 'encoder'), decoder_config(decoder_name)
+
 def check_models(h:Hyperparameters):
     "Read the configurations of the frozen pair, and nothing large, and check it as `check_pair` does."
-    check_pair(h, model_config(h.encoder_name, 'encoder'), decoder_config(h.decoder_name or h.tokenizer_name))
+    check_pair(h, *_configurations(h.encoder_name, h.decoder_name or h.tokenizer_name))
 
 def build_captioner(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
@@ -292,27 +296,16 @@ def build_captioner(
 ) -> Captioner: # With an adapter that has learned nothing
     """Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair
     cannot take what `h` asks for."""
-    device = device or default_device()
-    check_models(h)
+    device, decoder_name = device or default_device(), h.decoder_name or h.tokenizer_name
+    check_pair(h, *_configurations(h.encoder_name, decoder_name))
     encoder = load_encoder(h.encoder_name, device, h.image_size, h.features)
-    # small corrections are lost in half precision
-    decoder, tokenizer = load_decoder(
-        h.decoder_name or h.tokenizer_name,
-        h.tokenizer_name,
-        device,
-        torch.float32 if h.unfreeze_layers else None,
-    )
+    dtype = torch.float32 if h.unfreeze_layers else None # small corrections are lost in half precision
+    decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
     if h.lora_rank:
         decoder = add_lora(decoder, h)
-    return Captioner(
-        encoder,
-        new_adapter(h, encoder, decoder.get_input_embeddings().embedding_dim, embedding_size(decoder)).to(
-            device
-        ),
-        decoder,
-        tokenizer,
-        h.max_caption_length,
-    )
+    width = decoder.get_input_embeddings().embedding_dim
+    adapter = new_adapter(h, encoder, width, embedding_size(decoder)).to(device)
+    return Captioner(encoder, adapter, decoder, tokenizer, h.max_caption_length)
 
 # %% ../nbs/05_captioner.ipynb #0da7b051
 def last_layers(decoder, n):

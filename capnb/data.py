@@ -122,9 +122,7 @@ def image_of(image, where):
     or an array."""
     if isinstance(image, ImageFile): return image
     if isinstance(image, Mapping):
-        image = (
-            image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
-        )
+        image = image['bytes'] if image.get('bytes') is not None else image.get('path')
     if isinstance(image, str):
         image = Path(image)
     if hasattr(image, 'detach'):
@@ -160,7 +158,7 @@ def check_rows(rows):
         raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
 
 class CaptionData:
-    """Pictures with captions in one schema, over any object with `len` and integer index whose rows are
+    """Images with captions in one schema, over any object with `len` and integer index whose rows are
     dictionaries (`torch`, `datasets`, a list)."""
     def __init__(self,
         # The data: each row has `image` (PIL) and `captions` or `caption` (a text or several), and may have
@@ -175,7 +173,7 @@ class CaptionData:
 
     def __len__(self): return len(self.order)
 
-    def parts(self, i): # the picture as the data has it, the rest in the one schema, and a name for errors
+    def parts(self, i): # the image as the data has it, the rest in the one schema, and a name for errors
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
@@ -195,7 +193,7 @@ class CaptionData:
         return dict(rest, image=image_of(image, where).open())
 
     def texts(self) -> list:
-        "All rows without their pictures, which are not decoded; raises `ValueError` as above."
+        "All rows without their images, which are not decoded; raises `ValueError` as above."
         return [self.parts(i)[1] for i in range(len(self))]
 
 # %% ../nbs/01_data.ipynb #1baa6201
@@ -227,13 +225,13 @@ def split_rows(
 
 # %% ../nbs/01_data.ipynb #b697c41b
 def captions_for_epoch(
-    captions:list, # All captions of one picture
-    i:int, # The picture's number
+    captions:list, # All captions of one image
+    i:int, # The image's number
     epoch:int, # Counted from 0
-    seed:int=0, # Fixes the order for each picture
+    seed:int=0, # Fixes the order for each image
     k:int=1, # How many; all if there are fewer
 ) -> list: # Of some of `captions`
-    """Choose the captions that a picture is shown with in an epoch; all are used once before any is used
+    """Choose the captions that an image is shown with in an epoch; all are used once before any is used
     twice."""
     k, chosen = min(k, len(captions)), []
     for turn,place in (divmod(n, len(captions)) for n in range(epoch*k, (epoch+1)*k)):

@@ -220,7 +220,7 @@ def caption_lengths(
     "Count the tokens of captions as they are, end-of-text included."
     different = list(dict.fromkeys(captions))
     parts = (text_ids(tokenizer, different[at:at+4096]) for at in range(0, len(different), 4096))
-    lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part)))
+    lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part), strict=True))
     return [lengths[c] for c in captions]
 
 def count_cut(

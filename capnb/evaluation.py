@@ -44,7 +44,8 @@ def _leave_one_out(scores):
 
 def _against(captions, references, n):
     "ROUGE-L of each caption against the first `n` of its references, each left out once."
-    return [_leave_one_out([rouge_l([r], c) for r in refs[:n]]) for c,refs in zip(captions, references)]
+    pairs = zip(captions, references, strict=True)
+    return [_leave_one_out([rouge_l([r], c) for r in refs[:n]]) for c,refs in pairs]
 
 def _each_reference(refs, n):
     "Mean ROUGE-L of the first `n` references, each against the others."
@@ -62,7 +63,7 @@ def rouge_each(
         raise ValueError(f"{count} captions and references of {len(references)} pictures do not belong "
                          "together")
     n = min(map(len, references))
-    own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references)]
+    own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references, strict=True)]
     return dict(rouge_l=[_leave_one_out(scores[:n]) for scores in own],
                 rouge_l_floor=_against(captions, references[1:]+references[:1], n) if count>1 else None,
                 rouge_l_ceiling=[_each_reference(refs, n) for refs in references] if n>1 else None,
@@ -93,9 +94,9 @@ def mean_parts(each) -> Parts:
 def resampled(
     parts:Parts,
     times:int=1000, # Draws
-    seed:int=0, # The same seed and number of pictures, the same draws
+    seed:int=0, # The same seed and number of images, the same draws
 ) -> np.ndarray: # (times,)
-    "The score of selections of as many pictures, drawn with replacement."
+    "The score of selections of as many images, drawn with replacement."
     n, chance = len(parts.each), np.random.default_rng(seed)
     sums = [
         chance.multinomial(n, np.full(n, 1 / n), size=min(50, times - at)) @ parts.each
@@ -107,7 +108,7 @@ def interval(
     parts:Parts,
     **kwargs, # For `resampled`
 ) -> list: # Two numbers
-    "Say between which two numbers a score lies in 95 of 100 selections of the pictures."
+    "Say between which two numbers a score lies in 95 of 100 selections of the images."
     return np.percentile(resampled(parts, **kwargs), (2.5, 97.5)).tolist()
 
 def with_intervals(
@@ -118,7 +119,7 @@ def with_intervals(
 
 def compare(
     parts:dict, # Name: `Parts` of one captioner
-    other:dict, # The same of another, on the same pictures
+    other:dict, # The same of another, on the same images
 # Name, floor and ceiling left out: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies
 # outside of that
 ) -> dict:

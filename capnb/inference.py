@@ -34,7 +34,8 @@ class CaptionStreamer:
     def put(self, tokens): # (batch,); before the first ones comes the empty prompt, (batch, 0)
         if tokens.dim()!=1: return
         self.tokens.append(tokens[self.rows])
-        for row,text in zip(self.rows, captions_of(self.tokenizer, torch.stack(self.tokens, 1))):
+        texts = captions_of(self.tokenizer, torch.stack(self.tokens, 1))
+        for row,text in zip(self.rows, texts, strict=True):
             if text!=self.told.get(row, ''):
                 self.told[row] = text
                 self.tell(row, text)

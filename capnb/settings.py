@@ -37,7 +37,7 @@ class Hyperparameters(Mapping):
     name.
     """
     batch_size: int = _setting(8, 'Captions per optimizer step', lo=1)
-    num_epochs: int = _setting(5, 'Times each picture is seen', lo=1)
+    num_epochs: int = _setting(5, 'Times each image is seen', lo=1)
     learning_rate: float = _setting(1e-4, 'Step size of AdamW at the start', lo=0)
     learning_rate_decay: float = _setting(
         0.9, 'Factor on the learning rate after every learning_rate_decay_step epochs', lo=0, hi=1
@@ -55,7 +55,7 @@ class Hyperparameters(Mapping):
     )
     max_caption_length: int = _setting(128, 'Tokens kept of a caption, end-of-text included', lo=2)
     training_size_limit: int = _setting(
-        None, 'Use only the first N training pictures; all if not set', lo=1, optional=True
+        None, 'Use only the first N training images; all if not set', lo=1, optional=True
     )
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
     encoder_name: str = _setting(
@@ -75,7 +75,7 @@ class Hyperparameters(Mapping):
     )
     features: str = _setting(
         'pooled',
-        'What the encoder says of a picture: one vector (pooled), or one for each of its patches (patch)',
+        'What the encoder says of an image: one vector (pooled), or one for each of its patches (patch)',
         choices=('pooled', 'patch'),
     )
     prefix_length: int = _setting(
@@ -165,18 +165,18 @@ class Hyperparameters(Mapping):
     )
     bad_rows: str = _setting(
         'stop',
-        'What to do about a row or a picture that cannot be read: stop with its name, or skip it and count',
+        'What to do about a row or an image that cannot be read: stop with its name, or skip it and count',
         choices=('stop', 'skip'),
     )
     captions_per_image: int = _setting(
         1,
-        'Captions of each picture that an epoch shows, all behind one prefix; a step then reads the picture'
+        'Captions of each image that an epoch shows, all behind one prefix; a step then reads the image'
         ' once for all of them',
         lo=1,
     )
     features_dir: str = _setting(
         None,
-        'Folder for encoded pictures, shared by all runs; if not set, .cache/capnb/features of this user, and'
+        'Folder for encoded images, shared by all runs; if not set, .cache/capnb/features of this user, and'
         ' none for the storybook',
         optional=True,
         path=True,
@@ -275,18 +275,12 @@ def _fits(value, kind, m):
 def allowed(kind, m) -> str:
     "Say in words what a setting of a kind (`int`, `float`, `str`, `bool`) and with these `limits` takes."
     if m['choices']: return ' or '.join([*m['choices'], *['null']*m['optional']])
-    low = (
-        ''
-        if kind not in (int, float)
-        else f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
-    )
-    high = '' if m['hi'] is None else f" and up to {m['hi']}"
-    return (
-        {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind]
-        + low
-        + high
-        + (' or null' if m['optional'] else '')
-    )
+    words = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind]
+    if kind in (int, float):
+        words += f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
+    if m['hi'] is not None:
+        words += f" and up to {m['hi']}"
+    return words + ' or null'*m['optional']
 
 def check_value(
     name:str, # Of the setting, for the message

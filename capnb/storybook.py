@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'COLOURS', 'SIZES', 'PLACES', 'RELATIONS', 'HELD_OUT', 'SPLI
            'write_captions', 'facts_of', 'Storybook']
 
 # %% ../nbs/10_storybook.ipynb #46e3391e
-import math, random, re
+import math, random
 from dataclasses import dataclass
 from zlib import crc32
 from PIL import Image, ImageDraw
@@ -25,21 +25,21 @@ COLOURS = dict(
     pink=(245, 150, 188),
     black=(48, 46, 58),
 )
-SIZES = dict(big=(.19, .23), small=(.13, .15)) # radius, as a share of the picture's width
+SIZES = dict(big=(.19, .23), small=(.13, .15)) # radius, as a share of the image's width
 PLACES = ('meadow', 'beach', 'snow', 'night')
 RELATIONS = ('left of', 'right of', 'above', 'below', 'beside')
 
 # %% ../nbs/10_storybook.ipynb #b4d8b8c6
 HELD_OUT = frozenset({('green','fish'), ('red','boat'), ('orange','cat'), ('yellow','house'), ('blue','tree'),
                       ('purple','car'), ('pink','butterfly'), ('black','balloon')})
-SPLITS = dict(train=5000, validation=200, test=300, compositional=200) # name: default number of pictures
+SPLITS = dict(train=5000, validation=200, test=300, compositional=200) # name: default number of images
 
 # %% ../nbs/10_storybook.ipynb #f5ac2d00
 @dataclass(frozen=True)
 class Thing:
     """One drawn thing.
 
-    `x`, `y` (its centre) and `radius` are shares of the picture's width, `y` grows downwards.
+    `x`, `y` (its centre) and `radius` are shares of the image's width, `y` grows downwards.
     """
     kind: str
     colour: str
@@ -187,7 +187,7 @@ def _sky(place, width, rng):
     return column.resize((width,width), Image.Resampling.BILINEAR)
 
 def _land(draw, place, width, rng):
-    for colour, base in zip(_LAND[place], (_between(rng,.5,.62), _between(rng,.68,.8))):
+    for colour, base in zip(_LAND[place], (_between(rng,.5,.62), _between(rng,.68,.8)), strict=True):
         flat = .25 if place=='beach' else 1
         phase, height = _between(rng,0,6.3), flat*_between(rng,.02,.06)
         wave = [(x*width/12, width*(base+height*math.sin(phase+x*.5))) for x in range(13)]
@@ -225,7 +225,7 @@ def _signs(draw, place, width, rng):
 
 def draw_scene(
     scene:Scene,
-    size:int=64, # Width and height of the picture in pixels
+    size:int=64, # Width and height of the image in pixels
     seed:str='', # Fixes what the scene does not say: shades, horizon, clouds
     palette:dict=COLOURS, # Red, green and blue of each colour's name
 ) -> Image.Image: # RGB
@@ -304,12 +304,12 @@ def facts_of(
 
 # %% ../nbs/10_storybook.ipynb #1370bcca
 class Storybook:
-    "A book of drawn pictures, each with five captions and its facts."
+    "A book of drawn images, each with five captions and its facts."
     def __init__(self,
         split:str='train', # 'train', 'validation', 'test' or 'compositional' (colour-kind pairs of its own)
         seed:int=0, # Another seed is another book; a split's scenes are in no other split, whatever the seeds
-        size:int=64, # Width and height of the pictures in pixels
-        n:int=None, # Number of pictures; None takes the number in `SPLITS`
+        size:int=64, # Width and height of the images in pixels
+        n:int=None, # Number of images; None takes the number in `SPLITS`
     ):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; the storybook has {', '.join(SPLITS)}")

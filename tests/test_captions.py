@@ -1,10 +1,9 @@
 """Several captions of an image belong to that image, best first, everywhere; options are checked by name;
 captions are printed as they come."""
-import json, os, signal
+import json, os, shutil, signal
 import numpy as np, pyarrow as pa, pytest, torch
-from capnb.captioner import Captioner, load_model_from_checkpoint
+from capnb.captioner import Captioner, load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.commands import caption_command
-from capnb.run.entry import train
 from capnb.decoder import generate_ids
 from capnb.options import check_options
 from capnb.encoder import EncodedData
@@ -25,8 +24,8 @@ DRAWN = dict(do_sample=True, num_return_sequences=3)
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp('captions')/'saved_models'
-    small = dict(training_size_limit=320, num_epochs=1, evaluation_enabled=False, output_dir=str(folder))
-    return train(small, device='cpu').checkpoint
+    shutil.copytree(shipped_checkpoint().parent, folder)
+    return folder/shipped_checkpoint().name
 
 @pytest.fixture(scope='module')
 def model(checkpoint): return load_model_from_checkpoint(checkpoint, 'cpu')[0]

@@ -126,11 +126,7 @@ def too_long(module):
             yield f'{module}.{node.name}'
 
 # What is too long today. This only gets shorter: a name that no longer belongs here fails the test.
-NOT_YET_SHORT = {
-    'captioner',
-    'decoder',
-    'fast.bench',
-}
+NOT_YET_SHORT = set()
 
 @pytest.mark.parametrize('module', [m for m in MODULES if m != '_modidx'])
 def test_modules_and_functions_are_short(module):
@@ -173,10 +169,7 @@ def go_betweens(trees):
     return {n for n, f in functions.items() if f.name in handed and taking & set(hands_on(f)) - {f.name}}
 
 # Those of today. This only gets shorter.
-NOT_YET_PLAIN = {
-    'captioner.check_models',
-    'captioner.check_pair',
-}
+NOT_YET_PLAIN = set()
 
 def test_hyperparameters_are_read_at_most_one_call_below_an_entry_point():
     found = go_betweens({m: ast.parse(FILES[m].read_text(encoding='utf-8')) for m in COURSE})

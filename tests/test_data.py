@@ -535,7 +535,7 @@ def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         done.stdout.splitlines()[0]
-        == f"⚠️ left out what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is"
+        == f"⚠️ skipped what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is"
         " no picture '40.jpg' (the nearest is '4.jpg')"
     )
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))

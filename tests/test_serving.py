@@ -1,6 +1,6 @@
 """The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in
 a browser."""
-import base64, http.client, http.server, io, json, os, random, re, signal, socket, subprocess, sys
+import base64, http.client, http.server, io, json, os, random, re, shutil, signal, socket, subprocess, sys
 import threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,7 @@ from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint
-from capnb.run.entry import train
+from capnb.captioner import load_model_from_checkpoint, shipped_checkpoint
 from capnb.images import open_image
 from capnb.run.serving.command import serve_command
 from capnb.run.serving.limits import client_of
@@ -35,13 +34,7 @@ def as_png(image):
 def made(tmp_path_factory):
     "A folder with a checkpoint and pages."
     here = tmp_path_factory.mktemp('serving')
-    train(
-        training_size_limit=960,
-        num_epochs=1,
-        evaluation_enabled=False,
-        output_dir=str(here / 'saved_models'),
-        device='cpu',
-    )
+    shutil.copytree(shipped_checkpoint().parent, here/'saved_models')
     (here/'pages').mkdir()
     for i in range(PAGES):
         (here/'pages'/f'{i:03}.png').write_bytes(as_png(Storybook('test')[i]['image']))
@@ -1257,6 +1250,8 @@ def opened(browser, server, **options):
         tab.on('console', lambda m: said.append(m.text))
         tab.on('pageerror', lambda e: said.append(str(e)))
         tab.on('request', lambda r: asked.append(r.url))
+        # Chromium passes file choosers on from now, or one that a key opens at once would be missed.
+        tab.on('filechooser', lambda chooser: None)
         tab.goto(server.address)
         tab.evaluate(WATCH)
         yield tab

@@ -111,11 +111,8 @@ def _as_llava(model, image_token=5):
         llava = LlavaForConditionalGeneration(llava_config(model, image_token)).requires_grad_(False)
     projector = llava.model.multi_modal_projector.to_empty(device='cpu').requires_grad_(True)
     projector.load_state_dict(model.adapter.state_dict())
-    llava.model.vision_tower, llava.model.language_model, llava.lm_head = (
-        vision,
-        decoder.get_decoder(),
-        decoder.get_output_embeddings(),
-    )
+    llava.model.vision_tower, llava.model.language_model = vision, decoder.get_decoder()
+    llava.lm_head = decoder.get_output_embeddings()
     return llava, projector
 
 class _KeepGradient(TrainerCallback):
@@ -124,12 +121,8 @@ class _KeepGradient(TrainerCallback):
 
 def _trainer_round(model, texts, pixels):
     "A round of the `Trainer`: a step that moves nothing, since its learning rate is 0."
-    (llava, projector), patches, each, keep = (
-        _as_llava(model),
-        model.encoder.patches,
-        len(texts) // len(pixels),
-        _KeepGradient(),
-    )
+    llava, projector = _as_llava(model)
+    patches, each, keep = model.encoder.patches, len(texts)//len(pixels), _KeepGradient()
     image = torch.full((patches,), llava.config.image_token_id)
     def collate(rows):
         ids, mask = _padded([torch.cat([image, texts[i]]) for i in rows])
@@ -197,10 +190,8 @@ def writing_side(
 ): # Function without arguments that writes for one round; it gives the tokens of each caption
     "Make one side of the comparison of writing."
     decoder, rows = _random_captioner(changes)[0].decoder, 32 if name=='rows' else 8 # written at a time
-    lengths, prefix = (
-        caption_lengths(captions),
-        torch.randn(captions, 1, decoder.get_input_embeddings().embedding_dim) * 0.03,
-    )
+    lengths, width = caption_lengths(captions), decoder.get_input_embeddings().embedding_dim
+    prefix = torch.randn(captions, 1, width)*.03
     if name!='transformers':
         use_onednn(decoder)
     def transformers(part, lengths):

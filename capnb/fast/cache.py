@@ -158,7 +158,7 @@ class FeatureCache:
         """Write what waits as a shard that takes its name once it is whole; raises `OSError` that names the
         file."""
         if not self.waiting: return
-        n, dtype = len(self.waiting), _shard_type(len(self.waiting), self.shape)
+        dtype = _shard_type(len(self.waiting), self.shape)
         shard = np.empty(1, dtype)
         for i,(digest,features) in enumerate(self.waiting):
             shard['digests'][0,i], shard['features'][0,i] = digest, features
@@ -203,7 +203,7 @@ class Features:
         if isinstance(i, (int, np.integer)): return self[[i]][0]
         if not isinstance(i, slice):
             i = np.asarray(i)
-        places = list(zip(self.shard[i].tolist(), self.row[i].tolist()))
+        places = list(zip(self.shard[i].tolist(), self.row[i].tolist(), strict=True))
         out = np.empty((len(places), *self.shape[1:]), np.float16)
         for k,(shard,row) in enumerate(places):
             out[k] = self.shards[shard][row]
@@ -248,7 +248,7 @@ def _encoded(encoder, data, which, cache, taken, alone, opener):
     """Some rows without their pictures, the digests of the pictures, and features, in half precision, by
     digest for those that neither the cache has nor another batch has `taken`; raises `ValueError` if that
     cannot hold them."""
-    rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache, opener) for i in which])
+    rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache, opener) for i in which], strict=True)
     new = {
         digest: (row, p)
         for row, digest, p in zip(rows, digests, pixels, strict=True)

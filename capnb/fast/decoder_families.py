@@ -170,7 +170,7 @@ def compare_decoder(
     texts = _greedy_alone(decoder, prefix, tokenizer.eos_token_id)
     written = [generate_ids(decoder, tokenizer, prefix, 12, batch_size=3, write=write).tolist()
                for write in (readable_write, write_ids)]
-    same = [[row[:len(text)] for row,text in zip(rows, texts)]==texts for rows in written]
+    same = [[row[:len(text)] for row,text in zip(rows, texts, strict=True)]==texts for rows in written]
     return dict(loss=own, loss_difference=max(abs(loss-own) for loss,_ in found),
                 gradient_difference=max((grad-own_grad).abs().max().item() for _,grad in found)/largest,
                 greedy_equal=all(same),
@@ -261,7 +261,7 @@ def compare_families(
         with ThreadPoolExecutor(processes) as pool:
             found = pool.map(compare, kinds)
             bar = progress_bar(found, total=len(kinds), unit='family', disable=not progress)
-            return dict(zip(kinds, bar))
+            return dict(zip(kinds, bar, strict=True))
     finally:
         for child in children:
             if child.process:

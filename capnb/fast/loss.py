@@ -53,7 +53,7 @@ class _HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels): # (tokens, width), layer, (tokens,)
         learns, nll, gradients = ctx.needs_input_grad[0], [], []
-        for states, wanted in zip(hidden.split(256), labels.split(256)):
+        for states, wanted in zip(hidden.split(256), labels.split(256), strict=True):
             states = states.detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(states)                                          # (256, vocabulary)

@@ -30,6 +30,6 @@ def use_int8(
         decoder, lambda layer: type(layer) is FrozenLinear, lambda layer: same_layer(nn.Linear, layer)
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', category=DeprecationWarning, module='torch')
+        warnings.simplefilter('ignore', DeprecationWarning)
         warnings.filterwarnings('ignore', message='.*deprecat.*', module='torch')
         quantize_dynamic(decoder, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)

@@ -44,7 +44,8 @@ class _Rows(Cache):
             layer.position, layer.upto = position, int(position.max())+1
 
     def fill(self, rows, read): # what was read into a `DynamicCache` becomes the beginning of some rows
-        for mine, its in zip(self.layers, read.layers): # layers that take the keys of others have none
+        # layers that take the keys of others have none
+        for mine, its in zip(self.layers, read.layers, strict=False):
             n = its.keys.shape[2]
             mine.make_room(its.keys, its.values, self.rows, n)
             mine.keys[rows,:,:n], mine.values[rows,:,:n] = its.keys, its.values
@@ -76,7 +77,7 @@ class _Greedy:
             )
             self.cache.fill(free, read.past_key_values)
         self.inputs[free], self.position[free] = self.prefix[new,-1:], k-1
-        for row, image in zip(free, new):
+        for row, image in zip(free, new, strict=True):
             self.image[row] = image
 
     def shrink(self):
@@ -102,7 +103,7 @@ class _Greedy:
         tokens = outputs.logits[:,-1].argmax(-1)                               # (rows,)
         self.inputs = self.decoder.get_input_embeddings()(tokens)[:,None]
         self.position = self.position+1
-        for row, (image, token) in enumerate(zip(self.image, tokens.tolist())):
+        for row, (image, token) in enumerate(zip(self.image, tokens.tolist(), strict=True)):
             if image is None: continue
             self.written[image].append(token)
             if token==self.end or len(self.written[image])==self.most[image]:

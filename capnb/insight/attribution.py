@@ -7,15 +7,15 @@ __all__ = ['veil', 'draw_strip', 'draw_explanation', 'named_things', 'parts_insi
 
 # %% ../../nbs/17_attribution.ipynb #22ee0003
 import textwrap
+from itertools import pairwise
 import numpy as np
 from ..evaluation import interval, mean_parts
-from .facts import read_facts
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
 def veil(
     patches, # (rows, columns): nats
 ) -> np.ndarray: # (rows, columns, 4): red, green, blue, opacity; 0 to 1
-    "Grey that is lifted from the parts of a picture that a word rests on."
+    "Grey that is lifted from the parts of an image that a word rests on."
     shown = np.clip(patches, 0, None)/max(1, patches.max())
     return np.dstack([np.full((*patches.shape, 3), .45), .85*(1-shown)])
 
@@ -33,16 +33,8 @@ def draw_strip(
         if at+len(word.text)-begin > width and caption[at-1:at].isspace():
             begin, line = at, line+1
         x, wide = (at-begin)/width, len(word.text)/width
-        ax.text(
-            x + wide / 2,
-            -line,
-            word.text,
-            ha='center',
-            va='bottom',
-            family='monospace',
-            fontsize=14,
-            parse_math=False,
-        )
+        ax.text(x+wide/2, -line, word.text, ha='center', va='bottom', family='monospace', fontsize=14,
+                parse_math=False)
         for share,colour in ((1, '#ccc'), (word.probability, '#06c')) if word.text[:1].isalnum() else ():
             ax.plot((x, x+wide*share), (-line-.08,)*2, color=colour, lw=3, solid_capstyle='butt')
         at += len(word.text)
@@ -55,26 +47,17 @@ def _draw_word(ax, word, box):
     others = ', '.join(f'{text} {p:.0%}' for text,p in word.alternatives[:3] if p >= .005)
     ax.imshow(veil(word.patches), extent=box, interpolation='bilinear')
     ax.set_title(f'{word.text}  {word.probability:.0%}', fontsize=11, weight='bold', parse_math=False)
-    ax.text(
-        0.5,
-        -0.04,
-        textwrap.fill('or ' + (others or 'nothing else'), 32),
-        transform=ax.transAxes,
-        ha='center',
-        va='top',
-        fontsize=8,
-        color='#444',
-        parse_math=False,
-    )
+    ax.text(.5, -.04, textwrap.fill('or ' + (others or 'nothing else'), 32), transform=ax.transAxes,
+            ha='center', va='top', fontsize=8, color='#444', parse_math=False)
 
 def draw_explanation(
     caption:str,
     words, # `Word`s of `capnb.inference.explain`, with patches
-    image, # The PIL picture
-    least:float=.1, # Nats that a word must lose to get a picture of its own
+    image, # The PIL image
+    least:float=.1, # Nats that a word must lose to get an image of its own
     columns:int=4,
 ): # Figure of matplotlib
-    """Draw on which parts of a picture the words of its caption rest, how sure the model was of each, and
+    """Draw on which parts of an image the words of its caption rest, how sure the model was of each, and
     what else it might have said."""
     from matplotlib.figure import Figure
     shown = [None] + [w for w in words if w.text[:1].isalnum() and w.patches.max() >= least]
@@ -86,7 +69,7 @@ def draw_explanation(
     axs, box = below.subplots(rows, columns, squeeze=False).ravel(), (0, image.width, image.height, 0)
     for ax in axs:
         ax.axis('off')
-    for ax,word in zip(axs, shown):
+    for ax,word in zip(axs, shown, strict=False):
         ax.imshow(image, extent=box)
         if word:
             _draw_word(ax, word, box)
@@ -95,25 +78,20 @@ def draw_explanation(
 # %% ../../nbs/17_attribution.ipynb #22ee0015
 def named_things(
     words, # `Word`s of a caption
-    facts:dict, # Of the picture, from `capnb.storybook.facts_of`
+    facts:dict, # Of the image, from `capnb.storybook.facts_of`
 ) -> list: # Of (place of the word in `words`, number of the thing in `facts['things']`)
     """Find the words that name colour and kind of a thing that is there; where two things are alike, nobody
     can say which is meant."""
     things = {(t['colour'], t['kind']): i for i,t in enumerate(facts['things'])}
     if len(things) < len(facts['things']): return []
-    texts = [w.text.lower() for w in words]
-    return [
-        (at + part, things[pair])
-        for at, pair in enumerate(zip(texts, texts[1:]))
-        if pair in things
-        for part in (0, 1)
-    ]
+    pairs = enumerate(pairwise(w.text.lower() for w in words))
+    return [(at+part, things[pair]) for at,pair in pairs if pair in things for part in (0, 1)]
 
 def parts_inside(
-    thing:dict, # With `x`, `y`, `radius`: shares of the picture
+    thing:dict, # With `x`, `y`, `radius`: shares of the image
     shape, # (rows, columns) of a grid
 ) -> np.ndarray: # (rows, columns), true where the middle of a part lies in the circle around the thing
-    "Say which parts of a picture belong to a thing."
+    "Say which parts of an image belong to a thing."
     y, x = ((np.arange(n)+.5)/n for n in shape)
     return (x-thing['x'])**2+(y[:,None]-thing['y'])**2 <= thing['radius']**2
 
@@ -121,44 +99,37 @@ def parts_inside(
 def pointing(
     words, # `Word`s with patches
     facts:dict, # As for `named_things`
-# For each word that names a thing: 'word', 'hit', 'chance', 'share' (of what it loses), 'other' (hit the
-# other thing), 'own' (loses more in its own thing); None for the last two where there is only one thing
-) -> list:
-    "Say how well each word that names a thing points at it."
+) -> list: # For each word that names a thing: 'word', 'hit', 'chance', 'share', 'other', 'own'
+    """Say how well each word that names a thing points at it.
+
+    `share` is the part of what it loses that is lost in its thing; `other` says that it hit the other thing,
+    `own` that it loses more in its own one; these two are None where there is only one thing."""
     found = []
     for at,i in named_things(words, facts):
         patches = np.clip(words[at].patches, 0, None)
         inside = [parts_inside(t, patches.shape) for t in facts['things']]
-        most, others, total = (
-            np.unravel_index(words[at].patches.argmax(), patches.shape),
-            [m for j, m in enumerate(inside) if j != i],
-            patches.sum(),
-        )
-        found.append(
-            dict(
-                word=words[at].text,
-                hit=float(inside[i][most]),
-                chance=float(inside[i].mean()),
-                share=float(patches[inside[i]].sum() / total if total else inside[i].mean()),
-                other=float(others[0][most]) if others else None,
-                own=float(patches[inside[i]].mean() > patches[others[0]].mean()) if others else None,
-            )
-        )
+        own, others = inside[i], [m for j,m in enumerate(inside) if j!=i]
+        most, total = np.unravel_index(words[at].patches.argmax(), patches.shape), patches.sum()
+        row = dict(word=words[at].text, hit=float(own[most]), chance=float(own.mean()),
+                   share=float(patches[own].sum()/total if total else own.mean()), other=None, own=None)
+        if others:
+            row['other'] = float(others[0][most])
+            row['own'] = float(patches[own].mean() > patches[others[0]].mean())
+        found.append(row)
     return found
 
 def pointing_scores(
-    pictures, # Of each picture what `pointing` gives
-# 'hit', 'chance', 'gain' (hit less chance), 'share', 'other', 'own': mean over pictures, of the mean over
-# their words, and its 95% interval; 'words' and 'pictures': how many
-) -> dict:
-    "Sum up how well words point at their things (pointing game, Zhang et al. 2016)."
-    pictures = [p for p in pictures if p]
-    each = lambda key: [np.mean(v) for p in pictures if (v := [w[key] for w in p if w[key] is not None])]
+    images, # Of each image what `pointing` gives
+) -> dict: # 'hit', 'chance', 'gain' (hit less chance), 'share', 'other', 'own'; 'words', 'images': how many
+    """Sum up how well words point at their things (pointing game, Zhang et al. 2016).
+
+    Each is the mean over images, of the mean over their words, and its 95% interval."""
+    images = [words for words in images if words]
+    def each(key):
+        known = [[w[key] for w in words if w[key] is not None] for words in images]
+        return [np.mean(values) for values in known if values]
     scores = {key: each(key) for key in ('hit','chance','share','other','own')}
     scores['gain'] = [h-c for h,c in zip(scores['hit'], scores['chance'], strict=True)]
-    return {
-        key: (parts.value, *interval(parts))
-        for key, values in scores.items()
-        if values
-        for parts in [mean_parts(values)]
-    } | dict(words=sum(map(len, pictures)), pictures=len(pictures))
+    parts = {key: mean_parts(values) for key,values in scores.items() if values}
+    found = {key: (p.value, *interval(p)) for key,p in parts.items()}
+    return found | dict(words=sum(map(len, images)), pictures=len(images))

@@ -8,6 +8,7 @@ __all__ = ['read_facts', 'fact_counts', 'facts_scores', 'fact_parts', 'Facts']
 # %% ../../nbs/10b_facts.ipynb #369725dd
 import re
 from collections import Counter
+from itertools import pairwise
 import numpy as np
 from ..data import words
 from ..storybook import COLOURS, KINDS, PLACE_WORDS, RELATION_WORDS, SIZE_WORDS
@@ -28,9 +29,10 @@ def read_facts(
     text = caption.lower()
     nouns = list(_NOUN_RE.finditer(text))
     pairs = [(n[2], n[3]) for n in nouns]
-    relations = [(*a, _RELATION_OF[m[1]], *b) for n,after,a,b in zip(nouns, nouns[1:], pairs, pairs[1:])
+    relations = [(*a, _RELATION_OF[m[1]], *b)
+                 for (n,after),(a,b) in zip(pairwise(nouns), pairwise(pairs), strict=True)
                  for m in _RELATION_RE.finditer(text, n.end(), after.start())]
-    return dict(pairs=pairs, sizes=[(_SIZE_OF[n[1]], *p) for n,p in zip(nouns, pairs) if n[1]],
+    return dict(pairs=pairs, sizes=[(_SIZE_OF[n[1]], *p) for n,p in zip(nouns, pairs, strict=True) if n[1]],
                 places=[_PLACE_OF[m[1]] for m in _PLACE_RE.finditer(text)], relations=relations)
 
 # %% ../../nbs/10b_facts.ipynb #66b197c2
@@ -76,7 +78,8 @@ def facts_scores(
     facts, # As for `fact_counts`
 ) -> dict: # The names in `FACTS`, each with precision, recall and f1
     "Compare what captions claim with what is true."
-    return {name: _prf(*map(sum, zip(*each))) for name,each in fact_counts(captions, facts).items()}
+    counts = fact_counts(captions, facts)
+    return {name: _prf(*map(sum, zip(*each, strict=True))) for name,each in counts.items()}
 
 # %% ../../nbs/10b_facts.ipynb #36899acf
 def _f1(sums): # of numbers of true statements, of statements, and of things to state

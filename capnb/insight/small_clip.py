@@ -132,14 +132,15 @@ def _other_colour(scene, rng):
 # %% ../../nbs/10e_small_clip.ipynb #c0ffee13
 def warmup_batch(
     i:int,
-    size:int=32, # Pictures
+    size:int=32, # Images
 ): # Pixels (batch, 3, 64, 64), kind and colour of each patch (batch, 64), labels of the scene (batch, 8)
-    "On every second picture things have other colours, which are not asked for (-100): shapes must do."
+    "On every second image things have other colours, which are not asked for (-100): shapes must do."
     scenes, rng = [BOOK.scene(i*size+j) for j in range(size)], random.Random(f'colours {i}')
     def palette(s): return {t.colour: _other_colour(s, rng) for t in s.things}
     palettes = [COLOURS if j%2 else palette(s) for j,s in enumerate(scenes)]
-    images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in enumerate(zip(scenes, palettes))]
-    kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes)))
+    drawn = enumerate(zip(scenes, palettes, strict=True))
+    images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in drawn]
+    kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes), strict=True))
     labels = torch.stack([scene_labels(s) for s in scenes])
     colours[::2], labels[::2,1], labels[::2,4] = -100, -100, -100
     return to_pixels(images), kinds, colours, labels
@@ -174,7 +175,7 @@ def warm_up(
         present = (labels[:,[0,3],None]==torch.arange(len(KINDS))).any(1).float() # (batch, kinds)
         loss = (F.cross_entropy(heads['kind'](patches).flatten(0,1), kind.flatten())
                 + F.cross_entropy(heads['colour'](patches).flatten(0,1), colour.flatten())
-                + .3*sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T))
+                + .3*sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T, strict=True))
                 + 2*F.binary_cross_entropy_with_logits(heads['present'](feature), present))
         right = (heads['kind'](patches).argmax(-1)==kind)[kind<len(KINDS)].float().mean().item()
         take_step(loss, parameters, optimizer, scheduler)
@@ -307,9 +308,9 @@ def image_features(
 def retrieval(
     clip:CLIPModel, tokenizer,
     split:str='validation',
-    n:int=400, # Pictures, and captions to choose from
-) -> dict: # Share of pictures whose own caption is found first, and chance
-    "Find each picture's caption among those of `n` unseen pictures."
+    n:int=400, # Images, and captions to choose from
+) -> dict: # Share of images whose own caption is found first, and chance
+    "Find each image's caption among those of `n` unseen images."
     pages = [Storybook(split, seed=1, n=n)[i] for i in range(n)]
     ids, mask = tokenize_captions(tokenizer, [p['captions'][0] for p in pages], 48)
     images = F.normalize(image_features(clip, [p['image'] for p in pages]), dim=-1)
@@ -327,7 +328,8 @@ def _fit_linear(x, labels):
     def closure():
         optimizer.zero_grad()
         told = layer(x).split(_WIDTHS, 1)
-        loss = sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T)) + 1e-4*layer.weight.pow(2).sum()
+        wrong = sum(F.cross_entropy(t, l) for t,l in zip(told, labels.T, strict=True))
+        loss = wrong + 1e-4*layer.weight.pow(2).sum()
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -348,6 +350,6 @@ def linear_probe(
     # chance: one answer for all, the one that is right most often among those that apply
     commonest = labels.mode(0).values
     commonest[3:6] = labels[labels[:,3]>=0][:,3:6].mode(0).values
-    always = [F.one_hot(c, width).expand(len(truth), -1) for c,width in zip(commonest, _WIDTHS)]
+    always = [F.one_hot(c, width).expand(len(truth), -1) for c,width in zip(commonest, _WIDTHS, strict=True)]
     chance = _shares(always, truth)
     return {name: dict(found=found[name], chance=chance[name]) for name in found}

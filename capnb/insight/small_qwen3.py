@@ -74,7 +74,7 @@ def _note(scene, words, rng):
     def kept(*options):
         return ' '.join(word for word,share in options if word and rng.random()<share)
     parts = []
-    for where,t in zip(stands, scene.things):
+    for where,t in zip(stands, scene.things, strict=True):
         colour, kind = words[t.pair]
         parts.append(kept((where,.9), (t.size,.8), (colour,.9), (kind,.9)))
     parts.append(kept((scene.place,.95)))
@@ -85,7 +85,7 @@ def _other_words(scene, share, rng):
     "For each pair of colour and kind of a scene the words that stand for it on this page."
     words = {}
     for pair in sorted({t.pair for t in scene.things}):
-        others = zip(pair, (_OTHER_LOOKS, _OTHER_THINGS))
+        others = zip(pair, (_OTHER_LOOKS, _OTHER_THINGS), strict=True)
         words[pair] = [rng.choice(new) if rng.random()<share else word for word,new in others]
     return words
 
@@ -249,16 +249,16 @@ def perplexity(
 
     `frequencies` is that of one who knows only how frequent tokens are, `nothing` that of one who knows
     nothing."""
-    book, nats = Storybook('validation', seed=1, n=n), dict(caption=[], retold=[])
+    book, nll = Storybook('validation', seed=1, n=n), dict(caption=[], retold=[])
     counts = torch.zeros(len(tokenizer))
     for first,second,*_ in map(book.captions, range(n)):
         ids = tokenizer(f'{first}\n{second}', return_tensors='pt')['input_ids']
         # of each token but the first
         surprise = F.cross_entropy(lm(input_ids=ids).logits[0,:-1], ids[0,1:], reduction='none')
         start = len(tokenizer(first+'\n')['input_ids'])
-        nats['caption'].append(surprise[:start-1])
-        nats['retold'].append(surprise[start-1:])
+        nll['caption'].append(surprise[:start-1])
+        nll['retold'].append(surprise[start-1:])
         counts += torch.bincount(ids[0], minlength=len(counts))
-    found = {k: torch.cat(v).mean().exp().item() for k,v in nats.items()}
+    found = {k: torch.cat(v).mean().exp().item() for k,v in nll.items()}
     frequencies = torch.special.entr(counts/counts.sum()).sum().exp().item()
     return dict(found, frequencies=frequencies, nothing=float(len(tokenizer)))

@@ -16,7 +16,7 @@ from .sources.names import NameIndex
 def coco_ids(
     image_ids, # Texts, as in the data
 ) -> list: # Of whole numbers, or of the same texts where not each is a number of its own
-    "Give each picture the id that COCO's tools expect: the number that its file is named by."
+    "Give each image the id that COCO's tools expect: the number that its file is named by."
     found = [re.fullmatch(r'(?:COCO_\w+_)?(\d+)(?:\.\w+)?', i.rpartition('/')[2]) for i in image_ids]
     numbers = [int(m[1]) for m in found if m]
     return numbers if len(set(numbers))==len(image_ids) else list(image_ids)
@@ -24,7 +24,7 @@ def coco_ids(
 def write_predictions(
     path, # JSON file
     image_ids, # Texts, as in the data
-    captions, # One per picture
+    captions, # One per image
 ):
     "Write captions as COCO results."
     write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions, strict=True)])

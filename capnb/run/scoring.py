@@ -178,7 +178,7 @@ def write_report(
     file, # HTML file to write
     path, # What was judged: file of weights, or of captions
     found:Judgement,
-    compared:dict={}, # From `Judgement.against`
+    compared:dict=None, # From `Judgement.against`
     against:str='', # What that is compared with
 ):
     "Write the page of `report_page`."

@@ -40,7 +40,7 @@ class Samples(Callback):
         save_metadata(run.checkpoint, run.metadata)
         path = Path(run.h.output_dir)/f'samples_{run.stamp}.png'
         draw_samples([self.images[split][i]['image'] for i in range(len(captions))], captions, path)
-        for row,caption in zip(data.rows, captions):
+        for row,caption in zip(data.rows[:len(captions)], captions, strict=True):
             log.info(f"  {row['image_id']}: {caption}")
         log.info(f'🖼️  {path}')
 

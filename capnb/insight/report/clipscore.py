@@ -6,6 +6,7 @@
 __all__ = ['PROMPT', 'clip_scores', 'ClipScorer', 'clip_parts']
 
 # %% ../../../nbs/17e_clipscore.ipynb #de741573
+from itertools import pairwise
 import numpy as np, torch, transformers
 from transformers import AutoTokenizer
 from ...hub import load_whole, model_config, read_model
@@ -14,11 +15,11 @@ from ...evaluation import mean_parts
 
 # %% ../../../nbs/17e_clipscore.ipynb #jd210006
 def clip_scores(
-    images, # Vectors of pictures, of length 1, (pictures, width)
+    images, # Vectors of images, of length 1, (images, width)
     captions, # Vectors of one caption each, the same
-    references, # For each picture the vectors of its references (n, width)
-) -> dict: # 'clipscore' and 'refclipscore': tensors (pictures,)
-    "CLIPScore and RefCLIPScore of each picture (Hessel et al. 2021)."
+    references, # For each image the vectors of its references (n, width)
+) -> dict: # 'clipscore' and 'refclipscore': tensors (images,)
+    "CLIPScore and RefCLIPScore of each image (Hessel et al. 2021)."
     seen = 2.5*(images*captions).sum(-1).clamp(min=0)
     said = torch.stack([(r @ c).max() for r,c in zip(references, captions, strict=True)]).clamp(min=0)
     return dict(clipscore=seen, refclipscore=2*seen*said/(seen+said).clamp(min=1e-12))
@@ -82,7 +83,7 @@ def clip_parts(
     "CLIPScore and RefCLIPScore, with another image as the floor and people as the ceiling."
     said, ends = scorer.embed_texts(captions), np.cumsum([0, *map(len, references)])
     read = scorer.embed_texts([r for refs in references for r in refs])
-    people = [read[a:b] for a,b in zip(ends, ends[1:])]
+    people = [read[a:b] for a,b in pairwise(ends)]
     found = clip_scores(images, said, people)
     other = clip_scores(images.roll(-1, 0), said, people[1:]+people[:1])
     ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images, strict=True)]

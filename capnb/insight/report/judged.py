@@ -21,7 +21,7 @@ from .clipscore import ClipScorer, clip_parts
 @dataclass
 class Judged:
     "A split with captions and what they are worth."
-    pictures: object # `CaptionData`
+    images: object # `CaptionData`
     data: EncodedData # Its rows; features are None where no captioner looked at it
     captions: list # One per image
     parts: dict # Name: `Parts`
@@ -31,7 +31,7 @@ class Judged:
     def ids(self): return [r['image_id'] for r in self.data.rows]
 
 def judge(
-    pictures, # `CaptionData`
+    images, # `CaptionData`
     data:EncodedData, # The same, encoded
     captions:list, # One per image
     scores:dict=None, # From `evaluate`; None to compute what needs no captioner
@@ -44,13 +44,13 @@ def judge(
     if coco:
         more['coco'] = coco_parts(captions, references)
     if scorer:
-        more['clip'] = clip_parts(scorer, scorer.embed_images(pictures), captions, references)
+        more['clip'] = clip_parts(scorer, scorer.embed_images(images), captions, references)
     for name,found in more.items():
         parts |= found
         scores[name] = with_intervals(found)
     if scorer:
         scores['clip']['model'] = Path(scorer.name).name if Path(scorer.name).is_dir() else scorer.name
-    return Judged(pictures, data, captions, parts, scores)
+    return Judged(images, data, captions, parts, scores)
 
 def _of_each(name, parts):
     "One number per image; None where a fact is neither said nor there."

@@ -83,7 +83,7 @@ def _card(judged, i, size, each):
     "An image with its caption, references and scores."
     names = dict(rouge_l='ROUGE-L', pairs='facts', clipscore='CLIPScore')
     scores = [(label, each[name][i]) for name,label in names.items() if name in each]
-    uri = image_uri(judged.pictures[i]['image'], size)
+    uri = image_uri(judged.images[i]['image'], size)
     return dict(id=judged.ids[i], uri=uri, caption=judged.captions[i],
                 references=judged.data.rows[i]['captions'], scores=[s for s in scores if s[1] is not None])
 
@@ -123,7 +123,7 @@ def _chart(title, points, x, dots=False):
     xs, ys = np.array(points, float).T
     low, high = ys.min(), ys.max()
     px, py = (10+300*(xs-xs[0])/max(xs[-1]-xs[0], 1)), 130-120*(ys-low)/(high-low or 1)
-    places = [(round(a, 1), round(b, 1)) for a,b in zip(px.tolist(), py.tolist())]
+    places = [(round(a, 1), round(b, 1)) for a,b in zip(px.tolist(), py.tolist(), strict=True)]
     path = 'M' + ' L'.join(f'{a} {b}' for a,b in places)
     return dict(title=title, x=x, path=path, dots=places if dots else [], low=low, high=high,
                 first=int(xs[0]), last=int(xs[-1]), end=ys[-1])
@@ -154,7 +154,7 @@ def report_page(
     title:str, # Heading
     about:dict, # What was judged: name: text
     judged:dict, # Name of split: `Judged`
-    compared:dict={}, # Name of split: from `compare`
+    compared:dict=None, # Name of split: from `compare`
     against:str='', # What that is compared with
     charts:list=(), # From `training_charts`
     cards:int=12, # Images that are shown of the worst, and of the best
@@ -164,7 +164,7 @@ def report_page(
 
     It has scores with floor and ceiling, the worst and the best images, slices, and how training went."""
     template = Environment(autoescape=True).from_string(_page_file('report.html'))
-    pages = {split: dict(_split_page(j, compared.get(split), cards, words), against=against)
+    pages = {split: dict(_split_page(j, (compared or {}).get(split), cards, words), against=against)
              for split,j in judged.items()}
     return template.render(title=title, about=about, splits=pages, charts=charts, by_character=BY_CHARACTER,
                            style=Markup(_page_file('report.css'))).strip()

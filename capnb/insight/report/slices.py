@@ -45,7 +45,7 @@ def image_slices(
 ) -> list: # For each image a list of pairs, such as ('kind', 'cat')
     "Name what each image has in common with others."
     used = _used_words([r['captions'] for r in rows], least)
-    return [_labels(*each) for each in zip(rows, _lengths(captions), used)]
+    return [_labels(*each) for each in zip(rows, _lengths(captions), used, strict=True)]
 
 # %% ../../../nbs/17f_slices.ipynb #jd210027
 _SCORES = ('pairs', 'rouge_l', 'clipscore') # that slices have
@@ -64,7 +64,7 @@ def slices(
     parts:dict, # From `score_parts`, and from `clip_parts` if you like
     least:int=10, # Images that a slice must have
 ) -> list: # Plain data, the worst first
-    """Score all images that share something, apart: 'slice', 'value', 'pictures', scores with intervals.
+    """Score all images that share something, apart: 'slice', 'value', 'images', scores with intervals.
 
     `worst` are its three worst images; `below` says that a slice is surely below all images together."""
     names, groups = [n for n in _SCORES if n in parts], defaultdict(list)

@@ -33,11 +33,11 @@ class BadRows(ValueError):
         super().__init__(f"{table}: {'; '.join(bad[:5])}{more}")
 
 class ImageFolder:
-    """Pictures in a folder, with their captions in a table beside them: `captions` or `metadata` as .csv,
+    """Images in a folder, with their captions in a table beside them: `captions` or `metadata` as .csv,
     .tsv, .txt, .jsonl or .json, `results.csv`, a `.token` file as of Flickr8k, `captions_*.json` as of
     COCO, `dataset_*.json` as of Karpathy."""
     def __init__(self,
-        folder, # With pictures, in it or in folders or zips below; or a zip
+        folder, # With images, in it or in folders or zips below; or a zip
         table=None, # The file with the captions; None for the only one in the folder
         bad_rows:str='stop', # 'skip' to leave out rows that do not fit; they are told in `bad`
         # Column of the file names, by name, or by number from 1 where there is no header
@@ -91,10 +91,8 @@ class ImageFolder:
                 return
             first = self._of_file.setdefault(str(path), image) # the first name of the file
             if self.finder.drops_apart(first, image):
-                return (
-                    f"{where}: {image!r} and {first!r} would both be"
-                    f" {path.relative_to(self.folder).as_posix()!r}; write its name"
-                )
+                file = path.relative_to(self.folder).as_posix()
+                return f"{where}: {image!r} and {first!r} would both be {file!r}; write its name"
             self._known[image] = first
             self.paths.setdefault(self._known[image], path)
         image = self._known[image]
@@ -122,11 +120,8 @@ class _Picked:
 def _with_validation(parts):
     "Cut off what is missing: everything from rows without a split (`None`), validation from 'train'."
     if set(parts)=={None}: return split_rows(parts[None])
-    return (
-        parts
-        if 'validation' in parts or 'train' not in parts
-        else {**parts, **split_rows(parts['train'], held=('validation',))}
-    )
+    if 'validation' in parts or 'train' not in parts: return parts
+    return {**parts, **split_rows(parts['train'], held=('validation',))}
 
 class Source(NamedTuple):
     "What a source of data holds."
@@ -159,7 +154,7 @@ def read_folder(
     encoding:str=None,
     outside:bool=False,
 ) -> Source:
-    """Read a folder of pictures with the splits that it brings, else cut by `split_rows`; raises as
+    """Read a folder of images with the splits that it brings, else cut by `split_rows`; raises as
     `ImageFolder`."""
     folder, options = Path(folder), (bad_rows, image_column, caption_column, encoding, outside)
     if folder.is_file() and not is_zip(folder):

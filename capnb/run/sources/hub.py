@@ -60,9 +60,9 @@ def _regrouped(hub):
 HUB_DATA = {'flickr30k': ('nlphuji/flickr30k', 'refs/convert/parquet'), 'flickr8k': ('jxie/flickr8k', None)}
 
 def held_back(
-    limit:int, # Training pictures
-) -> int: # Pictures of each other split
-    "Say how many pictures of each other split belong to a limited number of training pictures."
+    limit:int, # Training images
+) -> int: # Images of each other split
+    "Say how many images of each other split belong to a limited number of training images."
     return max(10, -(-limit//10))
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b409
@@ -101,7 +101,7 @@ def _groups(files, folder):
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b410
 def _first_rows(repo, revision, limit):
-    """The first rows of each of the hub's splits, as many as `limit` training pictures and what is held back
+    """The first rows of each of the hub's splits, as many as `limit` training images and what is held back
     beside them need."""
     from datasets import concatenate_datasets
     from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
@@ -111,13 +111,9 @@ def _first_rows(repo, revision, limit):
         with atomic_write(index) as f:
             json.dump(_parquet_files(repo, revision), f)
     files = json.loads(index.read_text())
-    need, have, hub, missing = (
-        lambda split: limit if split == 'train' else held_back(limit),
-        Counter(),
-        {},
-        missing_splits(files),
-    )
-    with progress_bar(total=limit, desc=f'Downloading {repo}', unit='picture') as bar:
+    need = lambda split: limit if split=='train' else held_back(limit)
+    have, hub, missing = Counter(), {}, missing_splits(files)
+    with progress_bar(total=limit, desc=f'Downloading {repo}', unit='image') as bar:
         for name,urls in files.items():
             parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
             for rows in _groups(urls, kept):
@@ -125,11 +121,8 @@ def _first_rows(repo, revision, limit):
                 parts.append(rows)
                 start += len(rows)
                 bar.update(min(have['train'], limit)-bar.n)
-                if all(
-                    have[split] >= need(split)
-                    for split in given_splits('split' in rows.column_names, name, missing)
-                ):
-                    break
+                wanted = given_splits('split' in rows.column_names, name, missing)
+                if all(have[split] >= need(split) for split in wanted): break
             hub[name] = concatenate_datasets(parts)
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}
 
@@ -137,7 +130,7 @@ def _first_rows(repo, revision, limit):
 def load_hub(
     repo:str, # 'owner/name' on the hub
     revision:str=None, # Branch, tag or commit; None for the main one
-    limit:int=None, # Download only what this many training pictures need; None for everything
+    limit:int=None, # Download only what this many training images need; None for everything
 ) -> dict: # Name of split (None for rows of no split among others): `datasets.Dataset`
     """Load a data set of the hub with the splits that it brings; raises `OSError` with one line that says
     what to do, see `capnb.hub.hub_errors`."""
@@ -147,6 +140,5 @@ def load_hub(
         if not constants.HF_HUB_OFFLINE: # what can't be had is told at once
             if HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated:
                 HfApi().auth_check(repo, repo_type='dataset')
-        return (
-            _first_rows(repo, revision, limit) if limit else _regrouped(load_dataset(repo, revision=revision))
-        )
+        if limit: return _first_rows(repo, revision, limit)
+        return _regrouped(load_dataset(repo, revision=revision))

@@ -89,7 +89,7 @@ def scan(
     rows = deque()
     images = decoding_pool().map(_sources(data, rows), min_side=CHECKED_SIDE)
     for i, image in enumerate(
-        progress_bar(images, desc=progress, disable=not progress, unit='picture', total=len(data))
+        progress_bar(images, desc=progress, disable=not progress, unit='image', total=len(data))
     ):
         row = rows.popleft()
         yield (i, None, str(image)) if isinstance(image, ValueError) else (i, dict(row, image=image), '')
@@ -116,7 +116,7 @@ def _hub_rows(repo, revision, limit, columns):
     without_split = found.pop(None, [])
     image, captions = infer_columns(next(iter(found.values())).features, *columns)
     log.info(
-        f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} pictures; from"
+        f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} images; from"
         f" column {image}, with captions from {', '.join(captions)}"
     )
     splits = {split: named_rows(rows, *columns) for split,rows in found.items()}
@@ -237,11 +237,11 @@ def load_data(
     if bad_rows=='skip':
         bad = [
             *source.bad,
-            *(b for split, rows in splits.items() for b in skip_bad(rows, f'Looking over {split}')),
+            *(b for split, rows in splits.items() for b in skip_bad(rows, f'Scanning {split}')),
         ]
         splits['train'].num_skipped = len(bad)
         if bad:
-            log.warning(f"⚠️ left out what cannot be read, {len(bad)} in all; the first: {bad[0]}")
+            log.warning(f"⚠️ skipped what cannot be read, {len(bad)} in all; the first: {bad[0]}")
     return splits
 
 def load_for(
