@@ -122,9 +122,7 @@ def image_of(image, where):
     or an array."""
     if isinstance(image, ImageFile): return image
     if isinstance(image, Mapping):
-        image = (
-            image['bytes'] if image.get('bytes') is not None else image.get('path') and Path(image['path'])
-        )
+        image = image['bytes'] if image.get('bytes') is not None else image.get('path')
     if isinstance(image, str):
         image = Path(image)
     if hasattr(image, 'detach'):

@@ -150,10 +150,8 @@ def read_model(
         raise
     except Exception as e: # a broken file may raise anything
         own_code = 'trust_remote_code' in str(e)
-        reason = (
-            'it needs Python code from its own folder, and no such code is run' if own_code else error_line(e)
-        )
-        raise ValueError(f"{what} cannot be read: {reason}") from e
+        refused = 'it needs Python code from its own folder, and no such code is run'
+        raise ValueError(f"{what} cannot be read: {refused if own_code else error_line(e)}") from e
 
 # %% ../nbs/30d_hub.ipynb #0da7b002
 _QWEN3 = {'': '0.6B 1.7B 4B 8B 14B 32B'.split(), '-Base': '0.6B 1.7B 4B 8B 14B'.split()} # the dense ones
@@ -175,11 +173,8 @@ def _check_numbers(what, config):
     """Raise a `ValueError` if a number of a configuration is larger than that of any model, before anything
     is built of it."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        numbers = (
-            {k: v for k, v in vars(part).items() if isinstance(v, int) and k.startswith(('n_', 'num_'))}
-            if part
-            else {}
-        )
+        found = vars(part).items() if part else ()
+        numbers = {k: v for k,v in found if isinstance(v, int) and k.startswith(('n_','num_'))}
         numbers |= {k: getattr(part, k, None) for k in _MOST}
         for k,v in numbers.items():
             if isinstance(v, int) and v > _MOST.get(k, 100_000):
@@ -223,13 +218,10 @@ def load_whole(
     import torch
     from transformers.utils import logging
     level, dtype = logging.get_verbosity(), dtype or default_dtype(device)
-    flash = (
-        cls._supports_flash_attn
-        and dtype != torch.float32
-        and default_attention(device) == 'flash_attention_2'
-    )
+    flash = 'flash_attention_2'
+    may_flash = cls._supports_flash_attn and dtype!=torch.float32 and default_attention(device)==flash
     options = dict(
-        output_loading_info=True, dtype='auto', attn_implementation='flash_attention_2' if flash else None
+        output_loading_info=True, dtype='auto', attn_implementation=flash if may_flash else None
     )
     logging.set_verbosity_error() # we read the report ourselves
     try:

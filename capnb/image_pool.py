@@ -118,10 +118,10 @@ _CHILD = (
     " decode_requests(memory, seconds)"
 )
 
-# memory is used again
+# one image at a time; and memory is used again
 _ENVIRONMENT = dict(
     OMP_NUM_THREADS='1',
-    OPENBLAS_NUM_THREADS='1',  # one image at a time
+    OPENBLAS_NUM_THREADS='1',
     PILLOW_BLOCKS_MAX='4',
     MALLOC_MMAP_THRESHOLD_=str(2**26),
     MALLOC_TRIM_THRESHOLD_=str(2**27),
@@ -224,12 +224,8 @@ class DecodingPool:
         seconds:float=30, # For one image
         memory:int=2**31, # Bytes of address space for each child, where the system sets such limits
     ):
-        self.workers, self.seconds, self.memory, self.pid = (
-            workers or os.cpu_count() or 1,
-            seconds,
-            memory,
-            os.getpid(),
-        )
+        self.workers = workers or os.cpu_count() or 1
+        self.seconds, self.memory, self.pid = seconds, memory, os.getpid()
         self.idle, self.waiting, self.children = queue.LifoQueue(), queue.SimpleQueue(), set()
         self.large, self.closed = threading.Lock(), threading.Event()
         for _ in range(self.workers):
@@ -289,10 +285,10 @@ class DecodingPool:
         if self.closed.is_set() or os.getpid()!=self.pid:
             raise RuntimeError("the pool is closed, or belongs to another process")
         name = str(name or (source if isinstance(source, (str, Path)) else 'the image'))
-        request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), (
-            source if isinstance(source, bytes) else b''
-        )
-        if not isinstance(source, bytes):
+        request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), b''
+        if isinstance(source, bytes):
+            body = source
+        else:
             request['path'] = os.path.abspath(source)
         if len(body) > MOST_FILE:
             raise ValueError(f"{name} is not a readable picture: it has more than {MOST_FILE>>20} MB")
@@ -336,7 +332,8 @@ class DecodingPool:
                 yield _result(waiting.popleft())
         finally:
             for future in waiting:
-                isinstance(future, Future) and future.cancel()
+                if isinstance(future, Future):
+                    future.cancel()
 
     def close(self):
         "End the children; what waits is given up, what is in work is an error."

@@ -58,10 +58,8 @@ def image_format(
     return next((format for format,known in _SUFFIXES.items() if suffix and suffix in known.split()), None)
 
 def _missing_package(format):
-    return (
-        f"it is {format}, which needs the package {_PACKAGES[format]}; install it with: pip install"
-        " 'capnb[formats]'"
-    )
+    package = f"the package {_PACKAGES[format]}; install it with: pip install 'capnb[formats]'"
+    return f"it is {format}, which needs {package}"
 
 _HEIF = b'heic heix heim heis hevc hevx mif1 msf1'.split() # the kinds of its files
 
@@ -262,11 +260,9 @@ def _why(error, source):
         with open(source, 'rb') as f:
             head = f.read(12)
     if not head: return 'it is empty'
-    return (
-        _missing_package(format)
-        if (format := _foreign(head)) and format not in image_formats()
-        else 'its content is of no known format'
-    )
+    format = _foreign(head)
+    if format and format not in image_formats(): return _missing_package(format)
+    return 'its content is of no known format'
 
 @dataclass(frozen=True)
 class ImageFile:

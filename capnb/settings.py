@@ -275,18 +275,12 @@ def _fits(value, kind, m):
 def allowed(kind, m) -> str:
     "Say in words what a setting of a kind (`int`, `float`, `str`, `bool`) and with these `limits` takes."
     if m['choices']: return ' or '.join([*m['choices'], *['null']*m['optional']])
-    low = (
-        ''
-        if kind not in (int, float)
-        else f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
-    )
-    high = '' if m['hi'] is None else f" and up to {m['hi']}"
-    return (
-        {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind]
-        + low
-        + high
-        + (' or null' if m['optional'] else '')
-    )
+    words = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false'}[kind]
+    if kind in (int, float):
+        words += f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
+    if m['hi'] is not None:
+        words += f" and up to {m['hi']}"
+    return words + ' or null'*m['optional']
 
 def check_value(
     name:str, # Of the setting, for the message

@@ -163,9 +163,9 @@ def check_data(
         split: _scan(CaptionData(rows, limit if split == 'train' else None), split, samples, bad, scanned)
         for split, rows in source.splits.items()
     }
-    without_split = (
-        _scan(CaptionData(source.without_split), NO_SPLIT, 0, bad, scanned) if source.without_split else None
-    )
+    without_split = None
+    if source.without_split:
+        without_split = _scan(CaptionData(source.without_split), NO_SPLIT, 0, bad, scanned)
     warnings = find_warnings(scanned)
     if source.tables and (missing := _without_row(data, source.tables))['count']:
         warnings.append(missing)

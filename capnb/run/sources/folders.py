@@ -91,10 +91,8 @@ class ImageFolder:
                 return
             first = self._of_file.setdefault(str(path), image) # the first name of the file
             if self.finder.drops_apart(first, image):
-                return (
-                    f"{where}: {image!r} and {first!r} would both be"
-                    f" {path.relative_to(self.folder).as_posix()!r}; write its name"
-                )
+                file = path.relative_to(self.folder).as_posix()
+                return f"{where}: {image!r} and {first!r} would both be {file!r}; write its name"
             self._known[image] = first
             self.paths.setdefault(self._known[image], path)
         image = self._known[image]
@@ -122,11 +120,8 @@ class _Picked:
 def _with_validation(parts):
     "Cut off what is missing: everything from rows without a split (`None`), validation from 'train'."
     if set(parts)=={None}: return split_rows(parts[None])
-    return (
-        parts
-        if 'validation' in parts or 'train' not in parts
-        else {**parts, **split_rows(parts['train'], held=('validation',))}
-    )
+    if 'validation' in parts or 'train' not in parts: return parts
+    return {**parts, **split_rows(parts['train'], held=('validation',))}
 
 class Source(NamedTuple):
     "What a source of data holds."

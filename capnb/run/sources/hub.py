@@ -111,12 +111,8 @@ def _first_rows(repo, revision, limit):
         with atomic_write(index) as f:
             json.dump(_parquet_files(repo, revision), f)
     files = json.loads(index.read_text())
-    need, have, hub, missing = (
-        lambda split: limit if split == 'train' else held_back(limit),
-        Counter(),
-        {},
-        missing_splits(files),
-    )
+    need = lambda split: limit if split=='train' else held_back(limit)
+    have, hub, missing = Counter(), {}, missing_splits(files)
     with progress_bar(total=limit, desc=f'Downloading {repo}', unit='image') as bar:
         for name,urls in files.items():
             parts, start, kept = [], 0, folder/re.search('@([^/]+)', urls[0])[1]/name
@@ -125,11 +121,8 @@ def _first_rows(repo, revision, limit):
                 parts.append(rows)
                 start += len(rows)
                 bar.update(min(have['train'], limit)-bar.n)
-                if all(
-                    have[split] >= need(split)
-                    for split in given_splits('split' in rows.column_names, name, missing)
-                ):
-                    break
+                wanted = given_splits('split' in rows.column_names, name, missing)
+                if all(have[split] >= need(split) for split in wanted): break
             hub[name] = concatenate_datasets(parts)
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}
 
@@ -147,6 +140,5 @@ def load_hub(
         if not constants.HF_HUB_OFFLINE: # what can't be had is told at once
             if HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated:
                 HfApi().auth_check(repo, repo_type='dataset')
-        return (
-            _first_rows(repo, revision, limit) if limit else _regrouped(load_dataset(repo, revision=revision))
-        )
+        if limit: return _first_rows(repo, revision, limit)
+        return _regrouped(load_dataset(repo, revision=revision))

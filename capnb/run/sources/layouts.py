@@ -46,12 +46,8 @@ def _tables_below(folder, other):
     "The tables one level down, in folders before zips: of the usual names, and of any in `annotations`."
     below = [folder/name for name in _entries(folder)[0] if not name.startswith('.') and name!='__MACOSX']
     for zips in (False, True):
-        found = [
-            t
-            for f in below
-            if is_zip(f) == zips
-            for t in tables_in(f, other and f.name.lower() == 'annotations')
-        ]
+        places = [f for f in below if is_zip(f)==zips]
+        found = [t for f in places for t in tables_in(f, other and f.name.lower()=='annotations')]
         if found: return found
     return []
 
@@ -60,16 +56,11 @@ def only_table(folder):
     if len(tables)==1: return tables[0]
     usual = 'one table of captions, such as captions.csv with the columns file_name and caption'
     others = 'parquet, WebDataset tars and a .txt beside each image are read, too'
-    unread = (
-        [told for name in sorted(os.listdir(folder)) if (told := unread_table(name))]
-        if folder.is_dir()
-        else []
-    )
-    found, help = (
-        (', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}')
-        if tables
-        else ('none', '; '.join(unread[:3]) or others)
-    )
+    files = sorted(os.listdir(folder)) if folder.is_dir() else []
+    unread = [told for name in files if (told := unread_table(name))]
+    found, help = 'none', '; '.join(unread[:3]) or others
+    if tables:
+        found, help = ', '.join(t.name for t in tables), f'name one, as in --data {tables[0]}'
     raise FileNotFoundError(f"{folder} needs {usual}; it has {found}; {help}")
 
 def split_of_name(
@@ -102,10 +93,9 @@ def folder_tables(
 def folder_of_table(table):
     "The folder of the images of a table: where it lies, or the one above if only that has images."
     here, above = table.parent, table.parent.parent
-    has_images = lambda folder: any(map(image_format, _entries(folder)[1])) or any(
-        map(is_zip, folder.glob('*.zip'))
-    )
-    if split_zip(table) or any(map(image_format, walk_files(here))) or any(map(is_zip, here.glob('*.zip'))):
+    has_zips = lambda folder: any(map(is_zip, folder.glob('*.zip')))
+    has_images = lambda folder: any(map(image_format, _entries(folder)[1])) or has_zips(folder)
+    if split_zip(table) or any(map(image_format, walk_files(here))) or has_zips(here):
         return here
     beside = [above, *(above/name for name in _entries(above)[0] if not is_zip(above/name))]
     return above if any(map(has_images, beside)) else here

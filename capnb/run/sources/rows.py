@@ -23,11 +23,9 @@ def infer_columns(
     """Tell which columns hold image and captions: the image by its type, captions by their name; raises
     `ValueError` that lists the columns where that is not clear."""
     from datasets import LargeList, List, Value
-    is_text = lambda f: (
-        is_text(f.feature)
-        if isinstance(f, (List, LargeList))
-        else isinstance(f, Value) and 'string' in f.dtype
-    )
+    def is_text(f):
+        if isinstance(f, (List, LargeList)): return is_text(f.feature)
+        return isinstance(f, Value) and 'string' in f.dtype
     images = [image_column] if image_column else image_columns(features)
     texts = [n for n,f in features.items() if is_text(f)]
     captions = [n.strip() for n in caption_column.split(',')] if caption_column else _named_captions(texts)
@@ -52,13 +50,9 @@ def image_columns(
     "The columns that hold images: of that type, else arrays, else bytes or texts by their usual names."
     from datasets import Image, Value
     stored = lambda f: isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)
-    named = (
-        lambda n, f: isinstance(f, Value)
-        and re.search('binary|string', f.dtype)
-        and n.lower() in IMAGE_COLUMNS
-    )
+    bytes_or_text = lambda f: isinstance(f, Value) and re.search('binary|string', f.dtype)
     found = [n for n,f in features.items() if stored(f)] or [n for n,f in features.items() if _array_type(f)]
-    by_name = [n for n,f in features.items() if named(n, f)]
+    by_name = [n for n,f in features.items() if bytes_or_text(f) and n.lower() in IMAGE_COLUMNS]
     by_name.sort(key=lambda n: IMAGE_COLUMNS.index(n.lower()))
     return found or by_name[:1]
 

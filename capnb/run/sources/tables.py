@@ -187,23 +187,15 @@ def _records(records, place, names, columns):
     "Place, image, captions and split of each object."
     for n,record in records:
         if not isinstance(record, dict):
-            wrong = (
-                record
-                if isinstance(record, ValueError)
-                else ValueError(f"is not a JSON object, but {record!r:.60}")
-            )
-            yield f'{place} {n}', wrong, '', None
+            wrong = ValueError(f"is not a JSON object, but {record!r:.60}")
+            yield f'{place} {n}', record if isinstance(record, ValueError) else wrong, '', None
             continue
         said = [record.get(names[c]) for c in columns.captions]
         if len(said) > 1:
             said = [t for t in said if t not in (None, '')]
         split = None if columns.split is None else record.get(names[columns.split])
-        yield (
-            f'{place} {n}',
-            record.get(names[columns.image]),
-            said[0] if len(columns.captions) == 1 else said,
-            split,
-        )
+        image = record.get(names[columns.image])
+        yield f'{place} {n}', image, said[0] if len(columns.captions)==1 else said, split
 
 def _json_lines(text):
     "Line and value of each line of JSON, or the error."
@@ -259,17 +251,11 @@ def _coco_table(images, annotations, image_column, caption_column):
 def _karpathy_rows(images):
     for n,image in enumerate(images):
         name, sentences = str(image.get('filename') or ''), image.get('sentences')
-        texts = (
-            [s.get('raw') if isinstance(s, dict) else None for s in sentences]
-            if isinstance(sentences, list)
-            else []
-        )
-        yield (
-            f'image {n}',
-            name and str(Path(str(image.get('filepath') or '')) / name),
-            texts,
-            image.get('split'),
-        )
+        if not isinstance(sentences, list):
+            sentences = []
+        texts = [s.get('raw') if isinstance(s, dict) else None for s in sentences]
+        path = name and str(Path(str(image.get('filepath') or ''))/name)
+        yield f'image {n}', path, texts, image.get('split')
 
 def _is_mapping(found):
     "Whether a document gives the captions of each image by its name."
@@ -293,9 +279,8 @@ def read_document(
         lists = [v for v in found.values() if isinstance(v, list)]
         if len(lists)==1:
             return _record_rows(enumerate(lists[0]), 'object', image_column, caption_column)
-    images, annotations = (
-        found.get(k) if isinstance(found, dict) else None for k in ('images', 'annotations')
-    )
+    parts = found if isinstance(found, dict) else {}
+    images, annotations = parts.get('images'), parts.get('annotations')
     for what,rows in (('images', images), ('annotations', annotations or [])):
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
             raise ValueError(f"{what!r} must be a list of objects, as COCO or Karpathy has it")
