@@ -1,5 +1,5 @@
 "The captioner that comes with the package: its files, where it is used, and where never."
-import http.client, json, re, socket, subprocess, sys, time
+import http.client, json, socket, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from capnb.captioner import load_model_from_checkpoint, shipped_checkpoint

@@ -9,7 +9,7 @@ from capnb.encoder import encode_data
 from capnb.fast import cache
 from capnb.fast.cpu import FrozenLinear, use_onednn
 from capnb.fast.loss import caption_loss, head_is_plain
-from capnb.fast.packing import reads_rows
+from capnb.fast.packing import reads_rows, takes_positions
 from capnb.fast.parts import is_fast, make_fast
 from capnb.fast.quantized import use_int8
 from capnb.settings import as_hyperparameters
@@ -34,6 +34,8 @@ def test_a_new_captioner_is_readable_and_a_fast_one_says_so(pair):
     assert (readable.reader, readable.writer) == (read_captions, write_captions)
     assert (is_fast(readable), is_fast(fast), is_fast(make_fast(fast))) == (False, True, True)
     assert readable.state_dict().keys() == fast.state_dict().keys()
+    # else it would fall back to rows of their own, and to all logits
+    assert takes_positions(fast.decoder, 64) and head_is_plain(fast.decoder)
 
 @pytest.mark.parametrize(
     'some', [lambda i: 1, lambda i: 5, lambda i: 1 + i % 5], ids=['one', 'five', 'one to five']

@@ -42,7 +42,7 @@ def install(archive, folder):
 def use(folder, env):
     "Train and caption with what is installed in a folder, by its commands and from Python."
     work = folder.parent
-    python = f"import capnb, pathlib; print(pathlib.Path(capnb.__file__).parent.parent, capnb.__version__)"
+    python = "import capnb, pathlib; print(pathlib.Path(capnb.__file__).parent.parent, capnb.__version__)"
     place, version = call(sys.executable, '-c', python, cwd=work, **env).split()
     assert Path(place) == folder
     sizes = '--training_size_limit 24 --batch_size 8 --num_epochs 1 --adapter_width 16'.split()

@@ -113,12 +113,14 @@ NOT_YET_DOWN = {
 def test_there_is_something_to_test():
     assert NOTEBOOKS and MODULES
 
-# A process that has imported what others wrote, and nothing of ours, is copied for each module: a forgotten import
+# A process that has imported what others wrote, and nothing of ours, is copied for each module: a forgotten
+# import
 # shows as it does in a fresh one, in a fraction of its time.
 IMPORT_EACH = '''
 import json, os, sys, traceback
 import accelerate, datasets, ipywidgets, matplotlib.pyplot, torch._dynamo, transformers
-import transformers.models.auto.modeling_auto, transformers.generation.utils, transformers.image_processing_utils
+import transformers.generation.utils, transformers.image_processing_utils
+import transformers.models.auto.modeling_auto
 failed = {}
 for module in sys.argv[1:]:
     told, tell = os.pipe()
@@ -224,3 +226,21 @@ def test_every_chapter_is_ready_for_the_site():
     assert done.returncode == 0, done.stderr[-3000:]
     wanted = [*NOTEBOOKS, *(ROOT/'nbs'/'images').iterdir(), ROOT/'nbs'/'styles.css']
     assert [p for p in wanted if not (ROOT/'_proc'/p.relative_to(ROOT/'nbs')).exists()] == []
+
+def test_the_changelog_names_what_is_there():
+    text = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    for row in re.findall(r'^\| .*? \| (.*) \|$', text, re.M):
+        package = ''
+        for name in re.findall(r'`((?:capnb)?\.[\w.*]+)`', row):
+            name = name if name.startswith('capnb') else package + name # `.loss` after `capnb.fast.packing`
+            package = name.rpartition('.')[0]
+            module, attribute = name.removeprefix('capnb.').removesuffix('.*'), ''
+            if module not in MODULES:
+                module, _, attribute = module.rpartition('.')
+            found = module in MODULES and (not attribute or attribute in FILES[module].read_text('utf-8'))
+            assert (
+                found
+                or (
+                    ROOT / 'capnb' / name.removeprefix('capnb.').removesuffix('.*').replace('.', '/')
+                ).is_dir()
+            ), name

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
 from capnb.run import trackers
-from capnb.run import commands
+from capnb.run import entry
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
@@ -131,8 +131,8 @@ def test_mlflow_has_it_all(album, place, store):
     stored = lambda name: Path(client.download_artifacts(run.info.run_id, name, str(place)))
     for f in files:
         assert stored(f'checkpoints/{f.name}').read_bytes() == f.read_bytes()
-    model = commands.prepare(
-        commands.as_hyperparameters(metadata[1]['hyperparameters']), only=('train', 'validation')
+    model = entry.prepare(
+        entry.as_hyperparameters(metadata[1]['hyperparameters']), only=('train', 'validation')
     )
     shown = json.loads(stored('samples/step-000008.json').read_text(encoding='utf-8'))
     assert [s['references'] for s in shown] == [r['captions'] for r in model[2]['validation'].rows] and all(
@@ -253,7 +253,7 @@ def test_a_failure_of_wandb_is_loud(album, place, environment):
 )
 def test_a_tracker_that_is_not_there(monkeypatch, album, report_to, available, word):
     monkeypatch.setattr(trackers, 'get_available_trackers', lambda: available)
-    monkeypatch.setattr(commands, 'prepare', lambda *a: pytest.fail('data was loaded'))
+    monkeypatch.setattr(entry, 'prepare', lambda *a: pytest.fail('data was loaded'))
     with pytest.raises(ValueError) as error:
         train(SMALL, data=album, report_to=report_to)
     assert word in str(error.value)

@@ -17,7 +17,11 @@ def mypy(file, cache, tmp_path):
     "What mypy says of a file, from a folder in which it finds nothing but what is installed."
     done = subprocess.run(
         [sys.executable, '-m', 'mypy', '--follow-imports=silent', '--cache-dir', cache, file],
-        cwd=tmp_path, env={**os.environ, 'MYPYPATH': str(HERE.parent)}, capture_output=True, text=True, timeout=900
+        cwd=tmp_path,
+        env={**os.environ, 'MYPYPATH': str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     return done.returncode, done.stdout + done.stderr
 

@@ -30,8 +30,9 @@ def load(checkpoint='newest', folder='saved_models', best: bool = False, device=
     Parameters
     ----------
     checkpoint : str or Path, default 'newest'
-        File of weights, `model_state_dict_....pth`, or a folder, for the newest one there;
-        or a word: 'newest' in `folder`, the 'best' of the newest run, 'storybook' for the captioner that comes with the package.
+        File of weights, `model_state_dict_....pth`, or a folder, for the newest one there; or a word:
+        'newest' in `folder`, the 'best' of the newest run, 'storybook' for the captioner that comes with
+        the package.
     folder : str or Path, default 'saved_models'
         Where to look for a checkpoint when no file is named.
     best : bool, default False
