@@ -243,10 +243,8 @@ def best_settings(
     "Give the settings of the best trial; raises `ValueError` if no trial has come to its end."
     done = [t for t in _done(study) if t.state.name=='COMPLETE']
     if not done:
-        raise ValueError(
-            "no trial has come to its end:"
-            f" {next((t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs), 'none has begun')}"
-        )
+        errors = [t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs]
+        raise ValueError(f"no trial has come to its end: {errors[0] if errors else 'none has begun'}")
     return as_hyperparameters(h, **done[0].params, output_dir=Hyperparameters.output_dir)
 
 def command_line(
