@@ -230,12 +230,15 @@ def model_card(
         tags=['image-captioning', 'capnb'],
         base_model=[n.split('@')[0] for n in (h.encoder_name, h.decoder_name)],
     )
+    also = ', and what was trained with it in the decoder' if h.lora_rank or h.unfreeze_layers else ''
+    versions = ', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())
     return ModelCard(f"""---
 {about.to_yaml()}
 ---
 # An image captioner: {h.encoder_name} and {h.decoder_name}
 
-This repository holds what learned: the adapter between a frozen image encoder and a frozen language model{', and what was trained with it in the decoder' if h.lora_rank or h.unfreeze_layers else ''}. The frozen parts come from their makers, under their licences.
+This repository holds what learned: the adapter between a frozen image encoder and a frozen \
+language model{also}. The frozen parts come from their makers, under their licences.
 
 | part | name |
 |---|---|
@@ -253,11 +256,13 @@ model.captioner.caption(Image.open('picture.jpg'))
 
 ## Training
 
-{learned}; {metadata.get('steps', '?')} steps of {h.batch_size} captions, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g}, on {metadata.get('device', '?')}, {', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())}.
+{learned}; {metadata.get('steps', '?')} steps of {h.batch_size} captions, \
+{metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g}, on {metadata.get('device', '?')}, {versions}.
 
 ## Scores
 
-ROUGE-L; the floor is what another picture's captions reach, the ceiling one person's caption against the others'. The image gain says how many nats a caption loses when its picture is swapped for another.
+ROUGE-L; the floor is what another picture's captions reach, the ceiling one person's caption against \
+the others'. The image gain says how many nats a caption loses when its picture is swapped for another.
 
 | split | ROUGE-L | floor | ceiling | image gain |
 |---|---|---|---|---|
