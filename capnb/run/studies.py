@@ -230,9 +230,9 @@ def sweep_table(
         [str(t.number), *(show(t.params[n]) for n in names), '-', '-', '-', t.user_attrs['error']]
         for t in failed
     ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
     return '\n'.join(
-        '  '.join(cell.rjust(w) for cell, w in zip(row[:-1], widths)) + f'  {row[-1]}'.rstrip()
+        '  '.join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) + f'  {row[-1]}'.rstrip()
         for row in rows
     )
 
@@ -283,7 +283,7 @@ def draw_study(
     if sum(t.state.name=='COMPLETE' for t in study.trials) < 2: return []
     paths = [Path(folder)/f'{name}.png' for name in PLOTS]
     for path, plot in zip(
-        paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)
+        paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances), strict=False
     ):
         with warnings.catch_warnings(), plt.rc_context({'figure.figsize': (7,4)}):
             for category in (optuna.exceptions.ExperimentalWarning, UserWarning):
