@@ -205,7 +205,7 @@ def writing_side(
         written = decoder.generate(
             inputs_embeds=part, attention_mask=torch.ones(part.shape[:2], dtype=torch.long), **options
         ).tolist()
-        return [ids[:n] for ids,n in zip(written, lengths)]
+        return [ids[:n] for ids,n in zip(written, lengths, strict=False)]
     def round():
         if name!='transformers': return greedy_ids(decoder, prefix, lengths, None, rows)
         return sum((transformers(prefix[i:i+rows], lengths[i:i+rows]) for i in range(0, captions, rows)), [])
@@ -252,9 +252,9 @@ def bound_side(captions:int=12):
     def round():
         steps = [
             products_seconds(decoder, sum(map(len, part)))
-            for part in zip(*[iter(_captions(captions))] * BATCH)
+            for part in zip(*[iter(_captions(captions))] * BATCH, strict=False)
         ]
-        return [sum(s) for s in zip(*steps)]
+        return [sum(s) for s in zip(*steps, strict=False)]
     return round
 
 
@@ -281,7 +281,7 @@ def _serve(side):
         out = round()
         seconds, now = time.perf_counter()-start, psutil.Process().cpu_times()
         result = (
-            dict(zip(('seconds', 'operations'), out))
+            dict(zip(('seconds', 'operations'), out, strict=False))
             if name == 'bound'
             else dict(tokens=out) if kind == 'write' else dict(loss=out[0], gradient=out[1].norm().item())
         )
@@ -371,7 +371,7 @@ def bench(
     }
     _check_same(results)
     ratios = {
-        name: sorted(a['seconds'] / b['seconds'] for a, b in zip(results[slow], results[fast]))
+        name: sorted(a['seconds'] / b['seconds'] for a, b in zip(results[slow], results[fast], strict=False))
         for name, (slow, fast) in RATIOS.items()
     }
     captions, ours, products, peaks = (

@@ -8,6 +8,7 @@ __all__ = ['KNOWN_DATA', 'PROCESS_GB', 'planned_data', 'image_counts', 'data_gb'
 
 # %% ../../nbs/34_planning.ipynb #13a00003
 import shutil, time
+from functools import partial
 from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
@@ -233,7 +234,8 @@ def time_phases(
         optimizer.step()
         optimizer.zero_grad()
     def write(n):
-        return _seconds(lambda: generate_captions(model.decoder, _Wordless(), prefix, n, write=write_ids), device)
+        one = partial(generate_captions, model.decoder, _Wordless(), prefix, n, write=write_ids)
+        return _seconds(one, device)
     return dict(
         prepare=_seconds(lambda: processor([photograph] * encoded, return_tensors='pt'), device) / encoded,
         encode=_seconds(do['encode'], device) / encoded,

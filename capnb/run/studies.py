@@ -230,9 +230,9 @@ def sweep_table(
         [str(t.number), *(show(t.params[n]) for n in names), '-', '-', '-', t.user_attrs['error']]
         for t in failed
     ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
     return '\n'.join(
-        '  '.join(cell.rjust(w) for cell, w in zip(row[:-1], widths)) + f'  {row[-1]}'.rstrip()
+        '  '.join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) + f'  {row[-1]}'.rstrip()
         for row in rows
     )
 
@@ -243,10 +243,8 @@ def best_settings(
     "Give the settings of the best trial; raises `ValueError` if no trial has come to its end."
     done = [t for t in _done(study) if t.state.name=='COMPLETE']
     if not done:
-        raise ValueError(
-            "no trial has come to its end:"
-            f" {next((t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs), 'none has begun')}"
-        )
+        errors = [t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs]
+        raise ValueError(f"no trial has come to its end: {errors[0] if errors else 'none has begun'}")
     return as_hyperparameters(h, **done[0].params, output_dir=Hyperparameters.output_dir)
 
 def command_line(
@@ -284,9 +282,8 @@ def draw_study(
     from optuna.visualization import matplotlib as draw
     if sum(t.state.name=='COMPLETE' for t in study.trials) < 2: return []
     paths = [Path(folder)/f'{name}.png' for name in PLOTS]
-    for path, plot in zip(
-        paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)
-    ):
+    plots = (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)
+    for path,plot in zip(paths, plots, strict=True):
         with warnings.catch_warnings(), plt.rc_context({'figure.figsize': (7,4)}):
             for category in (optuna.exceptions.ExperimentalWarning, UserWarning):
                 # UserWarning: an axis on which all trials have the same value

@@ -38,7 +38,7 @@ def _open_rows(rows, pool, min_side):
     ]
     opened = list(pool.map(sources, min_side=min_side))
     errors = [str(image) if isinstance(image, ValueError) else None for image in opened]
-    return [image for image,error in zip(opened, errors) if error is None], errors
+    return [image for image,error in zip(opened, errors, strict=False) if error is None], errors
 
 def _spread(values, errors):
     "One value for each row without an error, None for the others."

@@ -46,7 +46,7 @@ def _as_answer(found):
 def _write(model, asked, send, options):
     """Caption the images of several requests in one go; words are sent as they are written where there is
     one beam."""
-    uids, images, streams = zip(*asked)
+    uids, images, streams = zip(*asked, strict=False)
     beams, several = (options.get(name, 1) > 1 for name in ('num_beams', 'num_return_sequences'))
     rows, words = [i for i,stream in enumerate(streams) if stream], {}
     if rows and not (beams or several):
