@@ -283,7 +283,9 @@ def draw_study(
     if sum(t.state.name=='COMPLETE' for t in study.trials) < 2: return []
     paths = [Path(folder)/f'{name}.png' for name in PLOTS]
     for path, plot in zip(
-        paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances), strict=False
+        paths,
+        (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances),
+        strict=False,
     ):
         with warnings.catch_warnings(), plt.rc_context({'figure.figsize': (7,4)}):
             for category in (optuna.exceptions.ExperimentalWarning, UserWarning):
