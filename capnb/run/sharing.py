@@ -213,17 +213,24 @@ def _score_lines(metadata):
         for name, s in splits.items()
     )
 
+def _trained_line(h, metadata):
+    "What the captioner learned from, for how long, and on what."
+    data = without_paths(metadata.get('data', {}))
+    counts = (f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='num_skipped')
+    versions = ', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())
+    return (
+        f"{', '.join(counts)} pictures of {data.get('name', h.data)}; {metadata.get('steps', '?')} steps of"
+        f" {h.batch_size} captions, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g},"
+        f" on {metadata.get('device', '?')}, {versions}."
+    )
+
 def model_card(
     config:CapnbConfig,
     metadata:dict, # Of the checkpoint
     name:str='FOLDER-OR-HUB-ID', # Where the captioner will be
 ) -> ModelCard:
     "Write the model card of a captioner from its metadata."
-    h, data = config.h, without_paths(metadata.get('data', {}))
-    learned = (
-        f"{', '.join(f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='num_skipped')}"
-        f" pictures of {data.get('name', h.data)}"
-    )
+    h = config.h
     about = ModelCardData(
         library_name='capnb',
         pipeline_tag='image-to-text',
@@ -231,7 +238,6 @@ def model_card(
         base_model=[n.split('@')[0] for n in (h.encoder_name, h.decoder_name)],
     )
     also = ', and what was trained with it in the decoder' if h.lora_rank or h.unfreeze_layers else ''
-    versions = ', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())
     return ModelCard(f"""---
 {about.to_yaml()}
 ---
@@ -256,8 +262,7 @@ model.captioner.caption(Image.open('picture.jpg'))
 
 ## Training
 
-{learned}; {metadata.get('steps', '?')} steps of {h.batch_size} captions, \
-{metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g}, on {metadata.get('device', '?')}, {versions}.
+{_trained_line(h, metadata)}
 
 ## Scores
 
