@@ -8,6 +8,7 @@ from capnb.hub import model_path
 from capnb.insight.facts import facts_scores
 from capnb.insight.widgets.captions import CaptionWidget
 from capnb.run.entry import NO_CHECKPOINT, find_captioner
+from capnb.run.pretrain import make_adapter
 from capnb.run.sharing import CapnbForImageCaptioning, share
 from capnb.storybook import Storybook
 
@@ -62,6 +63,11 @@ def test_it_writes_well(model):
     rows = [Storybook('test')[i] for i in range(100)]
     scores = facts_scores(model.caption([row['image'] for row in rows]), [row['facts'] for row in rows])
     assert scores['pairs']['f1'] > .93, scores
+
+def test_the_same_seed_makes_the_same_file(tmp_path):
+    short = dict(training_size_limit=64, max_steps=2, evaluation_enabled=False)
+    first, second = (make_adapter(tmp_path/name, **short) for name in ('first', 'second'))
+    assert first.read_bytes() == second.read_bytes() and first.name == shipped_checkpoint().name[:-5]+'1.pth'
 
 # --- Where it is used
 

@@ -220,8 +220,8 @@ def _trained_line(h, metadata):
     versions = ', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())
     return (
         f"{', '.join(counts)} pictures of {data.get('name', h.data)}; {metadata.get('steps', '?')} steps of"
-        f" {h.batch_size} captions, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g}, on"
-        f" {metadata.get('device', '?')}, {versions}."
+        f" {h.batch_size} captions, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g},"
+        f" on {metadata.get('device', '?')}, {versions}."
     )
 
 def model_card(

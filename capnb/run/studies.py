@@ -282,9 +282,8 @@ def draw_study(
     from optuna.visualization import matplotlib as draw
     if sum(t.state.name=='COMPLETE' for t in study.trials) < 2: return []
     paths = [Path(folder)/f'{name}.png' for name in PLOTS]
-    for path, plot in zip(
-        paths, (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances), strict=False
-    ):
+    plots = (draw.plot_optimization_history, draw.plot_parallel_coordinate, draw.plot_param_importances)
+    for path,plot in zip(paths, plots, strict=True):
         with warnings.catch_warnings(), plt.rc_context({'figure.figsize': (7,4)}):
             for category in (optuna.exceptions.ExperimentalWarning, UserWarning):
                 # UserWarning: an axis on which all trials have the same value
