@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'split_zip', 'is_zip', 'zip_files', 'is_regular',
            'read_zipped', 'read_text', 'parse_json', 'atomic_write', 'check_writable', 'free_lock', 'shell_line',
-           'write_json', 'say', 'error_line']
+           'shown_path', 'write_json', 'say', 'error_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
 import errno, json, os, re, shlex, subprocess, sys, tempfile, unicodedata, zipfile, zlib
@@ -318,6 +318,15 @@ def shell_line(
 ) -> str:
     "Write a command so that it can be pasted into the shell of this system."
     return subprocess.list2cmdline(words) if sys.platform=='win32' else shlex.join(words)
+
+# %% ../nbs/30_files.ipynb #30f11e02
+def shown_path(path) -> str:
+    "Write a path for a message: `~` for the home folder, and what comes with the package from `capnb/` on."
+    path = Path(path)
+    package = Path(__file__).resolve().parent
+    if path.is_relative_to(package): return str(path.relative_to(package.parent))
+    if path.is_relative_to(Path.home()): return str(Path('~')/path.relative_to(Path.home()))
+    return str(path)
 
 # %% ../nbs/30_files.ipynb #aa5720e2
 def write_json(

@@ -19,7 +19,7 @@ from zlib import crc32
 from PIL import Image
 from ..log import log, progress_bar
 from ..settings import Hyperparameters
-from ..files import atomic_write, check_writable, read_zipped, split_zip
+from ..files import atomic_write, check_writable, read_zipped, shown_path, split_zip
 from ..images import ImageFile, MOST_FILE
 from ..image_pool import image_opener
 from ..data import image_of
@@ -325,7 +325,7 @@ def encode_data(
     with TemporaryDirectory() if folder is None else nullcontext(folder) as root:
         cache = _cache_for(encoder, root)
         if progress:
-            _say_size(progress, len(data), cache, 'in memory' if folder is None else f'in {cache.folder}')
+            _say_size(progress, len(data), cache, 'in memory' if folder is None else f'in {shown_path(cache.folder)}')
         rows, digests = _fill(cache, encoder, data, batch_size, progress, threads)
         features = Features(cache.shards, cache.find(digests))
         return EncodedData(features[:] if folder is None else features, rows, data.num_skipped)

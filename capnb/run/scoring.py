@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from ..settings import OWN_DATA
-from ..files import atomic_write
+from ..files import atomic_write, shown_path
 from ..log import log
 from ..encoder import EncodedData
 from ..fast.quantized import use_int8
@@ -58,7 +58,7 @@ def score_checkpoint(
     if h.data==OWN_DATA:
         raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with "
                          "capnb.evaluation.evaluate")
-    log.info(f"{path}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
+    log.info(f"{shown_path(path)}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits, folder, out = load_for(h), features_folder(h), {}
 
     @cache
