@@ -233,12 +233,12 @@ def products_seconds(
     for (width_out, width_in),layers in shapes.items():
         x, grad = torch.randn(tokens, width_in), torch.randn(tokens, width_out)
         seconds += min(
-            _fastest(lambda: [F.linear(x, l.weight) for l in layers]),
-            _fastest(lambda: [l(x) for l in layers]),
+            _fastest(lambda x=x, layers=layers: [F.linear(x, l.weight) for l in layers]),
+            _fastest(lambda x=x, layers=layers: [l(x) for l in layers]),
         )
         seconds += min(
-            _fastest(lambda: [grad @ l.weight for l in layers]),
-            _fastest(lambda: [l.back(grad) for l in layers]),
+            _fastest(lambda grad=grad, layers=layers: [grad @ l.weight for l in layers]),
+            _fastest(lambda grad=grad, layers=layers: [l.back(grad) for l in layers]),
         )
         operations += 4*tokens*width_out*width_in*len(layers)
     return seconds, operations
