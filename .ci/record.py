@@ -53,26 +53,31 @@ def is_slow(path):
     sources = [''.join(c['source']) for c in cells if c['cell_type']=='code']
     return any(re.search(r'^#\s*\|\s*slow\s*$', source, re.M) for source in sources)
 
+def run_chapter(path):
+    "Run a chapter with its slow cells; how it ended and its seconds."
+    start = time.monotonic()
+    command = ['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0']
+    outcome = 'failed' if subprocess.run(command, cwd=ROOT).returncode else 'passed'
+    return dict(outcome=outcome, seconds=round(time.monotonic()-start, 1))
+
 def slow_chapters():
-    "Run the chapters with slow cells, those included; for each how it ended and its seconds."
-    found = {}
-    for path in sorted(filter(is_slow, (ROOT/'nbs').glob('*.ipynb'))):
-        start = time.monotonic()
-        done = subprocess.run(
-            ['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0'], cwd=ROOT
-        )
-        outcome = 'failed' if done.returncode else 'passed'
-        found[f'nbs/{path.name}'] = dict(outcome=outcome, seconds=round(time.monotonic()-start, 1))
-    return found
+    "The chapters with slow cells."
+    return [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if is_slow(path)]
+
+def write(package, tests):
+    "Write down what has been run so far."
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    SLOW.write_text(as_text(dict(date=now, package=package, tests=tests)), encoding='utf-8')
 
 def run():
-    "Run all that is slow, write it down and commit that; gives the exit code."
-    package = package_hash()
-    tests = slow_tests() | slow_chapters()
-    record = dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'), package=package, tests=tests)
-    SLOW.write_text(as_text(record), encoding='utf-8')
+    "Run all that is slow, write down each as it ends, and commit that; gives the exit code."
+    package, tests = package_hash(), slow_tests()
+    write(package, tests)
+    for path in slow_chapters():
+        tests[f'nbs/{path.name}'] = run_chapter(path)
+        write(package, tests) # what is stopped half-way is not lost
     COLLECTED.write_text(f'{collected()}\n', encoding='utf-8')
-    failed = failures(record)
+    failed = failures(dict(tests=tests))
     said = f"{len(tests)-len(failed)} of {len(tests)} passed" if failed else f'{len(tests)} passed'
     subprocess.run(['git', 'add', SLOW, COLLECTED], cwd=ROOT, check=True)
     message = f'Record of the slow tests: {said}'
@@ -105,6 +110,12 @@ def check_slow(file=SLOW, package=None, now=None):
         f"{took:.0f} s; the package is {'the same' if same else 'another'} since."
     )
 
+def check_chapters(file=SLOW):
+    "Which chapters with slow cells the record does not know, in a line."
+    known = json.loads(file.read_text(encoding='utf-8'))['tests']
+    missing = [path.name for path in slow_chapters() if f'nbs/{path.name}' not in known]
+    return f"Slow cells that the record does not know: {', '.join(missing) or 'none'}."
+
 def check_collected(file=COLLECTED, now=None):
     "What is to be said of the number of tests, in a line; exits where it has fallen."
     if not file.exists():
@@ -120,4 +131,5 @@ if __name__ == '__main__':
     if sys.argv[1:] != ['check']:
         sys.exit(__doc__)
     print(check_slow())
+    print(check_chapters())
     print(check_collected())

@@ -62,6 +62,12 @@ def test_slow_chapters_are_found(tmp_path):
         file.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[f'{flag}\n', '1'])])))
         assert record['is_slow'](file) == slow
 
+def test_chapters_that_were_not_run_are_named(tmp_path):
+    said = record['check_chapters'](written(tmp_path))
+    assert '25_benchmark.ipynb' in said and '06_training_loop.ipynb' not in said
+    all_ = {f'nbs/{path.name}': dict(outcome='passed', seconds=1) for path in record['slow_chapters']()}
+    assert record['check_chapters'](written(tmp_path, tests=all_)).endswith('does not know: none.')
+
 def test_ci_asks_for_both():
     assert 'python .ci/record.py check' in (ROOT/'.ci/run').read_text()
     done = subprocess.run([sys.executable, ROOT/'.ci/record.py'], capture_output=True, text=True)
