@@ -325,7 +325,8 @@ def shown_path(path) -> str:
     path = Path(path)
     package = Path(__file__).resolve().parent
     if path.is_relative_to(package): return str(path.relative_to(package.parent))
-    if path.is_relative_to(Path.home()): return str(Path('~')/path.relative_to(Path.home()))
+    if path.is_relative_to(Path.home()):
+        return str(Path('~')/path.relative_to(Path.home()))
     return str(path)
 
 # %% ../nbs/30_files.ipynb #aa5720e2

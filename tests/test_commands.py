@@ -764,7 +764,7 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
             'capnb.run.entry.prepare',
             'capnb.captioner.load_model_from_checkpoint',
             'capnb.run.scoring.load_for',
-            'capnb.run.sources.load.check_data',
+            'capnb.run.sources.check.check_data',
             'capnb.fast.bench.bench',
             'capnb.run.scale.jobs.run_job',
             'capnb.insight.pretraining.pretrain',

@@ -246,13 +246,12 @@ def widget_of(tab, made):
 
 # what the widgets show matters less than that they work
 SMALL = {
-    'training_size_limit=960': 'training_size_limit=64',
     'n=320': 'n=96',
     "'validation', n=32": "'validation', n=8",
     "'test', n=60": "'test', n=36",
     'num_epochs=3': 'num_epochs=99',
 }  # it goes on until the button stops it
-MADE = ('here = ', 'asking = ', 'browser = ', 'data = dict(')
+MADE = ('here = ', 'model, ', 'asking = ', 'browser = ', 'data = dict(')
 WIDGETS = ('17c_caption_widget', '17d_error_browser', '33d_live_training')
 
 def wanted(cell):
