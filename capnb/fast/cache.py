@@ -325,7 +325,8 @@ def encode_data(
     with TemporaryDirectory() if folder is None else nullcontext(folder) as root:
         cache = _cache_for(encoder, root)
         if progress:
-            _say_size(progress, len(data), cache, 'in memory' if folder is None else f'in {shown_path(cache.folder)}')
+            where = 'in memory' if folder is None else f'in {shown_path(cache.folder)}'
+            _say_size(progress, len(data), cache, where)
         rows, digests = _fill(cache, encoder, data, batch_size, progress, threads)
         features = Features(cache.shards, cache.find(digests))
         return EncodedData(features[:] if folder is None else features, rows, data.num_skipped)
