@@ -244,3 +244,11 @@ def test_the_changelog_names_what_is_there():
                     ROOT / 'capnb' / name.removeprefix('capnb.').removesuffix('.*').replace('.', '/')
                 ).is_dir()
             ), name
+
+COURSE_CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-8]', p.stem)] # 09 is a real run, by commands
+
+@pytest.mark.parametrize('path', COURSE_CHAPTERS, ids=lambda p: p.stem)
+def test_the_course_needs_no_other_track(path):
+    "Not in a cell that shows something, either."
+    source = '\n'.join(c['source'] for c in cells(path, 'code'))
+    assert re.findall(r'(?:from|import) capnb\.(?:run|fast|insight)\b[.\w]*', source) == []
