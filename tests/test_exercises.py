@@ -210,7 +210,10 @@ def processes(environment):
         yield context
         multiprocessing.forkserver._forkserver._stop()
 
-SLOW = ('38b_scale_jobs', '36_sweeps') # start other processes, which import everything again
+SLOW = (
+    '38b_scale_jobs', '36_sweeps', # start other processes, which import everything again
+    '07_evaluation', '09_flickr30k_on_a_gpu', '19_troubleshooting', # train
+)
 
 @pytest.mark.parametrize(
     'path', [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in ASKING]

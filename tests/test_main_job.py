@@ -18,6 +18,7 @@ def main_job(run, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, read_metadata(newest_checkpoint(folder/'saved_models'))
 
+@pytest.mark.slow # a whole training
 def test_captions_are_good(main_job):
     scores, new_pairs = (main_job[2][split] for split in ('test', 'compositional'))
     way = (scores['rouge_l']-scores['rouge_l_floor'])/(scores['rouge_l_ceiling']-scores['rouge_l_floor'])
@@ -26,11 +27,13 @@ def test_captions_are_good(main_job):
     assert f1['pairs'] >= .80 and f1['place'] >= .95 and f1['relation'] >= .70
     assert new_pairs['facts']['pairs']['f1'] >= .60
 
+@pytest.mark.slow # a whole training
 def test_learning_made_them_so(main_job):
     for split,scores in main_job[2]['untrained'].items():
         assert scores['facts']['pairs']['f1'] < .1 and abs(scores['image_gain']) < 2, split
         assert abs(scores['rouge_l']-scores['rouge_l_floor']) < .1, split
 
+@pytest.mark.slow # a whole training
 def test_the_end_shows_it(main_job):
     folder, said, metadata = main_job
     assert 'facts_f1' in metadata and 'rouge_l' in metadata['test']

@@ -100,6 +100,7 @@ def kill_worker(process, out):
     assert written < N - 5*SHARD, 'the kill came too late to mean anything'
     wait_for(process, lambda: {w.pid for w in workers(process)} - {w.pid for w in first})
 
+@pytest.mark.slow # Ray starts again
 def test_killed_worker_is_replaced(start, made, tmp_path):
     here, wanted = made
     out = tmp_path/'captions'
