@@ -20,11 +20,11 @@ def package_hash(folder=ROOT/'capnb'):
         whole.update(f'{path.relative_to(folder).as_posix()} {len(data)}\n'.encode() + data)
     return whole.hexdigest()[:16]
 
-def collected():
-    "How many tests pytest finds, the slow ones included."
-    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', '-n', '0', '-m', '']
+def collected(marks=''):
+    "How many tests pytest finds, all or those with such marks."
+    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', '-n', '0', '-m', marks]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    found = re.findall(r'^(\d+) tests? collected', done.stdout, re.M)
+    found = re.findall(r'^(\d+)(?:/\d+)? tests? collected', done.stdout, re.M)
     if done.returncode or not found:
         sys.exit(f'The tests cannot be collected:\n{done.stdout[-3000:]}')
     return int(found[0])
@@ -116,6 +116,11 @@ def check_chapters(file=SLOW):
     missing = [path.name for path in slow_chapters() if f'nbs/{path.name}' not in known]
     return f"Slow cells that the record does not know: {', '.join(missing) or 'none'}."
 
+def check_slow_tests(file=SLOW, there=None):
+    "How many of the slow tests the record knows, in a line."
+    known = [name for name in json.loads(file.read_text(encoding='utf-8'))['tests'] if '::' in name]
+    return f"The record knows {len(known)} of {collected('slow') if there is None else there} slow tests."
+
 def check_collected(file=COLLECTED, now=None):
     "What is to be said of the number of tests, in a line; exits where it has fallen."
     if not file.exists():
@@ -131,5 +136,6 @@ if __name__ == '__main__':
     if sys.argv[1:] != ['check']:
         sys.exit(__doc__)
     print(check_slow())
+    print(check_slow_tests())
     print(check_chapters())
     print(check_collected())

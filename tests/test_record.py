@@ -68,6 +68,9 @@ def test_chapters_that_were_not_run_are_named(tmp_path):
     all_ = {f'nbs/{path.name}': dict(outcome='passed', seconds=1) for path in record['slow_chapters']()}
     assert record['check_chapters'](written(tmp_path, tests=all_)).endswith('does not know: none.')
 
+def test_slow_tests_that_were_not_run_are_counted(tmp_path):
+    assert record['check_slow_tests'](written(tmp_path), 7) == 'The record knows 1 of 7 slow tests.'
+
 def test_ci_asks_for_both():
     assert 'python .ci/record.py check' in (ROOT/'.ci/run').read_text()
     done = subprocess.run([sys.executable, ROOT/'.ci/record.py'], capture_output=True, text=True)
