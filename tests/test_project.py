@@ -245,6 +245,13 @@ def test_the_changelog_names_what_is_there():
                 ).is_dir()
             ), name
 
+def test_a_chapter_leaves_the_logger_as_it_was():
+    "`nbdev_test` runs chapters one after another in one process: a later one would say nothing."
+    for path in NOTEBOOKS:
+        sources = '\n'.join(c['source'] for c in cells(path, 'code'))
+        levels = re.findall(r"\blog\.setLevel\('?(?:logging\.)?(\w+)", sources)
+        assert not levels or levels[-1] == 'INFO', path.name
+
 COURSE_CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-8]', p.stem)] # 09 is a real run, by commands
 
 @pytest.mark.parametrize('path', COURSE_CHAPTERS, ids=lambda p: p.stem)
