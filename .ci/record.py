@@ -1,8 +1,9 @@
 """What the quick checks leave out, and what must not get less.
 
 `python .ci/record.py run`: run the slow tests and the chapters with slow cells, write down how each ended,
-count all tests, and commit both (`.ci/slow` calls this). `check`: fail where that record is missing or names
-a failure, say how old it is and whether the package is still the same, and fail where tests were lost.
+count all tests, and commit both (`.ci/slow` calls this). What is stopped goes on from there in a second call,
+as long as the package is the same. `check`: fail where that record is missing or names a failure, say how
+old it is and whether the package is still the same, and fail where tests were lost.
 """
 import hashlib, json, re, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as xml
@@ -20,28 +21,37 @@ def package_hash(folder=ROOT/'capnb'):
         whole.update(f'{path.relative_to(folder).as_posix()} {len(data)}\n'.encode() + data)
     return whole.hexdigest()[:16]
 
-def collected(marks=''):
-    "How many tests pytest finds, all or those with such marks."
+def collect(marks):
+    "The tests that pytest finds with such marks, by their ids, and how many it says that there are."
     command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', '-n', '0', '-m', marks]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = re.findall(r'^(\d+)(?:/\d+)? tests? collected', done.stdout, re.M)
     if done.returncode or not found:
         sys.exit(f'The tests cannot be collected:\n{done.stdout[-3000:]}')
-    return int(found[0])
+    return re.findall(r'^(tests/\S+\.py::.+)$', done.stdout, re.M), int(found[0])
 
-def slow_tests():
-    "Run the tests that are marked slow; for each how it ended and its seconds."
+def collected(marks=''):
+    "How many tests pytest finds, all or those with such marks."
+    return collect(marks)[1]
+
+def run_tests(names):
+    "Run some slow tests; for each how it ended and its seconds."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
-        subprocess.run([sys.executable, '-m', 'pytest', '-m', 'slow', f'--junitxml={report}'], cwd=ROOT)
+        command = [sys.executable, '-m', 'pytest', '-rfE', '-m', 'slow', f'--junitxml={report}', *names]
+        subprocess.run(command, cwd=ROOT)
         if not report.exists():
             sys.exit('pytest wrote no report')
-        cases = list(xml.parse(report).iter('testcase'))
-    found = {}
-    for case in cases:
-        ended = {'failure': 'failed', 'error': 'failed', 'skipped': 'skipped'}
+        return outcomes(xml.parse(report))
+
+def outcomes(report):
+    "How each test of a report in the form of JUnit ended, and its seconds."
+    found, ended = {}, {'failure': 'failed', 'error': 'failed', 'skipped': 'skipped'}
+    for case in report.iter('testcase'):
         outcome = next((ended[part.tag] for part in case if part.tag in ended), 'passed')
-        name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+        file = case.get('classname').replace('.', '/') + '.py'
+        # a test that belongs to a group of pytest-xdist ends in its name, which here is that of its file
+        name = f"{file}::{case.get('name').removesuffix('@' + Path(file).name)}"
         # of a test that failed and could not be tidied up, too, there are two
         if found.get(name, {}).get('outcome') != 'failed':
             found[name] = dict(outcome=outcome, seconds=round(float(case.get('time')), 1))
@@ -69,13 +79,26 @@ def write(package, tests):
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
     SLOW.write_text(as_text(dict(date=now, package=package, tests=tests)), encoding='utf-8')
 
+def known(package, file=SLOW):
+    "What of a record needs no second run: what did not fail, if the package is still the same."
+    record = json.loads(file.read_text(encoding='utf-8')) if file.exists() else dict(package=None)
+    if record['package'] != package: return {}
+    return {name: how for name,how in record['tests'].items() if how['outcome']!='failed'}
+
 def run():
-    "Run all that is slow, write down each as it ends, and commit that; gives the exit code."
-    package, tests = package_hash(), slow_tests()
-    write(package, tests)
+    """Run all that is slow, write down how each ended a dozen at a time, so that what is stopped goes on from
+    there, and commit the record; gives the exit code."""
+    package = package_hash()
+    there, tests = collect('slow')[0], known(package)
+    tests = {name: how for name,how in tests.items() if name in there or name.startswith('nbs/')}
+    left = [name for name in there if name not in tests]
+    for at in range(0, len(left), 12):
+        tests |= run_tests(left[at:at+12])
+        write(package, tests)
     for path in slow_chapters():
-        tests[f'nbs/{path.name}'] = run_chapter(path)
-        write(package, tests) # what is stopped half-way is not lost
+        if (name := f'nbs/{path.name}') not in tests:
+            tests[name] = run_chapter(path)
+            write(package, tests)
     COLLECTED.write_text(f'{collected()}\n', encoding='utf-8')
     failed = failures(dict(tests=tests))
     said = f"{len(tests)-len(failed)} of {len(tests)} passed" if failed else f'{len(tests)} passed'
@@ -135,8 +158,5 @@ if __name__ == '__main__':
         sys.exit(run())
     if sys.argv[1:] != ['check']:
         sys.exit(__doc__)
-    if SLOW.exists():
-        print(check_slow(), check_slow_tests(), check_chapters(), sep='\n')
-    else: # until the first whole run
-        print('There is no record of the slow tests yet: run .ci/slow')
+    print(check_slow(), check_slow_tests(), check_chapters(), sep='\n')
     print(check_collected())

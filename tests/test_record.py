@@ -2,6 +2,7 @@
 import json, runpy, subprocess, sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,27 @@ def test_chapters_that_were_not_run_are_named(tmp_path):
 
 def test_slow_tests_that_were_not_run_are_counted(tmp_path):
     assert record['check_slow_tests'](written(tmp_path), 7) == 'The record knows 1 of 7 slow tests.'
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_b[x@y]@test_a.py" time="9.54"/>
+<testcase classname="tests.test_a" name="test_c" time="1"><failure/></testcase>
+<testcase classname="tests.test_a" name="test_c" time="2"/>
+<testcase classname="tests.test_a" name="test_d" time="0"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+def test_report_of_pytest_is_read():
+    assert record['outcomes'](ElementTree.fromstring(REPORT)) == {
+        'tests/test_a.py::test_b[x@y]': dict(outcome='passed', seconds=9.5),
+        'tests/test_a.py::test_c': dict(outcome='failed', seconds=1.),
+        'tests/test_a.py::test_d': dict(outcome='skipped', seconds=0.),
+    }
+
+def test_what_passed_is_not_run_again_while_the_package_is_the_same(tmp_path):
+    failed = dict(outcome='failed', seconds=1)
+    tests = {'tests/test_a.py::test_b': dict(outcome='passed', seconds=1), 'nbs/06.ipynb': failed}
+    file = written(tmp_path, tests=tests)
+    assert list(record['known']('abc', file)) == ['tests/test_a.py::test_b']
+    assert record['known']('abd', file) == record['known']('abc', tmp_path/'none.json') == {}
 
 def test_ci_asks_for_both():
     assert 'python .ci/record.py check' in (ROOT/'.ci/run').read_text()
