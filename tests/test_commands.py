@@ -712,7 +712,6 @@ TEXTS = {
     'sampler',
     'push',
     'hardware',
-    'device',
     'address',
     'host',
     'api_key',
