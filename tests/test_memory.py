@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from capnb.captioner import build_captioner
 from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
-from capnb.encoder import memory_ran_out
+from capnb.out_of_memory import memory_ran_out
 from capnb.fast.cache import encode_data
 from capnb.storybook import Storybook
 from capnb.run.resume import SavedRun
