@@ -55,9 +55,9 @@ def byte_values(
     table, # (3, 256): the number that each byte becomes, in each channel
 ): # (batch, 3, height, width), on the device and of the type of `table`
     "Turn bytes into the numbers that an encoder takes."
-    channels = zip(table, pixels.unbind(-1), strict=True)
-    found = [numbers.index_select(0, channel.flatten().int()).view(channel.shape) for numbers,channel in channels]
-    return torch.stack(found, 1)
+    def look_up(channel, numbers):
+        return numbers.index_select(0, channel.flatten().int()).view(channel.shape)
+    return torch.stack([look_up(pixels[..., c], numbers) for c,numbers in enumerate(table)], 1)
 
 def _as_patches(values, side):
     "(batch, 3, height, width) as (batch, patches, numbers per patch), row by row."
