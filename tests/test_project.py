@@ -166,6 +166,10 @@ def test_each_module_is_the_default_of_one_chapter():
     defaults = [modules_of(p)[0] for p in NOTEBOOKS if modules_of(p)]
     assert sorted(defaults) == sorted(set(defaults))
 
+def test_each_chapter_has_a_number_of_its_own():
+    numbers = [n for p in NOTEBOOKS if (n := number(p))]
+    assert [n for n in sorted(set(numbers)) if numbers.count(n) > 1] == []
+
 @each_notebook
 def test_no_stored_error(path):
     errors = [o['ename'] for c in cells(path, 'code') for o in c['outputs'] if o['output_type'] == 'error']
