@@ -712,6 +712,7 @@ TEXTS = {
     'sampler',
     'push',
     'hardware',
+    'device',
     'address',
     'host',
     'api_key',

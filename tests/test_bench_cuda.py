@@ -1,0 +1,191 @@
+"""The benchmark of a GPU, run in small on the processor, so that what runs on a card is known to work; and a
+whole run, clocked."""
+import json
+import pytest, torch
+from capnb.fast import gpu_bench
+from capnb.fast.gpu_bench import GOALS, SECTIONS, bench_gpu, find_ratios, gpu_text
+from capnb.fast.gpu_sides import Bench, Sizes, static_step, training_difference
+from capnb.run.commands import LEFT_OUT, bench_command
+from capnb.run.full_run import PhaseClock, full_run, full_run_settings
+
+SMALL = Sizes(
+    batches=(4, 8), patches=(2,), each=2, guide=4, padded=64, rows=(2, 4), photographs=8, encoded=4,
+    seconds=.02, side=64, gb=.001,
+)
+STORYBOOK = dict(preset='storybook', prefix_length=1)
+
+@pytest.fixture(scope='module')
+def bench(): return Bench('cpu', SMALL, STORYBOOK)
+
+@pytest.fixture(scope='module')
+def measured(bench, tmp_path_factory):
+    "Figures of every section, the file that they are in, and what it held after each section."
+    file, held = tmp_path_factory.mktemp('bench')/'bench.json', []
+    def tell(line):
+        held.append(list(json.loads(file.read_text(encoding='utf-8'))['sections']))
+    return bench_gpu(bench, file, tell=tell), file, held
+
+def test_every_section_runs(measured):
+    found, file, _ = measured
+    assert found == json.loads(file.read_text(encoding='utf-8'))
+    assert (found['failed'], found['skipped']) == ({}, []) and list(found['sections']) == list(SECTIONS)
+
+def test_figures_are_written_after_every_section(measured):
+    *_, held = measured
+    assert held == [list(SECTIONS)[:n+1] for n in range(len(SECTIONS))]
+
+def test_both_sides_compute_the_same(measured):
+    equality = measured[0]['sections']['equality']
+    assert equality['training']['loss'] < 1e-5 and equality['training']['learned'] < 1e-3
+    assert equality['writing']['same'] == equality['writing']['of'] == 4
+
+def test_a_step_that_learns_otherwise_is_seen(bench, monkeypatch):
+    def halved(*args):
+        step, *others = static_step(*args)
+        return lambda: step()/2, *others
+    monkeypatch.setattr('capnb.fast.gpu_sides.static_step', halved)
+    assert training_difference(bench, 4)['loss'] == pytest.approx(.5, rel=1e-3)
+
+def test_every_width_and_batch_is_measured(measured):
+    sections = measured[0]['sections']
+    assert list(sections['training']) == ['4', '8'] and list(sections['writing']) == ['2', '4']
+    assert list(sections['patches']) == list(sections['llava']) == ['2 x 2']
+    assert set(sections['guide']) == {'float32', 'autocast'}
+    for step in (*sections['training'].values(), *sections['patches'].values()):
+        for way in ('eager', 'replayed'):
+            assert step[way]['captions_s'] > 0 and step[way]['ms'] > 0
+        assert 0 <= step['waste'] < 1 and step['tflops'] > 0
+        assert step['recorded'] == 0 # on a processor nothing is
+    assert all(len(costs['largest']) == 3 for costs in sections['profile'].values())
+
+def test_every_ratio_is_named(measured):
+    text = gpu_text(measured[0])
+    assert all(f'  {name} ' in text for name in measured[0]['ratios'])
+    about = measured[0]['about']
+    assert about['device'] in text and f"torch {torch.__version__}" in text
+
+def test_a_ratio_is_one_figure_over_another():
+    step = dict(replayed=dict(captions_s=30., ms=1), eager=dict(captions_s=10.), tflops=4.)
+    sections = dict(
+        ceilings={'product TFLOP/s': 8.}, training={'8': step}, guide=dict(autocast=dict(captions_s=2.)),
+        writing={'32': dict(capnb=36., generate=3.)},
+    )
+    assert find_ratios(sections) == {
+        'replayed over eager, batch 8': 3,
+        'step over the guide with autocast, batch 8': 15,
+        'step over the product ceiling, batch 8': .5,
+        'writing over generate, 32 rows': 12,
+    }
+
+def test_every_goal_is_a_ratio_of_the_real_sizes():
+    sizes, speed = Sizes(), dict(captions_s=2.)
+    step = dict(replayed=speed, eager=speed, tflops=4.)
+    sections = dict(
+        ceilings={'product TFLOP/s': 8.}, guide=dict(float32=speed, autocast=speed),
+        training={str(n): step for n in sizes.batches},
+        writing={str(n): dict(capnb=2., generate=1.) for n in sizes.rows},
+    )
+    sections |= {name: {f'{n} x {sizes.each}': figures for n in sizes.patches}
+                 for name, figures in (('llava', speed), ('patches', step))}
+    ratios = find_ratios(sections)
+    assert GOALS.keys() <= ratios.keys()
+    about = dict(device='a card', memory_gb=80, cores=16, versions={})
+    text = gpu_text(dict(about=about, sections=sections, ratios=ratios, failed={}, skipped=[]))
+    assert text.count('reached)') == 1 and text.count('missed)') == len(GOALS)-1 # half of the ceiling
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(bench, tmp_path, monkeypatch):
+    def stop(bench):
+        raise KeyboardInterrupt
+    sections = dict(one=lambda bench: dict(a=1.), two=stop, three=stop)
+    monkeypatch.setattr(gpu_bench, 'SECTIONS', sections)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu(bench, tmp_path/'bench.json', tell=lambda line: None)
+    assert json.loads((tmp_path/'bench.json').read_text())['sections'] == dict(one=dict(a=1.))
+
+def test_what_a_card_refuses_is_noted_and_the_next_section_begins(bench, tmp_path, monkeypatch):
+    def refuse(bench):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GB')
+    monkeypatch.setattr(gpu_bench, 'SECTIONS', dict(one=refuse, two=lambda bench: dict(a=1.)))
+    found = bench_gpu(bench, tmp_path/'bench.json', tell=lambda line: None)
+    assert found['failed']['one'].startswith('OutOfMemoryError: CUDA out of memory')
+    assert found['sections'] == dict(two=dict(a=1.))
+    assert json.loads((tmp_path/'bench.json').read_text()) == found
+    assert 'one failed: OutOfMemoryError' in gpu_text(found)
+
+def test_no_section_begins_after_the_time(bench, tmp_path):
+    found = bench_gpu(bench, tmp_path/'bench.json', most=-1)
+    assert found['skipped'] == list(SECTIONS) and 'ceilings left out: the time was used up' in gpu_text(found)
+
+def test_a_benchmark_takes_the_real_sizes_by_default():
+    sizes = Bench('cuda').sizes
+    assert (sizes.batches, sizes.patches, sizes.each) == ((8, 32, 128, 512), (8, 32), 5)
+    assert sizes.rows == (32, 128, 256, 512) and (sizes.guide, sizes.padded) == (8, 128)
+    assert Bench('cuda').changes == {}
+
+# --- A whole run
+
+@pytest.fixture(scope='module')
+def run_clocked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    h = full_run_settings(
+        num_epochs=2, encoder_name='storybook-clip', tokenizer_name='storybook-qwen3', image_size=64
+    )
+    return full_run(h, folder, 'cpu', 24, 8, PhaseClock(folder/'phases.json')), folder
+
+def test_a_whole_run_names_the_seconds_of_every_phase(run_clocked):
+    found, folder = run_clocked
+    each = ['layout of epoch', 'epoch', 'checkpoint', 'validation', 'scoring']
+    assert list(found['seconds']) == [
+        'imports', 'images', 'models', 'encoding', 'tokenising and checks',
+        *(f'{name} {n}' for n in (1, 2) for name in each), 'end',
+    ]
+    assert all(s >= 0 for s in found['seconds'].values()) and found['total'] == sum(found['seconds'].values())
+    assert json.loads((folder/'phases.json').read_text())['seconds'] == found['seconds']
+
+def test_a_whole_run_trains_scores_and_saves(run_clocked):
+    found, folder = run_clocked
+    assert found['steps'] == 6 and found['loss'] > 0 and 0 <= found['rouge_l'] <= 1
+    assert found['recording'] == 0 # nothing is recorded on a processor
+    assert len(list((folder/'saved_models').glob('model_state_dict_*.pth'))) == 2
+    assert len(list((folder/'train').glob('*.jpg'))) == 24
+
+def test_a_whole_run_is_that_of_the_guide():
+    h = full_run_settings()
+    assert (h.batch_size, h.num_epochs, h.prefix_length, h.training_size_limit) == (8, 5, 1, None)
+    assert (h.encoder_name, h.tokenizer_name) == ('openai/clip-vit-base-patch32', 'Qwen/Qwen3-0.6B-Base')
+
+# --- The command
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--device', 'cuda'], 'device is cuda, but PyTorch finds no GPU here'),
+        (['--full-run'], 'a full run takes a GPU: add --device cuda'),
+    ],
+)
+def test_what_takes_a_gpu_is_told_in_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as end:
+        bench_command(words)
+    out, err = capsys.readouterr()
+    assert end.value.code == 1 and err == f'bench: {message}\n' and not out
+
+def test_on_a_processor_it_says_what_is_left_out(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr('capnb.fast.bench.bench', lambda rounds: dict(rounds=rounds))
+    monkeypatch.setattr('capnb.fast.bench.bench_text', str)
+    bench_command(['--quick', '--json', str(tmp_path/'bench.json')])
+    assert capsys.readouterr().out == f"{{'rounds': 1}}\n\n{LEFT_OUT}\n"
+    assert json.loads((tmp_path/'bench.json').read_text()) == dict(rounds=1)
+
+def test_on_a_gpu_the_command_measures_it(capsys, monkeypatch, tmp_path, measured):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    found = []
+    def noted(bench, file):
+        found.append((bench.device, str(file)))
+        return measured[0] | dict(failed=dict(llava='OutOfMemoryError: none left'))
+    monkeypatch.setattr(gpu_bench, 'bench_gpu', noted)
+    with pytest.raises(SystemExit) as end:
+        bench_command(['--device', 'cuda', '--json', str(tmp_path/'bench.json')])
+    out, err = capsys.readouterr()
+    assert found == [('cuda', str(tmp_path/'bench.json'))] and out.startswith(gpu_text(measured[0])[:80])
+    assert end.value.code == 1 and err == 'bench: sections that failed: llava; the others are measured\n'
