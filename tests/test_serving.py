@@ -77,7 +77,7 @@ class Server:
     "A server as a process; the checkpoint is the newest of the folder."
     def __init__(self, start, cwd, *args, **env):
         self.port = free_port()
-        self.process = start('capnb_serve', '--port', self.port, *args, cwd=cwd, env=env)
+        self.process = start('capnb_serve', '--port', self.port, *args, cwd=cwd, env=env, fresh=True)
         self.address = f'http://127.0.0.1:{self.port}'
 
     def wait(self):
@@ -1439,7 +1439,7 @@ if __name__ == '__main__': serve_command()
 def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
     "As on Windows, which has no fork: a caption, and an end."
     (tmp_path/'serve.py').write_text(THREADED)
-    def start(name, *args, cwd, env):
+    def start(name, *args, cwd, env, fresh):
         return subprocess.Popen(
             [sys.executable, tmp_path / 'serve.py', *map(str, args)],
             cwd=cwd,
@@ -1467,7 +1467,7 @@ def test_broken_weights_are_one_line(run, made, tmp_path):
     broken.write_bytes(b'no weights')
     metadata = next((made/'saved_models').glob('training_metadata_*.json'))
     (tmp_path/metadata.name).write_bytes(metadata.read_bytes())
-    done = run('capnb_serve', broken, '--port', free_port(), cwd=tmp_path)
+    done = run('capnb_serve', broken, '--port', free_port(), cwd=tmp_path, fresh=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, '', 1), done.stderr
     assert done.stderr.startswith(f'serve: {broken} is not a readable checkpoint')
 
