@@ -179,7 +179,8 @@ def test_several_captions_belong_to_their_image(run, made, tmp_path):
         3,
         '--num_return_sequences',
         2,
-        cwd=here
+        cwd=here,
+        fresh=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {r['id']: r for r in rows(tmp_path/'out')}
