@@ -733,18 +733,8 @@ def test_home_folder(call, album, newest, tmp_path, monkeypatch):
     assert read_metadata(newest_checkpoint(tmp_path / 'runs'))['hyperparameters']['output_dir'] == str(
         tmp_path / 'runs'
     )
-    names = {
-        name: f'~/{name}'
-        for name in (
-            'data',
-            'encoder_name',
-            'decoder_name',
-            'tokenizer_name',
-            'init_from',
-            'features_dir',
-            'output_dir',
-        )
-    }
+    paths = 'data encoder_name decoder_name tokenizer_name init_from features_dir output_dir'
+    names = {name: f'~/{name}' for name in paths.split()}
     h = Hyperparameters(**names)
     assert {name: h[name] for name in names} == {name: str(tmp_path/name) for name in names}
 
