@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['share_out', 'rows_for', 'Vectors', 'Targets', 'lay_out', 'attention', 'packed_inputs', 'reads_rows',
-           'takes_positions']
+           'takes_positions', 'Tokens']
 
 # %% ../../nbs/20_packing.ipynb #20000003
-import inspect, torch
+import inspect, numpy, torch
 from dataclasses import dataclass, fields
 from torch.nn import functional as F
-from ..decoder import alike, random_ids
+from ..decoder import alike, random_ids, text_ids
 
 # %% ../../nbs/20_packing.ipynb #5a000001
 def share_out(
@@ -165,3 +165,41 @@ def takes_positions(
     if config._attn_implementation not in ('eager','sdpa'): return False
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and reads_rows(decoder)
+
+# %% ../../nbs/20_packing.ipynb #2000a002
+class Tokens:
+    "The tokens of captions, each closed by end-of-text unless it is cut; every text is tokenised once."
+    def __init__(self,
+        tokenizer, # Of the decoder
+        texts=(), # Captions that will be asked for
+        max_caption_length:int=128, # Most tokens per caption, its end included
+    ):
+        self.tokenizer, self.most, self.known = tokenizer, max_caption_length, {}
+        self._add(texts)
+
+    def _add(self, texts):
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        for at in range(0, len(new), 4096):
+            part, end = new[at:at+4096], self.tokenizer.eos_token_id
+            for text,ids in zip(part, text_ids(self.tokenizer, part), strict=True):
+                self.known[text] = numpy.array((ids + [end])[:self.most], numpy.int32)
+
+    def lengths(self,
+        captions, # For each image a list of texts
+    ) -> list: # For each image a list of whole numbers
+        "Count the tokens of captions."
+        self._add([text for texts in captions for text in texts])
+        return [[len(self.known[text]) for text in texts] for texts in captions]
+
+    def find(self,
+        captions, # For each image a list of texts
+    ): # Tokens (images*k, n), as many captions for each image; tokens of each caption (images, k), 0 for none
+        "Give the tokens of captions, padded with 0."
+        found = self.lengths(captions)
+        k, n = max(map(len, found)), max(n for lengths in found for n in lengths)
+        ids, lengths = numpy.zeros((len(captions)*k, n), int), numpy.zeros((len(captions), k), int)
+        for i,texts in enumerate(captions):
+            lengths[i,:len(texts)] = found[i]
+            for j,text in enumerate(texts):
+                ids[i*k+j,:found[i][j]] = self.known[text]
+        return torch.from_numpy(ids), torch.from_numpy(lengths)

@@ -157,8 +157,7 @@ class SharedStep(Callback):
         if stop:
             run.signal = run.asked or signal.SIGTERM
         accelerator.unscale_gradients()
-        run.total += loss*tokens
-        run.tokens += tokens
+        run.unread.append(tokens)
         return loss
 
 # %% ../../nbs/33a_training.ipynb #d92a7997
