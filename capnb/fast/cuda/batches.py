@@ -74,11 +74,12 @@ class Layouts:
     ):
         self.images, self.prefix, self.begin = min(images, len(lengths)), prefix, list(begin)
         sizes, chance = [self.size(tokens) for tokens in lengths], random.Random(0)
-        some = [chance.sample(sizes, self.images) for _ in range(16)]
-        mean = sum(map(sum, some))//16
+        some = [chance.sample(sizes, self.images) for _ in range(8)]
+        mean = sum(map(sum, some))//len(some)
         fewest, most = (max(1, min(self.images, -(-mean//long))) for long in (256, 128))
         self.rows = min(
-            range(fewest, most+1), key=lambda rows: sum(rows*room(share_out(s, rows)[1]) for s in some)
+            range(fewest, most+1, max(1, (most-fewest)//8)),
+            key=lambda rows: sum(rows*room(share_out(s, rows)[1]) for s in some),
         )
 
     def size(self, tokens):
