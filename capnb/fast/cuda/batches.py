@@ -16,7 +16,7 @@ def room(
     n:int, # Needed
 ) -> int:
     "Round up to one of a few numbers: multiples of 8, and from 128 on eight between two powers of two."
-    step = max(8, 1 << (n.bit_length()-4))
+    step = max(8, 1 << max(0, n.bit_length()-4))
     return -(-n//step)*step
 
 # %% ../../../nbs/23b_gpu_batches.ipynb #23b00009
