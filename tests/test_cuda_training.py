@@ -19,8 +19,8 @@ from capnb.training import Callback, Run, make_optimizer, step, train_step
 
 SMALL = dict(adapter_width=32, max_caption_length=12, batch_size=6, learning_rate=3e-3)
 KINDS = {
-    'one token': dict(prefix_length=1), 'four tokens': dict(prefix_length=4), 'patches': dict(features='patch'),
-    'lora': dict(prefix_length=2, lora_rank=2), 'unfrozen': dict(unfreeze_layers=1, unfreeze_epoch=1),
+    'one token': dict(prefix_length=1), 'four tokens': dict(prefix_length=4),
+    'patches': dict(features='patch'), 'lora': dict(prefix_length=2, lora_rank=2), 'unfrozen': dict(unfreeze_layers=1, unfreeze_epoch=1),
 }
 
 @pytest.fixture(scope='module', params=KINDS)
