@@ -116,7 +116,7 @@ class Run:
     losses: list = field(default_factory=list)
     fetched: int = 0 # Losses that are numbers, and finite
     fetch_every: float = 0. # Seconds that losses may stay there
-    fetched_at: float = 0. # Time of the last `fetch`
+    fetched_at: float = -math.inf # Time of the last `fetch`
     epoch: int = 0 # Epochs done
     step: int = 0 # Steps done in the epoch that has begun
     steps: int = 0 # Steps that it has, or will have made where `max_steps` ends it

@@ -20,16 +20,18 @@ from capnb.training import Callback, Run, make_optimizer, step, train_step
 SMALL = dict(adapter_width=32, max_caption_length=12, batch_size=6, learning_rate=3e-3)
 KINDS = {
     'one token': dict(prefix_length=1), 'four tokens': dict(prefix_length=4),
-    'patches': dict(features='patch'), 'lora': dict(prefix_length=2, lora_rank=2), 'unfrozen': dict(unfreeze_layers=1, unfreeze_epoch=1),
+    'patches': dict(features='patch'),
+    'lora': dict(prefix_length=2, lora_rank=2), 'unfrozen': dict(unfreeze_layers=1, unfreeze_epoch=1),
 }
 
 @pytest.fixture(scope='module', params=KINDS)
 def kind(request):
-    "Settings, a captioner of the course and some encoded pages."
+    "Settings, a captioner of the course and some encoded pages; in double precision, to see 1e-6."
     h = as_hyperparameters(**SMALL | KINDS[request.param])
     model = build_captioner(h, 'cpu').train()
     unfreeze(model, h, 1)
-    return h, model, encode_data(model.encoder, CaptionData(Storybook(size=h.image_size, n=8)))
+    data = encode_data(model.encoder, CaptionData(Storybook(size=h.image_size, n=8)))
+    return h, model.double(), EncodedData(data.features.double(), data.rows)
 
 def lay_out(model, features, captions, images=None, total=None, begin=()):
     ids, lengths = Tokens(model.tokenizer, (), model.max_caption_length).find(captions)
@@ -150,7 +152,8 @@ def test_steps_are_those_of_the_loop(kind, scaler):
             scale = torch.amp.GradScaler('cpu', init_scale=scaler) if scaler else None
             fixed = StaticStep(model, optimizer, scale)
         for i in range(5):
-            features, captions = data.features[i:i+3], [row['captions'][:1] for row in data.rows[i:i+3]]
+            features = data.features[i:i+3].float()
+            captions = [row['captions'][:1] for row in data.rows[i:i+3]]
             if static:
                 run.losses.append(fixed([lay_out(model, features, captions)]))
                 assert all(not p.grad.any() for p in learned(model))
@@ -208,10 +211,10 @@ class PowerCut(Callback):
     def on_step_end(self, run):
         if len(run.losses)==self.step: raise SystemError('power cut')
 
-@pytest.mark.parametrize('cut', range(1, 10))
+@pytest.mark.parametrize('cut', range(1, 6))
 def test_resumed_at_any_step_it_is_the_same_run(static, tmp_path, cut):
     h = settings(tmp_path/'through')
-    data, runs = encoded(h), []
+    data, runs = encoded(h, 16), []
     runs.append(run_training(with_dropout(h), data, h))
     h = settings(tmp_path/'cut')
     with pytest.raises(SystemError, match='power cut'):
@@ -227,7 +230,7 @@ def test_resumed_at_any_step_it_is_the_same_run(static, tmp_path, cut):
 
 def test_a_loss_that_is_no_number_names_its_step(static, tmp_path, monkeypatch):
     "Also where it is looked at many steps later."
-    h = settings(tmp_path, evaluation_enabled=False, batch_size=2, checkpoint_steps=0)
+    h = settings(tmp_path, evaluation_enabled=False, batch_size=2, checkpoint_steps=None)
     data, made = encoded(h), []
     gradient = StaticStep.gradient
     def broken(self, parts):
@@ -248,7 +251,7 @@ def test_losses_stay_on_the_device_until_somebody_looks(static, tmp_path):
             run.fetch_every = 1e9
         def on_step_end(self, run):
             kinds.append(type(run.losses[-1]))
-    h = settings(tmp_path, num_epochs=1, checkpoint_steps=0, evaluation_enabled=False)
+    h = settings(tmp_path, num_epochs=1, checkpoint_steps=None, evaluation_enabled=False)
     run = run_training(build_captioner(h, 'cpu'), encoded(h), h, [Watch()])
     assert kinds==[float]+[torch.Tensor]*4 and [type(l) for l in run.losses]==[float]*5
 
