@@ -21,7 +21,7 @@ from ..log import log
 from ..captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, unfreeze
 from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import begin_ids, count_cut, cut_text, text_ids
-from ..encoder import ADVICE, memory_ran_out
+from ..out_of_memory import ADVICE, memory_ran_out
 from ..fast.cuda.batches import Layouts
 from ..fast.cuda.training import StaticStep, why_not
 from ..fast.packing import Tokens

@@ -9,7 +9,7 @@ __all__ = ['static_loss', 'no_waiting', 'Recorder', 'refusal', 'why_not', 'Stati
 import time, torch, warnings
 from contextlib import contextmanager, nullcontext
 from torch import nn
-from ...encoder import memory_ran_out
+from ...out_of_memory import memory_ran_out
 from .batches import Numbers, views
 from ..loss import nll_at
 from ..packing import attention, takes_positions
