@@ -9,6 +9,8 @@ __all__ = ['make_fast', 'is_fast']
 from .loss import read_captions
 from .writing import write_captions
 from .cpu import use_onednn
+from .cuda.layers import use_fused
+from ..log import log
 
 # %% ../../nbs/24b_fast_parts.ipynb #24b00006
 def make_fast(
@@ -18,6 +20,8 @@ def make_fast(
     precision."""
     captioner.reader, captioner.writer = read_captions, write_captions
     use_onednn(captioner.decoder)
+    if fused := use_fused(captioner.decoder):
+        log.info(f'⚡ Computed by fused kernels: {fused}')
     return captioner
 
 def is_fast(
