@@ -22,7 +22,10 @@ def directives(source):
     head = re.match(r'(\s*#\s*\|.*(\n|$))*', source)[0]
     return [re.sub(r'^\s*#\s*\|\s*', '', line).strip() for line in head.splitlines()]
 
-def body(source): return '\n'.join(source.splitlines()[len(directives(source)):])
+def body(source):
+    "The Python of a cell, without its directives; lines that a shell runs are left out."
+    source = '\n'.join(source.splitlines()[len(directives(source)):])
+    return re.sub(r'^( *)!.*$', r'\1pass', source, flags=re.M)
 
 def asked(kind, source):
     "The number of the exercise whose answer belongs in this cell, or None."

@@ -166,6 +166,10 @@ def test_each_module_is_the_default_of_one_chapter():
     defaults = [modules_of(p)[0] for p in NOTEBOOKS if modules_of(p)]
     assert sorted(defaults) == sorted(set(defaults))
 
+def test_each_chapter_has_a_number_of_its_own():
+    numbers = [n for p in NOTEBOOKS if (n := number(p))]
+    assert [n for n in sorted(set(numbers)) if numbers.count(n) > 1] == []
+
 @each_notebook
 def test_no_stored_error(path):
     errors = [o['ename'] for c in cells(path, 'code') for o in c['outputs'] if o['output_type'] == 'error']
@@ -252,7 +256,7 @@ def test_a_chapter_leaves_the_logger_as_it_was():
         levels = re.findall(r"\blog\.setLevel\('?(?:logging\.)?(\w+)", sources)
         assert not levels or levels[-1] in ('INFO', 'level'), path.name # `level` is what it was before
 
-COURSE_CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-8]', p.stem)] # 09 is a real run, by commands
+COURSE_CHAPTERS = [p for p in NOTEBOOKS if re.match(r'0[1-9]', p.stem)]
 
 @pytest.mark.parametrize('path', COURSE_CHAPTERS, ids=lambda p: p.stem)
 def test_the_course_needs_no_other_track(path):
