@@ -23,7 +23,8 @@ from capnb.decoder import (
     begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder,
     tokenize_captions
 )
-from .encoder import check_encoder, in_slices, load_encoder
+from .out_of_memory import in_slices
+from .encoder import check_encoder, load_encoder
 from capnb.checkpoint import (
     check_shapes, metadata_path, read_metadata, read_weights, save_metadata, save_tensors, weights_path
 )

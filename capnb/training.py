@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from .data import captions_for_epoch
-from .encoder import EncodedData, in_slices
+from .out_of_memory import in_slices
+from .encoder import EncodedData
 from .log import progress_bar
 
 # %% ../nbs/06_training_loop.ipynb #487db40e

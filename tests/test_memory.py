@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from capnb.captioner import build_captioner
 from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
-from capnb.encoder import memory_ran_out
+from capnb.out_of_memory import SHORT, in_slices, memory_ran_out
 from capnb.fast.cache import encode_data
 from capnb.storybook import Storybook
 from capnb.run.resume import SavedRun
@@ -79,6 +79,22 @@ def test_errors_are_known():
     assert all(memory_ran_out(e) and not memory_ran_out(e, True) for e in PERHAPS)
     assert not any(memory_ran_out(e) for e in OTHERS)
 
+@pytest.fixture
+def card(monkeypatch):
+    "Say that there is a GPU with so many bytes free."
+    def card(free):
+        monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+        monkeypatch.setattr('torch.cuda.mem_get_info', lambda: (int(free), 80_000_000_000))
+    return card
+
+@pytest.mark.parametrize('error', PERHAPS, ids=str)
+def test_what_may_be_memory_is_memory_where_the_card_is_full(error, card):
+    card(1.2e9)
+    assert memory_ran_out(error, alone=True)
+    assert not any(memory_ran_out(other, alone=True) for other in OTHERS)
+    card(SHORT)
+    assert not memory_ran_out(error, alone=True) and memory_ran_out(error)
+
 @pytest.mark.parametrize('error', [SURE[0], SURE[2], PERHAPS[0], PERHAPS[4]], ids=str)
 def test_encoding_goes_on_with_fewer(model, narrow, error, capsys):
     data = CaptionData(Storybook(n=40))
@@ -99,6 +115,18 @@ def test_a_single_image_raises_what_was_raised(model, narrow, error):
     with pytest.raises(RuntimeError) as raised:
         encode_data(model.encoder, CaptionData(Storybook(n=4)), threads=1)
     assert raised.value is error
+
+def test_a_single_image_on_a_full_card_is_told_what_helps(card, capsys):
+    "As an H100 with 1.2 GB free did: the library fails with every number of images."
+    def fails(here):
+        raise PERHAPS[0]
+    card(1.2e9)
+    with pytest.raises(ValueError, match='out of memory with a single image; what helps: .*batch_size'):
+        list(in_slices(fails, 4, 4))
+    card(60e9)
+    with pytest.raises(RuntimeError) as raised:
+        list(in_slices(fails, 4, 4))
+    assert raised.value is PERHAPS[0]
 
 def test_a_single_image_too_large_is_told(model, narrow):
     narrow('encoder', 0, SURE[1])

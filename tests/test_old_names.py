@@ -13,6 +13,7 @@ from PIL import Image
 from capnb.captioner import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
+from capnb.run.command_line import command
 from capnb.run.entry import train
 from capnb.run.sharing import CapnbForImageCaptioning
 from capnb.run.sweeps import sweep
@@ -55,6 +56,23 @@ def test_settings_of_a_script():
 def test_both_names_are_a_contradiction(settings):
     with pytest.raises(ValueError, match='is the old name of .*; give one of them'):
         with_new_names(settings)
+
+def test_flags_of_a_command(capsys):
+    given = {}
+    @command
+    def note_command(**settings):
+        "Note the settings."
+        given.update((k, v) for k, v in settings.items() if v is not None)
+    note_command(['--decoder_rate', '.3', '--captions-per-picture=5'])
+    assert given == dict(decoder_lr_scale=.3, captions_per_image=5)
+    with pytest.raises(SystemExit) as end:
+        note_command(['--decoder_rate', '.3', '--decoder_lr_scale', '.3'])
+    assert end.value.code == 1
+    said = 'note: decoder_rate is the old name of decoder_lr_scale; give one of them\n'
+    assert capsys.readouterr().err == said
+    with pytest.raises(SystemExit):
+        note_command(['--left_out', '3']) # an old name, but of no flag
+    assert capsys.readouterr().err == 'note: unrecognized arguments: --left_out 3; see --help\n'
 
 def test_a_file_of_settings(before):
     h = as_hyperparameters('config.yaml')

@@ -1,6 +1,6 @@
 """What is planned before a run, checked against arithmetic by hand and against the commands from outside;
 and the form of the table of results."""
-import json, os, re, subprocess
+import copy, json, os, re, subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +11,16 @@ from capnb.run.commands import train_command
 from capnb.settings import PRESETS, as_hyperparameters
 from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
-    default_mixed_precision
+    default_mixed_precision, describe_hardware
 )
 from capnb.run.results import FIELDS, results_table
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
+from capnb.run import estimate
 from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
-from capnb.fast.memory import count_phases
+from capnb.fast.ceilings import Ceilings, training_work, work_seconds
+from capnb.fast.cpu import use_onednn
+from capnb.fast.memory import count_phases, phases
+from capnb.fast.parts import is_fast
 from capnb.run.commands import results_command
 from capnb.storybook import Storybook
 
@@ -214,6 +218,71 @@ def test_time_is_multiplied_out():
     slower = [run_seconds(scored, dict(prepare=0, encode=0, step=0, token=t)) for t in (1, 2)]
     assert slower[0]['training'] == 0 and slower[0]['validation'] == 3*7*32
     assert slower[1]['test'] == 2*slower[0]['test'] == 2*(10+7)*(32+48)
+
+# --- Time
+
+H100 = Ceilings('NVIDIA H100 80GB HBM3', 694.2e12, 3.01e12, 17.7e-6, 3e-6)
+BEFORE = json.loads((ROOT/'nbs/h100_before.json').read_text(encoding='utf-8'))
+REAL = dict(preset='flickr30k', prefix_length=1)
+
+def test_a_rehearsal_uses_the_layers_of_a_run(monkeypatch):
+    "What is timed has the fast reader and writer, and oneDNN's layers where they pay, as a run has them."
+    timed = []
+    def noted(model, *args):
+        timed.append(model)
+        return phases(model, *args)
+    monkeypatch.setattr(estimate, 'phases', noted)
+    seconds = estimate.time_phases(as_hyperparameters(batch_size=2), describe_hardware('cpu'), 2)
+    assert is_fast(timed[0]) and all(s > 0 for s in seconds.values())
+    assert set(seconds) == {'prepare', 'encode', 'step', 'token'}
+    use_onednn(again := copy.deepcopy(timed[0].decoder))
+    kinds = [[type(m) for m in decoder.modules()] for decoder in (timed[0].decoder, again)]
+    assert kinds[0] == kinds[1]
+
+@pytest.mark.parametrize(
+    'changes, milliseconds',
+    [
+        *((dict(batch_size=n), BEFORE['training'][f'capnb, batch {n}']['ms']) for n in (8, 32, 128, 512)),
+        *(
+            (dict(batch_size=n, captions_per_image=5, features='patch'), row['ms'])
+            for n in (8, 32) for row in [BEFORE['patches'][f'capnb, {n} x 5']]
+        ),
+    ],
+)
+def test_a_step_is_predicted_from_the_ceilings(changes, milliseconds):
+    "A step that Python starts, within a factor of 1.5 of what an H100 took."
+    work = training_work(as_hyperparameters(**REAL, **changes))
+    assert 1/1.5 < 1e3*work_seconds(work, H100)/milliseconds < 1.5
+
+@pytest.mark.parametrize('batch, limit', [(8, .8), (128, 128/18.8)])
+def test_a_replayed_step_is_between_its_limit_and_an_eager_one(batch, limit):
+    work = training_work(as_hyperparameters(**REAL, batch_size=batch))
+    replayed, eager = (1e3*work_seconds(work, H100, r) for r in (True, False))
+    assert limit < replayed < eager/1.5
+
+def test_all_of_a_run_is_predicted():
+    "A step and a token are of the size that replayed ones had; the encoder is near what it does alone."
+    found = estimate.predict_phases(as_hyperparameters(**REAL, batch_size=8), H100, .001)
+    prototypes = BEFORE['prototypes']
+    assert 1/1.5 < 1e3*found['step']/prototypes['training']['batch 8']['ms'] < 1.5
+    assert 1/1.5 < 1e3*found['token']/prototypes['writing']['256 rows']['ms'] < 1.5
+    assert 1/1.5 < 1/found['encode']/BEFORE['encoding']['ViT-B/32, batch 256'] < 1.5
+    plan = Plan(as_hyperparameters(preset='flickr30k-full', batch_size=8), GPU)
+    parts = run_seconds(plan, found)
+    assert parts['training'] == plan.steps*found['step']
+    assert 0 < parts['validation'] < parts['training'] and 0 < parts['test']
+
+GPU = Hardware('cuda', 'NVIDIA H100', 80, (9,0), True)
+
+def test_dry_run_on_a_gpu_measures_ceilings_and_no_step(monkeypatch, capsys):
+    monkeypatch.setattr(estimate, 'describe_hardware', lambda: GPU)
+    monkeypatch.setattr(estimate, 'measure_ceilings', lambda device: H100)
+    monkeypatch.setattr(estimate, 'prepare_seconds', lambda h, device: 1/1400)
+    monkeypatch.setattr(estimate, 'time_phases', lambda *args: pytest.fail('a step was rehearsed'))
+    estimate.dry_run(as_hyperparameters(preset='flickr30k-full'), free=80)
+    said = capsys.readouterr().out
+    assert '694 TFLOP/s, 3.01 TB/s, 17.7 µs per launch, 3.0 µs per replayed operation' in said
+    assert re.search(r'time .* expected: encoding \d+ s, .*; 0\.0\d\d s per step', said)
 
 # --- Downloads
 

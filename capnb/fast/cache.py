@@ -229,7 +229,7 @@ def _ahead(do, n, threads):
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(cores)
 
-def _looked_at(encoder, data, i, cache, opener):
+def _looked_at(encoder, data, i, cache, opener, steps):
     """Row `i` without its image, the image's digest, and, where the cache has it not, what the encoder is to
     see."""
     image, row, where = data.parts(i)
@@ -237,18 +237,22 @@ def _looked_at(encoder, data, i, cache, opener):
     content, known = _file_bytes(image), lambda digest: cache.find([digest])[0] >= 0
     digest = content and _digest(content)
     if digest and known(digest): return row, digest, None # needs no decoding
-    if content:
-        image = ImageFile(content, image.name) # the file is read once
-    image = opener(image, min_side=encoder.min_side)
-    digest = digest or _digest_pixels(image)
-    return row, digest, None if known(digest) else encoder.prepare([image])[0]
+    if content: # the file is read once
+        image = opener(ImageFile(content, image.name), min_side=encoder.min_side, steps=steps)
+    else:
+        image = opener(image, min_side=encoder.min_side)
+        digest = _digest_pixels(image)
+        if known(digest): return row, digest, None
+        image = steps(image) if steps else image
+    return row, digest, encoder.prepare([image])[0]
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70015
-def _encoded(encoder, data, which, cache, taken, alone, opener):
+def _encoded(encoder, data, which, cache, taken, alone, opener, steps):
     """Some rows without their pictures, the digests of the pictures, and features, in half precision, by
     digest for those that neither the cache has nor another batch has `taken`; raises `ValueError` if that
     cannot hold them."""
-    rows, digests, pixels = zip(*[_looked_at(encoder, data, i, cache, opener) for i in which], strict=True)
+    seen = [_looked_at(encoder, data, i, cache, opener, steps) for i in which]
+    rows, digests, pixels = zip(*seen, strict=True)
     new = {
         digest: (row, p)
         for row, digest, p in zip(rows, digests, pixels, strict=True)
@@ -256,8 +260,11 @@ def _encoded(encoder, data, which, cache, taken, alone, opener):
     }
     if not new: return rows, digests, {}
     cache.check_writable() # before a picture is encoded, not after
+    together = torch.stack([p for _,p in new.values()])
+    if encoder.model.device.type=='cuda':
+        together = together.pin_memory() # from there the GPU fetches it by itself
     with alone:
-        features = encoder(torch.stack([p for _,p in new.values()])).half().cpu().numpy()
+        features = encoder(together).half().cpu().numpy()
     for (row,_),f in zip(new.values(), features, strict=True):
         if not np.isfinite(f).all():
             raise ValueError(
@@ -291,10 +298,11 @@ def _cache_for(encoder, root):
 def _fill(cache, encoder, data, batch_size, progress, threads):
     "Encode what the cache has not; gives the rows without their pictures and the digests of these."
     rows, digests, taken, opener = [], [], {}, image_opener(len(data))
+    steps = encoder.steps # asked once, before the threads begin
     alone = nullcontext() if encoder.model.device.type=='cpu' else Lock() # a GPU takes one batch at a time
     batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
     def encoded(i):
-        return _encoded(encoder, data, batches[i], cache, taken, alone, opener)
+        return _encoded(encoder, data, batches[i], cache, taken, alone, opener, steps)
     bar = progress_bar(desc=progress, disable=not progress, unit='picture', total=len(data))
     with bar, closing(_ahead(encoded, len(batches), threads or os.cpu_count())) as done:
         for some, theirs, new in done:

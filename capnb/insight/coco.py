@@ -31,9 +31,7 @@ def _meteor(s):
     found = np.einsum('...kfs,k,f->...s', matched, kinds, [.75, .25])
     there = .75*(length-functions)+.25*functions
     precision, recall = np.moveaxis(found/np.where(there, there, 1), -1, 0) # no words, nothing found
-    # in how many pieces the match is; 0 if all is matched in one
-    chunks, pieces = s[...,20], s[...,20]*2/np.maximum(s[...,21]+s[...,22], 1)
-    pieces = np.where((chunks==1) & (s[...,21:23]==length).all(-1), 0, pieces)
+    pieces = s[...,20]*2/np.maximum(s[...,21]+s[...,22], 1) # in how many pieces the match is
     return precision*recall/np.maximum(.85*precision+.15*recall, 1e-12)*(1-.6*pieces**.2)
 
 # %% ../../nbs/10c_coco.ipynb #38cec9d7
@@ -52,10 +50,13 @@ def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`
                          "no program 'java'; install a Java runtime, such as Debian's default-jre-headless")
     return bleu_scorer, cider, meteor, ptbtokenizer
 
-def _coco_words(texts, ptbtokenizer):
-    "Some texts of each image, in the words of the tool, which reads a text per line."
-    plain = {i: [dict(caption=space_characters(t)) for t in each] for i,each in enumerate(texts)}
-    return ptbtokenizer.PTBTokenizer().tokenize(plain)
+def _coco_words(captions, references, ptbtokenizer):
+    """Captions and references of each image in the words of the tool, which reads a text per line: all at
+    once, as its tokenizer takes seconds to start."""
+    plain = {i: [dict(caption=space_characters(t)) for t in (caption, *others)]
+             for i,(caption,others) in enumerate(zip(captions, references, strict=True))}
+    words = ptbtokenizer.PTBTokenizer().tokenize(plain)
+    return {i: texts[:1] for i,texts in words.items()}, {i: texts[1:] for i,texts in words.items()}
 
 # %% ../../nbs/10c_coco.ipynb #c28a0a74
 def _ngrams(bleu, comparison):
@@ -63,6 +64,12 @@ def _ngrams(bleu, comparison):
     length = comparison['testlen']
     return [*comparison['correct'], *comparison['guess'], length,
             bleu._single_reflen(comparison['reflen'], 'closest', length)]
+
+def _meteor_sums(java, said, refs):
+    "What each image adds to the sums of `_meteor`. As in the tool, what is matched whole is in no pieces."
+    stats = np.array([[float(x) for x in java._stat(said[i][0], refs[i]).split()] for i in said])
+    stats[(stats[:,20]==1) & (stats[:,21:23]==stats[:,:2]).all(1), 20] = 0
+    return stats
 
 def coco_parts(
     captions, # One generated caption per image
@@ -72,12 +79,11 @@ def coco_parts(
 
     CIDEr-D takes the rarity of words among all these images."""
     bleu_scorer, cider, meteor, ptbtokenizer = coco_tools()
-    said, refs = _coco_words([[c] for c in captions], ptbtokenizer), _coco_words(references, ptbtokenizer)
+    said, refs = _coco_words(captions, references, ptbtokenizer)
     bleu, java = bleu_scorer.BleuScorer(n=4), meteor.Meteor()
     for i in said:
         bleu += (said[i][0], refs[i])
     grams = np.array([_ngrams(bleu, c) for c in bleu.ctest], float)
-    stats = np.array([[float(x) for x in java._stat(said[i][0], refs[i]).split()] for i in said])
     rarity = cider.Cider().compute_score(refs, said)[1]
     scores = {f'bleu_{n}': Parts(grams, _bleu(n)) for n in (1,2,3,4)}
-    return scores | dict(meteor=Parts(stats, _meteor), cider=mean_parts(rarity))
+    return scores | dict(meteor=Parts(_meteor_sums(java, said, refs), _meteor), cider=mean_parts(rarity))

@@ -11,13 +11,12 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache, wraps
 from fastcore.script import Param, anno_parser
-from ..settings import Hyperparameters, PRESETS, allowed, check_value, limits
+from ..settings import Hyperparameters, OLD_NAMES, PRESETS, allowed, check_value, limits, with_new_names
 from ..files import check_writable
 from ..log import quiet
 
 # %% ../../nbs/30h_command_line.ipynb #537bcb77
 BEST = 'Take the checkpoint with the best validation loss of the newest run, not its last one'
-MODEL = Param('A captioner that comes with the package, in place of a checkpoint', str, choices=['storybook'])
 MODEL = Param('A captioner that comes with the package, in place of a checkpoint', str, choices=['storybook'])
 
 def _number(text):
@@ -85,9 +84,17 @@ def _with_flags(f):
     ]
     return signature.replace(parameters=own+flags)
 
-def _as_flags(words):
-    "The words of a command line, in which `--batch-size` stands for `--batch_size`."
-    return [re.sub(r'^--[^=]+', lambda m: '--'+m[0][2:].replace('-', '_'), word) for word in words]
+def _as_flags(words, known):
+    """The words of a command line, in which `--batch-size` stands for `--batch_size`, and an old name of a
+    known flag for its present one."""
+    given = {}
+    def flag(match):
+        name = match[0][2:].replace('-', '_')
+        given[name] = OLD_NAMES[name] if OLD_NAMES.get(name) in known else name
+        return f'--{given[name]}'
+    words = [re.sub(r'^--[^=]+', flag, word) for word in words]
+    with_new_names(given) # both names are a contradiction
+    return words
 
 def _lenient_output():
     """Let output show as an escape what its encoding does not have: a message or a caption never stops a
@@ -113,7 +120,8 @@ def command(f):
 
     def read(words):
         "The arguments for `f`, and whether to be quiet."
-        args, parameters = vars(parser().parse_args(_as_flags(words))), run.__signature__.parameters
+        parameters = run.__signature__.parameters
+        args = vars(parser().parse_args(_as_flags(words, parameters)))
         checked = {
             k: p.annotation.check(k, args[k]) if isinstance(p.annotation, Number) else args[k]
             for k, p in parameters.items()

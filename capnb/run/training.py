@@ -21,7 +21,7 @@ from ..log import log
 from ..captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, unfreeze
 from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import count_cut, cut_text, text_ids
-from ..encoder import ADVICE, memory_ran_out
+from ..out_of_memory import ADVICE, memory_ran_out
 from .checkpoints import model_places
 from capnb.run.epochs import (
     EarlyStopping, KeepCheckpoints, new_metadata, report_best, report_epoch, save_curve
