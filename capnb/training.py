@@ -7,7 +7,7 @@ __all__ = ['EpochBatches', 'epoch_batches', 'make_optimizer', 'validate', 'Run',
            'train_epoch', 'close_epoch', 'training_loop', 'fit']
 
 # %% ../nbs/06_training_loop.ipynb #11be8fe0
-import math, random
+import math, random, time
 from dataclasses import dataclass, field
 import torch
 from torch import nn
@@ -113,7 +113,11 @@ class Run:
     validates: bool = False # Look at the split 'validation' after each epoch
     resumed: bool = False # Goes on with what was begun before
     batches: EpochBatches = None # Of the epoch that has begun
-    losses: list = field(default_factory=list) # Of every step
+    # Of every step; where a stepper leaves the newest ones on its device, those are tensors until `fetch`
+    losses: list = field(default_factory=list)
+    fetched: int = 0 # Losses that are numbers, and finite
+    fetch_every: float = 0. # Seconds that losses may stay there
+    fetched_at: float = -math.inf # Time of the last `fetch`
     epoch: int = 0 # Epochs done
     step: int = 0 # Steps done in the epoch that has begun
     steps: int = 0 # Steps that it has, or will have made where `max_steps` ends it
@@ -126,6 +130,21 @@ class Run:
     def mean_loss(self):
         "Mean of the losses of the epoch that has begun."
         return sum(self.losses[-self.step:])/self.step
+
+    def update(self):
+        "Clip the gradient, correct what learns, and clear the gradient."
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group['params']], 1.)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def fetch(self):
+        "Make every loss a number; raises `ValueError` at the first step where it is not finite."
+        for i in range(self.fetched, len(self.losses)):
+            loss = self.losses[i] = float(self.losses[i])
+            if not math.isfinite(loss):
+                raise ValueError(f'the loss is {loss} at step {i+1}: lower the learning rate, and look at '
+                                 'the features')
+        self.fetched, self.fetched_at = len(self.losses), time.perf_counter()
 
     def call(self, moment):
         "Call this method of each callback."
@@ -190,14 +209,11 @@ def step(
 def train_step(run:Run, features, captions):
     "Make the gradient of one batch, clip it, and correct what learns."
     loss = run.stepper(run.model, features, captions)
-    nn.utils.clip_grad_norm_([p for group in run.optimizer.param_groups for p in group['params']], 1.)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.update()
     run.losses.append(loss)
     run.step += 1
-    if not math.isfinite(loss):
-        raise ValueError(f'the loss is {loss} at step {len(run.losses)}: lower the learning rate, and look '
-                         'at the features')
+    if time.perf_counter() >= run.fetched_at+run.fetch_every:
+        run.fetch()
 
 # %% ../nbs/06_training_loop.ipynb #07b10011
 def train_epoch(run:Run):
@@ -213,12 +229,15 @@ def train_epoch(run:Run):
     bar = progress_bar(batches, name, total=run.steps, initial=run.step)
     for features,captions in bar:
         train_step(run, features, captions)
-        bar.set_postfix({'Loss': f'{run.losses[-1]:.4f}', 'Avg Loss': f'{run.mean_loss:.4f}'}, refresh=False)
+        if run.fetched==len(run.losses):
+            now = {'Loss': f'{run.losses[-1]:.4f}', 'Avg Loss': f'{run.mean_loss:.4f}'}
+            bar.set_postfix(now, refresh=False)
         run.call('on_step_end')
     bar.close()
 
 def close_epoch(run:Run):
     "Look at pictures that it did not learn from, and let the callbacks score, save and report."
+    run.fetch()
     run.metadata = dict(training_loss=run.mean_loss, validation_loss=None, image_gain=None)
     run.epoch, run.step = run.epoch+1, 0
     run.call('on_epoch_trained') # before anything that may fail
@@ -246,16 +265,8 @@ def training_loop(run:Run) -> Run:
     return run
 
 def fit(
-    model: nn.Module,
-    data: dict,
-    num_epochs: int = 1,
-    batch_size: int = 8,
-    learning_rate: float = 1e-4,
-    seed: int = 0,
-    captions_per_image: int = 1,
-    max_steps: int | None = None,
-    optimizer=None,
-    callbacks=(),
+    model: nn.Module, data: dict, num_epochs: int = 1, batch_size: int = 8, learning_rate: float = 1e-4,
+    seed: int = 0, captions_per_image: int = 1, max_steps: int | None = None, optimizer=None, callbacks=(),
     stepper=step,
 ) -> Run:
     """Train what is to learn; after each epoch look at unseen images and call the callbacks.
@@ -284,7 +295,8 @@ def fit(
     callbacks : iterable of Callback, default ()
         What the run does besides learning.
     stepper : callable, default `step`
-        `stepper(model, features, captions)` makes the gradient of a batch and returns its loss.
+        `stepper(model, features, captions)` makes the gradient of a batch and returns its loss, a number or
+        a tensor of one number.
 
     Returns
     -------

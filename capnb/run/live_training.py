@@ -135,18 +135,18 @@ class LiveTraining(VBox):
 
     def _draw(self, run):
         self.drawn = time.monotonic()
-        if run.losses:
+        if losses := run.losses[:run.fetched]:
             alt = (
-                f'Curve of the loss over {len(run.losses)} steps, now {run.losses[-1]:.2f};'
+                f'Curve of the loss over {len(losses)} steps, now {losses[-1]:.2f};'
                 f' beside it the image gain of {len(self.gains)} epochs'
             )
-            self.curve.value = image_html(draw_run(run.losses, self.gains), alt, 760)
+            self.curve.value = image_html(draw_run(losses, self.gains), alt, 760)
 
     def _stepped(self, run):
         self.bar.max, self.bar.value = run.steps*run.h.num_epochs, run.epoch*run.steps + run.step
         self._say(
             f'epoch {run.epoch+1} of {run.h.num_epochs}, step {run.step} of {run.steps}, loss'
-            f' {run.losses[-1]:.3f}'
+            f' {run.losses[run.fetched-1]:.3f}'
         )
         if time.monotonic()-self.drawn > 1:
             self._draw(run)

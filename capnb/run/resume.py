@@ -10,7 +10,7 @@ __all__ = ['MAY_CHANGE', 'SavedRun', 'random_state', 'set_random_state', 'state_
 # %% ../../nbs/32b_resume.ipynb #0b4cc3d6
 import json, random, re
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zlib import crc32
 import numpy, torch
@@ -45,11 +45,27 @@ class SavedRun(Run):
     saved: int = 0 # Steps that the last saved state knows of
     # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before
     cut: dict = None
+    static: object = None # `capnb.fast.cuda.training.StaticStep`, where it makes the steps of this epoch
+    unread: list = field(default_factory=list) # Tokens of each batch whose loss is not fetched yet
 
     @property
     def mean_loss(self):
         "Mean over the tokens of the epoch that has begun."
         return self.total/self.tokens
+
+    def update(self):
+        if self.static:
+            self.static.update()
+        else:
+            super().update()
+
+    def fetch(self):
+        first = self.fetched
+        super().fetch()
+        for loss,tokens in zip(self.losses[first:], self.unread, strict=True):
+            self.total += loss*tokens
+            self.tokens += tokens
+        self.unread = []
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0714
 def random_state(device):
@@ -113,6 +129,7 @@ def training_state(
     run:SavedRun, # With `optimizer`, `scheduler`, `scaler` and `identity`
 ) -> dict: # Tensors and plain data
     "All that a run must remember to go on exactly."
+    run.fetch()
     return dict(
         position={k: getattr(run, k) for k in _POSITION},
         micro_batch_size=run.micro_batch_size,
@@ -280,7 +297,8 @@ def load_state(
         raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION:
         setattr(run, k, position[k])
-    run.random, run.done, run.saved, run.cut = state['random'], False, len(run.losses), state.get('cut')
+    run.random, run.done, run.cut = state['random'], False, state.get('cut')
+    run.saved = run.fetched = len(run.losses)
     if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'):
         run.micro_batch_size = state['micro_batch_size']
     if run.epoch:

@@ -143,14 +143,15 @@ class Tracker(Callback):
         samples:int=6, # Images shown with their captions after each epoch
     ):
         self.images, self.samples, self.ids, self.known = images, samples, {}, {}
+        self.told = 0 # losses that the trackers know
 
     def _each(self, run, tell):
         for tracker in run.accelerator.trackers:
             with _telling(tracker.name):
                 tell(tracker)
 
-    def _log(self, run, values):
-        step, first = len(run.losses), next(iter(values))
+    def _log(self, run, values, step=None):
+        step, first = step or len(run.losses), next(iter(values))
         def tell(tracker): # what it knows already, from before the run was stopped, it is not told again
             if step > self.known.setdefault((tracker.name, first), _told(tracker, first)):
                 tracker.log(values, step=step)
@@ -170,10 +171,14 @@ class Tracker(Callback):
 
     def on_resume(self, run):
         self._open(run)
+        self.told = run.fetched
 
     def on_step_end(self, run):
-        self._log(run, dict(loss=run.losses[-1]))
+        for step in range(self.told, run.fetched): # on a GPU those of some steps come together
+            self._log(run, dict(loss=run.losses[step]), step+1)
+        self.told = run.fetched
 
+    on_epoch_trained = on_step_end
 
     def on_epoch_end(self, run):
         self._log(run, {k: v for k,v in _numbers(run.metadata).items() if k!='steps'})

@@ -1,0 +1,361 @@
+"""The training step of fixed shapes, unrecorded on a processor: the numbers of the readable step, whatever
+the layout; nothing of padding; the same run to the last bit after a stop; and a recording is used as it
+should be. What needs a GPU is in the chapters' cells flagged `cuda`."""
+import logging
+import pytest, torch
+from torch import nn
+from capnb.captioner import build_captioner, parameter_groups, unfreeze
+from capnb.data import CaptionData
+from capnb.encoder import EncodedData, encode_data
+from capnb.fast.cuda.batches import Layouts, room, views, waste
+from capnb.fast.cuda.training import StaticStep, refusal, static_loss, why_not
+from capnb.fast.packing import Tokens
+from capnb.run import training
+from capnb.run.resume import find_state, read_state, resumed_hyperparameters
+from capnb.run.training import SharedStep, StaticSteps, run_training
+from capnb.settings import as_hyperparameters
+from capnb.storybook import Storybook
+from capnb.training import Callback, Run, make_optimizer, step, train_step
+
+SMALL = dict(adapter_width=32, max_caption_length=12, batch_size=6, learning_rate=3e-3)
+KINDS = {
+    'one token': dict(prefix_length=1), 'four tokens': dict(prefix_length=4),
+    'patches': dict(features='patch'),
+    'lora': dict(prefix_length=2, lora_rank=2), 'unfrozen': dict(unfreeze_layers=1, unfreeze_epoch=1),
+}
+
+@pytest.fixture(scope='module', params=KINDS)
+def kind(request):
+    "Settings, a captioner of the course and some encoded pages; in double precision, to see 1e-6."
+    h = as_hyperparameters(**SMALL | KINDS[request.param])
+    model = build_captioner(h, 'cpu').train()
+    unfreeze(model, h, 1)
+    data = encode_data(model.encoder, CaptionData(Storybook(size=h.image_size, n=8)))
+    return h, model.double(), EncodedData(data.features.double(), data.rows)
+
+def lay_out(model, features, captions, images=None, total=None, begin=()):
+    ids, lengths = Tokens(model.tokenizer, (), model.max_caption_length).find(captions)
+    prefix = features.shape[1] if features.dim()==3 else model.adapter.prefix_length
+    images = images or len(captions)
+    layouts = Layouts(lengths.tolist()*images, images, prefix, begin)
+    return layouts.lay_out(features, ids, lengths, total)
+
+def learned(model): return [p for p in model.parameters() if p.requires_grad]
+
+def gradients(model):
+    found = [p.grad.clone() for p in learned(model)]
+    model.zero_grad()
+    return found
+
+def check_same(found, expected, tolerance=1e-6):
+    "The same loss and gradients; those relative to the largest of all."
+    assert found[0]==pytest.approx(expected[0], rel=tolerance)
+    largest = max(g.abs().max().item() for g in expected[1])
+    for mine,its in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(mine, its, atol=tolerance*max(1, largest), rtol=10*tolerance)
+
+def in_parts(model, features, captions, sizes, **how):
+    "Loss and gradients of the static step, the batch in parts of these sizes."
+    fixed = StaticStep(model, make_optimizer(dict(all=dict(model.named_parameters())))[0])
+    total = int(Tokens(model.tokenizer, (), model.max_caption_length).find(captions)[1].sum())
+    parts, at = [], 0
+    for size in sizes:
+        some = slice(at, at+size)
+        parts.append(lay_out(model, features[some], captions[some], max(sizes), total, **how))
+        at += size
+    return fixed.gradient(parts).item(), gradients(model)
+
+# --- The numbers of the readable step
+
+@pytest.mark.parametrize(
+    'some', [lambda i: 1, lambda i: 3, lambda i: 1 + i % 3], ids=['one caption', 'three', 'one to three']
+)
+@pytest.mark.parametrize('sizes', [(6,), (3, 3), (4, 2), (1,)*6], ids=str)
+def test_loss_and_gradient_are_those_of_the_readable_step(kind, some, sizes):
+    h, model, data = kind
+    captions = [row['captions'][:some(i)] for i,row in enumerate(data.rows[:6])]
+    expected = step(model, data.features[:6], captions), gradients(model)
+    check_same(in_parts(model, data.features, captions, sizes), expected)
+
+def test_a_token_that_texts_begin_with(kind, monkeypatch):
+    h, model, data = kind
+    captions = [row['captions'][:2] for row in data.rows[:6]]
+    monkeypatch.setattr('capnb.captioner.begin_ids', lambda tokenizer: [7])
+    expected = step(model, data.features[:6], captions), gradients(model)
+    check_same(in_parts(model, data.features, captions, (6,), begin=[7]), expected)
+
+def test_padding_weighs_nothing(kind):
+    "More images, positions and tokens than there are; and what stands there does not matter."
+    h, model, data = kind
+    captions = [row['captions'][:1] for row in data.rows[:3]]
+    found = []
+    for images in (3, 8):
+        batch = lay_out(model, data.features[:3], captions, images)
+        n = views(batch.shape, batch.numbers)
+        n.ids[n.image<0] = 9
+        batch.features[3:] = 100.
+        loss = static_loss(model, batch.features, n)
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    assert batch.shape.images==8 and batch.read < n.ids.numel() and batch.predicted < len(n.label)
+    check_same(found[1], found[0])
+
+def test_another_caption_changes_only_its_own_loss(kind):
+    "Who shares a row does not see the others."
+    h, model, data = kind
+    captions = [row['captions'][:1] for row in data.rows[:3]]
+    of_two = lambda texts: static_loss(
+        model, *((b := lay_out(model, data.features[:3], texts, total=1)).features, views(b.shape, b.numbers))
+    ).item()
+    alone = lambda i, text: static_loss(
+        model, *((b := lay_out(model, data.features[i:i+1], [[text]], total=1)).features,
+                 views(b.shape, b.numbers))
+    ).item()
+    other = [captions[0], ['A very large blue cat sleeps.'], captions[2]]
+    change = alone(1, other[1][0]) - alone(1, captions[1][0])
+    assert of_two(other)-of_two(captions)==pytest.approx(change, abs=1e-3) and abs(change) > .1
+
+# --- Shapes
+
+def test_room_grows_by_an_eighth_at_most():
+    rooms = [room(n) for n in range(1, 5000)]
+    assert all(r >= n for n,r in enumerate(rooms, 1)) and rooms==sorted(rooms)
+    assert max(b/a for a,b in zip(rooms, rooms[1:], strict=False) if a >= 64) <= 1.125
+    assert len(set(rooms)) < 60
+
+@pytest.mark.parametrize('batch,prefix,each', [(8, 1, 1), (32, 1, 1), (128, 1, 1), (8, 49, 5)], ids=str)
+def test_few_shapes_and_little_waste(batch, prefix, each):
+    chance = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(2048, each, generator=chance)*5+15).round().int().clamp(6, 40)
+    layouts, found = Layouts(lengths.tolist(), batch, prefix), []
+    for some in lengths.split(batch)[:60]:
+        ids = torch.ones(some.numel(), int(some.max()), dtype=torch.long)
+        found.append(layouts.lay_out(torch.zeros(len(some), 1), ids, some))
+    assert len({b.shape for b in found}) < 16 and waste(found) < (.1 if batch*each >= 32 else .13)
+    assert {(b.shape.images, b.shape.rows) for b in found}=={(batch, layouts.rows)}
+
+# --- The correction
+
+def optimizer_of(model, h): return make_optimizer(parameter_groups(model, h), h.learning_rate)[0]
+
+@pytest.mark.parametrize('scaler', [None, 2.**10], ids=['plain', 'scaled'])
+def test_steps_are_those_of_the_loop(kind, scaler):
+    "Clipping, AdamW and the cleared gradient; with a scaler, too."
+    h, _, data = kind
+    found = []
+    for static in (False, True):
+        model = build_captioner(h, 'cpu').train()
+        unfreeze(model, h, 1)
+        optimizer = optimizer_of(model, h)
+        run = Run(model, {}, optimizer, stepper=step)
+        if static:
+            scale = torch.amp.GradScaler('cpu', init_scale=scaler) if scaler else None
+            fixed = StaticStep(model, optimizer, scale)
+        for i in range(5):
+            features = data.features[i:i+3].float()
+            captions = [row['captions'][:1] for row in data.rows[i:i+3]]
+            if static:
+                run.losses.append(fixed([lay_out(model, features, captions)]))
+                assert all(not p.grad.any() for p in learned(model))
+            else:
+                train_step(run, features, captions)
+        run.fetch()
+        found.append((run.losses, [p.detach().clone() for p in learned(model)]))
+    assert found[1][0]==pytest.approx(found[0][0], abs=1e-4)
+    for a,b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+# --- In a run
+
+@pytest.fixture
+def static(monkeypatch):
+    "Runs make static steps, here on a processor."
+    monkeypatch.setattr(training, 'on_gpu', lambda model: True)
+
+def settings(tmp_path, **change):
+    return as_hyperparameters(
+        **SMALL | dict(prefix_length=2, num_epochs=2, captions_per_image=2, checkpoint_steps=2,
+                       output_dir=str(tmp_path)) | change
+    )
+
+def encoded(h, n=28):
+    model = build_captioner(h, 'cpu')
+    data = encode_data(model.encoder, CaptionData(Storybook(size=h.image_size, n=n)))
+    return {split: EncodedData(data.features, data.rows) for split in ('train', 'validation')}
+
+def with_dropout(h):
+    "The state of the random generators matters, too."
+    model = build_captioner(h, 'cpu')
+    model.adapter.layers.append(nn.Dropout(.1))
+    return model
+
+@pytest.mark.parametrize(
+    'change', [{}, dict(micro_batch_size=4), dict(lora_rank=2), dict(unfreeze_layers=1, unfreeze_epoch=2)],
+    ids=str,
+)
+def test_a_run_is_the_readable_one(monkeypatch, tmp_path, change):
+    found = []
+    for name,on_gpu in (('plain', False), ('static', True)):
+        h = settings(tmp_path/name, **change)
+        monkeypatch.setattr(training, 'on_gpu', lambda model, on_gpu=on_gpu: on_gpu)
+        found.append(run_training(build_captioner(h, 'cpu'), encoded(h), h))
+        assert type(found[-1].stepper) is (StaticSteps if on_gpu else SharedStep)
+    plain, run = found
+    assert run.losses==pytest.approx(plain.losses, abs=1e-3) and all(type(l) is float for l in run.losses)
+    assert run.validation==pytest.approx(plain.validation, abs=1e-3)
+    assert run.metadata['training_loss']==pytest.approx(plain.metadata['training_loss'], abs=1e-3)
+
+class PowerCut(Callback):
+    def __init__(self, step):
+        self.step = step
+    def on_step_end(self, run):
+        if len(run.losses)==self.step: raise SystemError('power cut')
+
+@pytest.mark.parametrize('cut', range(1, 6))
+def test_resumed_at_any_step_it_is_the_same_run(static, tmp_path, cut):
+    h = settings(tmp_path/'through')
+    data, runs = encoded(h, 16), []
+    runs.append(run_training(with_dropout(h), data, h))
+    h = settings(tmp_path/'cut')
+    with pytest.raises(SystemError, match='power cut'):
+        run_training(with_dropout(h), data, h, [PowerCut(cut)])
+    state = read_state(find_state(h.output_dir))
+    assert all(type(l) is float for l in state['position']['losses'])
+    runs.append(run_training(with_dropout(h), data, resumed_hyperparameters(state, {}), state=state))
+    assert runs[0].losses==runs[1].losses and runs[0].validation==runs[1].validation
+    assert runs[0].metadata['training_loss']==runs[1].metadata['training_loss']
+    weights = [run.model.adapter.state_dict() for run in runs]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+def test_a_loss_that_is_no_number_names_its_step(static, tmp_path, monkeypatch):
+    "Also where it is looked at many steps later."
+    h = settings(tmp_path, evaluation_enabled=False, batch_size=2, checkpoint_steps=None)
+    data, made = encoded(h), []
+    gradient = StaticStep.gradient
+    def broken(self, parts):
+        made.append(gradient(self, parts))
+        return made[-1]*float('nan') if len(made)==3 else made[-1]
+    monkeypatch.setattr(StaticStep, 'gradient', broken)
+    class Later(Callback):
+        def on_epoch_begin(self, run):
+            run.fetch_every = 1e9
+    with pytest.raises(ValueError, match='the loss is nan at step 3: lower the learning rate'):
+        run_training(build_captioner(h, 'cpu'), data, h, [Later()])
+    assert len(made) > 3
+
+def test_losses_stay_on_the_device_until_somebody_looks(static, tmp_path):
+    kinds = []
+    class Watch(Callback):
+        def on_epoch_begin(self, run):
+            run.fetch_every = 1e9
+        def on_step_end(self, run):
+            kinds.append(type(run.losses[-1]))
+    h = settings(tmp_path, num_epochs=1, checkpoint_steps=None, evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), encoded(h), h, [Watch()])
+    assert kinds==[torch.Tensor]*5 and [type(l) for l in run.losses]==[float]*5
+
+@pytest.mark.parametrize('room_for', [1, 3])
+def test_out_of_memory_goes_on_in_halves(static, tmp_path, monkeypatch, caplog, room_for):
+    h = settings(tmp_path/'all', evaluation_enabled=False)
+    data = encoded(h)
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    backward = StaticStep._backward
+    def cramped(self, shape):
+        if shape.images > room_for: raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    h = settings(tmp_path/'parts', evaluation_enabled=False)
+    parts = run_training(build_captioner(h, 'cpu'), data, h)
+    assert parts.micro_batch_size==room_for
+    assert parts.losses==pytest.approx(whole.losses, abs=1e-3)
+    monkeypatch.setattr(StaticStep, '_backward', lambda self, shape: cramped_out())
+    def cramped_out(): raise torch.OutOfMemoryError('CUDA out of memory')
+    with pytest.raises(ValueError, match='out of memory with a single caption'):
+        run_training(build_captioner(h, 'cpu'), data, settings(tmp_path/'none'))
+
+# --- Recordings
+
+class Played:
+    "Stands for a recording: a replay does the work, and writes its result where it was."
+    def __init__(self, work):
+        self.work, self.result, self.times = work, torch.zeros(()), 0
+    def replay(self):
+        self.times += 1
+        if (found := self.work()) is not None:
+            self.result.copy_(found)
+
+class Recorder:
+    "Stands for the one of a GPU; `fails` is raised when so many recordings were made."
+    def __init__(self, fails=None, after=0):
+        self.fails, self.after, self.made = fails, after, []
+    def warm_up(self, work):
+        work()
+        work()
+    def record(self, work):
+        if self.fails and len(self.made)>=self.after: raise self.fails
+        self.made.append(Played(work))
+        return self.made[-1], self.made[-1].result
+
+def trained(model, h, batches, recorder):
+    optimizer = optimizer_of(model, h)
+    fixed = StaticStep(model, optimizer)
+    fixed.recorder = recorder
+    losses = [float(fixed(parts)) for parts in batches]
+    return losses, torch.cat([p.detach().flatten() for p in learned(model)]), fixed
+
+@pytest.fixture(scope='module')
+def batches():
+    "Settings, and steps of one or two parts, of three shapes."
+    h = as_hyperparameters(**SMALL, prefix_length=2)
+    model = build_captioner(h, 'cpu')
+    data = encode_data(model.encoder, CaptionData(Storybook(size=h.image_size, n=8)))
+    captions = [row['captions'] for row in data.rows]
+    one = [lay_out(model, data.features[:3], captions[:3], 4)]
+    two = [lay_out(model, data.features[i:i+1], [captions[i][:1]], 4, 20) for i in (3, 4)]
+    six = [lay_out(model, data.features[2:8], [c[:2] for c in captions[2:]], 6)]
+    steps = [one, two, one, six, two, one]
+    assert len({part.shape for parts in steps for part in parts})==3
+    return h, steps
+
+def test_each_shape_is_recorded_once_and_replayed(batches):
+    h, steps = batches
+    expected = trained(build_captioner(h, 'cpu').train(), h, steps, None)
+    recorder = Recorder()
+    found = trained(build_captioner(h, 'cpu').train(), h, steps, recorder)
+    assert found[0]==expected[0] and torch.equal(found[1], expected[1])
+    assert len(recorder.made)==4 and sorted(p.times for p in recorder.made)==[1, 3, 4, 5]
+
+@pytest.mark.parametrize('after', [0, 1, 2])
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
+    RuntimeError('called a synchronizing CUDA operation'),
+    RuntimeError('CUDA error: operation failed due to a previous error during capture\nSearch for'),
+], ids=['memory', 'waits', 'capture'])
+def test_what_cannot_be_recorded_runs_and_is_said_once(batches, caplog, error, after):
+    h, steps = batches
+    expected = trained(build_captioner(h, 'cpu').train(), h, steps, None)
+    with caplog.at_level(logging.WARNING, 'capnb'):
+        found = trained(build_captioner(h, 'cpu').train(), h, steps, Recorder(error, after))
+    assert found[0]==expected[0] and torch.equal(found[1], expected[1])
+    assert sum('launched one by one' in r.message for r in caplog.records)==1
+
+def test_another_error_is_one(batches):
+    h, steps = batches
+    with pytest.raises(RuntimeError, match='shapes do not match'):
+        trained(build_captioner(h, 'cpu').train(), h, steps, Recorder(RuntimeError('shapes do not match')))
+    assert refusal(RuntimeError('shapes do not match')) is None
+
+def test_other_optimizers_and_decoders_keep_their_way(batches, tmp_path, static, monkeypatch, caplog):
+    h, _ = batches
+    model = build_captioner(h, 'cpu')
+    adamw = optimizer_of(model, h)
+    assert why_not(model, adamw, 40) is None
+    assert why_not(model, torch.optim.SGD(learned(model), .1), 40)=='the optimizer is SGD, not AdamW'
+    model.decoder._shares_rows = False
+    assert why_not(model, adamw, 40)=='captions cannot share rows in this decoder'
+    h = settings(tmp_path, evaluation_enabled=False)
+    with caplog.at_level(logging.INFO, 'capnb'):
+        run = run_training(model, encoded(h), h)
+    assert type(run.stepper) is SharedStep
+    assert sum('captions cannot share rows' in r.message for r in caplog.records)==1
