@@ -9,7 +9,9 @@ __all__ = ['make_fast', 'is_fast']
 from .loss import read_captions
 from .writing import write_captions
 from .cpu import use_onednn
+from .cuda.layers import use_fused
 from .cuda.writing import CudaWriter
+from ..log import log
 
 # %% ../../nbs/24b_fast_parts.ipynb #24b00006
 def make_fast(
@@ -23,6 +25,8 @@ def make_fast(
     elif not isinstance(captioner.writer, CudaWriter): # else it keeps what it has recorded
         captioner.writer = CudaWriter()
     use_onednn(captioner.decoder)
+    if fused := use_fused(captioner.decoder):
+        log.info(f'⚡ Computed by fused kernels: {fused}')
     return captioner
 
 def is_fast(

@@ -85,7 +85,7 @@ def write_rows(
     prefix, # (images, prefix, width), in the decoder's number type, on its device
     most, # List: most tokens of each caption
     ends=(), # Tokens that end a caption
-    **options, # `least` tokens, before which `stops` are not written; `choose`, what is done to logits to draw
+    **options, # `least` tokens, before which `stops` are not written; `choose`, what is done to logits first
 ) -> list: # Of the tokens of each caption, a list
     "Write what follows each prefix; a row that has finished takes the next prefix."
     with torch.inference_mode(False), torch.no_grad():
