@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from unittest.mock import patch
 import pytest
+from forks import ForkedScript, outside
 
 ROOT = Path(__file__).resolve().parent.parent
 # or the workers of pytest and what they start wait for one another
@@ -23,11 +24,6 @@ def pytest_collection_modifyitems(items):
         if item.path.name != 'test_exercises.py':
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
-def outside(**more):
-    "The environment of a process that imports this checkout and asks no network."
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    return {**os.environ, 'PYTHONPATH': path, 'HF_HUB_OFFLINE': '1', 'PYTHONUTF8': '1', **more}
-
 @pytest.fixture(scope='session')
 def environment(): return outside
 
@@ -42,7 +38,8 @@ def scripts():
 @pytest.fixture(scope='session')
 def start(scripts, tmp_path_factory):
     """Start a console command by its name in the folder `cwd`, through a script like the one that pip
-    installs."""
+    installs; in a copy of a process that has imported all, but where `env` changes the environment, which
+    libraries read on import, or where it must be a `fresh` one. The copy calls `prepare` first."""
     folder = tmp_path_factory.mktemp('scripts')
     for name,(module, function) in scripts.items():
         (folder / name).write_text(
@@ -50,12 +47,15 @@ def start(scripts, tmp_path_factory):
             ' background has it ignored\n'
             f"from {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n"
         )
-    def start(name, *args, cwd, env=None):
+    def start(name, *args, cwd, env=None, fresh=False, prepare=None):
         assert name in scripts, f'settings.ini has no console script {name}'
+        words, there = [str(a) for a in args], outside(COLUMNS='200', **(env or {}))
+        if not (env or fresh):
+            return ForkedScript(folder / name, words, cwd, there, prepare)
         return subprocess.Popen(
-            [sys.executable, folder / name, *map(str, args)],
+            [sys.executable, folder / name, *words],
             cwd=cwd,
-            env=outside(COLUMNS='200', **(env or {})),
+            env=there,
             text=True,
             encoding='utf-8',
             stdout=subprocess.PIPE,
@@ -66,8 +66,8 @@ def start(scripts, tmp_path_factory):
 @pytest.fixture(scope='session')
 def run(start):
     "Run a console command to its end; gives exit code, output and error output."
-    def run(name, *args, cwd, env=None):
-        with start(name, *args, cwd=cwd, env=env) as process:
+    def run(name, *args, **how):
+        with start(name, *args, **how) as process:
             try:
                 out, err = process.communicate(timeout=600)
             finally:

@@ -4,6 +4,7 @@ import ast, importlib, inspect, json, logging, os, re, shutil, subprocess, sys, 
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 import pytest, torch
 from PIL import Image
 from capnb.fast.quantized import use_int8
@@ -13,7 +14,7 @@ from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.settings import Hyperparameters, PRESETS
 from capnb.images import open_image
-from capnb.storybook import Storybook
+from capnb.storybook import SPLITS, Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = ConfigParser(delimiters=['='])
@@ -40,14 +41,36 @@ def flat(values, at=()):
         return {k: v for key,value in values.items() for k,v in flat(value, (*at, key)).items()}
     return {at: values} if isinstance(values, (int, float)) else {}
 
-# --- A training with its scores
+@pytest.fixture(scope='module')
+def holiday(tmp_path_factory):
+    "A folder of one's own pictures: 24 to learn from, three for validation, three for the end."
+    folder, book = tmp_path_factory.mktemp('holiday'), Storybook(n=30)
+    rows = [(f'{i}.png', caption) for i in range(30) for caption in book.captions(i)[:2]]
+    for i in range(30):
+        book[i]['image'].save(folder/f'{i}.png')
+    (folder / 'captions.csv').write_text(
+        'file_name,caption\n' + '\n'.join(f'{name},"{caption}"' for name, caption in rows), encoding='utf-8'
+    )
+    return folder
+
+# --- A training with its scores, of fewer pages than a storybook has
+
+FEW = dict(validation=40, test=60, compositional=40)
+
+def take_few():
+    SPLITS.update(FEW)
+
+@pytest.fixture(scope='module', autouse=True)
+def few_pages():
+    with patch.dict(SPLITS, FEW):
+        yield
 
 @pytest.fixture(scope='module')
 def trained(run, tmp_path_factory):
     "A small training with evaluation: the folder it ran in, and what it printed."
     folder = tmp_path_factory.mktemp('trained')
     (folder/'one.txt').write_text('a file is no folder')
-    done = run('capnb_train', *flags(SMALL), cwd=folder)
+    done = run('capnb_train', *flags(SMALL), cwd=folder, prepare=take_few)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, done.stderr
 
@@ -171,7 +194,7 @@ def test_progress_without_evaluation(call, tmp_path):
     )
 
 def test_eval_agrees_with_training(run, trained, newest):
-    done = run('capnb_eval', '--json_file', 'scores.json', cwd=trained[0])
+    done = run('capnb_eval', '--json_file', 'scores.json', cwd=trained[0], prepare=take_few)
     assert done.returncode == 0, done.stderr[-3000:]
     scores, metadata = json.loads((trained[0] / 'scores.json').read_text(encoding='utf-8')), read_metadata(
         newest
@@ -507,7 +530,10 @@ def faults(album, newest, tmp_path_factory):
 @pytest.mark.parametrize('fault', FAULTS)
 def test_fault_is_one_line(run, call, faults, fault):
     command, args, word = FAULTS[fault]
-    done = (run if fault in OUTSIDE else call)(command, *args, cwd=faults)
+    if fault in OUTSIDE:
+        done = run(command, *args, cwd=faults, fresh=True)
+    else:
+        done = call(command, *args, cwd=faults)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and word in lines[0], done.stderr[-3000:]
@@ -578,20 +604,40 @@ def test_help_says_defaults_and_choices(call, script, tmp_path):
         for choice in p.annotation.choices or ():
             assert str(choice) in said[flag]
 
-@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
-def test_help_imports_nothing_heavy(environment, script, tmp_path):
+HELP = """
+import contextlib, importlib, io, json, re, sys
+found, before = {}, set()
+for script in sys.argv[1:]:
     _, module, function = re.split('[=:]', script)
-    code = f"""import sys
-from {module} import {function}
-try:
-    {function}(['--help'])
-finally:
-    found = [m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]
-    print(found, file=sys.stderr)"""
-    words = [sys.executable, '-c', code]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0 and '--quiet' in done.stdout, done.stderr
-    assert done.stderr.strip() == '[]', done.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            code = getattr(importlib.import_module(module), function)(['--help'])
+        except SystemExit as e:
+            code = e.code
+    heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys() - before
+    found[script] = out.getvalue(), code, sorted(heavy)
+    before |= heavy
+print(json.dumps(found))
+"""
+
+@pytest.fixture(scope='module')
+def helped(environment, tmp_path_factory):
+    """What a fresh process says that asks every command for help: the output of each, its exit code, and the
+    heavy modules that are there since."""
+    done = subprocess.run(
+        [sys.executable, '-c', HELP, *CFG['console_scripts'].split()],
+        cwd=tmp_path_factory.mktemp('helped'),
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+    return json.loads(done.stdout)
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
+def test_help_imports_nothing_heavy(helped, script):
+    said, code, heavy = helped[script]
+    assert code == 0 and '--quiet' in said and heavy == []
 
 def test_help_is_there_within_a_second(start, environment, tmp_path):
     "Beyond what Python itself takes; the middle of five each."
@@ -605,11 +651,11 @@ def test_help_is_there_within_a_second(start, environment, tmp_path):
         return sorted(times)[2]
     quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     bare = seconds(lambda: subprocess.Popen([sys.executable, '-c', 'pass'], **quiet))
-    assert seconds(lambda: start('capnb_train', '--help', cwd=tmp_path)) - bare < 1
+    assert seconds(lambda: start('capnb_train', '--help', cwd=tmp_path, fresh=True)) - bare < 1
 
-def test_quiet_says_results_only(run, call, trained, tmp_path):
-    small = SMALL | dict(num_epochs=1, max_steps=1)
-    done = run('capnb_train', '--quiet', *flags(small), cwd=tmp_path)
+def test_quiet_says_results_only(run, call, trained, holiday, tmp_path):
+    small = SMALL | dict(num_epochs=1, max_steps=1, data=holiday)
+    done = run('capnb_train', '--quiet', *flags(small), cwd=tmp_path, fresh=True)
     assert (done.returncode, done.stderr) == (0, '')
     assert all(line.startswith('⚠') for line in done.stdout.splitlines()), done.stdout
     assert list((tmp_path/'saved_models').glob('model_state_dict_*.pth'))
@@ -687,18 +733,8 @@ def test_home_folder(call, album, newest, tmp_path, monkeypatch):
     assert read_metadata(newest_checkpoint(tmp_path / 'runs'))['hyperparameters']['output_dir'] == str(
         tmp_path / 'runs'
     )
-    names = {
-        name: f'~/{name}'
-        for name in (
-            'data',
-            'encoder_name',
-            'decoder_name',
-            'tokenizer_name',
-            'init_from',
-            'features_dir',
-            'output_dir',
-        )
-    }
+    paths = 'data encoder_name decoder_name tokenizer_name init_from features_dir output_dir'
+    names = {name: f'~/{name}' for name in paths.split()}
     h = Hyperparameters(**names)
     assert {name: h[name] for name in names} == {name: str(tmp_path/name) for name in names}
 
@@ -782,20 +818,12 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
 
 # --- A folder of one's own pictures
 
-def test_folder_from_pictures_to_scores(call, tmp_path):
-    book, folder = Storybook(n=30), tmp_path/'holiday'
-    folder.mkdir()
-    rows = [(f'{i}.png', caption) for i in range(30) for caption in book.captions(i)[:2]]
-    for i in range(30):
-        book[i]['image'].save(folder/f'{i}.png')
-    (folder / 'captions.csv').write_text(
-        'file_name,caption\n' + '\n'.join(f'{name},"{caption}"' for name, caption in rows), encoding='utf-8'
-    )
-    done = call('capnb_train', '--data', folder, '--num_epochs', 1, cwd=tmp_path)
+def test_folder_from_pictures_to_scores(call, holiday, tmp_path):
+    done = call('capnb_train', '--data', holiday, '--num_epochs', 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert (
-        metadata['data'] == dict(name=str(folder), train=24, validation=3, test=3)
+        metadata['data'] == dict(name=str(holiday), train=24, validation=3, test=3)
         and metadata['facts_f1'] is None
     )
     judged = call('capnb_eval', '--json_file', 'scores.json', cwd=tmp_path) # the same pictures are held back

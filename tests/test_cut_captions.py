@@ -82,22 +82,8 @@ def album(tmp_path_factory):
 
 def test_training_and_dry_run_say_it_and_the_flag_helps(call, album, tmp_path, pair):
     longest = max(len(ids)+1 for ids in text_ids(pair[1], [f'{LONG} number {i}' for i in range(40)]))
-    args = [
-        '--data',
-        album,
-        '--max_steps',
-        1,
-        '--num_epochs',
-        1,
-        '--evaluation_enabled',
-        'false',
-        '--features_dir',
-        tmp_path / 'features',
-        '--adapter_width',
-        32,
-        '--prefix_length',
-        2,
-    ]
+    short = '--max_steps 1 --num_epochs 1 --evaluation_enabled false --adapter_width 32 --prefix_length 2'
+    args = ['--data', album, '--features_dir', tmp_path/'features', *short.split()]
     said = call('capnb_train', *args, '--output_dir', 'short', cwd=tmp_path)
     flag = f'--max_caption_length {longest}'
     assert said.returncode == 0 and flag in said.stdout and '⚠️ 32 of 32 captions' in said.stdout

@@ -131,7 +131,7 @@ def test_server_where_nothing_was_trained(start, page, wanted):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    process = start('capnb_serve', '--port', port, cwd=page)
+    process = start('capnb_serve', '--port', port, cwd=page, fresh=True)
     try:
         assert process.stderr.readline() == f'{NOTICE}\n'
         assert process.stdout.readline().startswith('serving ')

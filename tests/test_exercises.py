@@ -1,7 +1,8 @@
 "The exercises of each chapter: their answers pass their checks, and no answer at all does not."
-import ast, asyncio, builtins, json, multiprocessing, os, re, symtable, sys, types
+import ast, asyncio, builtins, json, os, re, symtable, sys, types
 from pathlib import Path
 import pytest
+from forks import fork, write_to
 
 ROOT = Path(__file__).resolve().parent.parent
 # the chapters with a number; what has a letter after it is a further part of a chapter: 37, 37b, ...
@@ -95,8 +96,12 @@ FILES = {
         "print(caption_images(str(pages), str(here / 'captions'), checkpoint, **small))",
     ),
 }
-SHORTER = { # the length of a training that the answers do not depend on, and what it is here
+SHORTER = { # the number of pages that the answers do not depend on, and what it is here
     '07_evaluation': ("('train', 2000)", "('train', 1000)"),
+    '10b_facts': ("('train', 2000)", "('train', 200)"),
+    '18_reports': ("Storybook('test')", "Storybook('test', n=100)"),
+    '35_commands': ('training_size_limit=1600', 'training_size_limit=160'),
+    '39_sharing': ('training_size_limit=640', 'training_size_limit=64'),
 }
 
 def looked_up(table):
@@ -183,35 +188,13 @@ def act(file, said, folder):
     """In a child process: run a script as `__main__`, as in Jupyter, so that what it defines can be sent to
     other processes; what it says goes to a file."""
     with open(said, 'w', encoding='utf-8') as out:
-        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-    sys.stdout, sys.stderr = (open(fd, 'w', encoding='utf-8', buffering=1, closefd=False) for fd in (1, 2))
+        write_to(out.fileno())
     os.chdir(folder)
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     code = compile(Path(file).read_text(encoding='utf-8'), file, 'exec', flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     awaited = eval(code, main.__dict__)
     if awaited is not None:
         asyncio.run(awaited)
-
-@pytest.fixture(scope='module')
-def processes(environment):
-    """Makes a process for each script out of one that has imported already what all of them import, for many
-    seconds."""
-    with pytest.MonkeyPatch.context() as patched:
-        for k,v in environment(MPLBACKEND='Agg').items():
-            patched.setenv(k, v)
-        context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(
-            [
-                'fastcore.test',
-                'matplotlib.pyplot',
-                'datasets',
-                'nbdev',
-                'capnb.evaluation',
-                'capnb.run.commands',
-            ]
-        )
-        yield context
-        multiprocessing.forkserver._forkserver._stop()
 
 SLOW = (
     '38b_scale_jobs', '36_sweeps', # start other processes, which import everything again
@@ -221,11 +204,10 @@ SLOW = (
 @pytest.mark.parametrize(
     'path', [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in ASKING]
 )
-def test_answers_pass(path, processes, tmp_path):
+def test_answers_pass(path, tmp_path):
     file, said = tmp_path/f'{path.stem}.py', tmp_path/'said'
     file.write_text(script(path), encoding='utf-8')
-    child = processes.Process(target=act, args=(str(file), said, path.parent))
-    child.start()
+    child = fork(act, str(file), said, path.parent)
     child.join(900)
     text = said.read_text(encoding='utf-8')
     assert child.exitcode == 0, text[-3000:]

@@ -1,10 +1,11 @@
 """The feature cache from outside: killed passes, two at once, changed pictures, damaged shards, folders that
 cannot be written, and what half precision does to the loss."""
-import signal, subprocess, sys, time
+import time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from damage import saved
+from forks import fork
 from capnb.fast import cache as enc
 from capnb.captioner import build_captioner
 from capnb.settings import Hyperparameters, as_hyperparameters
@@ -14,14 +15,12 @@ from capnb.images import open_image
 from capnb.encoder import load_encoder
 from capnb.fast.cache import FeatureCache, encode_data, features_folder
 
-PASS = """
-import sys, capnb.fast.cache as enc
-from capnb.encoder import load_encoder
-from capnb.run.sources.load import load_data
-enc.SHARD_ROWS = 32
-data = load_data('storybook', limit=int(sys.argv[2]))['train']
-enc.encode_data(load_encoder('storybook-clip', 'cpu', 64), data, 32, folder=sys.argv[1])
-"""
+def encode_pages(folder, number):
+    "In a process of its own: encode the first pages in shards of 32."
+    enc.SHARD_ROWS = 32
+    data = load_data('storybook', limit=number)['train']
+    encode_data(load_encoder('storybook-clip', 'cpu', 64), data, 32, folder=folder)
+
 shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 
 @pytest.fixture(scope='module')
@@ -43,18 +42,13 @@ def count(encoder, monkeypatch):
     )
     return lambda: sum(seen)
 
-def start(environment, *args):
-    return subprocess.Popen(
-        [sys.executable, '-c', PASS, *map(str, args)], env=environment(), stderr=subprocess.PIPE, text=True
-    )
-
-def test_killed_pass_goes_on(environment, encoder, count, tmp_path):
-    process = start(environment, tmp_path, 1500)
+def test_killed_pass_goes_on(encoder, count, tmp_path):
+    process = fork(encode_pages, tmp_path, 1500)
     while len(shards(tmp_path)) < 2:
-        assert process.poll() is None, process.stderr.read()
+        assert process.exitcode is None
         time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     kept = len(shards(tmp_path))*32
     assert 64 <= kept < 1500
     data = load_data('storybook', limit=kept+40)['train']
@@ -62,10 +56,11 @@ def test_killed_pass_goes_on(environment, encoder, count, tmp_path):
     assert count()==40
     torch.testing.assert_close(again.features[:], encode_data(encoder, data).features, atol=2e-3, rtol=1e-3)
 
-def test_two_at_once(environment, encoder, count, tmp_path):
-    both = [start(environment, tmp_path, 128) for _ in range(2)]
+def test_two_at_once(encoder, count, tmp_path):
+    both = [fork(encode_pages, tmp_path, 128) for _ in range(2)]
     for process in both:
-        assert process.wait()==0, process.stderr.read()
+        process.join()
+        assert process.exitcode == 0
     data = load_data('storybook', limit=128)['train']
     together = encode_data(encoder, data, folder=tmp_path).features[:]
     assert count()==0 and not list(tmp_path.rglob('*.part'))

@@ -118,6 +118,16 @@ def a_siglip():
         )
     )
 
+def embed_texts(model, tokenizer, texts, kind):
+    "What the model itself makes of texts, with the words before them that the paper takes."
+    padding = dict(
+        clip=dict(padding=True), siglip=dict(padding='max_length', max_length=24, truncation=True)
+    )
+    ids = tokenizer([f'A photo depicts {t}' for t in texts], return_tensors='pt', **padding[kind])
+    mask = dict(attention_mask=ids['attention_mask']) if kind == 'clip' else {}
+    with torch.no_grad():
+        return model.get_text_features(input_ids=ids['input_ids'], **mask).pooler_output.numpy()
+
 @pytest.mark.parametrize('kind', ['clip', 'siglip'])
 def test_clipscore_is_that_of_the_paper(kind, tmp_path):
     torch.manual_seed(0)
@@ -134,21 +144,7 @@ def test_clipscore_is_that_of_the_paper(kind, tmp_path):
         data[i]['captions'][1:] for i in range(6)
     ]
     parts = clip_parts(scorer, scorer.embed_images(data), captions, references)
-    def embed(texts):
-        ids = scorer.tokenizer(
-            [f'A photo depicts {t}' for t in texts],
-            return_tensors='pt',
-            **(
-                dict(padding=True)
-                if kind == 'clip'
-                else dict(padding='max_length', max_length=24, truncation=True)
-            ),
-        )
-        with torch.no_grad():
-            return model.get_text_features(
-                input_ids=ids['input_ids'],
-                **(dict(attention_mask=ids['attention_mask']) if kind == 'clip' else {})
-            ).pooler_output.numpy()
+    embed = lambda texts: embed_texts(model, scorer.tokenizer, texts, kind)
     with torch.no_grad():
         images = model.get_image_features(
             scorer.encoder.prepare([data[i]['image'] for i in range(6)])

@@ -29,6 +29,18 @@ def copied(path, to):
     ]
     (to/path.name).write_text(json.dumps(nb), encoding='utf-8')
 
+def lab_options(here, port):
+    return [
+        f'--ServerApp.port={port}',
+        '--ServerApp.port_retries=0',
+        '--IdentityProvider.token=sesame',
+        f'--ServerApp.root_dir={here/"nbs"}',
+        '--ServerApp.open_browser=False',
+        '--allow-root',
+        f'--LabApp.user_settings_dir={here/"settings"}',
+        f'--LabApp.workspaces_dir={here/"workspaces"}',
+    ]
+
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory, environment):
     "A JupyterLab over a copy of the notebooks: its `folder` and its `address`."
@@ -43,22 +55,12 @@ def lab(tmp_path_factory, environment):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    options = [
-        f'--ServerApp.port={port}',
-        '--ServerApp.port_retries=0',
-        '--IdentityProvider.token=sesame',
-        f'--ServerApp.root_dir={here/"nbs"}',
-        '--ServerApp.open_browser=False',
-        '--allow-root',
-        f'--LabApp.user_settings_dir={here/"settings"}',
-        f'--LabApp.workspaces_dir={here/"workspaces"}',
-    ]
     folders = {f'JUPYTER_{kind}_DIR': str(here / kind) for kind in ('CONFIG', 'DATA', 'RUNTIME')} | dict(
         IPYTHONDIR=str(here / 'ipython')
     )
     with open(here/'log', 'w') as log:
         process = subprocess.Popen(
-            [sys.executable, '-m', 'jupyterlab', *options],
+            [sys.executable, '-m', 'jupyterlab', *lab_options(here, port)],
             cwd=here,
             env=environment(**folders),
             stdout=log,

@@ -14,7 +14,7 @@ from capnb.insight.small_qwen3 import perplexity, retell_f1
 def main_job(run, tmp_path_factory):
     "`capnb_train` without a word more: the folder it ran in, its output, the metadata of its last epoch."
     folder = tmp_path_factory.mktemp('main_job')
-    done = run('capnb_train', cwd=folder)
+    done = run('capnb_train', cwd=folder, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout, read_metadata(newest_checkpoint(folder/'saved_models'))
 

@@ -1,23 +1,11 @@
 """Several processes train as one: the same losses, each reads its own rows, one writes, all stop at the same
 step."""
-import multiprocessing, os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 import pytest, torch
 from capnb.storybook import Storybook
 from capnb.run.resume import find_state, read_state
+from forks import fork, write_to
 
-SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(
-    [
-        'capnb.run.commands',
-        'capnb.evaluation',
-        'capnb.run.training',
-        'transformers.models.clip.modeling_clip',
-        'transformers.models.qwen3.modeling_qwen3',
-        'matplotlib.figure',
-        'matplotlib.backends.backend_agg',
-        'torch._dynamo',
-    ]
-)
 # 24 pictures in batches of 5, of which one process takes three and the other two. The learning rate is a low
 # one: the first steps of Adam are of one size
 # whatever the gradient, and where it is almost zero a high rate would make much of its rounding.
@@ -31,14 +19,13 @@ SMALL = dict(
     evaluation_enabled=False,
 )
 
-# --- Processes that import only once, with what a launcher tells each
+# --- Processes, with what a launcher tells each
 
 def place(cwd, rank, n, port):
     """Take the place of process `rank` of `n` in the folder `cwd`, as launchers arrange it, with the output
     in a file `log-<rank>`."""
     os.chdir(cwd)
-    for fd in (1, 2):
-        os.dup2(os.open(f'log-{rank}', os.O_WRONLY|os.O_CREAT|os.O_APPEND), fd)
+    write_to(os.open(f'log-{rank}', os.O_WRONLY|os.O_CREAT|os.O_APPEND))
     torch.set_num_threads(1)
     if n > 1:
         os.environ.update(
@@ -65,10 +52,7 @@ def begin(cwd, n, settings, *more, change=None):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     args = [str(word) for k,v in settings.items() for word in (f'--{k}', v)] + [str(m) for m in more]
-    processes = [SERVER.Process(target=command, args=(cwd, rank, n, port, args, change)) for rank in range(n)]
-    for p in processes:
-        p.start()
-    return processes
+    return [fork(command, cwd, rank, n, port, args, change) for rank in range(n)]
 
 def ended(processes, code=0):
     for p in processes:

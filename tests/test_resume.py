@@ -1,6 +1,6 @@
 """A long run that is stopped, at whatever moment, goes on to the same weights, bit for bit; and what disk,
 neighbours and strangers do to it is told in one line."""
-import json, multiprocessing, os, random, re, resource, shlex, signal, subprocess, time
+import json, os, random, re, resource, shlex, signal, subprocess, time
 from pathlib import Path
 import pytest, torch
 from capnb.captioner import load_model_from_checkpoint
@@ -9,6 +9,7 @@ from capnb.run.entry import train
 from capnb.run.commands import train_command
 from capnb.storybook import Storybook
 from capnb.run.resume import find_state, read_state
+from forks import fork, write_to
 
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
 # Three epochs of six steps each, with scores, a training state after every second step, and checkpoints that
@@ -23,21 +24,7 @@ SMALL = dict(
     max_caption_length=8,
 )
 
-# --- Processes that import only once: a server that has imported all, and is copied for each run
-
-SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(
-    [
-        'capnb.run.commands',
-        'capnb.evaluation',
-        'capnb.run.training',
-        'transformers.models.clip.modeling_clip',
-        'transformers.models.qwen3.modeling_qwen3',
-        'matplotlib.figure',
-        'matplotlib.backends.backend_agg',
-        'torch._dynamo',
-    ]
-)
+# --- Processes
 
 def flags(settings):
     return [str(word) for k,v in settings.items() for word in (f'--{k}', v)]
@@ -45,8 +32,7 @@ def flags(settings):
 def command(cwd, args, die_at, limit):
     "What a process does: `capnb_train` in the folder `cwd`, with its output in a file `log` there."
     os.chdir(cwd)
-    for fd in (1, 2):
-        os.dup2(os.open('log', os.O_WRONLY|os.O_CREAT|os.O_APPEND), fd)
+    write_to(os.open('log', os.O_WRONLY|os.O_CREAT|os.O_APPEND))
     if die_at:
         die(*die_at)
     if limit:
@@ -72,9 +58,7 @@ def die(number, when):
 
 def begin(cwd, *args, die_at=None, limit=None):
     cwd.mkdir(exist_ok=True)
-    process = SERVER.Process(target=command, args=(cwd, [str(a) for a in args], die_at, limit))
-    process.start()
-    return process
+    return fork(command, cwd, [str(a) for a in args], die_at, limit)
 
 def ended(process, code=0):
     process.join(300)
@@ -264,7 +248,7 @@ def test_signal(args, through, tmp_path, number):
 @slow
 def test_ctrl_c_in_a_shell(start, args, through, tmp_path):
     "The console command itself, in a process that imports for itself."
-    with start('capnb_train', *args, '--num_epochs', 1000, cwd=tmp_path) as process:
+    with start('capnb_train', *args, '--num_epochs', 1000, cwd=tmp_path, fresh=True) as process:
         try:
             while position(tmp_path) < 1:
                 assert process.poll() is None, process.stderr.read()[-3000:]

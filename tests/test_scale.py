@@ -104,7 +104,7 @@ def kill_worker(process, out):
 def test_killed_worker_is_replaced(start, made, tmp_path):
     here, wanted = made
     out = tmp_path/'captions'
-    with start('capnb_scale', 'pages', out, *JOB, cwd=here) as process:
+    with start('capnb_scale', 'pages', out, *JOB, cwd=here, fresh=True) as process:
         try:
             kill_worker(process, out)
             said, errors = process.communicate(timeout=200)
@@ -116,7 +116,7 @@ def test_killed_worker_is_replaced(start, made, tmp_path):
 
 def stopped(start, here, out):
     "Begin a job and kill it in the middle."
-    with start('capnb_scale', 'pages', out, *JOB, cwd=here) as process:
+    with start('capnb_scale', 'pages', out, *JOB, cwd=here, fresh=True) as process:
         try:
             wait_for(process, lambda: len(list(out.glob('*.parquet'))) >= 3)
             at_work, family = workers(process), psutil.Process(process.pid).children(recursive=True)
@@ -151,7 +151,7 @@ def test_stopped_job_goes_on(start, run, made, tmp_path):
     if note.exists():
         note.rename(note.with_name(note.stem + '.pending.parquet'))
     undone = {r['id'] for r in pq.read_table(file).to_pylist()}
-    done = run('capnb_scale', 'pages', out, *JOB, cwd=here)
+    done = run('capnb_scale', 'pages', out, *JOB, cwd=here, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     check_whole(out, wanted)
     assert not file.exists()
@@ -179,7 +179,8 @@ def test_several_captions_belong_to_their_image(run, made, tmp_path):
         3,
         '--num_return_sequences',
         2,
-        cwd=here
+        cwd=here,
+        fresh=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {r['id']: r for r in rows(tmp_path/'out')}

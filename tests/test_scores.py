@@ -71,21 +71,8 @@ def test_captions_with_odd_white_space_score_as_clean_ones(call, tmp_path):
     (tmp_path / 'said.json').write_text(
         json.dumps([dict(image_id=f'{i}.png', caption=c) for i, c in enumerate(dirty + clean)])
     )
-    done = call(
-        'capnb_eval',
-        '--predictions',
-        'said.json',
-        '--data',
-        album,
-        '--coco',
-        '--json_file',
-        'scores.json',
-        '--csv',
-        'each.csv',
-        '--coco_results',
-        'out.json',
-        cwd=tmp_path,
-    )
+    asked = '--predictions said.json --coco --json_file scores.json --csv each.csv --coco_results out.json'
+    done = call('capnb_eval', '--data', album, *asked.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with open(tmp_path/'each.csv', newline='', encoding='utf-8') as f:
         each = list(csv.DictReader(f))

@@ -77,7 +77,7 @@ class Server:
     "A server as a process; the checkpoint is the newest of the folder."
     def __init__(self, start, cwd, *args, **env):
         self.port = free_port()
-        self.process = start('capnb_serve', '--port', self.port, *args, cwd=cwd, env=env)
+        self.process = start('capnb_serve', '--port', self.port, *args, cwd=cwd, env=env, fresh=True)
         self.address = f'http://127.0.0.1:{self.port}'
 
     def wait(self):
@@ -838,13 +838,9 @@ def fuzz(server, same, pages, model, number, capsys):
         for job in jobs:
             job.result()
     last = processes(server)
+    told = [f'{kind} {status}: {n}' for (kind, status), n in sorted(counts.items())]
     with capsys.disabled():
-        print(
-            '',
-            *(f'{kind} {status}: {n}' for (kind, status), n in sorted(counts.items())),
-            f'memory of all processes {first:.0f} MB, then {last:.0f} MB',
-            sep='\n  ',
-        )
+        print('', *told, f'memory of all processes {first:.0f} MB, then {last:.0f} MB', sep='\n  ')
     assert (
         counts['whole', 200] == -(-number // 4)
         and sum(n for (kind, _), n in counts.items() if kind != 'whole') == number
@@ -879,6 +875,19 @@ class Peak:
         self.over.set()
         self.thread.join()
 
+def leave_explanations(server, image, number):
+    "Ask for explanations of an image, and be gone when they begin."
+    body = form(image)
+    for _ in range(number):
+        with socket.create_connection(('127.0.0.1', server.port), timeout=60) as s:
+            s.sendall(
+                b'POST /caption?stream=true&explain=true HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
+                b' multipart/form-data; boundary=xyz\r\n'
+                + f'Content-Length: {len(body)}\r\n\r\n'.encode()
+                + body
+            )
+            s.recv(100)
+
 @pytest.mark.slow
 def test_memory_under_attack(start, made, pages, capsys):
     """Many large images in small files at once, explanations that are left, slow images: memory stays within
@@ -888,22 +897,11 @@ def test_memory_under_attack(start, made, pages, capsys):
     def many(data, n, path='/caption'):
         with ThreadPoolExecutor(n) as pool:
             return Counter(status for status,_ in pool.map(lambda _: server.caption(data, path), range(n)))
-    def leave(n):
-        body = form(large)
-        for _ in range(n):
-            with socket.create_connection(('127.0.0.1', server.port), timeout=60) as s:
-                s.sendall(
-                    b'POST /caption?stream=true&explain=true HTTP/1.1\r\nHost: localhost\r\nContent-Type:'
-                    b' multipart/form-data; boundary=xyz\r\n'
-                    + f'Content-Length: {len(body)}\r\n\r\n'.encode()
-                    + body
-                )
-                s.recv(100)
     said = []
     try:
         for name, attack, most in (
             ('32 of 25 million pixels', lambda: many(large, 32), 1000),
-            ('25 explanations left', lambda: leave(25), 1000),
+            ('25 explanations left', lambda: leave_explanations(server, large, 25), 1000),
             ('6 slow images', lambda: many(bomb, 6), 1000),
         ):
             with Peak(server) as peak:
@@ -1083,19 +1081,8 @@ def test_openapi(server, narrow):
     status, found, _ = server.ask('GET', '/openapi.json')
     found = json.loads(found)
     assert status == 200 and set(found['paths']) == {'/caption', '/health'}
-    post, statuses = found['paths']['/caption']['post'], {
-        '200',
-        '400',
-        '403',
-        '408',
-        '413',
-        '415',
-        '422',
-        '429',
-        '500',
-        '503',
-        '504',
-    }
+    post = found['paths']['/caption']['post']
+    statuses = set('200 400 403 408 413 415 422 429 500 503 504'.split())
     assert set(post['requestBody']['content']) == {'multipart/form-data', 'application/json'}
     assert set(post['responses']) == statuses and all(
         post['responses'][s]['content']['application/json']['schema']['properties']
@@ -1317,6 +1304,18 @@ def veil(tab): # the opacity of each part of it; None where there is none
       return heat.hidden ? null : values.filter((_, i) => i % 4 == 3)
     }""")
 
+def check_the_keyboard(tab, named):
+    "The keys reach the words, each shows its veil, and the focus can be seen."
+    tab.mouse.move(2, 2)
+    assert veil(tab) is None
+    tab.locator('#file').focus()
+    for i in range(2):
+        tab.keyboard.press('Tab')
+        assert tab.evaluate('() => document.activeElement.textContent') == named[i]['text']
+        assert veil(tab) is not None
+    outline = tab.evaluate('() => getComputedStyle(document.activeElement).outlineStyle')
+    assert outline == 'solid', 'the focus cannot be seen'
+
 def test_each_word_shows_its_patches(browser, server, pages, model):
     with opened(browser, server, viewport=dict(width=800, height=640)) as tab:
         tab.evaluate(DROP, base64.b64encode(pages[7]).decode())
@@ -1350,18 +1349,7 @@ def test_each_word_shows_its_patches(browser, server, pages, model):
             and words.nth(best).get_attribute('aria-pressed') == 'true'
         )
         photograph(tab, 'why')
-        tab.mouse.move(2, 2)
-        assert veil(tab) is None
-        tab.locator('#file').focus()
-        for i in range(2): # by keyboard
-            tab.keyboard.press('Tab')
-            assert (
-                tab.evaluate('() => document.activeElement.textContent') == named[i]['text']
-                and veil(tab) is not None
-            )
-        assert (
-            tab.evaluate('() => getComputedStyle(document.activeElement).outlineStyle') == 'solid'
-        ), 'the focus cannot be seen'
+        check_the_keyboard(tab, named)
         tab.evaluate(DROP, base64.b64encode(pages[8]).decode())
         tab.wait_for_timeout(20)
         assert (
@@ -1439,7 +1427,7 @@ if __name__ == '__main__': serve_command()
 def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
     "As on Windows, which has no fork: a caption, and an end."
     (tmp_path/'serve.py').write_text(THREADED)
-    def start(name, *args, cwd, env):
+    def start(name, *args, cwd, env, fresh):
         return subprocess.Popen(
             [sys.executable, tmp_path / 'serve.py', *map(str, args)],
             cwd=cwd,
@@ -1467,7 +1455,7 @@ def test_broken_weights_are_one_line(run, made, tmp_path):
     broken.write_bytes(b'no weights')
     metadata = next((made/'saved_models').glob('training_metadata_*.json'))
     (tmp_path/metadata.name).write_bytes(metadata.read_bytes())
-    done = run('capnb_serve', broken, '--port', free_port(), cwd=tmp_path)
+    done = run('capnb_serve', broken, '--port', free_port(), cwd=tmp_path, fresh=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, '', 1), done.stderr
     assert done.stderr.startswith(f'serve: {broken} is not a readable checkpoint')
 

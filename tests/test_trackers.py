@@ -91,6 +91,13 @@ def power_cut():
 
 # --- MLflow
 
+def artifacts_of(files):
+    "The names of all that is stored of a run of eight steps, with these checkpoints."
+    samples = [f'samples/step-{step:06}.{kind}' for step in (4, 8) for kind in ('png', 'json')]
+    weights = [f.name for f in files]
+    metadata = [w.replace('model_state_dict', 'training_metadata').replace('.pth', '.json') for w in weights]
+    return {*samples, *(f'checkpoints/{name}' for name in weights + metadata)}
+
 @pytest.mark.parametrize('store', ['sqlite:///{}/runs.db', 'file:{}/runs'])
 def test_mlflow_has_it_all(album, place, store):
     mlflow.set_tracking_uri(store.format(place))
@@ -114,20 +121,7 @@ def test_mlflow_has_it_all(album, place, store):
         for folder in ('samples', 'checkpoints')
         for f in client.list_artifacts(run.info.run_id, folder)
     }
-    assert names == {
-        'samples/step-000004.png',
-        'samples/step-000004.json',
-        'samples/step-000008.png',
-        'samples/step-000008.json',
-        *(
-            f'checkpoints/{n}'
-            for f in files
-            for n in (
-                f.name,
-                f.name.replace('model_state_dict', 'training_metadata').replace('.pth', '.json'),
-            )
-        ),
-    }
+    assert names == artifacts_of(files)
     stored = lambda name: Path(client.download_artifacts(run.info.run_id, name, str(place)))
     for f in files:
         assert stored(f'checkpoints/{f.name}').read_bytes() == f.read_bytes()
