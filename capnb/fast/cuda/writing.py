@@ -14,7 +14,7 @@ from transformers import (
     LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 )
 from ...log import log
-from ...encoder import memory_ran_out
+from ...out_of_memory import memory_ran_out
 from ...decoder import generate_captions, write_ids as readable_write
 from ..packing import takes_positions
 from ..loss import token_nll
