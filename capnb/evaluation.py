@@ -141,12 +141,13 @@ def compare(
 def write_captions_for(
     model:Captioner,
     data:EncodedData,
-    batch_size:int=100, # Images at a time
+    batch_size:int=None, # Images at a time; None for 100, and for 1024 on a GPU, which writes many at once
     progress:str='', # Text before the progress bar; empty for no bar
     **kwargs, # For `transformers`' `generate`
 ) -> list: # One caption per image
     "Caption every encoded image. Raises `ValueError` if several captions per image are asked for."
     kwargs = check_options(kwargs, one='scores compare one caption per image with the references')
+    batch_size = batch_size or (1024 if model.device.type=='cuda' else 100)
     out = []
     with progress_bar(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
         for at in range(0, len(data), batch_size):

@@ -1555,6 +1555,7 @@ def test_server_that_writes_several_captions(start, made, model, pages):
         assert set(shape['content']['application/json']['schema']['properties']) == {
             'caption',
             'captions',
+            'notice',
             'words',
         }
     finally:

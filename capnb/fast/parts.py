@@ -10,6 +10,7 @@ from .loss import read_captions
 from .writing import write_captions
 from .cpu import use_onednn
 from .cuda.layers import use_fused
+from .cuda.writing import CudaWriter
 from ..log import log
 
 # %% ../../nbs/24b_fast_parts.ipynb #24b00006
@@ -18,7 +19,11 @@ def make_fast(
 ): # The same
     """Let a captioner read and write the fast ways; its captions stay the same, and its loss to float
     precision."""
-    captioner.reader, captioner.writer = read_captions, write_captions
+    captioner.reader = read_captions
+    if captioner.decoder.device.type!='cuda':
+        captioner.writer = write_captions
+    elif not isinstance(captioner.writer, CudaWriter): # else it keeps what it has recorded
+        captioner.writer = CudaWriter()
     use_onednn(captioner.decoder)
     if fused := use_fused(captioner.decoder):
         log.info(f'⚡ Computed by fused kernels: {fused}')
@@ -28,4 +33,5 @@ def is_fast(
     captioner, # `Captioner`
 ) -> bool:
     "Whether a captioner reads and writes the fast ways."
-    return captioner.reader is read_captions and captioner.writer is write_captions
+    writes = captioner.writer is write_captions or isinstance(captioner.writer, CudaWriter)
+    return captioner.reader is read_captions and writes
