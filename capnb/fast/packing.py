@@ -64,7 +64,7 @@ def lay_out(
     # (images, 1+k): vectors of each
     pieces = F.pad((lengths-1).clamp(min=0), (1,0), value=prefix)
     sizes = pieces.sum(1).tolist()
-    row, column = torch.tensor(places or rows_for(sizes)[0]).T                                       # (images,)
+    row, column = torch.tensor(places or rows_for(sizes)[0]).T # (images,)
     # (images, 1+k): first column of each
     start = column[:,None] + pieces.cumsum(1) - pieces
     n = torch.arange(max(prefix, int(lengths.max())))
