@@ -91,7 +91,8 @@ class ForkedScript:
         if self.process.exitcode is None:
             os.kill(self.pid, number)
 
-    def kill(self): self.send_signal(signal.SIGKILL)
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout=None):
         "What it says on its output and error output, until its end."

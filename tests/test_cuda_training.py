@@ -136,7 +136,8 @@ def test_few_shapes_and_little_waste(batch, prefix, each):
 
 # --- The correction
 
-def optimizer_of(model, h): return make_optimizer(parameter_groups(model, h), h.learning_rate)[0]
+def optimizer_of(model, h):
+    return make_optimizer(parameter_groups(model, h), h.learning_rate)[0]
 
 @pytest.mark.parametrize('scaler', [None, 2.**10], ids=['plain', 'scaled'])
 def test_steps_are_those_of_the_loop(kind, scaler):
@@ -270,7 +271,8 @@ def test_out_of_memory_goes_on_in_halves(static, tmp_path, monkeypatch, caplog, 
     assert parts.micro_batch_size==room_for
     assert parts.losses==pytest.approx(whole.losses, abs=1e-3)
     monkeypatch.setattr(StaticStep, '_backward', lambda self, shape: cramped_out())
-    def cramped_out(): raise torch.OutOfMemoryError('CUDA out of memory')
+    def cramped_out():
+        raise torch.OutOfMemoryError('CUDA out of memory')
     with pytest.raises(ValueError, match='out of memory with a single caption'):
         run_training(build_captioner(h, 'cpu'), data, settings(tmp_path/'none'))
 

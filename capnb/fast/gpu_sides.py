@@ -91,7 +91,8 @@ class Bench:
         return dict(captions_s=captions/seconds, ms=1e3*seconds, peak_gb=peak)
 
 # %% ../../nbs/25c_gpu_sides.ipynb #6a28dd80
-def _optimizer(model): return make_optimizer(dict(adapter=dict(model.adapter.named_parameters())))[0]
+def _optimizer(model):
+    return make_optimizer(dict(adapter=dict(model.adapter.named_parameters())))[0]
 
 def _learn(model, optimizer, loss):
     "What follows a loss in every loop."

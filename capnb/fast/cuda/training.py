@@ -80,7 +80,8 @@ def refusal(
     "Say why work cannot be recorded."
     said = str(error)
     if memory_ran_out(error, alone=True): return 'there is no memory for the recording'
-    if 'synchronizing CUDA operation' in said: return 'the decoder waits for the GPU within a step'
+    if 'synchronizing CUDA operation' in said:
+        return 'the decoder waits for the GPU within a step'
     if 'captur' in said: return f'CUDA does not allow it ({said.splitlines()[0]})'
     return None
 

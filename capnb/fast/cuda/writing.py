@@ -158,7 +158,8 @@ class CudaWriter:
 
     def _can(self, decoder, length, options):
         "Whether this way is open for a call."
-        if self.short or options.get('num_beams', 1) > 1 or options.keys()-_OPTIONS: return False
+        if self.short or options.get('num_beams', 1) > 1 or options.keys()-_OPTIONS:
+            return False
         if torch.is_autocast_enabled(decoder.device.type):
             self._tell('autocast makes copies of the weights, which a recording would outlive')
         elif not (takes_positions(decoder, length) and takes_fixed_cache(decoder)):
