@@ -2,6 +2,7 @@
 import copy, gc, pickle, weakref
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 import pytest, torch
 from transformers import (
     AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
@@ -241,7 +242,7 @@ def test_few_rows_do_not_wait_for_a_recording(model, prefixes, monkeypatch):
 
 def test_it_is_put_in_on_a_gpu_only(model):
     class OnGpu:
-        device = torch.device('cuda')
+        device, config = torch.device('cuda'), SimpleNamespace(model_type='gpt2')
         def modules(self): return []
     fast, there = make_fast(copy.copy(model)), copy.copy(model)
     assert fast.writer is chapter_21.write_captions and is_fast(fast)

@@ -248,7 +248,7 @@ def widget_of(tab, made):
 
 # what the widgets show matters less than that they work
 SMALL = {
-    'n=320': 'n=96',
+    'n=160': 'n=96',
     "'validation', n=32": "'validation', n=8",
     "'test', n=60": "'test', n=36",
     'num_epochs=3': 'num_epochs=99',

@@ -154,7 +154,7 @@ def test_writing_goes_on_with_fewer(model, narrow, options, capsys):
 @pytest.mark.parametrize('error', PERHAPS[:2], ids=str)
 def test_training_raises_what_a_single_caption_raised(model, error):
     class Small:
-        tokenizer, max_caption_length, room = model.tokenizer, 8, 0
+        tokenizer, decoder, max_caption_length, room = model.tokenizer, model.decoder, 8, 0
         def __call__(self, features, captions):
             if len(captions) > self.room: raise error
             return model(features, captions)

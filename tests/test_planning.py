@@ -466,5 +466,6 @@ def test_one_switch():
     assert cells[0].startswith('storybook = True')
     for_gpu = [c for c in cells if c.startswith('#| cuda')]
     assert len(for_gpu) >= 4 and all(c.splitlines()[1].startswith('if not storybook:') for c in for_gpu)
-    assert not any(re.search(r'^\s*[!%]', c, re.M) for c in cells if c not in for_gpu)
+    # commands of ours run anywhere, what installs or shows does not
+    assert not any(re.search(r'^\s*(%|!(?!capnb_))', c, re.M) for c in cells if c not in for_gpu)
     assert sum('storybook = ' in c for c in cells) == 1

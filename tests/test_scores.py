@@ -44,7 +44,7 @@ def test_every_character_stays_on_its_line():
     from pycocoevalcap.tokenizer import ptbtokenizer
     odd = [f'red{chr(c)}dog{chr(c)}' for c in range(0x10000) if not 0xD800 <= c < 0xE000]
     texts = [t for o in odd[:0x3100] for t in (o, 'between')] + ['last'] # beyond lie letters and signs only
-    assert _coco_words([[t] for t in texts], ptbtokenizer)[len(texts)-1] == ['last']
+    assert _coco_words(texts, [[]]*len(texts), ptbtokenizer)[0][len(texts)-1] == ['last']
     assert all(len(one_line(t).splitlines()) == 1 for t in odd)
 
 def test_captions_with_odd_white_space_score_as_clean_ones(call, tmp_path):
@@ -153,10 +153,11 @@ def test_the_table_says_what_is_counted_by_character():
         assert (BY_CHARACTER in score_table(dict(test=found))) == (language in SPACELESS)
 
 def test_coco_words_of_scripts_without_spaces_are_characters():
-    assert _coco_words([['红色的狗。', 'สุนัข red'], ['für uns', 'красная собака']], coco_tools()[-1]) == {
-        0: ['红 色 的 狗 。', 'สุ นั ข red'],
-        1: ['für uns', 'красная собака'],
-    }
+    said, references = ['红色的狗。', 'für uns'], [['สุนัข red'], ['красная собака']]
+    assert _coco_words(said, references, coco_tools()[-1]) == (
+        {0: ['红 色 的 狗 。'], 1: ['für uns']},
+        {0: ['สุ นั ข red'], 1: ['красная собака']},
+    )
 
 def test_slices_know_words_of_every_script():
     rows = [
