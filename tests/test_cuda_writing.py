@@ -214,7 +214,24 @@ def test_without_memory_it_writes_as_before_and_says_so_once(model, prefixes, mo
     for _ in range(2):
         expected, found = both(model, prefixes(1), writer=writer)
         assert found == expected and not writer.held
-    assert len([r for r in caplog.records if 'too little memory' in r.message]) == 1
+    assert len([r for r in caplog.records if 'no memory for the recording' in r.message]) == 1
+
+def test_a_recording_that_does_not_fit_is_done_without_and_said_once(model, prefixes, monkeypatch, caplog):
+    "Also where CUDA, once memory has run out, says no more than that the recording has failed."
+    for error in (torch.OutOfMemoryError('CUDA out of memory'),
+                  RuntimeError('CUDA error: operation failed due to a previous error during capture')):
+        def record(do, pool, stream, error=error):
+            raise error
+        monkeypatch.setattr(cuda_rows, 'record', record)
+        monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
+        writer, rows = CudaWriter(), FixedRows(model.decoder, 8, 1, 32)
+        rows.records, rows.pool, rows.stream = True, None, None # as on a GPU
+        monkeypatch.setattr(writer, '_rows', lambda *args, rows=rows: rows)
+        caplog.clear()
+        for _ in range(2):
+            expected, found = both(model, prefixes(1), writer=writer)
+            assert found == expected
+        assert sum('without recorded steps' in r.message for r in caplog.records) == 1
 
 def test_other_errors_are_not_hidden(model, prefixes, monkeypatch):
     monkeypatch.setattr(FixedRows, 'step', lambda self, longest: 1/0)
