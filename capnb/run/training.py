@@ -43,9 +43,9 @@ from ..training import Callback, EpochBatches, make_optimizer, training_loop
 # %% ../../nbs/33a_training.ipynb #6c6f0703
 def token_counts(
     tokenizer, # Of the decoder
-    captions, # Those of each picture, a text or a list of texts
+    captions, # Those of each image, a text or a list of texts
     max_caption_length:int=128, # Most tokens per caption, end-of-text included
-) -> list: # Tokens of each picture's captions, end-of-text included
+) -> list: # Tokens of each image's captions, end-of-text included
     "Count the tokens that `capnb.decoder.tokenize_captions` makes of captions."
     captions = [[c] if isinstance(c, str) else c for c in captions]
     ids = iter(text_ids(tokenizer, [c for cs in captions for c in cs]))
