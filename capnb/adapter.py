@@ -11,12 +11,12 @@ from torch import nn
 
 # %% ../nbs/03_adapter.ipynb #0ee2fa36
 class Adapter(nn.Module):
-    """A two-layer MLP (multi-layer perceptron) from one picture's features to `prefix_length` vectors that a
+    """A two-layer MLP (multi-layer perceptron) from one image's features to `prefix_length` vectors that a
     decoder reads as if they were words."""
     def __init__(self,
-        in_width:int=512, # Numbers per picture, the encoder's
+        in_width:int=512, # Numbers per image, the encoder's
         out_width:int=1024, # Width of the decoder's token embeddings
-        prefix_length:int=1, # Vectors made of one picture
+        prefix_length:int=1, # Vectors made of one image
         hidden_width:int=1024, # Width between the two layers
         scale:float=1., # Size (root mean square) that the prefix vectors start with
     ):
@@ -40,7 +40,7 @@ class Adapter(nn.Module):
 
 # %% ../nbs/03_adapter.ipynb #0da7b041
 class PatchAdapter(nn.Module):
-    """LLaVA's projector: a two-layer MLP from each patch of a picture to one vector that a decoder reads as
+    """LLaVA's projector: a two-layer MLP from each patch of an image to one vector that a decoder reads as
     if it were a word."""
     def __init__(self,
         in_width:int=768, # Numbers per patch, the encoder's

@@ -219,7 +219,7 @@ def test_a_file_goes_to_one_worker(request):
 @pytest.mark.slow
 def test_every_chapter_is_ready_for_the_site():
     """All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the
-    pictures that they show."""
+    images that they show."""
     done = subprocess.run(
         [sys.executable, ROOT / '.ci' / 'docs.py', '--process'],
         cwd=ROOT,

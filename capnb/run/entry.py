@@ -51,7 +51,7 @@ class TrainingResult:
     model: object # `Captioner`, in evaluation mode
     metadata: dict # Of the last epoch
     checkpoint: Path # Weights of the last epoch
-    curve: Path # Picture of the loss curve
+    curve: Path # Image of the loss curve
 
 # %% ../../nbs/33b_train_and_load.ipynb #9939a336
 def prepare(
@@ -60,9 +60,9 @@ def prepare(
     device=None, # None for the best device
     only=None, # Names of the splits to prepare; None for all
     encoder=None, # As for `train`
-): # The captioner, with an adapter that has learned nothing; for each split its pictures; the same encoded
-    "Load what a run needs: the frozen pair, the data, and each picture encoded once."
-    check_models(h, encoder) # before pictures are fetched for a model that does not exist
+): # The captioner, with an adapter that has learned nothing; for each split its images; the same encoded
+    "Load what a run needs: the frozen pair, the data, and each image encoded once."
+    check_models(h, encoder) # before images are fetched for a model that does not exist
     splits = {
         split: d
         for split, d in load_for(h, data).items()
@@ -169,8 +169,8 @@ def train(
     state = None
     if resume:
         state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
-    check_writable(h.output_dir) # before pictures are fetched and encoded for a run that cannot be saved
-    trackers = tracker_names(h) # before pictures are fetched for a tracker that is not installed
+    check_writable(h.output_dir) # before images are fetched and encoded for a run that cannot be saved
+    trackers = tracker_names(h) # before images are fetched for a tracker that is not installed
     model, splits, encoded = prepare(h, data, device, encoder=encoder)
     run = run_training(
         model,

@@ -111,7 +111,7 @@ def report_epoch(run:SavedRun):
         log.info(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
         log.warning(
-            "⚠️ The captions hardly depend on the picture: they are about as likely with another picture."
+            "⚠️ The captions hardly depend on the image: they are about as likely with another image."
             " Look at samples before training on; see the troubleshooting chapter."
         )
 
