@@ -6,7 +6,6 @@
 __all__ = ['load_processor', 'fit_processor']
 
 # %% ../nbs/30n_image_processors.ipynb #4aaf8095
-import transformers
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from .hub import model_source, read_model
@@ -46,18 +45,16 @@ def load_processor(
 ): # Image processor of `transformers`, on top of Pillow
     "Load the image processor of an encoder; raises `ValueError` or `OSError` as `read_model` does."
     if config.model_type=='timm_wrapper': return _timm_processor(config)
-    (path, options), settings = model_source(name), {}
+    path, options = model_source(name)
     try:
         processor = read_model(
             AutoImageProcessor, name, f'image processor of encoder {name!r}', backend='pil'
         )
         if type(processor).__name__.endswith('Pil'): return processor
-        settings = processor.to_dict()
-    except ValueError:
-        settings = CLIPImageProcessorPil.get_image_processor_dict(path, **options)[0]
-        kind = settings.get('image_processor_type', '').removesuffix('Fast')
-        if not kind or hasattr(transformers, f'{kind}Pil'): raise
-    return _plain_processor(settings) # of one that is made for torchvision only
+    except ValueError as e:
+        if 'torchvision' not in str(e.__cause__).lower(): raise
+    # it is made for torchvision only
+    return _plain_processor(CLIPImageProcessorPil.get_image_processor_dict(path, **options)[0])
 
 # %% ../nbs/30n_image_processors.ipynb #4b1c590f
 def _square(side): return dict(height=side, width=side)
