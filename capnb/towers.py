@@ -240,7 +240,8 @@ def _first_look(config, asked, features, what):
     states, patch = _states(out), _one_number(getattr(vision_part(config), 'patch_size', None))
     found = len(states)==2 and _lay_out(states.shape, size, patch)
     grid, before, channels = found or (None, 0, None)
-    if grid and patch and grid==(size//patch,)*2 and size%patch:
+    cut = patch and grid==(size//patch,)*2
+    if cut and size%patch and size!=own_size(config): # SigLIP at 384 has patches of 14
         raise ValueError(
             f"image_size is {size}, but {what} takes multiples of {patch}, such as"
             f" {size//patch*patch or patch}"
