@@ -25,6 +25,7 @@ from capnb.decoder import (
 )
 from .out_of_memory import in_slices
 from .encoder import check_encoder, load_encoder
+from .own_encoder import OwnEncoder, check_own, own_encoder
 from capnb.checkpoint import (
     check_shapes, metadata_path, read_metadata, read_weights, save_metadata, save_tensors, weights_path
 )
@@ -249,20 +250,24 @@ def _check_size(hidden, adapter_width, prefix_length, lora_rank):
     if lora_rank and lora_rank > hidden:
         raise ValueError(f"lora_rank is {lora_rank:,}, but the decoder is only {hidden:,} wide")
 
+def _check_sight(encoder, name, image_size, features):
+    "The patches of an encoder's images; raises a `ValueError` if it does not see what the settings ask for."
+    if isinstance(encoder, OwnEncoder):
+        check_own(encoder, name, image_size, features)
+        return encoder.patches
+    size = check_encoder(name, encoder, image_size, features)
+    return (size//getattr(encoder, 'vision_config', encoder).patch_size)**2
+
 def check_pair(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
-    encoder, # Configuration of the encoder
+    encoder, # Configuration of the encoder, or an `OwnEncoder`
     decoder, # Configuration of the decoder
 ):
     "Raise a `ValueError` if these two cannot do what `h` asks for."
     name, text = h.decoder_name or h.tokenizer_name, decoder.get_text_config()
-    size = check_encoder(h.encoder_name, encoder, h.image_size, h.features)
+    patches = _check_sight(encoder, h.encoder_name, h.image_size, h.features)
     check_decoder(name, decoder)
-    prefix = (
-        (size // getattr(encoder, 'vision_config', encoder).patch_size) ** 2
-        if h.features == 'patch'
-        else h.prefix_length
-    )
+    prefix = patches if h.features=='patch' else h.prefix_length
     longest = getattr(text, 'max_position_embeddings', None)
     if longest and longest < prefix+h.max_caption_length:
         raise ValueError(
@@ -284,22 +289,28 @@ def check_pair(
     if h.lora_rank and h.unfreeze_layers:
         raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
-def _configurations(encoder_name, decoder_name):
-    return model_config(encoder_name, 'encoder'), decoder_config(decoder_name)
+def _configurations(encoder, encoder_name, decoder_name):
+    "What `check_pair` looks at: the encoder that was passed, or else its configuration; the decoder's."
+    return own_encoder(encoder) or model_config(encoder_name, 'encoder'), decoder_config(decoder_name)
 
-def check_models(h:Hyperparameters):
+def check_models(
+    h:Hyperparameters,
+    encoder=None, # As for `build_captioner`
+):
     "Read the configurations of the frozen pair, and nothing large, and check it as `check_pair` does."
-    check_pair(h, *_configurations(h.encoder_name, h.decoder_name or h.tokenizer_name))
+    check_pair(h, *_configurations(encoder, h.encoder_name, h.decoder_name or h.tokenizer_name))
 
 def build_captioner(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     device=None, # None for the best device
+    encoder=None, # One of your own, as for `OwnEncoder`; None for the one that `h` names
 ) -> Captioner: # With an adapter that has learned nothing
     """Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair
     cannot take what `h` asks for."""
     device, decoder_name = device or default_device(), h.decoder_name or h.tokenizer_name
-    check_pair(h, *_configurations(h.encoder_name, decoder_name))
-    encoder = load_encoder(h.encoder_name, device, h.image_size, h.features)
+    encoder = own_encoder(encoder, device)
+    check_pair(h, *_configurations(encoder, h.encoder_name, decoder_name))
+    encoder = encoder or load_encoder(h.encoder_name, device, h.image_size, h.features)
     dtype = torch.float32 if h.unfreeze_layers else None # small corrections are lost in half precision
     decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
     if h.lora_rank:
@@ -457,6 +468,7 @@ def shipped_checkpoint() -> Path: # Of the weights
 def load_model_from_checkpoint(
     path, # File of weights, `model_state_dict_....pth`, or 'storybook' for the captioner that ships
     device=None, # None for the best device
+    encoder=None, # As for `build_captioner`, where the checkpoint was trained with such a one
 ): # The model in evaluation mode, its metadata, its hyperparameters
     """Build the captioner that a checkpoint describes, with the weights it learned; raises `ValueError` if
     something is broken, or if the frozen weights are not those it was trained with."""
@@ -468,7 +480,7 @@ def load_model_from_checkpoint(
     except ValueError as e:
         raise ValueError(f"{metadata_path(Path(path))}: {e}") from None
     check_trained(h, state, path)
-    model = build_captioner(h, device)
+    model = build_captioner(h, device, encoder)
     unfreeze(model, h, metadata.get('epoch', 1))
     check_frozen(model, metadata.get('frozen'), path)
     load_trained(model, state, path)

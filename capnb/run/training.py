@@ -16,12 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, patch_environment, set_seed
-from accelerate.utils.memory import clear_device_cache
 from ..log import log
 from ..captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, unfreeze
 from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import begin_ids, count_cut, cut_text, text_ids
-from ..out_of_memory import ADVICE, memory_ran_out
+from ..out_of_memory import ADVICE, memory_ran_out, release_memory
 from ..fast.cuda.batches import Layouts
 from ..fast.cuda.training import StaticStep, why_not
 from ..fast.packing import Tokens
@@ -111,8 +110,8 @@ def backward(
                 raise
         optimizer.zero_grad()
         # out here, where the error no longer holds the tensors of the attempt
-        clear_device_cache(garbage_collection=True)
-        _halve(run, len(captions))
+        if not release_memory():
+            _halve(run, len(captions))
 
 # %% ../../nbs/33a_training.ipynb #67f4d1ed
 def one_ahead(
@@ -227,7 +226,7 @@ class StaticSteps(SharedStep):
             except RuntimeError as e:
                 if not memory_ran_out(e, self.layouts.images==1): raise
             run.static.forget()
-            clear_device_cache(garbage_collection=True)
+            if release_memory(): continue
             _halve(run, len(rows))
             self.plan()
 
