@@ -121,10 +121,11 @@ def test_the_classic_rate_falls_between_epochs(decay_step, factors, tmp_path):
     rates, told = Rates(), []
     class Told(Callback):
         def on_epoch_end(self, run):
-            told.append((run.metadata['learning_rate'], run.metadata['optimizer_groups'][0]['learning_rate']))
+            told.append(run.metadata['learning_rate'])
+            assert run.metadata['optimizer_groups'][0]['learning_rate']==told[-1]
     run_training(build_captioner(h, 'cpu'), made_data(h), h, [rates, Told()])
     assert rates.seen == pytest.approx([3e-3*f for f in factors for _ in range(4)])
-    assert told == pytest.approx([(3e-3*f,)*2 for f in factors]) # of the epoch that has ended
+    assert told == pytest.approx([3e-3*f for f in factors]) # of the epoch that has ended
 
 @pytest.mark.parametrize('recipe', [
     dict(lr_scheduler_type='cosine', warmup_ratio=.2),
