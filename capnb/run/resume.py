@@ -110,7 +110,8 @@ def data_fingerprint(
 ) -> dict:
     "What the captions of each split are, in a few letters."
     crc = lambda rows: hex(crc32('\n'.join(c for r in rows for c in r['captions']).encode()))
-    return {split: f'{len(d)} images, captions {crc(d.rows)}' for split,d in data.items()}
+    # this text is in the training states of earlier versions, word for word
+    return {split: f'{len(d)} pictures, captions {crc(d.rows)}' for split,d in data.items()}
 
 def _kept(callbacks):
     "What callbacks name in `keeps`, by the name of their class."
