@@ -111,6 +111,8 @@ class Experiment:
         encoder=None, # As for `train`; None for EfficientNet-Lite2
         decoder:str=None, # As `tokenizer_name`; None for SmolLM2
     ):
+        if not Path(photographs).exists():
+            raise FileNotFoundError(f"{photographs} does not exist")
         self.name, self.split, self.seed = name, split, seed
         self.encoder = own_encoder(encoder or EfficientNetLite(features=experiment_features(name)))
         self.photographs, self.root, self.limit = Path(photographs), Path(folder), limit
@@ -219,9 +221,9 @@ def experiment_row(
     scores, row = score_captions(captions, data, train_data), result_row(path, hardware)
     recipe = ', '.join(f'{k} {v}' for k,v in (COMMON | EXPERIMENTS[experiment.name]).items())
     row |= dict(
-        settings=recipe, encoder=experiment.encoder.model.name, decoder=Path(row['decoder']).name, data=experiment.photographs.resolve().name,
-        split=experiment.split, experiment=experiment.name, seed=experiment.seed,
-        epochs=round(plan.epochs, 3), scores=scores,
+        settings=recipe, encoder=experiment.encoder.model.name, decoder=Path(row['decoder']).name,
+        data=experiment.photographs.resolve().name, split=experiment.split, experiment=experiment.name,
+        seed=experiment.seed, epochs=round(plan.epochs, 3), scores=scores,
         **{k: plain[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')},
     )
     return row, dict(zip((r['image_id'] for r in data.rows), captions, strict=True))
