@@ -24,34 +24,39 @@ from ..images import ImageFile, MOST_FILE
 from ..image_pool import image_opener
 from ..data import image_of
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
+from ..own_encoder import OwnEncoder
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70003
-def features_key(
-    encoder:ImageEncoder,
-) -> tuple: # 16 hexadecimal digits; what they stand for, a dictionary
-    """Identify everything but the image that a feature depends on: all weights, the revision, the kind of
-    features, the size, the processor and its backend."""
-    weights, config = blake2b(digest_size=16), encoder.model.config
-    for name,p in encoder.model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def _model_facts(encoder):
+    "What the features of a model of `transformers` depend on, besides its weights."
+    config = encoder.model.config
     # where a model lies changes no feature
     plain = lambda d: {
         k: v
         for k, v in sorted(d.items())
         if k not in ('_name_or_path', '_commit_hash', 'transformers_version', 'dtype')
     }
-    about = dict(
-        weights=weights.hexdigest(),
+    return dict(
         dtype=str(encoder.model.dtype),
         revision=getattr(config, '_commit_hash', None),
         features=encoder.features,
-        oversize=OVERSIZE,
         image_size=encoder.image_size,
         model=plain(config.to_dict()),
         processor=plain(encoder.processor.to_dict()),
         backend=type(encoder.processor).__name__,
     )
+
+def features_key(
+    encoder:ImageEncoder,
+) -> tuple: # 16 hexadecimal digits; what they stand for, a dictionary
+    """Identify everything but the image that a feature depends on: all weights, the revision, the kind of
+    features, the size, the processor and its backend."""
+    weights = blake2b(digest_size=16)
+    for name,p in encoder.model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    facts = encoder.identity if isinstance(encoder, OwnEncoder) else _model_facts(encoder)
+    about = dict(facts, weights=weights.hexdigest(), oversize=OVERSIZE)
     about = json.loads(json.dumps(about, default=str))
     return blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest(), about
 
@@ -261,7 +266,7 @@ def _encoded(encoder, data, which, cache, taken, alone, opener, steps):
     if not new: return rows, digests, {}
     cache.check_writable() # before an image is encoded, not after
     together = torch.stack([p for _,p in new.values()])
-    if encoder.model.device.type=='cuda':
+    if encoder.device.type=='cuda':
         together = together.pin_memory() # from there the GPU fetches it by itself
     with alone:
         features = encoder(together).half().cpu().numpy()
@@ -299,7 +304,7 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     "Encode what the cache has not; gives the rows without their images and the digests of these."
     rows, digests, taken, opener = [], [], {}, image_opener(len(data))
     steps = encoder.steps # asked once, before the threads begin
-    alone = nullcontext() if encoder.model.device.type=='cpu' else Lock() # a GPU takes one batch at a time
+    alone = nullcontext() if encoder.device.type=='cpu' else Lock() # a GPU takes one batch at a time
     batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
     def encoded(i):
         return _encoded(encoder, data, batches[i], cache, taken, alone, opener, steps)
