@@ -93,6 +93,9 @@ class ImageEncoder(nn.Module):
             else config.hidden_size
         )
 
+    @property
+    def device(self): return self.model.device
+
     def train(self, mode=True):
         return super().train(False) # what is frozen stays in evaluation mode
 

@@ -252,9 +252,9 @@ def by_server(checkpoint, files):
     answer_batch(model, [(i, image, False) for i,image in enumerate(images)], said.__setitem__)
     return list(said.values())
 
-@pytest.mark.parametrize(
-    'way', [by_caption, by_few, by_files, by_scale, by_scale_features, by_server], ids=lambda way: way.__name__
-)
+WAYS = [by_caption, by_few, by_files, by_scale, by_scale_features, by_server]
+
+@pytest.mark.parametrize('way', WAYS, ids=lambda way: way.__name__)
 def test_captions_are_written_from_the_same_features(way, checkpoint, tmp_path, monkeypatch):
     "What children make bytes of gives the very features that the processor's numbers gave."
     files = [tmp_path/f'{i}.png' for i,_ in enumerate(FILES)]
