@@ -60,7 +60,7 @@ def rouge_each(
     The ceiling is one reference against the others; None if there is one only."""
     count = len(captions)
     if len(references)!=count or not count:
-        raise ValueError(f"{count} captions and references of {len(references)} pictures do not belong "
+        raise ValueError(f"{count} captions and references of {len(references)} images do not belong "
                          "together")
     n = min(map(len, references))
     own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references, strict=True)]
@@ -129,7 +129,7 @@ def compare(
         if name.endswith(('_floor','_ceiling')): continue # nobody wins by these
         if len(parts[name].each)!=len(other[name].each):
             raise ValueError(
-                f"{len(parts[name].each)} and {len(other[name].each)} pictures cannot be compared; score both"
+                f"{len(parts[name].each)} and {len(other[name].each)} images cannot be compared; score both"
                 " on the same data"
             )
         low, high = np.percentile(resampled(parts[name])-resampled(other[name]), (2.5, 97.5)).tolist()
@@ -261,7 +261,7 @@ def floors(
 FACTS = dict(pairs='colour and kind', kind='kind', colour='colour', size='size', count='number of things',
              place='place', relation='relation') # what `capnb.insight.facts` may add
 TOOLS = dict(bleu_1='BLEU-1', bleu_4='BLEU-4', meteor='METEOR', cider='CIDEr-D', clipscore='CLIPScore',
-             clipscore_floor='  floor: another picture ', clipscore_ceiling='  ceiling: a person ',
+             clipscore_floor='  floor: another image ', clipscore_ceiling='  ceiling: a person ',
              refclipscore='RefCLIPScore') # what `capnb.insight.report` may add
 BY_CHARACTER = ('Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no spaces between words, '
                 'are scored by character.')
@@ -279,7 +279,7 @@ def _table_rows(s):
         return value if value is None else [value, *between.get(name, [])]
     lower, facts, tools = s.get('floors', {}), s.get('facts') or {}, s.get('coco', {}) | s.get('clip', {})
     rows = {'ROUGE-L': sure('rouge_l', s['rouge_l']),
-            '  floor: another picture': sure('rouge_l_floor', s['rouge_l_floor'])}
+            '  floor: another image': sure('rouge_l_floor', s['rouge_l_floor'])}
     rows |= {f'  floor: {label}': lower[name]['rouge_l'] for name,label in FLOORS.items() if lower.get(name)}
     rows |= {'  ceiling: a person': sure('rouge_l_ceiling', s['rouge_l_ceiling']),
              '  way from floor to ceiling': _way(s),

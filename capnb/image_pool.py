@@ -314,11 +314,11 @@ class DecodingPool:
         else:
             request['path'] = os.path.abspath(source)
         if len(body) > MOST_FILE:
-            raise ValueError(f"{name} is not a readable picture: it has more than {MOST_FILE>>20} MB")
+            raise ValueError(f"{name} is not a readable image: it has more than {MOST_FILE>>20} MB")
         try:
             head, image = self._ask(request, body)
         except ValueError as e:
-            raise ValueError(f"{name} is not a readable picture: {e}") from None
+            raise ValueError(f"{name} is not a readable image: {e}") from None
         if 'error' in head:
             raise (TooManyPixels if 'too_many' in head else ValueError)(str(head['error']))
         return image

@@ -283,7 +283,7 @@ def _named(do, source, name):
     except Exception as e:
         error, why = ValueError, _why(e, source) # see above
     raise error(
-        f"{name or (source if isinstance(source, (str, Path)) else 'the image')} is not a readable picture:"
+        f"{name or (source if isinstance(source, (str, Path)) else 'the image')} is not a readable image:"
         f" {why}"
     )
 
@@ -394,7 +394,7 @@ def _found_below(folder):
     passed = passed_over(others)
     if not found:
         raise FileNotFoundError(
-            f"no picture at {folder!r} or below it" + (f'; passed over: {passed}' if passed else '')
+            f"no image at {folder!r} or below it" + (f'; passed over: {passed}' if passed else '')
         )
     if passed:
         print(f'{folder}: passed over {passed}', file=sys.stderr)
@@ -413,6 +413,6 @@ def find_images(
             found = [Path(path)]
         else:
             found = sorted(p for p in _matches(path) if p.is_file())
-        if not found: raise FileNotFoundError(f"no picture at {path!r}")
+        if not found: raise FileNotFoundError(f"no image at {path!r}")
         files += found
     return files

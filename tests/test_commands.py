@@ -43,7 +43,7 @@ def flat(values, at=()):
 
 @pytest.fixture(scope='module')
 def holiday(tmp_path_factory):
-    "A folder of one's own pictures: 24 to learn from, three for validation, three for the end."
+    "A folder of one's own images: 24 to learn from, three for validation, three for the end."
     folder, book = tmp_path_factory.mktemp('holiday'), Storybook(n=30)
     rows = [(f'{i}.png', caption) for i in range(30) for caption in book.captions(i)[:2]]
     for i in range(30):
@@ -253,12 +253,12 @@ def test_eval_without_java(call, trained, tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def album(trained):
-    "Pictures beside the folder of checkpoints: a file, and a folder with another folder in it."
+    "Images beside the folder of checkpoints: a file, and a folder with another folder in it."
     book, names = Storybook('test'), ['one.png', 'album/two.jpg', 'album/deep/three.PNG', 'album/notes.txt']
     (trained[0]/'album'/'deep').mkdir(parents=True)
     for i,name in enumerate(names[:3]):
         book[i]['image'].save(trained[0]/name)
-    (trained[0]/names[3]).write_text('no picture')
+    (trained[0]/names[3]).write_text('no image')
     return trained[0]
 
 def test_eight_bits(run, album, newest):
@@ -436,12 +436,12 @@ BAD_FILES = {
 
 # name: command, arguments, a word that the message must hold
 FAULTS = {
-    'picture is missing': ('capnb_caption', ['gone.png'], 'gone.png'),
-    'pattern without a picture': ('capnb_caption', ['gone*.png'], 'gone*.png'),
-    'folder without a picture': ('capnb_caption', ['empty'], 'empty'),
-    'picture is no picture': ('capnb_caption', ['broken.png', '--folder', 'saved_models'], 'broken.png'),
-    'picture is cut off': ('capnb_caption', ['cut.png', '--folder', 'saved_models'], 'cut.png'),
-    'checkpoint is a picture': ('capnb_caption', ['one.png', '--checkpoint', 'one.png'], 'one.png'),
+    'image is missing': ('capnb_caption', ['gone.png'], 'gone.png'),
+    'pattern without an image': ('capnb_caption', ['gone*.png'], 'gone*.png'),
+    'folder without an image': ('capnb_caption', ['empty'], 'empty'),
+    'image is no image': ('capnb_caption', ['broken.png', '--folder', 'saved_models'], 'broken.png'),
+    'image is cut off': ('capnb_caption', ['cut.png', '--folder', 'saved_models'], 'cut.png'),
+    'checkpoint is an image': ('capnb_caption', ['one.png', '--checkpoint', 'one.png'], 'one.png'),
     'checkpoint is cut off': (
         'capnb_caption',
         ['one.png', '--checkpoint', 'saved_models/model_state_dict_cut.pth'],
@@ -490,7 +490,7 @@ FAULTS = {
     'value is not yes or no': ('capnb_train', ['--evaluation_enabled', 'perhaps'], 'evaluation_enabled'),
     'flag is not known': ('capnb_train', ['--batchsize', '4'], 'batchsize'),
     'flag of another command': ('capnb_caption', ['one.png', '--split', 'test'], 'split'),
-    'no picture is named': ('capnb_caption', [], 'images'),
+    'no image is named': ('capnb_caption', [], 'images'),
     'image size does not fit': ('capnb_train', ['--image_size', '32'], 'image_size'),
     'config is missing': ('capnb_train', ['--config', 'gone.yaml'], 'gone.yaml'),
     'config has an unknown key': ('capnb_train', ['--config', 'unknown.json'], 'batchsize'),
@@ -501,7 +501,7 @@ FAULTS = {
     'config is empty': ('capnb_train', ['--config', 'empty.yaml'], 'empty.yaml'),
 }
 # in a process of its own: what libraries say at its start or end is seen too
-OUTSIDE = ('picture is no picture', 'checkpoint has broken metadata', 'flag is not known')
+OUTSIDE = ('image is no image', 'checkpoint has broken metadata', 'flag is not known')
 
 def lay_out_faults(folder, newest):
     "Write the files that `FAULTS` speaks of."
@@ -793,7 +793,7 @@ UNWRITABLE = [
 
 @pytest.mark.parametrize('command', UNWRITABLE, ids=' '.join)
 def test_what_cannot_be_written_is_told_first(call, trained, command):
-    "Before pictures are read, models loaded or processes started."
+    "Before images are read, models loaded or processes started."
     def stop(*args, **kwargs):
         raise AssertionError('too late')
     with pytest.MonkeyPatch.context() as m:
@@ -817,7 +817,7 @@ def test_what_cannot_be_written_is_told_first(call, trained, command):
         and re.fullmatch(r"\w+: \[Errno \d+\] Not a directory: 'one.txt/below.json'\n", done.stderr)
     ), done.stderr
 
-# --- A folder of one's own pictures
+# --- A folder of one's own images
 
 def test_folder_from_pictures_to_scores(call, holiday, tmp_path):
     done = call('capnb_train', '--data', holiday, '--num_epochs', 1, cwd=tmp_path)
@@ -827,7 +827,7 @@ def test_folder_from_pictures_to_scores(call, holiday, tmp_path):
         metadata['data'] == dict(name=str(holiday), train=24, validation=3, test=3)
         and metadata['facts_f1'] is None
     )
-    judged = call('capnb_eval', '--json_file', 'scores.json', cwd=tmp_path) # the same pictures are held back
+    judged = call('capnb_eval', '--json_file', 'scores.json', cwd=tmp_path) # the same images are held back
     assert judged.returncode == 0, judged.stderr[-3000:]
     assert json.loads((tmp_path / 'scores.json').read_text(encoding='utf-8'))['test'][
         'rouge_l'
@@ -838,7 +838,7 @@ def test_folder_with_a_bad_row_is_told_before_training(call, tmp_path):
     done = call('capnb_train', '--data', tmp_path, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, '')
     assert (
-        done.stderr.strip() == f"train: {tmp_path/'captions.csv'}: line 2: there is no picture 'nowhere.png'"
+        done.stderr.strip() == f"train: {tmp_path/'captions.csv'}: line 2: there is no image 'nowhere.png'"
     )
 
 # --- Output that has no letters for what is said

@@ -2,6 +2,7 @@
 the layout; nothing of padding; the same run to the last bit after a stop; and a recording is used as it
 should be. What needs a GPU is in the chapters' cells flagged `cuda`."""
 import logging
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from capnb.captioner import build_captioner, parameter_groups, unfreeze
@@ -275,6 +276,23 @@ def test_out_of_memory_goes_on_in_halves(static, tmp_path, monkeypatch, caplog, 
         raise torch.OutOfMemoryError('CUDA out of memory')
     with pytest.raises(ValueError, match='out of memory with a single caption'):
         run_training(build_captioner(h, 'cpu'), data, settings(tmp_path/'none'))
+
+def test_out_of_memory_asks_the_writer_first(static, tmp_path, monkeypatch):
+    h = settings(tmp_path/'all', evaluation_enabled=False)
+    data, kept = encoded(h), SimpleNamespace(held=True)
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    backward = StaticStep._backward
+    def cramped(self, shape):
+        if kept.held: raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    def release():
+        had, kept.held = kept.held, False
+        return had
+    monkeypatch.setattr(training, 'release_memory', release)
+    h = settings(tmp_path/'given', evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert run.micro_batch_size is None and run.losses==whole.losses
 
 # --- Recordings
 

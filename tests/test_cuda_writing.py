@@ -5,14 +5,18 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
 from transformers import (
-    AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+    AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig,
+    PreTrainedModel
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from capnb.captioner import build_captioner
 from capnb.decoder import generate_captions, generate_rows as by_generate
 from capnb.fast import writing as chapter_21
 from capnb.fast.cuda import rows as cuda_rows, writing as cuda_writing
 from capnb.fast.cuda.rows import FixedRows, takes_fixed_cache
+from capnb.fast.cuda.training import why_not
 from capnb.fast.cuda.writing import CudaWriter, write_rows
+from capnb.fast.packing import takes_positions
 from capnb.fast.parts import is_fast, make_fast
 from capnb.options import check_options
 from capnb.settings import as_hyperparameters
@@ -210,7 +214,24 @@ def test_without_memory_it_writes_as_before_and_says_so_once(model, prefixes, mo
     for _ in range(2):
         expected, found = both(model, prefixes(1), writer=writer)
         assert found == expected and not writer.held
-    assert len([r for r in caplog.records if 'too little memory' in r.message]) == 1
+    assert len([r for r in caplog.records if 'no memory for the recording' in r.message]) == 1
+
+def test_a_recording_that_does_not_fit_is_done_without_and_said_once(model, prefixes, monkeypatch, caplog):
+    "Also where CUDA, once memory has run out, says no more than that the recording has failed."
+    for error in (torch.OutOfMemoryError('CUDA out of memory'),
+                  RuntimeError('CUDA error: operation failed due to a previous error during capture')):
+        def record(do, pool, stream, error=error):
+            raise error
+        monkeypatch.setattr(cuda_rows, 'record', record)
+        monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
+        writer, rows = CudaWriter(), FixedRows(model.decoder, 8, 1, 32)
+        rows.records, rows.pool, rows.stream = True, None, None # as on a GPU
+        monkeypatch.setattr(writer, '_rows', lambda *args, rows=rows: rows)
+        caplog.clear()
+        for _ in range(2):
+            expected, found = both(model, prefixes(1), writer=writer)
+            assert found == expected
+        assert sum('without recorded steps' in r.message for r in caplog.records) == 1
 
 def test_other_errors_are_not_hidden(model, prefixes, monkeypatch):
     monkeypatch.setattr(FixedRows, 'step', lambda self, longest: 1/0)
@@ -240,9 +261,35 @@ def test_few_rows_do_not_wait_for_a_recording(model, prefixes, monkeypatch):
 
 # --- Where it is put in
 
+@pytest.fixture
+def flash(monkeypatch):
+    "Stands for a GPU where FlashAttention 2 is installed."
+    name, adjust = 'flash_attention_2', PreTrainedModel._check_and_adjust_attn_implementation
+    def asked(self, wanted, *args, **kwargs):
+        return wanted if wanted==name else adjust(self, wanted, *args, **kwargs)
+    monkeypatch.setattr(PreTrainedModel, '_check_and_adjust_attn_implementation', asked)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, ALL_ATTENTION_FUNCTIONS['sdpa'])
+    monkeypatch.setattr('capnb.hub.default_attention', lambda device: name)
+    monkeypatch.setattr('capnb.hub.default_dtype', lambda device: torch.bfloat16)
+
+def test_where_flash_attention_is_installed_another_is_put_in(flash, model, caplog):
+    captioner, features = build_captioner(as_hyperparameters(), 'cpu'), torch.randn(3, model.encoder.width)
+    decoder = captioner.decoder
+    assert decoder.config._attn_implementation=='flash_attention_2'
+    assert not takes_positions(decoder, 7) and not takes_fixed_cache(decoder)
+    expected = captioner.caption_features(features)
+    with caplog.at_level('INFO', 'capnb'):
+        make_fast(make_fast(captioner))
+    assert decoder.config._attn_implementation=='sdpa'
+    assert takes_positions(decoder, 7) and takes_fixed_cache(decoder)
+    assert why_not(captioner, torch.optim.AdamW(captioner.adapter.parameters()), 40) is None
+    assert captioner.caption_features(features)==expected
+    assert sum('FlashAttention' in r.message for r in caplog.records)==1
+
 def test_it_is_put_in_on_a_gpu_only(model):
     class OnGpu:
-        device, config = torch.device('cuda'), SimpleNamespace(model_type='gpt2')
+        device, text = torch.device('cuda'), SimpleNamespace(_attn_implementation='sdpa')
+        config = SimpleNamespace(model_type='gpt2', get_text_config=lambda: OnGpu.text)
         def modules(self): return []
     fast, there = make_fast(copy.copy(model)), copy.copy(model)
     assert fast.writer is chapter_21.write_captions and is_fast(fast)

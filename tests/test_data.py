@@ -1,4 +1,4 @@
-"""Data sets by name against a hub on this machine, folders as they come out of archives, and bad pictures:
+"""Data sets by name against a hub on this machine, folders as they come out of archives, and bad images:
 each works, or is named."""
 import hashlib, io, json, subprocess, sys, time
 from pathlib import Path
@@ -165,7 +165,7 @@ def test_flickr30k_whole(load, whole):
     assert named['train'][5][1] == ['1007.jpg']
 
 def test_limit_takes_the_first_rows_and_only_their_bytes(load, files, whole):
-    """30 pictures, once more, then 90. 30 for training need 50 rows, ten for each other split as many: three
+    """30 images, once more, then 90. 30 for training need 50 rows, ten for each other split as many: three
     groups of twenty."""
     (part, sent), (again, nothing), (more, rest) = load(
         *(dict(data='flickr30k', limit=n) for n in (30, 30, 90))
@@ -218,7 +218,7 @@ def test_columns_that_cannot_be_told(hub, load):
         dict(
             photo=dict(bytes=jpeg(i), path=None),
             mask=dict(bytes=jpeg(0), path=None),
-            says=f'picture {i}',
+            says=f'image {i}',
             licence='free',
         )
         for i in range(40)
@@ -229,7 +229,7 @@ def test_columns_that_cannot_be_told(hub, load):
         dict(data='me/photos', image_column='photo'),
     )
     assert sorted(row[1] for rows in found.values() for row in rows) == sorted(
-        [f'picture {i}'] for i in range(40)
+        [f'image {i}'] for i in range(40)
     )
     assert 'Name it with caption_column; there are texts in: says, licence' in no_caption
     assert 'Name it with image_column; of type image: photo, mask' in load(dict(data='me/photos'))[0][0]
@@ -255,7 +255,7 @@ def test_preset_flickr30k_trains(hub, run_on_hub, tmp_path):
     assert metadata['data'] == dict(name='flickr30k', train=30, validation=10, test=10)
     assert 'Downloading nlphuji/flickr30k' in done.stderr
     before = hub.sent
-    # the same pictures are held back, and nothing more is downloaded
+    # the same images are held back, and nothing more is downloaded
     judged = run_on_hub('capnb_eval', '--json_file', 'scores.json')
     assert judged.returncode == 0, judged.stderr[-3000:]
     assert (
@@ -388,7 +388,7 @@ def pictures(folder, names):
         (folder/name).write_bytes(jpeg(i))
 
 def flickr_csv(folder, names):
-    "Flickr30k's own table, with the row that lacks its separator, and pictures one folder further down."
+    "Flickr30k's own table, with the row that lacks its separator, and images one folder further down."
     pictures(folder/'flickr30k_images', names)
     rows = [f'{name}| {k}| {BOOK.captions(i)[k]}' for i,name in enumerate(names) for k in range(5)]
     rows[19] = rows[19].replace('| 4|', '| 4  ')
@@ -440,7 +440,7 @@ def imagefolder(folder, names):
             encoding='utf-8',
         )
 
-LAYOUTS = {  # how it is written, then pictures in each split and captions of a picture
+LAYOUTS = {  # how it is written, then images in each split and captions of an image
     flickr_csv: (dict(train=32, validation=4, test=4), 5),
     flickr_token: (dict(train=32, validation=4, test=4), 5),
     karpathy: (dict(train=20, validation=10, test=10), 5),
@@ -474,7 +474,7 @@ def test_layouts(write, tmp_path):
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
-    "Forty pictures with a comma-separated table, two bad rows in it and two pictures that cannot be read."
+    "Forty images with a comma-separated table, two bad rows in it and two images that cannot be read."
     folder = tmp_path_factory.mktemp('bad')/'album'
     names = [f'{i}.jpg' for i in range(40)]
     pictures(folder, names)
@@ -494,10 +494,10 @@ def test_check_names_every_bad_row(call, album):
     )
     table = album/'captions.csv'
     for words in (
-        f"{table}: line 42: there is no picture '40.jpg'",
+        f"{table}: line 42: there is no image '40.jpg'",
         f"{table}: line 43: no caption for '3.jpg'",
-        f"{table}: line 9: {album/'7.jpg'} is not a readable picture",
-        f"{table}: line 11: {album/'9.jpg'} is not a readable picture",
+        f"{table}: line 9: {album/'7.jpg'} is not a readable image",
+        f"{table}: line 11: {album/'9.jpg'} is not a readable image",
     ):
         assert sum(words in line for line in told) == 1, (words, told)
     found = json.loads((album.parent/'found.json').read_text(encoding='utf-8'))
@@ -528,7 +528,7 @@ def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     assert (
         done.returncode == 1
         and done.stderr.strip()
-        == f"train: {album/'captions.csv'}: line 42: there is no picture '40.jpg' (the nearest is '4.jpg');"
+        == f"train: {album/'captions.csv'}: line 42: there is no image '40.jpg' (the nearest is '4.jpg');"
         " line 43: no caption for '3.jpg'"
     )
     done = call('capnb_train', *small, '--bad_rows', 'skip', cwd=tmp_path)
@@ -536,7 +536,7 @@ def test_bad_rows_stop_or_are_left_out(call, album, tmp_path):
     assert (
         done.stdout.splitlines()[0]
         == f"⚠️ skipped what cannot be read, 4 in all; the first: {album/'captions.csv'}: line 42: there is"
-        " no picture '40.jpg' (the nearest is '4.jpg')"
+        " no image '40.jpg' (the nearest is '4.jpg')"
     )
     metadata = read_metadata(newest_checkpoint(tmp_path/'saved_models'))
     assert sum(metadata['data'][split] for split in ('train','validation','test')) == 38
@@ -547,7 +547,7 @@ def test_a_bad_picture_of_the_hub_is_named(hub, load):
     rows[5]['image'] = dict(bytes=jpeg(5)[:500], path=None)
     hub.add('me/flickr', {'data/test-00000-of-00001.parquet': parquet(rows, FLICKR30K)})
     (stopped, _), (skipped, _) = load(dict(data='me/flickr'), dict(data='me/flickr', bad_rows='skip'))
-    assert stopped.startswith('ValueError: row 3 (1005.jpg): the image is not a readable picture')
+    assert stopped.startswith('ValueError: row 3 (1005.jpg): the image is not a readable image')
     assert ids(skipped)['train'] == [f'{1000+i}.jpg' for i in range(40) if KARPATHY[i%10]=='train' and i!=5]
 
 def test_rows_of_no_split_on_the_hub_are_not_used(hub, load):

@@ -49,9 +49,9 @@ def test_paths_and_images(pool, tmp_path):
         pool.open(str(tmp_path / 'a cat é.png')), GOOD[0]
     )
     assert same(pool.open(Image.open(io.BytesIO(GOOD[1]))), GOOD[1])
-    with pytest.raises(ValueError, match='no.png is not a readable picture: .*No such file'):
+    with pytest.raises(ValueError, match='no.png is not a readable image: .*No such file'):
         pool.open(tmp_path/'no.png')
-    with pytest.raises(ValueError, match='is not a readable picture: it is no file'):
+    with pytest.raises(ValueError, match='is not a readable image: it is no file'):
         pool.open(tmp_path)
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='the system has no FIFOs')
@@ -89,7 +89,7 @@ def test_a_child_that_hangs_costs_one_image():
             )
         )
         assert [str(e) for e in found if isinstance(e, ValueError)] == [
-            f'{name} is not a readable picture: decoding it took longer than 1 seconds' for name in 'bl'
+            f'{name} is not a readable image: decoding it took longer than 1 seconds' for name in 'bl'
         ]
         assert all(same(image, source) for image, source in zip([found[0], *found[2:11]], GOOD, strict=True))
         assert len(pool.children) <= 2
@@ -99,7 +99,7 @@ def test_a_child_that_dies_costs_one_image():
         bomb = pool.submit(scan_bomb(), 'bomb')
         assert until(lambda: pool.children and next(iter(pool.children)).deadline)
         next(iter(pool.children)).process.kill()
-        with pytest.raises(ValueError, match='bomb is not a readable picture: its decoder died'):
+        with pytest.raises(ValueError, match='bomb is not a readable image: its decoder died'):
             bomb.result()
         assert same(pool.open(GOOD[0]), GOOD[0])
         idle = next(iter(pool.children)).process
@@ -111,7 +111,7 @@ def test_a_child_that_dies_costs_one_image():
 def test_a_child_has_a_limit_of_memory():
     with DecodingPool(1, memory=2**28) as pool:
         with pytest.raises(
-            ValueError, match='big is not a readable picture: it needs more memory than there is'
+            ValueError, match='big is not a readable image: it needs more memory than there is'
         ):
             pool.open(one_colour(9000), 'big')
         assert same(pool.open(GOOD[0]), GOOD[0])
@@ -230,6 +230,6 @@ def test_a_child_that_is_stopped_is_replaced():
         bomb = pool.submit(scan_bomb(), 'bomb')
         assert until(lambda: pool.children and next(iter(pool.children)).deadline)
         os.kill(next(iter(pool.children)).process.pid, signal.SIGSTOP)
-        with pytest.raises(ValueError, match='bomb is not a readable picture: decoding it took longer'):
+        with pytest.raises(ValueError, match='bomb is not a readable image: decoding it took longer'):
             bomb.result(timeout=20)
         assert same(pool.open(GOOD[0]), GOOD[0])

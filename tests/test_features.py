@@ -1,4 +1,4 @@
-"""The feature cache from outside: killed passes, two at once, changed pictures, damaged shards, folders that
+"""The feature cache from outside: killed passes, two at once, changed images, damaged shards, folders that
 cannot be written, and what half precision does to the loss."""
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ def plain(encoder, pages): return encode_data(encoder, CaptionData(pages)).featu
 
 @pytest.fixture
 def count(encoder, monkeypatch):
-    "How many pictures were really encoded."
+    "How many images were really encoded."
     seen, forward = [], enc.ImageEncoder.forward
     monkeypatch.setattr(
         enc.ImageEncoder, 'forward', lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels)
@@ -123,7 +123,7 @@ def test_folder_that_cannot_be_written(encoder, pages, tmp_path):
     assert 'file' in str(e.value) and '\n' not in str(e.value)
 
 def test_patches_wait_in_small_shards(pages, tmp_path, capsys, monkeypatch):
-    "Features that were written are let go: never more than a shard waits, whatever the number of pictures."
+    "Features that were written are let go: never more than a shard waits, whatever the number of images."
     monkeypatch.setattr(enc, 'SHARD_BYTES', 2**17)
     waiting, add = [], FeatureCache.add
     monkeypatch.setattr(
@@ -132,7 +132,7 @@ def test_patches_wait_in_small_shards(pages, tmp_path, capsys, monkeypatch):
     patches = load_encoder('storybook-clip', 'cpu', 64, 'patch')
     seen = encode_data(patches, CaptionData(pages[:40]), 16, 'Encoding', tmp_path)
     assert max(waiting)==7 and len(shards(tmp_path))==5 and seen.features.shape==(40,64,128)
-    assert '40 pictures take 16,384 bytes each, 0.7 MB in all' in capsys.readouterr().out
+    assert '40 images take 16,384 bytes each, 0.7 MB in all' in capsys.readouterr().out
     torch.testing.assert_close(
         seen.features[[39, 0]], patches.encode([pages[39]['image'], pages[0]['image']]), atol=1e-2, rtol=1e-3
     )

@@ -54,7 +54,7 @@ class Steps(Callback):
         counts = [int(s['step']) for s in run.optimizer.state_dict()['state'].values()]
         self.made.append(max(counts, default=0))
         self.scales.append(run.scaler and run.scaler.get_scale())
-        self.rates.append(run.optimizer.param_groups[0]['lr'])
+        self.rates.append(run.rates[0])
 
 def trained(data, folder, steps=(), **settings):
     h = as_hyperparameters(**SMALL | settings, output_dir=str(folder))

@@ -15,7 +15,7 @@ def outcome(file):
     try:
         found = open_image(file.data, file.name)
     except ValueError as e:
-        assert str(e).startswith(f'{file.name} is not a readable picture: '), e
+        assert str(e).startswith(f'{file.name} is not a readable image: '), e
         return 'refused'
     wanted = open_image(file.whole)
     if found.size == wanted.size and found.tobytes() == wanted.tobytes():
@@ -72,7 +72,7 @@ def test_whatever_a_decoder_raises_is_that_images_error(error, monkeypatch):
     def fail(*args, **kwargs):
         raise error
     monkeypatch.setattr(Image, 'open', fail)
-    with pytest.raises(ValueError, match='cat.jpg is not a readable picture: ') as e:
+    with pytest.raises(ValueError, match='cat.jpg is not a readable image: ') as e:
         open_image(b'\xff\xd8\xff', 'cat.jpg')
     assert len(str(e.value)) < 400 and '\n' not in str(e.value)
 
@@ -95,7 +95,7 @@ def test_check_takes_an_odd_photograph(holiday, call):
     (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
     done = call('capnb_data', 'check', holiday, cwd=holiday.parent)
     assert (
-        done.returncode == 1 and '7.jpg is not a readable picture' in done.stdout and '1 bad' in done.stderr
+        done.returncode == 1 and '7.jpg is not a readable image' in done.stdout and '1 bad' in done.stderr
     )
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_what_is_no_file_is_passed_over_and_told(phone, capsys):
     assert '1 linked to nothing' in (said := capsys.readouterr().err) and '1 not a regular file' in said
     source = Source(str(phone))
     assert (
-        source.kind == 'pictures'
+        source.kind == 'images'
         and [Path(p).name for p in source.files] == ['a.png', 'b.PNG']
         and all(source.files.values())
     )
@@ -183,7 +183,7 @@ def test_packages_are_named_where_they_are_missing(phone):
         with pytest.raises(
             ValueError,
             match=(
-                f"{name} is not a readable picture: it is {format}, which needs the package {package};"
+                f"{name} is not a readable image: it is {format}, which needs the package {package};"
                 " install it with: pip install 'capnb.formats.'"
             ),
         ):
@@ -191,7 +191,7 @@ def test_packages_are_named_where_they_are_missing(phone):
     for name in ('a.png', 'b.PNG'):
         (phone/name).unlink()
     with pytest.raises(
-        FileNotFoundError, match='no picture at .* or below it; passed over: 3 .heic, .*pillow-heif'
+        FileNotFoundError, match='no image at .* or below it; passed over: 3 .heic, .*pillow-heif'
     ):
         find_images([phone])
 
@@ -249,7 +249,7 @@ def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     assert [image.tobytes() for image in images] == [
         open_image(file).tobytes() for file in (files[0], files[2])
     ]
-    assert errors[1].startswith('half is not a readable picture: ') and errors == [
+    assert errors[1].startswith('half is not a readable image: ') and errors == [
         None,
         errors[1],
         None,
@@ -280,4 +280,4 @@ def test_captions_of_files_name_the_broken_ones(holiday):
     ) == 1
     # upright
     assert [f['caption'] for f in found if f['file'].endswith(('5.jpg', '6.jpg'))] == ['(32, 48)', '(48, 32)']
-    assert 'is not a readable picture' in next(f['error'] for f in found if f['file'].endswith('7.jpg'))
+    assert 'is not a readable image' in next(f['error'] for f in found if f['file'].endswith('7.jpg'))

@@ -23,7 +23,7 @@ EVIL = '<script>document.title="broken"</script><img src=x onerror="document.tit
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    "A folder with pictures, captions and a split for each, and a checkpoint that was trained on it."
+    "A folder with images, captions and a split for each, and a checkpoint that was trained on it."
     here = tmp_path_factory.mktemp('judging')
     book, table = Storybook(n=40), ['file_name,caption,split']
     (here/'data').mkdir()
@@ -78,7 +78,7 @@ def refused(capsys, *args):
 # --- A CLIP's opinion
 
 def as_the_authors(image_feats, text_feats, reference_feats):
-    """CLIPScore and RefCLIPScore of one picture, as `clipscore.py` of the paper has them, with the 0 of the
+    """CLIPScore and RefCLIPScore of one image, as `clipscore.py` of the paper has them, with the 0 of the
     paper for captions that are unlike all references."""
     unit = lambda x: x/np.sqrt(np.sum(x**2, axis=-1, keepdims=True))
     per_image_text = 2.5*np.clip(np.sum(unit(image_feats)*unit(text_feats)), 0, None)
@@ -160,7 +160,7 @@ def test_clipscore_is_that_of_the_paper(kind, tmp_path):
             np.mean([as_the_authors(images[i], r, embed(references[i]))[0] for r in embed(references[i])]),
             abs=3e-3,
         )
-    assert len(set(parts['clipscore'].each[:,0].round(4))) > 3 # it depends on the picture
+    assert len(set(parts['clipscore'].each[:,0].round(4))) > 3 # it depends on the image
 
 def test_a_long_caption_is_cut(tmp_path):
     scorer = ClipScorer('storybook-clip', 'cpu')
@@ -262,13 +262,13 @@ def test_predictions_go_out_and_come_in(written, made, tmp_path):
 @pytest.mark.parametrize(
     'change,said',
     [
-        (lambda e: e[1:], f"1 of {N} pictures have no caption, the first is 'COCO_val2014_{40-N:012}.jpg'"),
+        (lambda e: e[1:], f"1 of {N} images have no caption, the first is 'COCO_val2014_{40-N:012}.jpg'"),
         (lambda e: e + e[:1], f"image_id '{40-N}' has two captions"),
         (
             lambda e: e + [dict(e[0], image_id=f'COCO_val2014_{40-N:012}.jpg')],
             f"image_id 'COCO_val2014_{40-N:012}.jpg' has two captions",
         ),
-        (lambda e: e + [dict(e[0], image_id=3)], "image_id '3' is none of the 12 pictures"),
+        (lambda e: e + [dict(e[0], image_id=3)], "image_id '3' is none of the 12 images"),
         (
             lambda e: e[:-1] + [dict(image_id=39)],
             'entry 11 needs an image_id (a whole number or a text) and a caption (a text)',

@@ -145,7 +145,7 @@ def picture(part, name):
 # --- The widgets, used
 
 def caption_of(widget):
-    "The caption, as the picture's alternative text has it, once it is whole; else None."
+    "The caption, as the image's alternative text has it, once it is whole; else None."
     caption, words = (
         widget.get_by_role('img').first.get_attribute('alt'),
         widget.locator('button.word').all_text_contents(),
@@ -187,16 +187,16 @@ def use_captions(tab, widget):
     return greedy
 
 def use_upload(tab, widget, folder):
-    "A picture of one's own, and a file that is none."
+    "An image of one's own, and a file that is none."
     from capnb.storybook import Storybook
     Storybook('test')[33]['image'].save(folder/'mine.png')
     (folder/'none.png').write_bytes(b'no picture')
     def choose(file):
         with tab.expect_file_chooser() as chooser:
-            widget.get_by_role('button', name='your picture').click()
+            widget.get_by_role('button', name='your image').click()
         chooser.value.set_files(file)
     choose(folder/'none.png')
-    widget.locator('.wrong', has_text='none.png is not a readable picture').wait_for()
+    widget.locator('.wrong', has_text='none.png is not a readable image').wait_for()
     next_caption(widget, lambda: choose(folder/'mine.png'))
     assert not widget.locator('.wrong').count()
 

@@ -5,8 +5,9 @@ from accelerate import Accelerator
 from capnb.captioner import build_captioner
 from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
-from capnb.out_of_memory import SHORT, in_slices, memory_ran_out
+from capnb.out_of_memory import SHORT, in_slices, may_release, memory_ran_out
 from capnb.fast.cache import encode_data
+from capnb.fast.cuda.writing import CudaWriter
 from capnb.storybook import Storybook
 from capnb.run.resume import SavedRun
 from capnb.run.training import backward
@@ -46,6 +47,8 @@ OTHERS = [
     ValueError('out of memory'),
     RuntimeError('mat1 and mat2 shapes cannot be multiplied'),
 ]
+
+GIVEN = '⚠️ Out of memory: what was kept to write captions is given back, for another try'
 
 @pytest.fixture(scope='module')
 def model():
@@ -109,6 +112,38 @@ def test_encoding_goes_on_with_fewer(model, narrow, error, capsys):
     ]
     assert model.encoder.most == 2
 
+class Cache:
+    "Stands for what a writer on a GPU keeps; while it is there, memory holds three rows less."
+    def __init__(self):
+        self.held = True
+        may_release(self)
+    def release(self):
+        had, self.held = self.held, False
+        return had
+
+def test_before_there_are_fewer_images_the_writer_gives_back(capsys):
+    cache, sizes = Cache(), []
+    def do(here):
+        sizes.append(here.stop-here.start)
+        if sizes[-1] > 5-3*cache.held: raise SURE[0]
+        return sizes[-1]
+    assert sum(in_slices(do, 10, 5))==10 and sizes==[5, 5, 5]
+    assert capsys.readouterr().out.splitlines() == [GIVEN]
+    cache.held = True # it gives once: two that need memory do not take turns
+    assert list(in_slices(do, 5, 5))==[2, 2, 1] and cache.held
+
+def test_a_writer_on_a_gpu_gives_back_what_it_keeps(model, narrow, capsys):
+    "In the middle of the work of another part, which then goes on as before."
+    writer, images = CudaWriter(), [Storybook()[i]['image'] for i in range(4)]
+    expected = model.encoder.encode(images)
+    writer.generate_rows(model.decoder, model.tokenizer, model.prefix(expected), 2, 32, {})
+    class Full:
+        def __call__(self, args, kwargs): return 9*bool(writer.held)
+    hook = model.encoder.model.register_forward_pre_hook(holding(8, SURE[0], Full()), with_kwargs=True)
+    assert writer.held and torch.equal(model.encoder.encode(images), expected) and not writer.held
+    assert capsys.readouterr().out.splitlines() == [GIVEN] and model.encoder.most is None
+    hook.remove()
+
 @pytest.mark.parametrize('error', PERHAPS, ids=str)
 def test_a_single_image_raises_what_was_raised(model, narrow, error):
     narrow('encoder', 0, error)
@@ -163,3 +198,14 @@ def test_training_raises_what_a_single_caption_raised(model, error):
     with pytest.raises(RuntimeError) as raised:
         backward(run, Accelerator(cpu=True), optimizer, torch.zeros(4, model.encoder.width), ['a cat']*4)
     assert raised.value is error and run.micro_batch_size == 1
+
+def test_training_asks_the_writer_before_it_halves(model, capsys):
+    class Cramped:
+        tokenizer, decoder, max_caption_length = model.tokenizer, model.decoder, 8
+        def __call__(self, features, captions):
+            if len(captions) > 4-2*cache.held: raise SURE[0]
+            return model(features, captions)
+    cache, optimizer = Cache(), torch.optim.SGD(model.adapter.parameters())
+    run, features = SavedRun(Cramped(), {}, h=as_hyperparameters()), torch.zeros(4, model.encoder.width)
+    backward(run, Accelerator(cpu=True), optimizer, features, ['a cat']*4)
+    assert run.micro_batch_size is None and capsys.readouterr().out.splitlines() == [GIVEN]

@@ -158,7 +158,7 @@ def test_every_preset_can_be_planned_without_network(preset):
     assert (
         h.encoder_name in text
         and f'{plan.steps} steps of {h.batch_size} captions' in text
-        and f"{plan.pictures['train']} train" in text
+        and f"{plan.images['train']} train" in text
     )
     assert plan.parameters['adapter'] == count(random_init_captioner(h).adapter)
     assert (
@@ -168,7 +168,7 @@ def test_every_preset_can_be_planned_without_network(preset):
     assert (plan.downloads[h.encoder_name][0] == 0) == (preset=='storybook')
 
 def test_attention_is_counted_as_devices_do_it():
-    """The matrices of attention weights of 128 pictures of 729 patches, in one layer, are 16 heads * 729^2 *
+    """The matrices of attention weights of 128 images of 729 patches, in one layer, are 16 heads * 729^2 *
     128 numbers, before and after the softmax. No device holds them both."""
     h = as_hyperparameters(encoder_name='google/siglip2-so400m-patch14-384', image_size=384)
     encode = count_phases(h)['encode']
@@ -216,9 +216,9 @@ def test_a_larger_batch_needs_more():
     assert (step[2]-step[1])/(step[1]-step[0]) == pytest.approx(2, rel=.05) # a straight line
 
 def test_time_is_multiplied_out():
-    plan = plan_of('experiment') # 100 pictures, 25 steps, no evaluation
+    plan = plan_of('experiment') # 100 images, 25 steps, no evaluation
     assert run_seconds(plan, dict(prepare=.25, encode=.5, step=2, token=9)) == dict(encoding=75, training=50)
-    # 200 validation, 300 test and 200 compositional pictures, written 32 at a time
+    # 200 validation, 300 test and 200 compositional images, written 32 at a time
     scored = Plan(as_hyperparameters(training_size_limit=64, num_epochs=3))
     slower = [run_seconds(scored, dict(prepare=0, encode=0, step=0, token=t)) for t in (1, 2)]
     assert slower[0]['training'] == 0 and slower[0]['validation'] == 3*7*32
@@ -338,7 +338,7 @@ def test_dry_run_begins_nothing(call, tmp_path):
     [
         (['--encoder_name', 'nobody/nothing'], 'train: model nobody/nothing: '),
         (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
-        (['--data', 'coco'], "train: how many pictures the data set 'coco' has is not known beforehand"),
+        (['--data', 'coco'], "train: how many images the data set 'coco' has is not known beforehand"),
         (['--batch_size', 0], 'train: batch_size is 0'),
         (
             ['--unfreeze_layers', '9'],

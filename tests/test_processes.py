@@ -6,7 +6,7 @@ from capnb.storybook import Storybook
 from capnb.run.resume import find_state, read_state
 from forks import fork, write_to
 
-# 24 pictures in batches of 5, of which one process takes three and the other two. The learning rate is a low
+# 24 images in batches of 5, of which one process takes three and the other two. The learning rate is a low
 # one: the first steps of Adam are of one size
 # whatever the gradient, and where it is almost zero a high rate would make much of its rounding.
 SMALL = dict(
@@ -83,7 +83,7 @@ def said(folder, rank): return (folder/f'log-{rank}').read_text(encoding='utf-8'
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    "Settings with pictures: 24 to learn from, three for validation, three for the end."
+    "Settings with images: 24 to learn from, three for validation, three for the end."
     folder, book = tmp_path_factory.mktemp('album'), Storybook(n=30)
     for i in range(30):
         book[i]['image'].save(folder/f'{i}.png')
@@ -108,7 +108,7 @@ def one(small, tmp_path_factory):
     ids=str,
 )
 def test_what_is_shared_out(small, tmp_path, more):
-    "A last batch of one picture, and a layer that unfreezes in the second epoch; LoRA and patches."
+    "A last batch of one image, and a layer that unfreezes in the second epoch; LoRA and patches."
     for n in (1,2):
         ended(begin(tmp_path/str(n), n, small | more))
     same(tmp_path/'2', tmp_path/'1')

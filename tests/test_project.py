@@ -48,7 +48,7 @@ def python(code, *words):
 # Layers, from the bottom: imports go down only, or to a lower number of the same layer. Understand and Fast
 # stand side by side.
 BASE = 'settings files log options checkpoint hardware hub images pixels image_pool out_of_memory'.split()
-COURSE = 'data encoder adapter decoder captioner training evaluation inference'.split()
+COURSE = 'data encoder own_encoder adapter decoder captioner training evaluation inference'.split()
 BELOW = dict(
     base=[],
     drawing=['base'],
@@ -221,7 +221,7 @@ def test_a_file_goes_to_one_worker(request):
 @pytest.mark.slow
 def test_every_chapter_is_ready_for_the_site():
     """All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the
-    pictures that they show."""
+    images that they show."""
     done = subprocess.run(
         [sys.executable, ROOT / '.ci' / 'docs.py', '--process'],
         cwd=ROOT,

@@ -99,7 +99,7 @@ def same(a, b):
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
-    "Pictures with captions: 24 to learn from, three for validation, three for the end."
+    "Images with captions: 24 to learn from, three for validation, three for the end."
     folder, book = tmp_path_factory.mktemp('album'), Storybook(n=30)
     for i in range(30):
         book[i]['image'].save(folder/f'{i}.png')

@@ -1,4 +1,4 @@
-"""Captions at scale: a worker is killed, a whole job is killed, and still every picture is captioned exactly
+"""Captions at scale: a worker is killed, a whole job is killed, and still every image is captioned exactly
 once."""
 import ipaddress, os, signal, subprocess, sys, time
 from collections import Counter
@@ -47,11 +47,11 @@ def rows(out):
     return [row for file in sorted(out.glob('*.parquet')) for row in pq.read_table(file).to_pylist()]
 
 def check_whole(out, wanted):
-    "Every picture has one row, with the caption that one process writes."
+    "Every image has one row, with the caption that one process writes."
     found = rows(out)
     assert set(Counter(r['id'] for r in found).values()) == {1}
     assert {r['id']: r['caption'] for r in found} == wanted
-    assert [(r['id'], 'not a readable picture' in r['error']) for r in found if r['error']] == [
+    assert [(r['id'], 'not a readable image' in r['error']) for r in found if r['error']] == [
         ('100.png', True)
     ]
     assert all(-20 < r['score'] < 0 for r in found if r['caption'] is not None)
@@ -111,7 +111,7 @@ def test_killed_worker_is_replaced(start, made, tmp_path):
         finally:
             process.kill()
     assert process.returncode == 0, errors[-3000:]
-    assert f'{N} pictures, of which 1 could not be read' in said
+    assert f'{N} images, of which 1 could not be read' in said
     check_whole(out, wanted)
 
 def stopped(start, here, out):
@@ -190,7 +190,7 @@ def test_several_captions_belong_to_their_image(run, made, tmp_path):
     )
 
 WRONG = {
-    'no pictures': (['nothing'], 'there are no pictures'),
+    'no images': (['nothing'], 'there are no images'),
     'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'),
     'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
     'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'),

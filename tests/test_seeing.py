@@ -1,4 +1,4 @@
-"""Explanations for every kind of encoder, at any size of picture, and for captions that are hard to take
+"""Explanations for every kind of encoder, at any size of image, and for captions that are hard to take
 apart."""
 import numpy as np, pytest, torch
 from PIL import Image
@@ -59,7 +59,7 @@ def test_any_size(plain, picture, size):
     assert all(m.shape == (8, 8) and np.isfinite(m).all() for m in maps)
 
 def test_what_the_encoder_does_not_see_is_no_reason(plain, picture):
-    "CLIP cuts a wide picture to the square in its middle."
+    "CLIP cuts a wide image to the square in its middle."
     wide = Image.new('RGB', (192, 64))
     wide.paste(picture, (64, 0))
     maps = np.stack([w.patches for w in explain(plain, wide, 'A red cat.')[1]])
@@ -73,7 +73,7 @@ def test_other_modes_and_paths(plain, picture, tmp_path):
         explain(plain, tmp_path/'nothing.png')
 
 def test_windows_lie_around_their_cells(picture):
-    "Each copy differs from the picture in its window and nowhere else; at the edges the window ends there."
+    "Each copy differs from the image in its window and nowhere else; at the edges the window ends there."
     pixels = np.asarray(picture).astype(int)
     copies = [np.asarray(c).astype(int) for c in _covered(picture, 8, 3)]
     assert len(copies) == 64

@@ -104,7 +104,7 @@ class Server:
             connection.close()
 
     def caption(self, picture, path='/caption', **headers):
-        "Status and parsed answer for a picture that is sent as JSON."
+        "Status and parsed answer for an image that is sent as JSON."
         body = json.dumps(dict(image=base64.b64encode(picture).decode()))
         status, answer, _ = self.ask('POST', path, body, Content_Type='application/json', **headers)
         return status, json.loads(answer)
@@ -447,7 +447,7 @@ REFUSED = {  # method, path, body, headers -> status, words
         415,
         'multipart/form-data',
     ),
-    'a picture as it is': ('POST', '/caption', BOMB, dict(Content_Type='image/png'), 415, 'image/png'),
+    'an image as it is': ('POST', '/caption', BOMB, dict(Content_Type='image/png'), 415, 'image/png'),
     'empty JSON': ('POST', '/caption', b'', AS_JSON, 422, 'not valid JSON'),
     'broken JSON': ('POST', '/caption', b'{"image": ', AS_JSON, 422, 'not valid JSON'),
     'bytes that are no text': ('POST', '/caption', b'\xff\xfe\xfa', AS_JSON, 422, 'not valid JSON'),
@@ -472,7 +472,7 @@ REFUSED = {  # method, path, body, headers -> status, words
         json.dumps(dict(image=base64.b64encode(b'a cat').decode())),
         AS_JSON,
         415,
-        'not a readable picture',
+        'not a readable image',
     ),
     'PostScript': (
         'POST',
@@ -480,9 +480,9 @@ REFUSED = {  # method, path, body, headers -> status, words
         form(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'),
         AS_FORM,
         415,
-        'not a readable picture',
+        'not a readable image',
     ),
-    'an empty file': ('POST', '/caption', form(b''), AS_FORM, 415, 'not a readable picture'),
+    'an empty file': ('POST', '/caption', form(b''), AS_FORM, 415, 'not a readable image'),
     'a form without a boundary': (
         'POST',
         '/caption',
@@ -516,7 +516,7 @@ def test_refused(server, case):
 
 def test_broken_picture_in_a_stream_has_its_status(server, pages):
     status, answer = server.caption(pages[0][:300], '/caption?stream=true')
-    assert status == 415 and 'not a readable picture' in answer['detail']
+    assert status == 415 and 'not a readable image' in answer['detail']
 
 def test_no_url_is_fetched(server):
     with socket.socket() as bait:
@@ -926,7 +926,7 @@ PICTURE = as_png(Storybook('test')[0]['image'])
 
 @st.composite
 def spoiled(draw):
-    "A picture of which some bytes are others, or missing."
+    "An image of which some bytes are others, or missing."
     data = bytearray(PICTURE[:draw(st.integers(0, len(PICTURE)))] if draw(st.booleans()) else PICTURE)
     for at,value in draw(st.lists(st.tuples(st.integers(0, len(PICTURE)), st.integers(0, 255)), max_size=8)):
         if at < len(data):
@@ -1343,7 +1343,7 @@ def test_each_word_shows_its_patches(browser, server, pages, model):
             and max(lifted) > 200
         )
         heat, picture = (tab.locator(i).bounding_box() for i in ('#heat', '#picture'))
-        assert heat == picture, 'the veil does not lie on the picture'
+        assert heat == picture, 'the veil does not lie on the image'
         assert (
             named[best]['text'] in tab.locator('#why').text_content()
             and words.nth(best).get_attribute('aria-pressed') == 'true'
@@ -1354,7 +1354,7 @@ def test_each_word_shows_its_patches(browser, server, pages, model):
         tab.wait_for_timeout(20)
         assert (
             not tab.locator('#words').is_visible() and veil(tab) is None
-        ), 'the words of the picture before are still there'
+        ), 'the words of the image before are still there'
         words.first.wait_for()
 
 def test_words_on_a_phone(browser, server, made):
@@ -1372,7 +1372,7 @@ def test_words_on_a_phone(browser, server, made):
 def test_what_the_page_says_when_it_fails(browser, server, pages):
     with opened(browser, server) as tab:
         tab.evaluate(DROP, base64.b64encode(pages[0][:200]).decode())
-        assert 'not a readable picture' in finished(tab)
+        assert 'not a readable image' in finished(tab)
         assert tab.locator('#caption').get_attribute('class') == 'wrong'
 
 def test_the_page_asks_for_the_key(browser, narrow, pages, same):

@@ -215,7 +215,7 @@ def test_nothing_of_the_machine_is_shared(own, call, tmp_path, monkeypatch):
     assert config['init_from'].startswith('model_state_dict_')
     metadata = json.loads((tmp_path/'shared'/'training_metadata.json').read_text(encoding='utf-8'))
     assert metadata['data']['name'] == 'holiday' and metadata['losses'] == result.metadata['losses']
-    assert 'pictures of holiday' in (tmp_path/'shared'/'README.md').read_text(encoding='utf-8')
+    assert 'images of holiday' in (tmp_path/'shared'/'README.md').read_text(encoding='utf-8')
 
 def test_models_put_into_the_shared_folder_are_found(own, tmp_path):
     "Also by the processor, and what is shared on is as free of paths."

@@ -915,7 +915,7 @@ def test_errors_of_columns_name_the_parquet_file(tmp_path):
     file = tmp_path/'train.parquet'
     Dataset.from_dict(dict(url=['a']*12, note=['b']*12)).to_parquet(file)
     for data in (tmp_path, file):
-        with pytest.raises(ValueError, match=f'^{re.escape(str(file))}: which column holds the picture'):
+        with pytest.raises(ValueError, match=f'^{re.escape(str(file))}: which column holds the image'):
             load_data(data)
         with pytest.raises(
             ValueError, match=f"^{re.escape(str(file))}: there is no column 'x'; there is url, note"

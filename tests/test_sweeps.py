@@ -18,7 +18,7 @@ GRID = ['learning_rate=1e-3,1e-2', 'batch_size=4,8']
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
-    "A folder with 40 pictures: 32 to learn from, 4 for validation, 4 for testing."
+    "A folder with 40 images: 32 to learn from, 4 for validation, 4 for testing."
     folder, book = tmp_path_factory.mktemp('album'), Storybook(n=40)
     for i in range(40):
         book[i]['image'].save(folder/f'{i}.png')

@@ -197,7 +197,7 @@ def test_what_spreadsheets_write_first(tmp_path, start):
         captions(album(tmp_path, start + lines(NAMES, SAID, header=('file', 'caption'), separator=';')))
         == RIGHT
     )
-    with pytest.raises(ValueError, match=f"line {14+start.count(chr(10))}: there is no picture 'no.png'"):
+    with pytest.raises(ValueError, match=f"line {14+start.count(chr(10))}: there is no image 'no.png'"):
         captions(
             album(
                 tmp_path,
@@ -469,11 +469,11 @@ def test_spellings_that_fit_two_files_or_none(tmp_path):
         read_folder(folder)
     message = str(stopped.value)
     assert (
-        "line 14: picture 'ONE' may be " in message
-        and "line 15: picture 'One.png' may be 'oNe.png' or 'one.png'" in message
+        "line 14: image 'ONE' may be " in message
+        and "line 15: image 'One.png' may be 'oNe.png' or 'one.png'" in message
     )
     assert (
-        "line 16: there is no picture '0111.png' (the nearest is '011.png')" in message
+        "line 16: there is no image '0111.png' (the nearest is '011.png')" in message
         and 'line 17' not in message
     )
 
@@ -515,7 +515,7 @@ def test_ids_of_predictions(tmp_path, capsys):
     with pytest.raises(
         ValueError,
         match=(
-            "'COCO_val2014_000000000631.jpg' is none of the 3 pictures, such as"
+            "'COCO_val2014_000000000631.jpg' is none of the 3 images, such as"
             " 'images/COCO_val2014_000000000632.jpg'"
         ),
     ):
@@ -544,7 +544,7 @@ def test_rows_do_not_lead_out(tmp_path, written):
         ValueError,
         match='line 14: .*'
         + (
-            'no picture'
+            'no image'
             if written[0] == 'l'
             else 'leads out of the folder; `--outside_files`, in Python outside=True, allows that'
         ),
@@ -647,12 +647,12 @@ def test_hostile_documents_are_named(tmp_path):
     for text, said in (
         (
             '{"images":[{"id":[1],"file_name":{}}],"annotations":[{"image_id":[1],"caption":3}]}',
-            'annotation 0: there is no picture',
+            'annotation 0: there is no image',
         ),
         (
             '[{"file_name":["0.png"],"caption":"x"},{"file_name":null,"caption":"x"},'
             '{"file_name":true,"caption":"x","split":[1]}]',
-            'object 1: there is no picture None',
+            'object 1: there is no image None',
         ),
     ):
         with pytest.raises(ValueError, match=f'captions.json: .*{said}'):
@@ -712,7 +712,7 @@ def test_another_folder_is_another_image(tmp_path, kind):
     if kind=='absolute':
         names = [str(tmp_path/'val'/'3.jpg')]
     with pytest.raises(
-        ValueError, match=r"line 2: there is no picture '.*3.jpg' \(the nearest is '.*3.jpg'\)"
+        ValueError, match=r"line 2: there is no image '.*3.jpg' \(the nearest is '.*3.jpg'\)"
     ):
         folders(tmp_path, names, files)
 
@@ -757,7 +757,7 @@ def test_coco_looks_in_the_folder_of_its_split(tmp_path):
         '4.JPG': 'val2017/4.jpg',
     }
     for name in ('5.jpg', '6.jpg'):
-        with pytest.raises(ValueError, match=f"annotation 0: there is no picture '{name}'"):
+        with pytest.raises(ValueError, match=f"annotation 0: there is no image '{name}'"):
             folders(tmp_path, [name], both, table)
     for name in ('val2017/3.jpg', 'val2017\\3.jpg', 'coco/val2017/3.JPG'):
         assert folders(tmp_path, [name], both, table) == {name: 'val2017/3.jpg'}
@@ -772,7 +772,7 @@ def test_ids_of_predictions_in_another_folder(tmp_path):
         json.dumps([dict(image_id=i, caption='a')])
     ) and read_predictions(tmp_path / 'p.json', ['train/a.jpg'])
     with pytest.raises(
-        ValueError, match="image_id 'val/a.jpg' is none of the 1 pictures, such as 'train/a.jpg'"
+        ValueError, match="image_id 'val/a.jpg' is none of the 1 images, such as 'train/a.jpg'"
     ):
         said('val/a.jpg')
     assert said('a.jpg') == said('data/train/a.jpg') == ['a']

@@ -17,7 +17,7 @@ SCORES = ('training_loss', 'validation_loss', 'rouge_l', 'rouge_l_floor', 'image
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
-    "A folder with 40 pictures: 32 to learn from in 4 steps, 4 for validation, 4 for testing."
+    "A folder with 40 images: 32 to learn from in 4 steps, 4 for validation, 4 for testing."
     folder, book = tmp_path_factory.mktemp('album'), Storybook(n=40)
     for i in range(40):
         book[i]['image'].save(folder/f'{i}.png')

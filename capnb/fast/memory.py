@@ -66,12 +66,12 @@ class FusedOperations(TorchFunctionMode):
 
 # %% ../../nbs/24d_memory.ipynb #13a00016
 TOKENS = 32 # assumed length of the longest caption in a batch
-ENCODED, READ, WRITTEN = 128, 64, 32 # pictures at a time in `encode_data`, `validate` and `generate_ids`
+ENCODED, READ, WRITTEN = 128, 64, 32 # images at a time in `encode_data`, `validate` and `generate_ids`
 
 def phases(
     model:Captioner, # From `random_init_captioner`
     h:Hyperparameters,
-    encoded:int=ENCODED, # Pictures at a time that are encoded
+    encoded:int=ENCODED, # Images at a time that are encoded
 # Name of the phase: function without arguments that does it once; its result must be held while memory is
 # counted
 ) -> dict:

@@ -9,7 +9,7 @@ __all__ = ['make_fast', 'is_fast']
 from .loss import read_captions
 from .writing import write_captions
 from .cpu import use_onednn
-from .cuda.layers import use_fused
+from .cuda.layers import use_fused, use_masked_attention
 from .cuda.writing import CudaWriter
 from ..log import log
 
@@ -24,6 +24,8 @@ def make_fast(
         captioner.writer = write_captions
     elif not isinstance(captioner.writer, CudaWriter): # else it keeps what it has recorded
         captioner.writer = CudaWriter()
+    if attention := use_masked_attention(captioner.decoder):
+        log.info(f'⚡ Attention is computed by {attention}: a step with FlashAttention cannot be recorded')
     use_onednn(captioner.decoder)
     if fused := use_fused(captioner.decoder):
         log.info(f'⚡ Computed by fused kernels: {fused}')

@@ -64,7 +64,7 @@ _DECODER_MADE = (
     'Next-token prediction on text alone: pages of two lines on one drawn scene, the first a caption or a'
     ' note in key words, the second a caption; the embeddings of notes are added up, bleed into each'
     ' other and are noisy; other words stand for some colours and kinds (capnb, notebook 10). It has'
-    ' never seen a picture or a feature of one, nor any caption of the validation, test and compositional'
+    ' never seen an image or a feature of one, nor any caption of the validation, test and compositional'
     ' splits.')
 
 def describe_decoder(
@@ -86,14 +86,14 @@ def describe_decoder(
 
 # %% ../../nbs/11_pretraining.ipynb #e81bd163
 _ENCODER = 'A small CLIP that has seen picture books: the frozen encoder of the capnb course.'
-_ENCODER_SIZE = ' Pictures of 64 pixels, features of 512 numbers.'
+_ENCODER_SIZE = ' Images of 64 pixels, features of 512 numbers.'
 _ENCODER_MADE = (
     'The image tower and its projection were first warmed up on labels: kind and colour at each patch,'
     ' and, asked of the whole feature, which kinds are there, kind, colour and size of the left or upper'
-    ' thing and of the other one, layout and place; on half of the pictures in colours without a name,'
-    ' none of which resembles one held out for a kind in the picture. Then both towers were trained by'
-    ' contrast of drawn pictures and their captions, with three near misses of each scene in the batch'
-    ' (capnb, notebook 10). No picture or caption of the validation, test and compositional splits was'
+    ' thing and of the other one, layout and place; on half of the images in colours without a name,'
+    ' none of which resembles one held out for a kind in the image. Then both towers were trained by'
+    ' contrast of drawn images and their captions, with three near misses of each scene in the batch'
+    ' (capnb, notebook 10). No image or caption of the validation, test and compositional splits was'
     ' used.')
 
 def describe_encoder(
@@ -105,9 +105,9 @@ def describe_encoder(
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip)
     def found(d): return f"{d['found']:.1%} (chance {d['chance']:.1%})"
-    fewer = 'fewer pages with one thing, so fewer captions that fit several pictures'
+    fewer = 'fewer pages with one thing, so fewer captions that fit several images'
     _write_card(folder, _ENCODER + _ENCODER_SIZE, _ENCODER_MADE, {
-        'own caption found among 400, unseen pictures (zero-shot retrieval)': found(r),
+        'own caption found among 400, unseen images (zero-shot retrieval)': found(r),
         f'the same with colour-kind pairs never met ({fewer})': found(c),
         **{f'linear probe of the pooled feature, {name} found': found(p) for name,p in probe.items()}})
     return dict(retrieval=r, compositional=c, **probe)

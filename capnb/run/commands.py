@@ -66,7 +66,7 @@ def _check(data, h, **options):
 def data_command(
     action: Param('What to do', str, opt=False, choices=['check']),
     data: Param('File or folder with captioned images, hub id, or name of a data set', any_path, opt=False),
-    limit: Number('Look at the first N training pictures only, and download no more than they need') = None,
+    limit: Number('Look at the first N training images only, and download no more than they need') = None,
     image_column: Param(
         'Column that holds the image or its file name: a name, or its number from 1 in a table without a'
         ' header',

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
 from ..captioner import build_captioner, check_models, check_trained, shipped_checkpoint
+from ..own_encoder import own_encoder
 from ..evaluation import Scores
 from ..insight.facts import Facts
 from ..fast.cache import encode_data, features_folder
@@ -50,7 +51,7 @@ class TrainingResult:
     model: object # `Captioner`, in evaluation mode
     metadata: dict # Of the last epoch
     checkpoint: Path # Weights of the last epoch
-    curve: Path # Picture of the loss curve
+    curve: Path # Image of the loss curve
 
 # %% ../../nbs/33b_train_and_load.ipynb #9939a336
 def prepare(
@@ -58,9 +59,10 @@ def prepare(
     data=None, # As for `train`
     device=None, # None for the best device
     only=None, # Names of the splits to prepare; None for all
-): # The captioner, with an adapter that has learned nothing; for each split its pictures; the same encoded
-    "Load what a run needs: the frozen pair, the data, and each picture encoded once."
-    check_models(h) # before pictures are fetched for a model that does not exist
+    encoder=None, # As for `train`
+): # The captioner, with an adapter that has learned nothing; for each split its images; the same encoded
+    "Load what a run needs: the frozen pair, the data, and each image encoded once."
+    check_models(h, encoder) # before images are fetched for a model that does not exist
     splits = {
         split: d
         for split, d in load_for(h, data).items()
@@ -68,9 +70,9 @@ def prepare(
     }
     device = join_processes(device)
     model = (
-        shard_decoder(make_fast(build_captioner(h, 'cpu')), h, device)
+        shard_decoder(make_fast(build_captioner(h, 'cpu', encoder)), h, device)
         if sharding_asked()
-        else make_fast(build_captioner(h, device))
+        else make_fast(build_captioner(h, device, encoder))
     )
     if h.init_from:
         start_from(model, h.init_from, h)
@@ -99,8 +101,15 @@ def _resumed(resume, wanted, has_data):
         )
     return state, h
 
+def _with_encoder(changes, encoder):
+    "Single hyperparameters with those that follow from an encoder of one's own."
+    if said := [name for name in encoder.settings if name in changes]:
+        raise ValueError(f"{said[0]} follows from the encoder that was passed; leave it out")
+    return dict(changes, **encoder.settings)
+
 def train(
-    settings=None, data=None, preset: str | None = None, callbacks=(), device=None, resume=None, **changes
+    settings=None, data=None, preset: str | None = None, callbacks=(), device=None, resume=None,
+    encoder=None, **changes
 ) -> TrainingResult:
     """Train a captioner: load the data, encode each image once, fit the adapter, score it, save it.
 
@@ -121,6 +130,9 @@ def train(
     resume : bool, str or Path, optional
         Go on with a run: True for the newest in `output_dir`, or a path as `capnb.run.resume.find_state`
         takes. Default: begin a new run.
+    encoder : torch.nn.Module, optional
+        An image encoder of your own, with the members that `capnb.own_encoder` lists; `encoder_name`,
+        `features` and `image_size` then follow from it. Default: the one that `encoder_name` names.
     **changes
         Single hyperparameters, over everything else, such as `num_epochs=2`.
 
@@ -149,14 +161,17 @@ def train(
         data, changes = None, dict(changes, data=data)
     if data is not None:
         changes = dict(changes, data=OWN_DATA)
+    encoder = own_encoder(encoder, device)
+    if encoder:
+        changes = _with_encoder(changes, encoder)
     # before anything heavy is imported: a mistake is told at once
     h = as_hyperparameters(settings, preset or 'storybook', **changes)
     state = None
     if resume:
         state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
-    check_writable(h.output_dir) # before pictures are fetched and encoded for a run that cannot be saved
-    trackers = tracker_names(h) # before pictures are fetched for a tracker that is not installed
-    model, splits, encoded = prepare(h, data, device)
+    check_writable(h.output_dir) # before images are fetched and encoded for a run that cannot be saved
+    trackers = tracker_names(h) # before images are fetched for a tracker that is not installed
+    model, splits, encoded = prepare(h, data, device, encoder=encoder)
     run = run_training(
         model,
         encoded,

@@ -45,9 +45,9 @@ def _groups(run):
             name=g['name'],
             parameters=sum(p.numel() for p in g['params']),
             learns=sum(p.numel() for p in g['params'] if p.requires_grad),
-            learning_rate=g['lr'],
+            learning_rate=rate,
         )
-        for g in run.optimizer.param_groups
+        for g,rate in zip(run.optimizer.param_groups, run.rates, strict=True)
     ]
 
 def _revisions(h):
@@ -71,7 +71,7 @@ def new_metadata(run:SavedRun) -> dict:
         epoch=run.epoch,
         training_loss=run.mean_loss,
         **scores,
-        learning_rate=run.scheduler.get_last_lr()[0],
+        learning_rate=run.rates[0],
         steps=len(run.losses),
         losses=[round(l, 4) for l in run.losses],
         hyperparameters=asdict(run.h),
@@ -111,7 +111,7 @@ def report_epoch(run:SavedRun):
         log.info(f"📏 ROUGE-L floor: {show(m['rouge_l_floor'])}, ceiling: {show(m['rouge_l_ceiling'])}")
     if m['image_gain'] is not None and m['image_gain'] < .1:
         log.warning(
-            "⚠️ The captions hardly depend on the picture: they are about as likely with another picture."
+            "⚠️ The captions hardly depend on the image: they are about as likely with another image."
             " Look at samples before training on; see the troubleshooting chapter."
         )
 

@@ -36,9 +36,9 @@ from .training import optimizer_for
 from ..storybook import Storybook
 
 # %% ../../nbs/34_planning.ipynb #13a0001e
-KNOWN_DATA = { # GB of parquet files on the hub, and pictures of Karpathy's split
-    'flickr30k': dict(gb=4.3, pictures=dict(train=29000, validation=1014, test=1000)),
-    'flickr8k': dict(gb=1.1, pictures=dict(train=6000, validation=1000, test=1000))}
+KNOWN_DATA = { # GB of parquet files on the hub, and images of Karpathy's split
+    'flickr30k': dict(gb=4.3, images=dict(train=29000, validation=1014, test=1000)),
+    'flickr8k': dict(gb=1.1, images=dict(train=6000, validation=1000, test=1000))}
 
 def planned_data(
     h:Hyperparameters,
@@ -47,29 +47,29 @@ def planned_data(
     if h.data in KNOWN_DATA: return {}
     if h.data=='storybook' or Path(h.data).exists(): return load_for(h)
     raise ValueError(
-        f"how many pictures the data set {h.data!r} has is not known beforehand; a plan can be made for"
+        f"how many images the data set {h.data!r} has is not known beforehand; a plan can be made for"
         f" storybook, {', '.join(KNOWN_DATA)} or a folder"
     )
 
 def image_counts(
     h:Hyperparameters,
     splits:dict=None, # From `planned_data`; None to load it
-) -> dict: # Name of split: number of pictures that the run will encode
-    "Count the pictures of a run; raises `ValueError` as `planned_data`."
+) -> dict: # Name of split: number of images that the run will encode
+    "Count the images of a run; raises `ValueError` as `planned_data`."
     limit, splits = h.training_size_limit, planned_data(h) if splits is None else splits
-    counts = {split: len(d) for split,d in splits.items()} or KNOWN_DATA[h.data]['pictures']
+    counts = {split: len(d) for split,d in splits.items()} or KNOWN_DATA[h.data]['images']
     if limit and not splits:
         counts = {split: min(n, limit if split=='train' else held_back(limit)) for split,n in counts.items()}
     return counts if h.evaluation_enabled else dict(train=counts['train'])
 
 def data_gb(
     name:str, # One of `KNOWN_DATA`
-    pictures:dict, # From `image_counts`
+    images:dict, # From `image_counts`
 ) -> float: # GB
-    """Say about how much of a data set has to be downloaded for so many pictures: it is read from the start
+    """Say about how much of a data set has to be downloaded for so many images: it is read from the start
     until there are enough of each split."""
     known = KNOWN_DATA[name]
-    return known['gb']*max(n/known['pictures'][split] for split,n in pictures.items())
+    return known['gb']*max(n/known['images'][split] for split,n in images.items())
 
 def _stored_gb(config):
     "GB of all weights in the number type of their file."
@@ -121,13 +121,13 @@ class Plan:
         )
         model = random_init_captioner(h, 'meta', self.dtype)
         self.splits = planned_data(h)
-        self.pictures, self.counts = image_counts(h, self.splits), count_phases(h, self.dtype)
+        self.images, self.counts = image_counts(h, self.splits), count_phases(h, self.dtype)
         self.parameters = {part: count(getattr(model, part)) for part in ('encoder', 'decoder', 'adapter')}
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.downloads = {name: download_of(name) for name in names}
         if h.data in KNOWN_DATA:
-            self.downloads[h.data] = data_gb(h.data, self.pictures), 'about, unless it is in the cache'
-        per_epoch = -(-self.pictures['train']//h.batch_size)
+            self.downloads[h.data] = data_gb(h.data, self.images), 'about, unless it is in the cache'
+        per_epoch = -(-self.images['train']//h.batch_size)
         self.steps = min(h.num_epochs*per_epoch, h.max_steps or h.num_epochs*per_epoch)
         self.epochs = -(-self.steps//per_epoch)
         held = sum(p.nbytes for p in model.parameters())
@@ -175,7 +175,7 @@ def plan_text(plan:Plan) -> str:
             f" mixed precision {choose_mixed_precision(hw)}, attention {choose_attention(hw)}"
         ),
         (
-            f"data         {', '.join(f'{n} {split}' for split,n in plan.pictures.items())} pictures;"
+            f"data         {', '.join(f'{n} {split}' for split,n in plan.images.items())} images;"
             f" {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}"
         ),
         (
@@ -249,13 +249,13 @@ def _prefix(model, h):
 def time_phases(
     h:Hyperparameters,
     hardware, # `Hardware` of this machine
-    encoded:int=8, # Pictures to encode
-# Seconds: to 'prepare' and to 'encode' a picture, for a 'step', to write a 'token' of a batch of captions
+    encoded:int=8, # Images to encode
+# Seconds: to 'prepare' and to 'encode' an image, for a 'step', to write a 'token' of a batch of captions
 ) -> dict:
     "Do once, at real size, with random weights and as fast as a run, what a run does many times."
     device = hardware.device
     model = make_fast(random_init_captioner(h, device, getattr(torch, choose_dtype(hardware))))
-    do, (optimizer, _) = phases(model, h, encoded), optimizer_for(model, h)
+    do, (optimizer, _) = phases(model, h, encoded), optimizer_for(model, h, 1)
     prefix = _prefix(model, h)
     def step():
         do['step']()
@@ -282,16 +282,16 @@ def run_seconds(
     def score(n, tokens): # both readings of `validate`, then writing
         return 2*n*read/READ + -(-n//rows)*tokens*seconds['token']*min(n, rows)/rows
     tokens, held_back = min(TOKENS, plan.h.max_caption_length), [
-        n for split, n in plan.pictures.items() if split not in ('train', 'validation')
+        n for split, n in plan.images.items() if split not in ('train', 'validation')
     ]
     parts = dict(
-        encoding=sum(plan.pictures.values()) * (seconds['prepare'] + seconds['encode']),
+        encoding=sum(plan.images.values()) * (seconds['prepare'] + seconds['encode']),
         training=plan.steps * seconds['step'],
     )
     if not plan.h.evaluation_enabled: return parts
     return dict(
         parts,
-        validation=plan.epochs * score(plan.pictures['validation'], tokens),
+        validation=plan.epochs * score(plan.images['validation'], tokens),
         test=sum(score(n, tokens) + score(n, plan.h.max_caption_length) for n in held_back),
     )
 

@@ -68,9 +68,9 @@ def eval_command(
     coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
     clipscore:Param(_FLAGS['clipscore'], any_path)=None,
     against:Param('Another checkpoint: say of each score whether the two really differ', any_path)=None,
-    report:Param('Write a page with scores, pictures and slices to this HTML file', new_file)=None,
+    report:Param('Write a page with scores, images and slices to this HTML file', new_file)=None,
     json_file:Param('Write scores, captions and slices to this JSON file', new_file)=None,
-    csv:Param('Write a row per picture, with its scores, to this CSV file', new_file)=None,
+    csv:Param('Write a row per image, with its scores, to this CSV file', new_file)=None,
     coco_results:Param('Write the captions to this JSON file as COCO results', new_file)=None,
     int8:Param('Write with 8-bit integers, on the CPU', store_true)=False,
 ):

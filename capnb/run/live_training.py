@@ -26,7 +26,7 @@ def draw_run(
     losses, # Of every step
     gains, # {epoch: image gain}
 ) -> Image.Image: # Transparent, readable on light and dark
-    "Draw the loss of every step, and after each epoch how much the captions depend on the picture."
+    "Draw the loss of every step, and after each epoch how much the captions depend on the image."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8,2.3), layout='constrained', facecolor='none')
     left, right = fig.subplots(1, 2, width_ratios=(2,1))

@@ -48,11 +48,11 @@ def as_llava(
     llava = LlavaForConditionalGeneration(llava_config(model, token)).to(decoder.dtype).eval()
     for ours, theirs in (
         (vision, llava.model.vision_tower),
-        (model.adapter, llava.model.multi_modal_projector),
         (decoder.get_decoder(), llava.model.language_model),
         (decoder.get_output_embeddings(), llava.lm_head),
     ):
         theirs.load_state_dict(ours.state_dict())
+    llava.model.multi_modal_projector.load_state_dict(model.adapter.projector_state())
     if token >= decoder.config.vocab_size:
         llava.resize_token_embeddings(token+1, mean_resizing=False)
     llava.generation_config = GenerationConfig(

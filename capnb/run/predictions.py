@@ -66,7 +66,7 @@ class _ImageFinder:
             return self.where[self.index.find(id)]
         except KeyError:
             near = self.index.nearest(id)
-        raise ValueError(f"image_id {id!r} is none of the {len(self.image_ids)} pictures, such as "
+        raise ValueError(f"image_id {id!r} is none of the {len(self.image_ids)} images, such as "
                          f"{near or self.image_ids[0]!r}; name the data and the split that the captions are "
                          "of")
 
@@ -90,6 +90,6 @@ def read_predictions(
                     f"{given!r} for {real!r}")
     missing = [id for n,id in enumerate(image_ids) if n not in captions]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} pictures have no caption, the first is "
+        raise ValueError(f"{path}: {len(missing)} of {len(image_ids)} images have no caption, the first is "
                          f"{missing[0]!r}; captions of one split are judged with --split")
     return [captions[n] for n in range(len(image_ids))]

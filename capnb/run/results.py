@@ -112,7 +112,7 @@ def results_table(rows:list) -> str:
     ]
     for r in rows:
         models, data = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder')), r['data'] + (
-            f", {r['training_images']} pictures" if r['training_images'] else ''
+            f", {r['training_images']} images" if r['training_images'] else ''
         )
         done = (
             ['not run yet'] + [''] * 5

@@ -80,8 +80,8 @@ def check_ids(
     "Raise a `ValueError` where ids do not tell images apart in one file."
     twice = [i for i,n in Counter(ids).items() if n > 1]
     if twice:
-        raise ValueError(f"{len(twice)} ids stand for several pictures, such as {twice[0]!r}; take one "
-                         "split, with --split, or give the data an image_id for each picture")
+        raise ValueError(f"{len(twice)} ids stand for several images, such as {twice[0]!r}; take one "
+                         "split, with --split, or give the data an image_id for each image")
     return ids
 
 def score_predictions(
@@ -119,7 +119,7 @@ class Judgement:
         other = score_checkpoint(Path(path), split, with_floors=False)
         if other.h.data!=self.h.data:
             raise ValueError(f"{path} was trained on {other.h.data}, not on {self.h.data}; two checkpoints "
-                             "are compared on the same pictures")
+                             "are compared on the same images")
         return {s: compare(j.parts, judge(*other.splits[s], **self.how).parts) for s,j in self.judged.items()}
 
 def _warn_if_own(judged, scorer, model, h):
@@ -172,7 +172,7 @@ def _about(h, metadata):
     "What stands on top of the page."
     if not metadata: return dict(data=h.data)
     about = dict(data=h.data, encoder=metadata['encoder'], decoder=metadata['decoder'])
-    return about | {'epoch': metadata.get('epoch')} | {'training pictures': metadata['data']['train']}
+    return about | {'epoch': metadata.get('epoch')} | {'training images': metadata['data']['train']}
 
 def write_report(
     file, # HTML file to write

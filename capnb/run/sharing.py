@@ -133,7 +133,7 @@ class CapnbForImageCaptioning(PreTrainedModel):
         attention_mask, # (batch, n)
         labels=None, # (batch, n): tokens to predict, -100 where none is; None for no loss
     ): # `logits` (batch, prefix+n, vocabulary) and, with labels, `loss`
-        "Read pictures and captions."
+        "Read images and captions."
         decoder, prefix = self.captioner.decoder, self.captioner.prefix(self.captioner.encoder(pixel_values))
         embeddings = decoder.get_input_embeddings()(input_ids)
         if labels is not None:
@@ -158,7 +158,7 @@ class CapnbForImageCaptioning(PreTrainedModel):
 
 # %% ../../nbs/39_sharing.ipynb #0da7c012
 class CapnbProcessor(ProcessorMixin):
-    """Pictures to `pixel_values`, captions to `input_ids`, `attention_mask` and `labels`, and tokens back to
+    """Images to `pixel_values`, captions to `input_ids`, `attention_mask` and `labels`, and tokens back to
     captions."""
     def __init__(self,
         config:CapnbConfig,
@@ -170,11 +170,11 @@ class CapnbProcessor(ProcessorMixin):
         self.tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
 
     def __call__(self,
-        images=None, # A PIL picture or a list of them
+        images=None, # A PIL image or a list of them
         text=None, # A caption or a list of them
         return_tensors:str='pt', # There is no other form
     ) -> BatchFeature:
-        "Prepare pictures, captions or both."
+        "Prepare images, captions or both."
         if return_tensors!='pt':
             raise ValueError(f"return_tensors is {return_tensors!r}; there is only 'pt'")
         out = {}
@@ -219,7 +219,7 @@ def _trained_line(h, metadata):
     counts = (f'{v:,} {k}' for k,v in data.items() if isinstance(v, int) and k!='num_skipped')
     versions = ', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())
     return (
-        f"{', '.join(counts)} pictures of {data.get('name', h.data)}; {metadata.get('steps', '?')} steps of"
+        f"{', '.join(counts)} images of {data.get('name', h.data)}; {metadata.get('steps', '?')} steps of"
         f" {h.batch_size} captions, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g},"
         f" on {metadata.get('device', '?')}, {versions}."
     )
@@ -266,8 +266,8 @@ model.captioner.caption(Image.open('picture.jpg'))
 
 ## Scores
 
-ROUGE-L; the floor is what another picture's captions reach, the ceiling one person's caption against \
-the others'. The image gain says how many nats a caption loses when its picture is swapped for another.
+ROUGE-L; the floor is what another image's captions reach, the ceiling one person's caption against \
+the others'. The image gain says how many nats a caption loses when its image is swapped for another.
 
 | split | ROUGE-L | floor | ceiling | image gain |
 |---|---|---|---|---|

@@ -47,7 +47,7 @@ _SHARED = (
 )
 
 class TrialRunner:
-    "What the trials of a process share: frozen models and encoded pictures."
+    "What the trials of a process share: frozen models and encoded images."
     def __init__(self,
         data=None, # As for `capnb.run.entry.train`
     ):
@@ -75,7 +75,7 @@ class TrialRunner:
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
-            self.frozen, (model, self.pictures, self.data) = None, prepare(
+            self.frozen, (model, self.images, self.data) = None, prepare(
                 h, self.own, only=('train', 'validation')
             )
             self.key = key
@@ -110,7 +110,7 @@ def run_trial(
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         model, prune, began = lab(h), Prune(trial), time.perf_counter()
         try:
-            run = run_training(model, lab.data, h, [prune, *([Tracker(lab.pictures)] if h.report_to else [])])
+            run = run_training(model, lab.data, h, [prune, *([Tracker(lab.images)] if h.report_to else [])])
         except ValueError as e:
             trial.set_user_attr('error', str(e))
             study.tell(trial, state=state.FAIL)

@@ -7,7 +7,7 @@ __all__ = ['token_counts', 'precision', 'backward', 'one_ahead', 'read_ahead', '
            'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'optimizer_for', 'run_training']
 
 # %% ../../nbs/33a_training.ipynb #fde4bd7e
-import signal, time
+import math, signal, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, patch_environment, set_seed
-from accelerate.utils.memory import clear_device_cache
 from ..log import log
-from ..captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, unfreeze
+from capnb.captioner import (
+    Captioner, frozen_fingerprint, measure_features, parameter_groups, save_checkpoint, unfreeze
+)
 from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import begin_ids, count_cut, cut_text, text_ids
-from ..out_of_memory import ADVICE, memory_ran_out
+from ..out_of_memory import ADVICE, memory_ran_out, release_memory
 from ..fast.cuda.batches import Layouts
 from ..fast.cuda.training import StaticStep, why_not
 from ..fast.packing import Tokens
@@ -44,9 +45,9 @@ from ..training import Callback, EpochBatches, make_optimizer, training_loop
 # %% ../../nbs/33a_training.ipynb #6c6f0703
 def token_counts(
     tokenizer, # Of the decoder
-    captions, # Those of each picture, a text or a list of texts
+    captions, # Those of each image, a text or a list of texts
     max_caption_length:int=128, # Most tokens per caption, end-of-text included
-) -> list: # Tokens of each picture's captions, end-of-text included
+) -> list: # Tokens of each image's captions, end-of-text included
     "Count the tokens that `capnb.decoder.tokenize_captions` makes of captions."
     captions = [[c] if isinstance(c, str) else c for c in captions]
     ids = iter(text_ids(tokenizer, [c for cs in captions for c in cs]))
@@ -111,8 +112,8 @@ def backward(
                 raise
         optimizer.zero_grad()
         # out here, where the error no longer holds the tensors of the attempt
-        clear_device_cache(garbage_collection=True)
-        _halve(run, len(captions))
+        if not release_memory():
+            _halve(run, len(captions))
 
 # %% ../../nbs/33a_training.ipynb #67f4d1ed
 def one_ahead(
@@ -227,7 +228,7 @@ class StaticSteps(SharedStep):
             except RuntimeError as e:
                 if not memory_ran_out(e, self.layouts.images==1): raise
             run.static.forget()
-            clear_device_cache(garbage_collection=True)
+            if release_memory(): continue
             _halve(run, len(rows))
             self.plan()
 
@@ -351,16 +352,25 @@ def _accelerator(model, h):
 def optimizer_for(
     model:Captioner,
     h:Hyperparameters,
+    epoch_steps:int, # Steps of an epoch
 ): # As from `make_optimizer`
     "Make the optimizer and the schedule that the settings ask for."
+    decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
+    steps = min(h.num_epochs*epoch_steps, h.max_steps or math.inf)
+    cosine = dict(cosine_steps=steps, warmup_steps=math.ceil(h.warmup_ratio*steps))
     return make_optimizer(
-        parameter_groups(model, h), h.learning_rate, h.decoder_lr_scale,
-        h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1., h.learning_rate_decay_step,
+        parameter_groups(model, h), h.learning_rate, h.decoder_lr_scale, decay,
+        h.learning_rate_decay_step*epoch_steps, weight_decay=h.weight_decay,
+        **cosine if h.lr_scheduler_type=='cosine' else {},
     )
 
 def _new_run(model, data, h, stamp, callbacks, state, accelerator):
     "A run with what learns and steers it."
-    optimizer, scheduler = optimizer_for(model, h)
+    if not h.init_from:
+        measure_features(model, data['train'].features)
+    optimizer, scheduler = optimizer_for(model, h, math.ceil(len(data['train'])/h.batch_size))
+    # in fp16 the first step may be left out, which PyTorch takes for a wrong order of the two
+    optimizer._opt_called = True
     run = SavedRun(
         model, data, accelerator.prepare(optimizer), scheduler, h.num_epochs, h.batch_size, h.seed,
         h.captions_per_image, h.max_steps, validates=h.evaluation_enabled, resumed=bool(state), h=h,

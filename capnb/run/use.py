@@ -24,7 +24,9 @@ def _weights(checkpoint, folder='saved_models', best=False):
     if Path(checkpoint).is_dir(): return find_checkpoint(None, checkpoint, best)
     return find_checkpoint(checkpoint, folder, best)
 
-def load(checkpoint='newest', folder='saved_models', best: bool = False, device=None) -> Captioner:
+def load(
+    checkpoint='newest', folder='saved_models', best: bool = False, device=None, encoder=None
+) -> Captioner:
     """Load a trained captioner, ready to write.
 
     Parameters
@@ -39,6 +41,10 @@ def load(checkpoint='newest', folder='saved_models', best: bool = False, device=
         The same as the word 'best': of the newest run the checkpoint with the lowest validation loss.
     device : str or torch.device, optional
         Where the captioner lives. Default: the best device of this machine.
+
+    encoder : torch.nn.Module, optional
+        The image encoder of your own that was passed to `train`. Default: the one that the checkpoint
+        names.
 
     Returns
     -------
@@ -59,7 +65,7 @@ def load(checkpoint='newest', folder='saved_models', best: bool = False, device=
     >>> captioner.training
     False
     """
-    return make_fast(load_model_from_checkpoint(_weights(checkpoint, folder, best), device)[0])
+    return make_fast(load_model_from_checkpoint(_weights(checkpoint, folder, best), device, encoder)[0])
 
 # %% ../../nbs/33c_in_python.ipynb #557517c6
 def caption(images, model=None, **options):

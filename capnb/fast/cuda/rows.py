@@ -211,6 +211,7 @@ def takes_fixed_cache(
 ) -> int: # Bytes that a position takes there; 0 if it cannot
     """Whether a decoder writes the same over a cache of fixed size whose rows are at different positions;
     tried once."""
+    if not takes_positions(decoder, 7): return 0
     if not hasattr(decoder, '_fixed_cache'):
-        decoder._fixed_cache = _compare_cache(decoder) if takes_positions(decoder, 7) else 0
+        decoder._fixed_cache = _compare_cache(decoder)
     return decoder._fixed_cache

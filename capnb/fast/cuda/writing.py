@@ -14,11 +14,12 @@ from transformers import (
     LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 )
 from ...log import log
-from ...out_of_memory import memory_ran_out
+from ...out_of_memory import may_release
 from ...decoder import generate_captions, write_ids as readable_write
 from ..packing import takes_positions
 from ..loss import token_nll
 from ..writing import generate_rows, write_captions
+from .training import refusal
 from .rows import FixedRows, takes_fixed_cache
 
 # %% ../../../nbs/23e_writing_on_a_gpu.ipynb #23e00006
@@ -141,15 +142,18 @@ class CudaWriter:
     next of `WIDTHS` that holds `batch_size`.
     """
     def __init__(self):
-        self.lock, self.told = Lock(), set()
+        self.lock, self.told, self.held = Lock(), set(), {}
         self.release()
+        may_release(self)
 
     def __reduce__(self): # a copy begins with nothing
         return CudaWriter, ()
 
-    def release(self):
+    def release(self) -> bool: # Whether there was any
         "Give back the memory of cache and recordings."
+        had = bool(self.held)
         self.held, self.weights, self.shared, self.short = {}, None, {}, False
+        return had
 
     def _tell(self, why):
         if why not in self.told:
@@ -238,8 +242,9 @@ class CudaWriter:
                     self._tell('its decoder makes the host wait, so its steps cannot be recorded')
                 return [torch.tensor(row) for row in ids]
             except RuntimeError as e:
-                if not memory_ran_out(e): raise
+                why = refusal(e)
+                if not why: raise
         self.release() # out here the error holds nothing any more
         self.short = True
-        self._tell('there is too little memory for a cache of fixed size and its recordings')
+        self._tell(why)
         return otherwise()

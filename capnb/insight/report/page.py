@@ -40,7 +40,7 @@ def _floor_marks(scores, name):
 # %% ../../../nbs/18_reports.ipynb #8a5ad82e
 def _word_bars(scores, sure):
     "ROUGE-L with its floors and ceiling, and the scores of the COCO challenge."
-    ends = dict(rouge_l_floor=('floor', 'another picture'), rouge_l_ceiling=('ceiling', 'a person'))
+    ends = dict(rouge_l_floor=('floor', 'another image'), rouge_l_ceiling=('ceiling', 'a person'))
     marks = [_mark(*ends[name], sure(name, scores[name])) for name in ends if scores.get(name) is not None]
     bars = [_bar('ROUGE-L', sure('rouge_l', scores['rouge_l']),
                  [*marks[:1], *_floor_marks(scores, 'rouge_l'), *marks[1:]])]
@@ -56,7 +56,7 @@ def _fact_bars(scores, sure):
             for name,label in FACTS.items() if name in facts]
 
 def _clip_bars(clip):
-    other, person = ('floor', 'another picture'), ('ceiling', 'a person')
+    other, person = ('floor', 'another image'), ('ceiling', 'a person')
     ends = [_mark(*other, clip['clipscore_floor']), _mark(*person, clip['clipscore_ceiling'])]
     marks = dict(clipscore=ends, refclipscore=[_mark(*other, clip['refclipscore_floor'])])
     top = max(1, *(clip[name][2] for name in marks))
@@ -105,7 +105,7 @@ def _split_page(judged, compared, cards, words):
     return dict(scores=judged.scores, bars=_bars(judged.scores), compared=compared,
                 slices=_shown_slices(judged, main, each, words),
                 main='colour and kind' if main=='pairs' else 'ROUGE-L',
-                whole=_bar('all pictures', [judged.parts[main].value]*3),
+                whole=_bar('all images', [judged.parts[main].value]*3),
                 worst=[_card(judged, i, 320, each) for i in order[:n]],
                 best=[_card(judged, i, 320, each) for i in order[len(order)-n:][::-1]])
 

@@ -86,7 +86,7 @@ def slice_table(
     "Lay slices out as text."
     names = [n for n in _SCORES if n in found[0]] if found else []
     heads = dict(pairs='colour and kind', rouge_l='ROUGE-L', clipscore='CLIPScore')
-    lines = [f"{'':40}{'pictures':>9}" + ''.join(f'{heads[n]:>22}' for n in names)]
+    lines = [f"{'':40}{'images':>9}" + ''.join(f'{heads[n]:>22}' for n in names)]
     for s in found:
         scores = ''.join('   {:5.3f} {:5.3f}–{:5.3f}'.format(*s[n]) for n in names)
         name, arrow = f"{s['slice']} {s['value']}", '  ↓' if s['below'] else ''

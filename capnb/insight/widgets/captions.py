@@ -100,7 +100,7 @@ _ALL_AT_ONCE = 'Beams weigh whole sentences, so the words come all at once.'
 def _asked(word):
     "Tell what a word rests on and what else it might have been, as HTML."
     factor, text = math.exp(word.patches.max()), escape(word.text)
-    rests = f'No single part of the picture matters to <b>{text}</b>.'
+    rests = f'No single part of the image matters to <b>{text}</b>.'
     if factor > 1.05:
         rests = f'Covering what is clear makes <b>{text}</b> up to {factor:,.1f} times less probable.'
     rows = ''.join(
@@ -122,7 +122,7 @@ class CaptionWidget(VBox):
         self.images = [open_image(image) for image in images]
         self.image, self.caption, self.words = None, '', []
         # What is clicked and moved; the end of a caption is one of its tokens, too.
-        self.upload = FileUpload(accept='image/*', multiple=False, description='your picture')
+        self.upload = FileUpload(accept='image/*', multiple=False, description='your image')
         self.decoding = Decoding(self.model.max_caption_length-1)
         self.pages = image_buttons(self.images, self.pick)
         self.upload.observe(self._uploaded, 'value')
@@ -159,9 +159,9 @@ class CaptionWidget(VBox):
 
     def _draw(self, patches=None, word=''):
         whole = ImageOps.contain(self.image, (320,320))
-        left, right = image_html(whole, self.caption or 'the picture', 184), ''
+        left, right = image_html(whole, self.caption or 'the image', 184), ''
         if patches is not None:
-            alt = f'the same picture behind a veil that is lifted where the word {word!r} rests on it'
+            alt = f'the same image behind a veil that is lifted where the word {word!r} rests on it'
             right = image_html(veiled(whole, patches), alt, 184)
         self.shown.value = f'<div class="pair">{left}{right}</div>'
 

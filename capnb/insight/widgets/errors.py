@@ -109,7 +109,7 @@ class ErrorBrowser(VBox):
             found, n = self.found(), self.per_page
             self.at, here = at, found[at:at+n]
             self.back.disabled, self.forth.disabled = at==0, at+n >= len(found)
-            self.where.value = f'{at+1} to {at+len(here)} of {len(found)}' if here else 'no picture fits'
+            self.where.value = f'{at+1} to {at+len(here)} of {len(found)}' if here else 'no image fits'
             self.cards.value = f'<div class="cards">{"".join(map(self._card, here))}</div>'
 
     def _card(self, i):

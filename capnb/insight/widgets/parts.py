@@ -56,7 +56,7 @@ def image_buttons(
     "Lay out images as buttons."
     buttons, rules = [], []
     for i,image in enumerate(images):
-        button = Button(tooltip=f'picture {i+1}')
+        button = Button(tooltip=f'image {i+1}')
         name = f'capnb-{button.model_id}'
         rules.append(
             f'.{name} {{ background-image: url({_data_url(ImageOps.fit(image, (96,96)))}) !important; }}'
@@ -98,6 +98,6 @@ def veiled(
     image, # PIL image
     patches, # (rows, columns): nats that a word loses when this part is covered
 ) -> Image.Image:
-    "Draw the `veil` of chapter 17 over a picture."
+    "Draw the `veil` of chapter 17 over an image."
     over = Image.fromarray((255*veil(patches)).astype('uint8')).resize(image.size, Image.Resampling.BILINEAR)
     return Image.alpha_composite(image.convert('RGBA'), over).convert('RGB')

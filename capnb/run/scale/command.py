@@ -13,7 +13,7 @@ from ..command_line import BEST, Number, any_path, command, new_folder
 
 # %% ../../../nbs/38c_scale_command.ipynb #0da18022
 _SOURCE = (
-    'A folder of pictures, of .tar or of .parquet files, or one such file; a path or a URL such as'
+    'A folder of images, of .tar or of .parquet files, or one such file; a path or a URL such as'
     ' s3://bucket/pages'
 )
 _ADDRESS = 'Of a running Ray cluster, or auto; without it one is started on this machine'
@@ -27,17 +27,17 @@ def scale_command(
     checkpoint:Param(_CHECKPOINT, any_path)=None,
     best:Param(BEST, store_true)=False,
     encode:Param(_ENCODE, store_true)=False,
-    image_column:Param('In parquet: the column with the bytes of the pictures', str)='image',
+    image_column:Param('In parquet: the column with the bytes of the images', str)='image',
     num_beams:Number('Width of the beam; 1 is greedy')=1,
     num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
     workers:Number('Processes with a model each')=2,
     threads:Number('CPUs for each worker')=1,
     gpus:Number('GPUs for each worker: 0, 1, or a share of one', float, closed=True)=0.,
-    batch_size:Number('Pictures that a worker takes at a time')=32,
-    shard_size:Number('Pictures per file: what a stop can cost, per worker')=1000,
+    batch_size:Number('Images that a worker takes at a time')=32,
+    shard_size:Number('Images per file: what a stop can cost, per worker')=1000,
     address:Param(_ADDRESS, str)=None,
 ):
-    "Caption or encode millions of pictures with many workers; the same command goes on where it was stopped."
+    "Caption or encode millions of images with many workers; the same command goes on where it was stopped."
     # These load PyTorch, which --help has no need of.
     from capnb.checkpoint import read_metadata
     from capnb.run.entry import find_checkpoint
@@ -53,5 +53,5 @@ def scale_command(
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
         found = caption_images(source, out, checkpoint, options=options, **settings)
-    read = f"{found['images']:,} pictures, of which {found['errors']:,} could not be read"
+    read = f"{found['images']:,} images, of which {found['errors']:,} could not be read"
     say(f"📦 {out}: {read} (column error says why)")

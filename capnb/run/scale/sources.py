@@ -24,7 +24,7 @@ _UNREADABLE = (ValueError, tarfile.TarError, EOFError, zlib.error, FileNotFoundE
 ROW = pa.schema(dict(id=pa.string(), image=pa.binary(), error=pa.string()))
 
 def _kind(path):
-    if image_format(path) in image_formats(): return 'pictures'
+    if image_format(path) in image_formats(): return 'images'
     return next((kind for kind,ends in _KINDS.items() if path.lower().endswith(ends)), None)
 
 def _in_image(f, name, column):
@@ -33,7 +33,7 @@ def _in_image(f, name, column):
 def _in_tar(f, name, column):
     with tarfile.open(fileobj=f, mode='r|*') as archive:
         for member in archive:
-            if member.isreg() and _kind(member.name)=='pictures':
+            if member.isreg() and _kind(member.name)=='images':
                 yield f'{name}#{member.name}', archive.extractfile(member).read()
 
 def _in_parquet(f, name, column):
@@ -46,7 +46,7 @@ def _in_parquet(f, name, column):
             yield f'{name}#{at}', image['bytes'] if isinstance(image, dict) else image
             at += 1
 
-_READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'pictures': _in_image}
+_READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'images': _in_image}
 
 # %% ../../../nbs/38_scale.ipynb #0da18009
 def _listed(fs, root):
@@ -73,7 +73,7 @@ class Source:
         passed = passed_over(found.pop(None, {}))
         if not found:
             raise FileNotFoundError(
-                f"there are no pictures, .tar or .parquet files at {str(place)!r}"
+                f"there are no images, .tar or .parquet files at {str(place)!r}"
                 + (f'; passed over: {passed}' if passed else '')
             )
         if passed:

@@ -17,11 +17,11 @@ function reasons(word, top) {
   const left = percent(word.probability*Math.exp(-top))
   return `“${word.text}”: ${percent(word.probability)} sure` +
     others.map(([text, p]) => `, or ${text} (${percent(p)})`).join('') + '. ' +
-    (top < .1 ? 'No single part of the picture decides it.' :
-      `With the clear part of the picture covered: ${left}.`)
+    (top < .1 ? 'No single part of the image decides it.' :
+      `With the clear part of the image covered: ${left}.`)
 }
 
-// The grey veil over the picture, but for the parts on which a word rests
+// The grey veil over the image, but for the parts on which a word rests
 function veil(heat, patches, top) {
   const rows = patches.length, columns = patches[0].length, shade = new ImageData(columns, rows)
   patches.flat().forEach((v, i) => {
@@ -37,7 +37,7 @@ function light(word) {
   heat.hidden = !word
   for (const button of get('words').children) button.setAttribute('aria-pressed', button.word == word)
   get('why').textContent = word ? reasons(word, top) :
-    'Choose a word to see what in the picture it rests on.'
+    'Choose a word to see what in the image it rests on.'
   if (word) veil(heat, word.patches, top)
 }
 
@@ -94,7 +94,7 @@ function begin(picture) {
   get('picture').src = URL.createObjectURL(picture)
   get('picture').hidden = false
   get('picture').alt = ''
-  get('hint').textContent = 'Another picture: drop or choose it'
+  get('hint').textContent = 'Another image: drop or choose it'
   out.setAttribute('aria-busy', 'true')
   get('words').hidden = get('heat').hidden = true
   get('why').textContent = ''

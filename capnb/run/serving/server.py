@@ -123,6 +123,7 @@ def serve(
     allowed_hosts:tuple=(), # Names by which the server is reached, beside those of this machine
     options:dict=None, # How captions are written: what `check_options` takes, such as dict(num_beams=3)
     notice:str=None, # What answers and page say of the captioner
+    encoder=None, # One of your own, as for `OwnEncoder`, of a class that other processes can import
 ):
     """Serve captions over HTTP until SIGTERM, after which it returns, or Ctrl-C; raises `ValueError` if it
     cannot begin."""
@@ -137,7 +138,7 @@ def serve(
     shared = multiprocessing.get_context('spawn')
     started, min_side, failure = shared.Value('i'), shared.Value('i'), shared.SimpleQueue()
     running, state = multiprocessing.Value('i'), multiprocessing.Value('i', STARTING)
-    worker = Worker(str(checkpoint), failure, started, min_side, options=options)
+    worker = Worker(str(checkpoint), failure, started, min_side, options=options, encoder=encoder)
     server = _lit_server(litserve, worker, batch_size, limits)
 
     # Our app in place of LitServe's own.

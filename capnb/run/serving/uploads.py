@@ -25,13 +25,13 @@ def _json_image(body):
         refuse(422, f'the body is not valid JSON ({type(e).__name__}); send {{"image": "<base64>"}}')
     image = image.get('image') if isinstance(image, dict) else None
     if not isinstance(image, str) or not image:
-        refuse(422, 'the JSON has no text "image"; send {"image": "<base64 of the picture, or a data URL>"}')
+        refuse(422, 'the JSON has no text "image"; send {"image": "<base64 of the image, or a data URL>"}')
     kind, comma, data = image.partition(',')
     if image[:5].lower()=='data:':
         if not comma or not kind.lower().endswith(';base64'):
             refuse(422, 'the data URL in "image" must begin with data:image/png;base64, or the like')
     elif '://' in image[:32]:
-        refuse(422, 'a URL in "image" is never fetched; send the picture itself, as base64')
+        refuse(422, 'a URL in "image" is never fetched; send the image itself, as base64')
     else:
         data = image
     try:
@@ -49,7 +49,7 @@ async def _form_image(headers, body):
     try:
         form = await MultiPartParser(headers, whole(), max_files=1, max_fields=8, max_part_size=2**20).parse()
     except (MultiPartException, FormParserError, UnicodeError) as e:
-        refuse(422, f'the form cannot be read: {e or type(e).__name__}; send one picture as the file "file"')
+        refuse(422, f'the form cannot be read: {e or type(e).__name__}; send one image as the file "file"')
     file = form.get('file')
     if not isinstance(file, UploadFile):
         refuse(422, 'the form has no file "file"; with curl: -F file=@picture.png')
@@ -59,8 +59,8 @@ async def _form_image(headers, body):
 async def image_of(
     headers, # Of the request
     body:bytes,
-) -> bytes: # Of the picture
-    "Take the picture out of a request; refuses with 415 another type of content, with 422 what is malformed."
+) -> bytes: # Of the image
+    "Take the image out of a request; refuses with 415 another type of content, with 422 what is malformed."
     kind = headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind=='application/json': return _json_image(body)
     if kind=='multipart/form-data': return await _form_image(headers, body)

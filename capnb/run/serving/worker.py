@@ -120,9 +120,10 @@ class Worker:
         min_side, # Shared number of pixels that the encoder needs of an image, which is told here
         wait:float=.005, # Seconds that a batch waits for more
         options:dict=None, # As for `answer_batch`
+        encoder=None, # As for `serve`
     ):
         self.checkpoint, self.failure, self.started, self.min_side = checkpoint, failure, started, min_side
-        self.wait, self.options = wait, options or {}
+        self.wait, self.options, self.encoder = wait, options or {}, encoder
 
     def pre_setup(self, api):
         pass # LitServe asks each loop whether the rest suits it
@@ -134,7 +135,7 @@ class Worker:
         # it would print a page where we have a line
         logging.getLogger('litserve.loops').setLevel(logging.CRITICAL)
         try:
-            self.model = make_fast(load_model_from_checkpoint(self.checkpoint, device)[0])
+            self.model = make_fast(load_model_from_checkpoint(self.checkpoint, device, self.encoder)[0])
         except (ValueError, OSError) as e:
             self.failure.put(str(e))
             raise

@@ -80,7 +80,7 @@ class ImageFolder:
         "Take in a row; the answer is what is wrong with it, if anything."
         if isinstance(image, ValueError): return f"{where} {image}"
         if not isinstance(image, str) or not image:
-            return f"{where}: there is no picture {image!r:.80}"
+            return f"{where}: there is no image {image!r:.80}"
         split = split or self.lists.get(image)
         if image not in self._known:
             try:

@@ -135,9 +135,9 @@ class ImageFinder:
         try:
             found = self.folder/self._look_up(name)
         except KeyError:
-            raise ValueError(f"there is no picture {name!r}{self._nearest(name)}") from None
+            raise ValueError(f"there is no image {name!r}{self._nearest(name)}") from None
         except ValueError as e:
-            raise ValueError(f"picture {e}") from None
+            raise ValueError(f"image {e}") from None
         if not is_regular(found):
             raise ValueError(f"{name!r} is no regular file") # opening a pipe would wait for ever
         return found

@@ -34,7 +34,7 @@ def infer_columns(
             raise ValueError(f"there is no column {name!r}; there is {', '.join(features)}")
     if len(images)!=1:
         raise ValueError(
-            "which column holds the picture? Name it with image_column; of type image:"
+            "which column holds the image? Name it with image_column; of type image:"
             f" {', '.join(images) or 'none'}; all columns: {', '.join(features)}"
         )
     if not captions:
