@@ -222,7 +222,7 @@ class Captioner(nn.Module):
         """
         if isinstance(images, (Image.Image, str, Path)):
             return self.caption([images], scores, **kwargs)[0]
-        opened = list(open_images(images, self.encoder.min_side))
+        opened = list(open_images(images, self.encoder.min_side, steps=self.encoder.steps))
         if bad := [error for error in opened if isinstance(error, ValueError)]:
             raise bad[0]
         return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []

@@ -1,11 +1,12 @@
 """What is planned before a run, checked against arithmetic by hand and against the commands from outside;
 and the form of the table of results."""
-import copy, json, os, re, subprocess
+import copy, json, os, re, shutil, subprocess
 from functools import cache
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
+from capnb.captioner import shipped_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
@@ -14,7 +15,7 @@ from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
     default_mixed_precision, describe_hardware
 )
-from capnb.run.results import FIELDS, results_table
+from capnb.run.results import FIELDS, result_row, results_table
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
 from capnb.run import estimate
 from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
@@ -402,6 +403,20 @@ def test_one_command_fills_the_table(call, tmp_path, checkpoint):
         == results_table(rows)
         == done.stdout.strip()
     )
+
+def test_a_run_of_which_some_checkpoints_were_kept_has_a_row(tmp_path, checkpoint):
+    "Its other epochs count as long as those that are there."
+    for file in checkpoint.parent.glob('*-2.*'):
+        shutil.copy(file, tmp_path)
+    row, whole = result_row(tmp_path/checkpoint.name), result_row(checkpoint)
+    assert row['seconds'] == pytest.approx(2*read_metadata(checkpoint)['seconds'])
+    assert {k: v for k,v in row.items() if k != 'seconds'} == {k: whole[k] for k in FIELDS if k != 'seconds'}
+
+def test_the_captioner_that_ships_has_a_row(tmp_path):
+    file = tmp_path/'results.json'
+    results_command(['storybook', '--file', str(file)])
+    [row] = json.loads(file.read_text(encoding='utf-8'))
+    assert row['rouge_l'] > .7 and row['seconds'] > read_metadata(shipped_checkpoint())['seconds']
 
 def test_a_table_from_before_goes_on(tmp_path, checkpoint):
     "The column was named otherwise."

@@ -8,7 +8,8 @@ __all__ = ['FIELDS', 'settings_name', 'result_row', 'add_row', 'results_table', 
 # %% ../../nbs/34b_results.ipynb #a8f073ed
 from dataclasses import asdict
 from pathlib import Path
-from ..checkpoint import read_metadata
+from ..captioner import DEMO, shipped_checkpoint
+from ..checkpoint import metadata_path, read_metadata
 from ..settings import Hyperparameters, PRESETS, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
 
@@ -47,10 +48,12 @@ def settings_name(
     return f'{preset} ({changed})' if changed else preset
 
 def result_row(
-    checkpoint, # File of weights, with its metadata beside it
+    checkpoint, # File of weights, with its metadata beside it, or 'storybook' for the one that ships
     hardware:str=None, # What it ran on, such as 'T4'; None for what the metadata says
 ) -> dict: # With the keys `FIELDS`
     "Make a row of the table from what a checkpoint says of itself."
+    if checkpoint==DEMO:
+        checkpoint = shipped_checkpoint()
     m = read_metadata(checkpoint)
     h, losses = as_hyperparameters(m['hyperparameters']), m['losses']
     split = 'test' if 'test' in m else 'validation'
@@ -58,10 +61,8 @@ def result_row(
         m.get('test') or dict(m, loss=m['validation_loss']),
         Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0],
     )
-    epochs = [
-        read_metadata(Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth'))
-        for e in range(1, m['epoch'] + 1)
-    ]
+    epochs = [Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth') for e in range(1, m['epoch']+1)]
+    seconds = [read_metadata(p)['seconds'] for p in epochs if metadata_path(p).exists()]
     return dict(
         zip(
             FIELDS,
@@ -76,7 +77,7 @@ def result_row(
                 m['validation_loss'],
                 split,
                 *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')),
-                sum(e['seconds'] for e in epochs),
+                sum(seconds)/len(seconds)*len(epochs), # some may not have been kept
                 hardware or m['device'],
                 f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}',
             ),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['token_counts', 'precision', 'backward', 'one_ahead', 'read_ahead', 'ReadAhead', 'SharedStep', 'LaidOut',
-           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'optimizer_for', 'run_training']
+           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'check_precision', 'optimizer_for',
+           'run_training']
 
 # %% ../../nbs/33a_training.ipynb #fde4bd7e
 import math, signal, time
@@ -336,7 +337,18 @@ def _check_run(data, h):
             ' patience out'
         )
 
+def check_precision(
+    h:Hyperparameters,
+    device, # Where to train
+):
+    "Raise a `ValueError` for a precision that `accelerate` would leave out on this device without a word."
+    if h.mixed_precision=='fp16' and torch.device(device).type=='cpu':
+        raise ValueError(
+            'mixed_precision is fp16, and a CPU does not train in it; set it to bf16, or to no, or take a GPU'
+        )
+
 def _accelerator(model, h):
+    check_precision(h, model.device)
     join_processes(model.device)
     # it would hold on to the mixed precision of an earlier run in this process
     AcceleratorState._reset_state()
