@@ -255,7 +255,7 @@ def time_phases(
     "Do once, at real size, with random weights and as fast as a run, what a run does many times."
     device = hardware.device
     model = make_fast(random_init_captioner(h, device, getattr(torch, choose_dtype(hardware))))
-    do, (optimizer, _) = phases(model, h, encoded), optimizer_for(model, h)
+    do, (optimizer, _) = phases(model, h, encoded), optimizer_for(model, h, 1)
     prefix = _prefix(model, h)
     def step():
         do['step']()
