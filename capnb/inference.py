@@ -254,12 +254,14 @@ def caption_files(
     lost.png ['error', 'file']
     """
     files, kwargs = list(files), check_options(kwargs)
-    images = open_images(files, model.encoder.min_side, ahead=batch_size)
+    encoder = model.encoder
+    images = open_images(files, encoder.min_side, ahead=batch_size, steps=encoder.steps)
     with closing(images), progress_bar(total=len(files), disable=not progress, unit='image') as bar:
         for at in range(0, len(files), batch_size):
             opened = list(islice(images, batch_size))
             good = [i for i,image in enumerate(opened) if not isinstance(image, ValueError)]
-            captions = model.caption([opened[i] for i in good], scores, **kwargs)
+            features = encoder.encode([opened[i] for i in good]) if good else []
+            captions = model.caption_features(features, scores, **kwargs) if good else []
             said = {i: _fields(found, scores) for i,found in zip(good, captions, strict=True)}
             for i,file in enumerate(files[at:at+batch_size]):
                 yield dict(file=str(file), **said.get(i, dict(error=str(opened[i]))))

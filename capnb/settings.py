@@ -54,6 +54,7 @@ class Hyperparameters(Mapping):
         path=True,
     )
     max_caption_length: int = _setting(128, 'Tokens kept of a caption, end-of-text included', lo=2)
+    prompt: str = _setting('', 'Text between an image and its caption, such as "A photo of"')
     training_size_limit: int = _setting(
         None, 'Use only the first N training images; all if not set', lo=1, optional=True
     )
@@ -62,10 +63,8 @@ class Hyperparameters(Mapping):
         'openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True
     )
     decoder_name: str = _setting(
-        None,
-        'Language model, a hub id or a folder; if not set, the one named by tokenizer_name',
-        optional=True,
-        path=True,
+        None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name',
+        optional=True, path=True,
     )
     data: str = _setting(
         'flickr30k',
@@ -84,13 +83,17 @@ class Hyperparameters(Mapping):
         lo=1,
     )
     adapter_width: int = _setting(1024, 'Hidden units of the adapter for pooled features', lo=1)
+    standardize_features: bool = _setting(
+        False, 'Shift and scale each feature to mean 0 and deviation 1 over the training images'
+    )
+    feature_dropout: float = _setting(
+        0.0, 'Share of the features that a training step leaves out at random', lo=0, hi=0.9, closed=True
+    )
     unfreeze_layers: int = _setting(0, 'Last layers of the decoder that learn, too', lo=0)
     unfreeze_epoch: int = _setting(2, 'Epoch, counted from 1, from which on they learn', lo=1)
     lora_rank: int = _setting(
-        None,
-        'Rank of low-rank additions (LoRA) to all linear layers of the decoder; none if not set',
-        lo=1,
-        optional=True,
+        None, 'Rank of low-rank additions (LoRA) to all linear layers of the decoder; none if not set',
+        lo=1, optional=True,
     )
     decoder_lr_scale: float = _setting(
         0.1, 'Learning rate of what learns in the decoder, as a share of learning_rate', lo=0, hi=1
@@ -98,6 +101,16 @@ class Hyperparameters(Mapping):
     init_from: str = _setting(
         None, 'Checkpoint whose trained weights the run begins with', optional=True, path=True
     )
+    lr_scheduler_type: str = _setting(
+        'step',
+        'How the learning rate falls: by learning_rate_decay between epochs (step), or after every step along'
+        ' half a cosine to zero (cosine)',
+        choices=('step', 'cosine'),
+    )
+    warmup_ratio: float = _setting(
+        0.0, 'Share of all steps over which a cosine first rises from zero', lo=0, hi=0.5, closed=True
+    )
+    weight_decay: float = _setting(0.01, 'Weight decay of AdamW', lo=0, hi=1, closed=True)
     max_steps: int = _setting(
         None, 'Stop after N optimizer steps, wherever the epoch is', lo=1, optional=True
     )
@@ -111,8 +124,7 @@ class Hyperparameters(Mapping):
         None,
         'Captions that go through the model at a time; the whole batch if not set. Fewer need less memory and'
         ' change no result',
-        lo=1,
-        optional=True,
+        lo=1, optional=True,
     )
     mixed_precision: str = _setting(
         None,
@@ -122,22 +134,16 @@ class Hyperparameters(Mapping):
         optional=True,
     )
     checkpoint_steps: int = _setting(
-        None,
-        'Save the training state after every N steps, too; if not set, only with each epoch',
-        lo=1,
-        optional=True,
+        None, 'Save the training state after every N steps, too; if not set, only with each epoch',
+        lo=1, optional=True,
     )
     keep_checkpoints: int = _setting(
-        None,
-        'Keep the last N checkpoints and the one with the best validation loss; all if not set',
-        lo=1,
-        optional=True,
+        None, 'Keep the last N checkpoints and the one with the best validation loss; all if not set',
+        lo=1, optional=True,
     )
     patience: int = _setting(
-        None,
-        'Stop after N epochs in a row without a better validation loss; never if not set',
-        lo=1,
-        optional=True,
+        None, 'Stop after N epochs in a row without a better validation loss; never if not set',
+        lo=1, optional=True,
     )
     image_column: str = _setting(
         None,
@@ -178,8 +184,7 @@ class Hyperparameters(Mapping):
         None,
         'Folder for encoded images, shared by all runs; if not set, .cache/capnb/features of this user, and'
         ' none for the storybook',
-        optional=True,
-        path=True,
+        optional=True, path=True,
     )
     report_to: str = _setting(
         None,
@@ -195,6 +200,11 @@ class Hyperparameters(Mapping):
             object.__setattr__(self, f.name, value) # only here: what is made does not change
         if self.encoding is not None:
             check_encoding(self.encoding)
+        cosine = self.lr_scheduler_type=='cosine'
+        if self.warmup_ratio and not cosine:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it needs lr_scheduler_type 'cosine'")
+        if cosine and not self.learning_rate_scheduler_enabled:
+            raise ValueError("learning_rate_scheduler_enabled is false, but lr_scheduler_type is 'cosine'")
 
     def __getitem__(self, name):
         if name not in self.__dataclass_fields__:

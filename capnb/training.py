@@ -11,6 +11,7 @@ import math, random, time
 from dataclasses import dataclass, field
 import torch
 from torch import nn
+from transformers import get_scheduler
 from .data import captions_for_epoch
 from .out_of_memory import in_slices
 from .encoder import EncodedData
@@ -56,10 +57,13 @@ def make_optimizer(
     groups:dict, # {group: {name of parameter: parameter}}, as from `capnb.captioner.parameter_groups`
     learning_rate:float=1e-4,
     decoder_lr_scale:float=.1, # Learning rate of the group 'decoder', as a share of `learning_rate`
-    decay:float=1., # Factor on the learning rates after every `decay_step` epochs
+    decay:float=1., # Factor on the learning rates after every `decay_step` steps
     decay_step:int=1,
-): # The optimizer; the scheduler, to be stepped once after each epoch
-    "AdamW (Adam with weight decay) over what learns, and the schedule of its rates: constant, or decayed."
+    cosine_steps:int=None, # Steps of a run whose rates follow half a cosine instead
+    warmup_steps:int=0, # Steps over which those first rise from zero
+    weight_decay:float=.01,
+): # The optimizer; the scheduler, to be stepped once after each step
+    "AdamW (Adam with weight decay) over what learns, and the schedule of its rates: decayed, or a cosine."
     parameters = [
         dict(
             name=name,
@@ -68,7 +72,9 @@ def make_optimizer(
         )
         for name,named in groups.items()
     ]
-    optimizer = torch.optim.AdamW(parameters, betas=(.9,.98))
+    optimizer = torch.optim.AdamW(parameters, betas=(.9,.98), weight_decay=weight_decay)
+    if cosine_steps:
+        return optimizer, get_scheduler('cosine', optimizer, warmup_steps, cosine_steps)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, decay_step, decay)
 
 # %% ../nbs/06_training_loop.ipynb #e65a9419
@@ -102,7 +108,7 @@ class Run:
     model: nn.Module # `model(features, captions)` gives the loss, mean NLL in nats per token
     data: dict # Name of split: `EncodedData`
     optimizer: object = None
-    scheduler: object = None # Of the learning rate
+    scheduler: object = None # Of the learning rates; None where they stay as they are
     num_epochs: int = 1
     batch_size: int = 8
     seed: int = 0
@@ -115,6 +121,7 @@ class Run:
     batches: EpochBatches = None # Of the epoch that has begun
     # Of every step; where a stepper leaves the newest ones on its device, those are tensors until `fetch`
     losses: list = field(default_factory=list)
+    rates: list = field(default_factory=list) # Learning rates of the last step, one per group
     fetched: int = 0 # Losses that are numbers, and finite
     fetch_every: float = 0. # Seconds that losses may stay there
     fetched_at: float = -math.inf # Time of the last `fetch`
@@ -210,6 +217,9 @@ def train_step(run:Run, features, captions):
     "Make the gradient of one batch, clip it, and correct what learns."
     loss = run.stepper(run.model, features, captions)
     run.update()
+    if run.scheduler:
+        run.rates = run.scheduler.get_last_lr()
+        run.scheduler.step()
     run.losses.append(loss)
     run.step += 1
     if time.perf_counter() >= run.fetched_at+run.fetch_every:
@@ -241,7 +251,6 @@ def close_epoch(run:Run):
     run.metadata = dict(training_loss=run.mean_loss, validation_loss=None, image_gain=None)
     run.epoch, run.step = run.epoch+1, 0
     run.call('on_epoch_trained') # before anything that may fail
-    run.scheduler.step()
     run.model.eval()
     if run.validates:
         loss, gain = validate(run.model, run.data['validation'])

@@ -1,10 +1,10 @@
 "What tests of the console commands share."
-import atexit, contextlib, importlib, io, os, shutil, subprocess, sys, tempfile
+import atexit, contextlib, gc, importlib, io, os, shutil, subprocess, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 from unittest.mock import patch
 import pytest
-from forks import ForkedScript, outside
+from forks import ForkedScript, outside, reads_hub_only
 
 ROOT = Path(__file__).resolve().parent.parent
 # or the workers of pytest and what they start wait for one another
@@ -23,6 +23,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name != 'test_exercises.py':
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+def pytest_collection_finish():
+    "Imports leave objects by the million, which nobody need look through again when garbage is collected."
+    gc.freeze()
 
 @pytest.fixture(scope='session')
 def environment(): return outside
@@ -50,7 +54,7 @@ def start(scripts, tmp_path_factory):
     def start(name, *args, cwd, env=None, fresh=False, prepare=None):
         assert name in scripts, f'settings.ini has no console script {name}'
         words, there = [str(a) for a in args], outside(COLUMNS='200', **(env or {}))
-        if not (env or fresh):
+        if not fresh and reads_hub_only(env or {}):
             return ForkedScript(folder / name, words, cwd, there, prepare)
         return subprocess.Popen(
             [sys.executable, folder / name, *words],

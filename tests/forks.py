@@ -1,5 +1,5 @@
 "Processes that need not import for many seconds: copies of a server that has imported everything."
-import multiprocessing, os, runpy, signal, subprocess, sys
+import gc, importlib, multiprocessing, os, runpy, signal, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
@@ -44,13 +44,26 @@ def write_to(*files):
     sys.stdout = open(1, 'w', encoding='utf-8', closefd=False)
     sys.stderr = open(2, 'w', encoding='utf-8', errors='backslashreplace', buffering=1, closefd=False)
 
+def reads_hub_only(env):
+    "Whether such changes of the environment concern the clients of the hub and nothing else."
+    return all(name.startswith('HF_') or name.upper()=='NO_PROXY' for name in env)
+
+def read_hub_environment():
+    "Have the clients of the hub, which read the environment on import, read it as it is now."
+    import datasets.config, huggingface_hub.hf_api
+    importlib.reload(huggingface_hub.constants)
+    importlib.reload(datasets.config)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+
 def run_script(script, args, cwd, env, prepare, out, err):
     "In a copy of the server: run a script as Python would in a process of its own."
+    gc.freeze() # what the server has imported is no garbage
     write_to(out.fileno(), err.fileno())
     multiprocessing.set_start_method('fork', force=True) # what a process of its own would find
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    read_hub_environment()
     sys.argv = [str(script), *args]
     if prepare:
         prepare()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image as ImageColumn, List, Value
 from PIL import Image
+from forks import ForkedScript
 from hub import Hub
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
@@ -106,38 +107,38 @@ def whole(files):
 
 LOAD = '''import hashlib, json, sys
 from capnb.run.sources.load import load_data
-for job in json.loads(sys.argv[1]):
-    sys.stdin.readline() # until the next one is wanted
-    def facts(row):
-        return [row['image_id'], row['captions'], hashlib.md5(row['image'].tobytes()).hexdigest()]
-    try:
-        found = {split: [facts(row) for row in rows] for split,rows in load_data(**job).items()}
-    except (OSError, ValueError) as e:
-        found = f'{type(e).__name__}: {e}'
-    print('\\n' + json.dumps(found), flush=True)'''
+def facts(row):
+    return [row['image_id'], row['captions'], hashlib.md5(row['image'].tobytes()).hexdigest()]
+try:
+    found = load_data(**json.loads(sys.argv[1]))
+    found = {split: [facts(row) for row in rows] for split,rows in found.items()}
+except (OSError, ValueError) as e:
+    found = f'{type(e).__name__}: {e}'
+print('\\n' + json.dumps(found), flush=True)'''
 
 @pytest.fixture
-def load(hub, environment, tmp_path):
-    """Load data sets one after the other in a fresh process, because the clients of the hub read the
-    environment on import. Gives for each its rows by split (image id, captions, fingerprint of the
-    pixels), or the error, and the bytes that were sent."""
-    def load(*jobs, home='home', **env):
-        env, found = environment(**{**hub.environment(tmp_path/home), **env}), []
-        with subprocess.Popen(
-            [sys.executable, '-c', LOAD, json.dumps(jobs)],
-            env=env,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            for _ in jobs:
-                before = hub.sent
-                process.stdin.write('\n')
-                process.stdin.flush()
-                line = next((line for line in process.stdout if line[:1] in '{"'), '')
-                assert line, process.stderr.read()
-                found.append((json.loads(line), hub.sent-before))
+def script(hub, environment, tmp_path):
+    "Run a text of Python against the hub in a process of its own; gives exit code, output and error output."
+    def script(text, *args, home='home', **env):
+        (tmp_path/'script.py').write_text(text, encoding='utf-8')
+        there = environment(**{**hub.environment(tmp_path/home), **env})
+        with ForkedScript(tmp_path/'script.py', args, tmp_path, there) as process:
+            out, err = process.communicate(timeout=600)
+        return process.returncode, out, err
+    return script
+
+@pytest.fixture
+def load(hub, script):
+    """Load data sets one after the other, each in a process of its own. Gives for each its rows by split
+    (image id, captions, fingerprint of the pixels), or the error, and the bytes that were sent."""
+    def load(*jobs, **how):
+        found = []
+        for job in jobs:
+            before = hub.sent
+            _, out, err = script(LOAD, json.dumps(job), **how)
+            line = next((line for line in out.splitlines() if line[:1] in ('{', '"')), '')
+            assert line, err
+            found.append((json.loads(line), hub.sent-before))
         return found
     return load
 
@@ -279,7 +280,7 @@ def test_a_killed_download_goes_on(hub, environment, load, files, whole, tmp_pat
     total = size(files, 'nlphuji/flickr30k')
     hub.pause = .02 # so that there is time to kill
     process = subprocess.Popen(
-        [sys.executable, '-c', LOAD, json.dumps([dict(data='flickr30k', limit=limit)])],
+        [sys.executable, '-c', LOAD, json.dumps(dict(data='flickr30k', limit=limit))],
         env=environment(**hub.environment(tmp_path / 'home')),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -365,17 +366,12 @@ load_data('flickr30k', limit={limit})'''
         ('import datasets.arrow_writer as d; d.ArrowWriter.write_table', None),
     ],
 )
-def test_a_full_disk_is_told(hub, environment, tmp_path, where, limit):
+def test_a_full_disk_is_told(script, where, limit):
     "At each place that writes: our own parts, the cache of the hub, the cache of `datasets`."
-    done = subprocess.run(
-        [sys.executable, '-c', FULL.format(where=where, limit=limit)],
-        env=environment(**hub.environment(tmp_path / 'home')),
-        capture_output=True,
-        text=True,
-    )
-    told = done.stderr.splitlines()[-1]
+    code, _, err = script(FULL.format(where=where, limit=limit))
+    told = err.splitlines()[-1]
     assert (
-        done.returncode
+        code
         and 'OSError: data set nlphuji/flickr30k: no space is left on the disk' in told
         and 'HF_HOME' in told
     )

@@ -46,9 +46,8 @@ def from_eval(trained, folder):
         return score_checkpoint(shipped_checkpoint(), 'test', with_floors=False).model
 
 def from_server(trained, folder):
-    from capnb.run.serving.worker import Worker
-    number = types.SimpleNamespace(value=0)
-    worker = Worker(str(trained.checkpoint), queue.Queue(), number, types.SimpleNamespace(value=0), .01)
+    from capnb.run.serving.worker import Sight, Worker
+    worker = Worker(str(trained.checkpoint), queue.Queue(), types.SimpleNamespace(value=0), Sight(), .01)
     handler = signal.getsignal(signal.SIGINT)
     try:
         worker.setup('cpu')

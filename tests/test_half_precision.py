@@ -4,6 +4,7 @@ import pytest, torch
 from accelerate import Accelerator
 from capnb.captioner import build_captioner
 from capnb.encoder import EncodedData
+from capnb.run.entry import train
 from capnb.run.resume import find_state, read_state, resumed_hyperparameters
 from capnb.run.training import run_training
 from capnb.settings import as_hyperparameters
@@ -42,6 +43,7 @@ def scaled(monkeypatch):
                 assert self.mixed_precision=='fp16'
                 self.native_amp, self.scaler = True, torch.amp.GradScaler('cpu', **options)
         monkeypatch.setattr('capnb.run.training.Accelerator', Scaled)
+        monkeypatch.setattr('capnb.run.training.check_precision', lambda h, device: None)
     return begin
 
 class Steps(Callback):
@@ -54,7 +56,7 @@ class Steps(Callback):
         counts = [int(s['step']) for s in run.optimizer.state_dict()['state'].values()]
         self.made.append(max(counts, default=0))
         self.scales.append(run.scaler and run.scaler.get_scale())
-        self.rates.append(run.optimizer.param_groups[0]['lr'])
+        self.rates.append(run.rates[0])
 
 def trained(data, folder, steps=(), **settings):
     h = as_hyperparameters(**SMALL | settings, output_dir=str(folder))
@@ -99,3 +101,13 @@ def test_a_run_that_goes_on_has_its_scale(data, scaled, tmp_path, stop):
         again.model.adapter.state_dict().items(), through.model.adapter.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
+
+def test_fp16_on_a_cpu_is_refused(data, tmp_path, monkeypatch):
+    "accelerate would train in float32 without a word; bf16 it computes with."
+    with pytest.raises(ValueError, match='mixed_precision is fp16, and a CPU does not train in it'):
+        trained(data, tmp_path/'fp16')
+    monkeypatch.setattr('capnb.run.entry.load_for', lambda h, data: pytest.fail('it is told too late'))
+    with pytest.raises(ValueError, match='mixed_precision is fp16'):
+        train(device='cpu', mixed_precision='fp16', output_dir=str(tmp_path/'train'))
+    plain, half = (trained(data, tmp_path/kind, mixed_precision=kind, max_steps=3) for kind in ('no', 'bf16'))
+    assert half.losses != plain.losses and half.losses == pytest.approx(plain.losses, rel=.02)

@@ -234,6 +234,7 @@ print(len(sizes), *sizes[0], peak/1e6)
     assert (n, width, height) == ('16', '1000', '750') and float(peak) < 400, done.stdout
 
 def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
+    from types import SimpleNamespace
     import pyarrow as pa
     from capnb.run.scale.jobs import _open_rows
     from capnb.run.scale.sources import ROW
@@ -245,7 +246,7 @@ def test_scale_takes_an_odd_photograph_and_names_a_broken_one(holiday):
     ]
     rows = pa.table([['odd', 'half', 'good', 'gone'], files, [None, None, None, 'gone is empty']], schema=ROW)
     with DecodingPool(1) as pool:
-        images, errors = _open_rows(rows, pool, 64)
+        images, errors = _open_rows(rows, pool, SimpleNamespace(min_side=64, steps=None))
     assert [image.tobytes() for image in images] == [
         open_image(file).tobytes() for file in (files[0], files[2])
     ]
@@ -271,8 +272,8 @@ def test_captions_of_files_name_the_broken_ones(holiday):
     from capnb.inference import caption_files
     (holiday/'7.jpg').write_bytes((holiday/'7.jpg').read_bytes()[:300])
     model = SimpleNamespace(
-        encoder=SimpleNamespace(min_side=64),
-        caption=lambda images, scores, **kwargs: [f'{image.size}' for image in images],
+        encoder=SimpleNamespace(min_side=64, steps=None, encode=list),
+        caption_features=lambda images, scores, **kwargs: [f'{image.size}' for image in images],
     )
     found = list(caption_files(model, find_images([holiday]), batch_size=5))
     assert [f['file'] for f in found] == [str(p) for p in find_images([holiday])] and sum(

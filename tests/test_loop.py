@@ -168,7 +168,8 @@ def test_run_training_is_the_same_loop(encoded, tmp_path):
     h = as_hyperparameters(**SMALL, num_epochs=2, captions_per_image=2, max_steps=7, output_dir=str(tmp_path))
     saved = run_training(build_captioner(h, 'cpu'), encoded, h)
     model = build_captioner(h, 'cpu')
-    plain = fit(model, encoded, 2, 8, captions_per_image=2, max_steps=7, optimizer=optimizer_for(model, h))
+    plain = fit(model, encoded, 2, 8, captions_per_image=2, max_steps=7,
+                optimizer=optimizer_for(model, h, 4))
     assert saved.losses==plain.losses and saved.validation==plain.validation and len(plain.losses)==7
     for (name, a), (_, b) in zip(
         saved.model.adapter.state_dict().items(), plain.model.adapter.state_dict().items(), strict=True

@@ -1,7 +1,9 @@
 """Bytes that a child makes, looked up in a table, are what the image processor itself would have given: for
 each family, at odd sizes and in all modes."""
-import random
-import numpy as np, pytest, torch
+import asyncio, random
+from dataclasses import asdict
+from pathlib import Path
+import numpy as np, pyarrow as pa, pytest, torch
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, Siglip2VisionConfig
@@ -16,12 +18,20 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from damage import saved
 from capnb import image_pool
+from capnb.captioner import build_captioner, load_model_from_checkpoint, save_checkpoint
 from capnb.data import CaptionData
 from capnb.encoder import ImageEncoder, encode_data as encode_in_turn, load_encoder
 from capnb.fast.cache import encode_data, features_key
 from capnb.image_pool import DecodingPool, open_images
 from capnb.images import open_image
+from capnb.inference import caption_files
 from capnb.pixels import PixelSteps
+from capnb.run.scale.jobs import CaptionWorker, FeatureWorker
+from capnb.run.scale.sources import ROW
+from capnb.run.serving.limits import Limits
+from capnb.run.serving.uploads import Opener
+from capnb.run.serving.worker import Sight, answer_batch
+from capnb.settings import as_hyperparameters
 
 SIDE, PATCH = 24, 4
 
@@ -200,3 +210,67 @@ def test_an_answer_of_another_shape_is_refused(monkeypatch):
             with pytest.raises(ValueError, match='its decoder died'):
                 pool.open(file, steps=steps)
         assert pool.open(file, steps=steps).shape == (5, 4, 3)
+
+# --- Each way to a caption
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    h = as_hyperparameters(prefix_length=2, adapter_width=8, max_caption_length=4)
+    about = dict(hyperparameters=asdict(h))
+    return save_checkpoint(build_captioner(h, 'cpu'), tmp_path_factory.mktemp('run'), 'x', 1, about)
+
+def by_caption(checkpoint, files):
+    return load_model_from_checkpoint(checkpoint, 'cpu')[0].caption([*files, noise((40, 61))])
+
+def by_few(checkpoint, files):
+    return load_model_from_checkpoint(checkpoint, 'cpu')[0].caption(files[:2])
+
+def by_files(checkpoint, files):
+    model = load_model_from_checkpoint(checkpoint, 'cpu')[0]
+    return [row['caption'] for row in caption_files(model, files, batch_size=9)]
+
+def rows_of(files):
+    ids = [Path(file).name for file in files]
+    return pa.table([ids, [Path(file).read_bytes() for file in files], [None]*len(files)], schema=ROW)
+
+def by_scale(checkpoint, files):
+    return CaptionWorker('cpu', 1, str(checkpoint), {})(rows_of(files))['caption'].to_pylist()
+
+def by_scale_features(checkpoint, files):
+    worker = FeatureWorker('cpu', 1, dict(name='storybook-clip', image_size=64))
+    return worker(rows_of(files))['features'].to_pylist()
+
+def by_server(checkpoint, files):
+    "Every third is explained, so its image comes whole."
+    model, sight = load_model_from_checkpoint(checkpoint, 'cpu')[0], Sight()
+    sight.tell(model.encoder)
+    opener, said = Opener(Limits(), sight), {}
+    async def opened():
+        data = [Path(file).read_bytes() for file in files]
+        return [await opener.open(bytes, 'me', whole=i%3==0) for i,bytes in enumerate(data)]
+    with opener.pool:
+        images = asyncio.run(opened())
+    whole = [isinstance(image, Image.Image) for image in images]
+    assert whole==[not model.encoder.steps or i%3==0 for i in range(len(files))]
+    answer_batch(model, [(i, image, False) for i,image in enumerate(images)], said.__setitem__)
+    return list(said.values())
+
+WAYS = [by_caption, by_few, by_files, by_scale, by_scale_features, by_server]
+
+@pytest.mark.parametrize('way', WAYS, ids=lambda way: way.__name__)
+def test_captions_are_written_from_the_same_features(way, checkpoint, tmp_path, monkeypatch):
+    "What children make bytes of gives the very features that the processor's numbers gave."
+    files = [tmp_path/f'{i}.png' for i,_ in enumerate(FILES)]
+    for file,data in zip(files, FILES.values(), strict=True):
+        file.write_bytes(data)
+    seen, forward = [], ImageEncoder.forward
+    def watched(self, values):
+        seen.append((values.dtype, forward(self, values)))
+        return seen[-1][1]
+    monkeypatch.setattr(ImageEncoder, 'forward', watched)
+    now, kinds, found = way(checkpoint, files), {kind for kind,_ in seen}, [f for _,f in seen]
+    seen.clear()
+    monkeypatch.setattr(ImageEncoder, 'steps', None) # every image through the processor
+    before = way(checkpoint, files)
+    assert now==before and kinds=={torch.uint8}
+    assert torch.equal(torch.cat(found), torch.cat([f for _,f in seen]))

@@ -1,10 +1,12 @@
 """What is planned before a run, checked against arithmetic by hand and against the commands from outside;
 and the form of the table of results."""
-import copy, json, os, re, subprocess
+import copy, json, os, re, shutil, subprocess
+from functools import cache
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
+from capnb.captioner import shipped_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
@@ -13,11 +15,11 @@ from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
     default_mixed_precision, describe_hardware
 )
-from capnb.run.results import FIELDS, results_table
+from capnb.run.results import FIELDS, result_row, results_table
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
 from capnb.run import estimate
 from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
-from capnb.fast.ceilings import Ceilings, training_work, work_seconds
+from capnb.fast.ceilings import Ceilings, recorded_work, training_work, work_seconds, writing_work
 from capnb.fast.cpu import use_onednn
 from capnb.fast.memory import count_phases, phases
 from capnb.fast.parts import is_fast
@@ -27,6 +29,13 @@ from capnb.storybook import Storybook
 ROOT = Path(__file__).resolve().parent.parent
 BOTH = ('sdpa', 'flash_attention_2')
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
+
+T4 = Hardware('cuda', 'T4', 16, (7,5))
+
+@cache # counting takes seconds, and no test changes a plan
+def plan_of(preset):
+    "The plan for a preset on a small card."
+    return Plan(as_hyperparameters(preset=preset), T4)
 
 # --- Hardware
 
@@ -144,8 +153,8 @@ def test_decoder_by_hand(size, expected):
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_every_preset_can_be_planned_without_network(preset):
-    h = as_hyperparameters(preset=preset)
-    plan = Plan(h, Hardware('cuda', 'T4', 16, (7,5)))
+    plan = plan_of(preset)
+    h = plan.h
     text = plan_text(plan)
     assert (
         h.encoder_name in text
@@ -181,10 +190,7 @@ def test_other_ways_to_learn_are_planned(changes, monkeypatch):
     monkeypatch.setitem(
         KNOWN_MODELS, 'facebook/dinov2-base', dict(model_type='dinov2', image_size=518, patch_size=14)
     )
-    plain, other = (
-        Plan(as_hyperparameters(preset='flickr30k', **more), Hardware('cuda', 'T4', 16, (7, 5)))
-        for more in ({}, changes)
-    )
+    plain, other = plan_of('flickr30k'), Plan(as_hyperparameters(preset='flickr30k', **changes), T4)
     more = {
         'features': 0,
         'lora_rank': 28 * 4 * (2048 + 1024 + 2 * (1024 + 1024) + 2048 + 1024 + 3 * (1024 + 3072)),
@@ -196,7 +202,7 @@ def test_other_ways_to_learn_are_planned(changes, monkeypatch):
 
 def test_half_the_bytes_on_a_gpu():
     h = as_hyperparameters()
-    laptop, t4 = Plan(h, Hardware('cpu', 'a laptop', 16)), Plan(h, Hardware('cuda', 'T4', 16, (7,5)))
+    laptop, t4 = Plan(h, Hardware('cpu', 'a laptop', 16)), plan_of('storybook')
     assert t4.memory['weights'] - 4 * t4.parameters['adapter'] / 1e9 == pytest.approx(
         (laptop.memory['weights'] - 4 * t4.parameters['adapter'] / 1e9) / 2
     )
@@ -211,7 +217,7 @@ def test_a_larger_batch_needs_more():
     assert (step[2]-step[1])/(step[1]-step[0]) == pytest.approx(2, rel=.05) # a straight line
 
 def test_time_is_multiplied_out():
-    plan = Plan(as_hyperparameters(preset='experiment')) # 100 images, 25 steps, no evaluation
+    plan = plan_of('experiment') # 100 images, 25 steps, no evaluation
     assert run_seconds(plan, dict(prepare=.25, encode=.5, step=2, token=9)) == dict(encoding=75, training=50)
     # 200 validation, 300 test and 200 compositional images, written 32 at a time
     scored = Plan(as_hyperparameters(training_size_limit=64, num_epochs=3))
@@ -261,16 +267,31 @@ def test_a_replayed_step_is_between_its_limit_and_an_eager_one(batch, limit):
     assert limit < replayed < eager/1.5
 
 def test_all_of_a_run_is_predicted():
-    "A step and a token are of the size that replayed ones had; the encoder is near what it does alone."
-    found = estimate.predict_phases(as_hyperparameters(**REAL, batch_size=8), H100, .001)
-    prototypes = BEFORE['prototypes']
-    assert 1/1.5 < 1e3*found['step']/prototypes['training']['batch 8']['ms'] < 1.5
-    assert 1/1.5 < 1e3*found['token']/prototypes['writing']['256 rows']['ms'] < 1.5
+    """A step and a token take less than the prototypes that were replayed, whose norms were eight kernels;
+    the encoder is near what it does alone."""
+    h = as_hyperparameters(**REAL, batch_size=8)
+    found, prototypes = estimate.predict_phases(h, H100, .001), BEFORE['prototypes']
+    plain = 1e3*work_seconds(writing_work(h, 256), H100, True)
+    assert 1/1.5 < plain/prototypes['writing']['256 rows']['ms'] < 1.5
+    assert 1/3 < 1e3*found['step']/prototypes['training']['batch 8']['ms'] < .7
+    assert 1/2 < 1e3*found['token']/prototypes['writing']['256 rows']['ms'] < .8
     assert 1/1.5 < 1/found['encode']/BEFORE['encoding']['ViT-B/32, batch 256'] < 1.5
     plan = Plan(as_hyperparameters(preset='flickr30k-full', batch_size=8), GPU)
     parts = run_seconds(plan, found)
     assert parts['training'] == plan.steps*found['step']
     assert 0 < parts['validation'] < parts['training'] and 0 < parts['test']
+
+def test_the_step_that_would_run_is_predicted(monkeypatch):
+    "Recorded, also where layers unfreeze; started by Python where it cannot be; norms are one kernel each."
+    h = as_hyperparameters(**REAL, batch_size=8)
+    seconds = lambda h: estimate.predict_phases(h, H100, .001)['step']
+    recorded = seconds(h)
+    assert recorded==work_seconds(recorded_work(h), H100, True) < .02
+    assert seconds(as_hyperparameters(h, unfreeze_layers=1, unfreeze_epoch=1)) < .02
+    layers = planned_config(h.tokenizer_name, 'decoder').num_hidden_layers
+    assert len(training_work(h))-len(recorded_work(h)) > 20*4*layers
+    monkeypatch.setattr(estimate, 'why_not', lambda *args: 'captions cannot share rows in this decoder')
+    assert 4*recorded < seconds(h) < .7*work_seconds(training_work(h), H100)
 
 GPU = Hardware('cuda', 'NVIDIA H100', 80, (9,0), True)
 
@@ -397,6 +418,20 @@ def test_one_command_fills_the_table(call, tmp_path, checkpoint):
         == results_table(rows)
         == done.stdout.strip()
     )
+
+def test_a_run_of_which_some_checkpoints_were_kept_has_a_row(tmp_path, checkpoint):
+    "Its other epochs count as long as those that are there."
+    for file in checkpoint.parent.glob('*-2.*'):
+        shutil.copy(file, tmp_path)
+    row, whole = result_row(tmp_path/checkpoint.name), result_row(checkpoint)
+    assert row['seconds'] == pytest.approx(2*read_metadata(checkpoint)['seconds'])
+    assert {k: v for k,v in row.items() if k != 'seconds'} == {k: whole[k] for k in FIELDS if k != 'seconds'}
+
+def test_the_captioner_that_ships_has_a_row(tmp_path):
+    file = tmp_path/'results.json'
+    results_command(['storybook', '--file', str(file)])
+    [row] = json.loads(file.read_text(encoding='utf-8'))
+    assert row['rouge_l'] > .7 and row['seconds'] > read_metadata(shipped_checkpoint())['seconds']
 
 def test_a_table_from_before_goes_on(tmp_path, checkpoint):
     "The column was named otherwise."

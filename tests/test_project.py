@@ -121,7 +121,9 @@ IMPORT_EACH = '''
 import json, os, sys, traceback
 import accelerate, datasets, ipywidgets, matplotlib.pyplot, torch._dynamo, transformers
 import transformers.generation.utils, transformers.image_processing_utils
-import transformers.models.auto.modeling_auto
+import transformers.models.auto.modeling_auto, transformers.models.clip.modeling_clip
+import transformers.models.llava.modeling_llava, transformers.models.qwen3.modeling_qwen3
+import rouge_score.rouge_scorer, transformers.integrations.mistral
 failed = {}
 for module in sys.argv[1:]:
     told, tell = os.pipe()

@@ -94,37 +94,15 @@ WRONG = {
     'gated': ('--tokenizer_name', 'makers/gated'),
 }
 
-TRY_EACH = """
-import contextlib, io, json, sys
-from capnb.run.commands import train_command
-found = {}
-for part,args in json.loads(sys.argv[1]).items():
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            code = train_command(args)
-        except SystemExit as e:
-            code = e.code
-    found[part] = code, err.getvalue()
-print(json.dumps(found))
-"""
-
-@pytest.fixture(scope='module')
-def wrong(environment, trained, hub):
-    "What `capnb_train` ends with and says for each of `WRONG`, and what the hub was asked for."
+@pytest.mark.parametrize('part', WRONG)
+def test_model_that_is_not_there_is_one_line(run, trained, hub, part):
+    "And nothing large was fetched before it was told."
     here, env = trained
     hub.add('makers/gated', {'config.json': b'{}'}, 'models', gated=True)
     hub.asked.clear()
-    words = [sys.executable, '-c', TRY_EACH, json.dumps(WRONG)]
-    done = subprocess.run(words, cwd=here, env=environment(**env), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ''), done.stderr[-3000:]
-    return json.loads(done.stdout), list(hub.asked)
-
-@pytest.mark.parametrize('part', WRONG)
-def test_model_that_is_not_there_is_one_line(wrong, part):
-    "And nothing large was fetched before it was told."
-    (code, said), asked = wrong[0][part], wrong[1]
-    assert code == 1 and len(said.splitlines()) == 1 and WRONG[part][1] in said
-    assert 'hf auth login' in said and asked and not any('safetensors' in a for a in asked)
+    done = run('capnb_train', *WRONG[part], cwd=here, env=env)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and WRONG[part][1] in done.stderr
+    assert 'hf auth login' in done.stderr and hub.asked and not any('safetensors' in a for a in hub.asked)
 
 @pytest.mark.skipif(
     not os.environ.get('CAPNB_VLLM_PYTHON'), reason='set CAPNB_VLLM_PYTHON to a Python that has vLLM'

@@ -1,9 +1,10 @@
 """Trackers, read back from their own stores: what a run told MLflow and Weights & Biases, after a stop and
 after a failure, too."""
-import json, sqlite3, struct, subprocess, sys
+import json, sqlite3, struct
 from pathlib import Path
 import mlflow, pytest, wandb
 from wandb.proto.wandb_internal_pb2 import Record
+from forks import ForkedScript
 from capnb.run import trackers
 from capnb.run import entry
 from capnb.checkpoint import read_metadata
@@ -224,16 +225,10 @@ except OSError as e:
 
 def test_a_failure_of_wandb_is_loud(album, place, environment):
     "Its own process is gone in the middle of a run."
-    done = subprocess.run(
-        [sys.executable, '-c', LOSE_SERVICE, album],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert 'told: tracker wandb: ' in done.stdout and 'capnb_train --resume' in done.stdout, done.stderr[
-        -2000:
-    ]
+    (place/'lose.py').write_text(LOSE_SERVICE, encoding='utf-8')
+    with ForkedScript(place/'lose.py', [album], place, environment()) as process:
+        out, err = process.communicate(timeout=120)
+    assert 'told: tracker wandb: ' in out and 'capnb_train --resume' in out, err[-2000:]
 
 # --- Before anything begins
 

@@ -98,12 +98,13 @@ _ENCODER_MADE = (
 
 def describe_encoder(
     folder:Path, # With a saved CLIP
+    n:int=5000, # Training images of the linear probe
 ) -> dict: # What was measured
     "Measure a saved CLIP and write its card."
     with no_loading_bar():
         clip = CLIPModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip)
+    r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip, n)
     def found(d): return f"{d['found']:.1%} (chance {d['chance']:.1%})"
     fewer = 'fewer pages with one thing, so fewer captions that fit several images'
     _write_card(folder, _ENCODER + _ENCODER_SIZE, _ENCODER_MADE, {
@@ -115,7 +116,7 @@ def describe_encoder(
 # %% ../../nbs/11_pretraining.ipynb #b193ff70
 def pretrain(
     folder, # Gets a folder for each model
-    scale:float=1., # Share of the full number of steps
+    scale:float=1., # Share of the full number of steps, and of the images of the linear probe
     names=('storybook-qwen3', 'storybook-clip'), # Which of the two to make
 ) -> dict: # What was measured on each
     "Teach the storybook's Qwen3 and CLIP from nothing and save them with cards and logs."
@@ -131,5 +132,5 @@ def pretrain(
             tokenizer = train_tokenizer(map(story_page, range(3000)))
             clip, log = pretrain_encoder(tokenizer, n(8000), n(1000))
             save_pretrained(path, clip, [closing(tokenizer), image_processor()], log)
-            measured[path.name] = describe_encoder(path)
+            measured[path.name] = describe_encoder(path, max(500, n(5000)))
     return measured

@@ -81,6 +81,7 @@ def start_from(
     """Lay the trained weights of an earlier run over a new model; raises `ValueError` that names the first
     one that does not fit."""
     here = {n: p for group in parameter_groups(model, h).values() for n,p in group.items()}
+    here |= {f'adapter.{n}': b for n,b in model.adapter.named_buffers()}
     learned = read_weights(path)
     if missing := [n for n in here if n.startswith('adapter.') and n not in learned]:
         raise ValueError(f"{path}: {missing[0]} is missing")

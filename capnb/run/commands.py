@@ -215,7 +215,9 @@ def _full_run(device, file):
 # %% ../../nbs/35_commands.ipynb #01fd4d40
 @command
 def results_command(
-    checkpoint:Param('Weights, a file model_state_dict_....pth', any_path, opt=False),
+    checkpoint:Param(
+        'Weights, a file model_state_dict_....pth, or storybook for those of the package', any_path, opt=False
+    ),
     file:Param('The JSON file of results; the table is written beside it', new_file)='results.json',
     hardware:Param('What the training ran on, such as T4; without it what the metadata says', str)=None,
 ):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
+from ..hardware import default_device
 from ..captioner import build_captioner, check_models, check_trained, shipped_checkpoint
 from ..own_encoder import own_encoder
 from ..evaluation import Scores
@@ -20,7 +21,7 @@ from ..fast.parts import make_fast
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
 from .trackers import Samples, Tracker, tracker_names
-from .training import run_training
+from .training import check_precision, run_training
 
 from .processes import join_processes, main_process_first, shard_decoder, sharding_asked
 from .resume import find_state, read_state, resumed_hyperparameters
@@ -63,6 +64,7 @@ def prepare(
 ): # The captioner, with an adapter that has learned nothing; for each split its images; the same encoded
     "Load what a run needs: the frozen pair, the data, and each image encoded once."
     check_models(h, encoder) # before images are fetched for a model that does not exist
+    check_precision(h, device or default_device())
     splits = {
         split: d
         for split, d in load_for(h, data).items()

@@ -45,9 +45,9 @@ def _groups(run):
             name=g['name'],
             parameters=sum(p.numel() for p in g['params']),
             learns=sum(p.numel() for p in g['params'] if p.requires_grad),
-            learning_rate=g['lr'],
+            learning_rate=rate,
         )
-        for g in run.optimizer.param_groups
+        for g,rate in zip(run.optimizer.param_groups, run.rates, strict=True)
     ]
 
 def _revisions(h):
@@ -71,7 +71,7 @@ def new_metadata(run:SavedRun) -> dict:
         epoch=run.epoch,
         training_loss=run.mean_loss,
         **scores,
-        learning_rate=run.scheduler.get_last_lr()[0],
+        learning_rate=run.rates[0],
         steps=len(run.losses),
         losses=[round(l, 4) for l in run.losses],
         hyperparameters=asdict(run.h),

@@ -43,16 +43,18 @@ def as_llava(
         )
     if any('.lora_' in n for n,_ in decoder.named_parameters()):
         raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
+    if model.prompt:
+        raise ValueError("a captioner with a prompt has no form as a LLaVA")
     tokenizer = _with_image_token(model.tokenizer)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     llava = LlavaForConditionalGeneration(llava_config(model, token)).to(decoder.dtype).eval()
     for ours, theirs in (
         (vision, llava.model.vision_tower),
-        (model.adapter, llava.model.multi_modal_projector),
         (decoder.get_decoder(), llava.model.language_model),
         (decoder.get_output_embeddings(), llava.lm_head),
     ):
         theirs.load_state_dict(ours.state_dict())
+    llava.model.multi_modal_projector.load_state_dict(model.adapter.projector_state())
     if token >= decoder.config.vocab_size:
         llava.resize_token_embeddings(token+1, mean_resizing=False)
     llava.generation_config = GenerationConfig(

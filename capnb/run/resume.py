@@ -110,7 +110,8 @@ def data_fingerprint(
 ) -> dict:
     "What the captions of each split are, in a few letters."
     crc = lambda rows: hex(crc32('\n'.join(c for r in rows for c in r['captions']).encode()))
-    return {split: f'{len(d)} images, captions {crc(d.rows)}' for split,d in data.items()}
+    # this text is in the training states of earlier versions, word for word
+    return {split: f'{len(d)} pictures, captions {crc(d.rows)}' for split,d in data.items()}
 
 def _kept(callbacks):
     "What callbacks name in `keeps`, by the name of their class."
@@ -270,6 +271,11 @@ def _load_optimizer(optimizer, saved):
     optimizer.load_state_dict(saved)
 
 # %% ../../nbs/32b_resume.ipynb #6c6f071ea
+def _set_schedule(run, steps):
+    "Put the schedule after so many steps; the rates came with the optimizer."
+    run.scheduler.last_epoch = steps
+    run.rates = run.scheduler._last_lr = [g['lr'] for g in run.optimizer.param_groups]
+
 def load_state(
     run:SavedRun, # Fresh
     state:dict, # From `read_state`
@@ -286,7 +292,7 @@ def load_state(
     try:
         _load_optimizer(run.optimizer, state['optimizer'])
         _check_alike(run.scheduler.state_dict(), state['scheduler'])
-        run.scheduler.load_state_dict(state['scheduler'])
+        _set_schedule(run, len(position['losses']))
         if run.scaler:
             run.scaler.load_state_dict(state['scaler'])
         set_random_state(state['random'], run.model.device)

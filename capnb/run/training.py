@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['token_counts', 'precision', 'backward', 'one_ahead', 'read_ahead', 'ReadAhead', 'SharedStep', 'LaidOut',
-           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'optimizer_for', 'run_training']
+           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'check_precision', 'optimizer_for',
+           'run_training']
 
 # %% ../../nbs/33a_training.ipynb #fde4bd7e
-import signal, time
+import math, signal, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,7 +18,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, patch_environment, set_seed
 from ..log import log
-from ..captioner import Captioner, frozen_fingerprint, parameter_groups, save_checkpoint, unfreeze
+from capnb.captioner import (
+    Captioner, frozen_fingerprint, measure_features, parameter_groups, save_checkpoint, unfreeze
+)
 from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import begin_ids, count_cut, cut_text, text_ids
 from ..out_of_memory import ADVICE, memory_ran_out, release_memory
@@ -334,7 +337,18 @@ def _check_run(data, h):
             ' patience out'
         )
 
+def check_precision(
+    h:Hyperparameters,
+    device, # Where to train
+):
+    "Raise a `ValueError` for a precision that `accelerate` would leave out on this device without a word."
+    if h.mixed_precision=='fp16' and torch.device(device).type=='cpu':
+        raise ValueError(
+            'mixed_precision is fp16, and a CPU does not train in it; set it to bf16, or to no, or take a GPU'
+        )
+
 def _accelerator(model, h):
+    check_precision(h, model.device)
     join_processes(model.device)
     # it would hold on to the mixed precision of an earlier run in this process
     AcceleratorState._reset_state()
@@ -350,16 +364,25 @@ def _accelerator(model, h):
 def optimizer_for(
     model:Captioner,
     h:Hyperparameters,
+    epoch_steps:int, # Steps of an epoch
 ): # As from `make_optimizer`
     "Make the optimizer and the schedule that the settings ask for."
+    decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
+    steps = min(h.num_epochs*epoch_steps, h.max_steps or math.inf)
+    cosine = dict(cosine_steps=steps, warmup_steps=math.ceil(h.warmup_ratio*steps))
     return make_optimizer(
-        parameter_groups(model, h), h.learning_rate, h.decoder_lr_scale,
-        h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1., h.learning_rate_decay_step,
+        parameter_groups(model, h), h.learning_rate, h.decoder_lr_scale, decay,
+        h.learning_rate_decay_step*epoch_steps, weight_decay=h.weight_decay,
+        **cosine if h.lr_scheduler_type=='cosine' else {},
     )
 
 def _new_run(model, data, h, stamp, callbacks, state, accelerator):
     "A run with what learns and steers it."
-    optimizer, scheduler = optimizer_for(model, h)
+    if not h.init_from:
+        measure_features(model, data['train'].features)
+    optimizer, scheduler = optimizer_for(model, h, math.ceil(len(data['train'])/h.batch_size))
+    # in fp16 the first step may be left out, which PyTorch takes for a wrong order of the two
+    optimizer._opt_called = True
     run = SavedRun(
         model, data, accelerator.prepare(optimizer), scheduler, h.num_epochs, h.batch_size, h.seed,
         h.captions_per_image, h.max_steps, validates=h.evaluation_enabled, resumed=bool(state), h=h,

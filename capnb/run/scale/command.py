@@ -33,7 +33,7 @@ def scale_command(
     workers:Number('Processes with a model each')=2,
     threads:Number('CPUs for each worker')=1,
     gpus:Number('GPUs for each worker: 0, 1, or a share of one', float, closed=True)=0.,
-    batch_size:Number('Images that a worker takes at a time')=32,
+    batch_size:Number('Images that a worker takes at a time; what suits its device if none is named')=None,
     shard_size:Number('Images per file: what a stop can cost, per worker')=1000,
     address:Param(_ADDRESS, str)=None,
 ):

@@ -23,20 +23,21 @@ from ...checkpoint import read_metadata
 from ...decoder import split_scores
 from ...options import check_options
 from ...encoder import load_encoder
+from ...fast.cuda.writing import WIDTHS
 from ...fast.parts import make_fast
 from ...image_pool import DecodingPool
 from ...images import ImageFile
 from .sources import Source
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #0da1800e
-def _open_rows(rows, pool, min_side):
+def _open_rows(rows, pool, encoder):
     "The images that can be opened, and for each row what is wrong with it, or None."
     rows = rows.to_pylist()
     sources = [
         ImageFile(row['image'], row['id']) if row['error'] is None else ValueError(row['error'])
         for row in rows
     ]
-    opened = list(pool.map(sources, min_side=min_side))
+    opened = list(pool.map(sources, min_side=encoder.min_side, steps=encoder.steps))
     errors = [str(image) if isinstance(image, ValueError) else None for image in opened]
     return [image for image,error in zip(opened, errors, strict=False) if error is None], errors
 
@@ -66,7 +67,7 @@ class CaptionWorker:
         self.schema = pa.schema(dict(id=pa.string(), caption=text, score=number, error=pa.string()))
 
     def __call__(self, rows:pa.Table) -> pa.Table:
-        images, errors = _open_rows(rows, self.pool, self.model.encoder.min_side)
+        images, errors = _open_rows(rows, self.pool, self.model.encoder)
         features = self.model.encoder.encode(images) if images else []
         found = self.model.caption_features(features, scores=True, **self.options) if images else []
         captions, scores = zip(*map(split_scores, found), strict=True) if found else ((), ())
@@ -91,7 +92,7 @@ class FeatureWorker:
         self.schema = pa.schema(dict(id=pa.string(), features=numbers, error=pa.string()))
 
     def __call__(self, rows:pa.Table) -> pa.Table:
-        images, errors = _open_rows(rows, self.pool, self.encoder.min_side)
+        images, errors = _open_rows(rows, self.pool, self.encoder)
         features = self.encoder.encode(images).half().cpu().numpy() if images else []
         features = _spread([list(f) for f in features], errors)
         return pa.table([rows['id'], features, errors], schema=self.schema)
@@ -262,7 +263,7 @@ def run_job(
     workers:int=2, # Processes with a model each
     threads:int=1, # CPUs for each worker
     gpus:float=0, # GPUs for each worker
-    batch_size:int=32, # Images that a worker takes at a time
+    batch_size:int=None, # Images that a worker takes at a time; None for what suits its device
     shard_size:int=1000, # Images per file: what a stop can cost, per worker
     address:str=None, # Of a running Ray cluster; None starts one on this machine
     progress:bool=False, # Show Ray's progress bars
@@ -277,7 +278,7 @@ def run_job(
         done = shards.map_batches(
             worker,
             fn_constructor_args=('cuda' if gpus else 'cpu', threads, *arguments),
-            batch_size=batch_size,
+            batch_size=batch_size or (WIDTHS[-1] if gpus else 32),
             batch_format='pyarrow',
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=threads,

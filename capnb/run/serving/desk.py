@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from uuid import uuid4
+from PIL import Image
 from .limits import Limits, client_of, read_body, refuse
 from .uploads import Opener, image_of
 
@@ -46,18 +47,18 @@ class Desk:
         limits:Limits,
         running, # Shared number of requests that somebody waits for; a server that stops finishes these
         started, # Shared number of workers that have begun
-        min_side, # As for `Opener`
+        sight, # As for `Opener`
         notice:str=None, # What every answer says of the captioner, and the page
     ):
         self.notice = notice
-        self.server, self.limits, self.min_side = server, limits, min_side
+        self.server, self.limits, self.sight = server, limits, sight
         self.running, self.started = running, started
         self.taken, self.bytes, self.at_worker, self.holding = Counter(), Counter(), {}, set()
 
     @contextmanager
     def open_house(self):
         "Have the children that open images."
-        self.opener = Opener(self.limits, self.min_side)
+        self.opener = Opener(self.limits, self.sight)
         with self.opener.pool:
             yield
 
@@ -111,7 +112,7 @@ class Desk:
 
     def open(self, place, data):
         "Begin to open the image of a request."
-        place.opening = asyncio.ensure_future(self.opener.open(data, place.client))
+        place.opening = asyncio.ensure_future(self.opener.open(data, place.client, place.explained))
         place.opening.add_done_callback(lambda _: self.keep(place, 0)) # the file is needed no more
         return place.opening
 
@@ -142,7 +143,8 @@ class Desk:
 
     def hand_over(self, place, image, stream):
         "Give a request to the worker."
-        self.keep(place, 3*image.width*image.height)
+        whole = isinstance(image, Image.Image) # else bytes
+        self.keep(place, 3*image.width*image.height if whole else image.nbytes)
         place.uid = uuid4().hex
         self.server.response_buffer[place.uid] = self.at_worker[place.uid] = place
         self.tell_worker(place.uid, place.end, (image, stream, place.explained))

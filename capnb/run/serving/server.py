@@ -21,7 +21,7 @@ from .access import Guard, check_key, host_check
 from .app import SERVING, STARTING, STOPPING, make_app
 from .desk import Desk
 from .limits import Limits, connection_class
-from .worker import Worker
+from .worker import Sight, Worker
 from ...files import say
 
 # %% ../../../nbs/37h_serving_server.ipynb #0da12026
@@ -136,16 +136,16 @@ def serve(
 
     # What the processes share; what a worker gets must be made for processes that are spawned.
     shared = multiprocessing.get_context('spawn')
-    started, min_side, failure = shared.Value('i'), shared.Value('i'), shared.SimpleQueue()
+    started, sight, failure = shared.Value('i'), Sight(shared), shared.SimpleQueue()
     running, state = multiprocessing.Value('i'), multiprocessing.Value('i', STARTING)
-    worker = Worker(str(checkpoint), failure, started, min_side, options=options, encoder=encoder)
+    worker = Worker(str(checkpoint), failure, started, sight, options=options, encoder=encoder)
     server = _lit_server(litserve, worker, batch_size, limits)
 
     # Our app in place of LitServe's own.
     def ready():
         state.value = SERVING
         say(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
-    server.app = make_app(Desk(server, limits, running, started, min_side, notice), key, state, ready)
+    server.app = make_app(Desk(server, limits, running, started, sight, notice), key, state, ready)
     server.app.add_middleware(Guard, ours=host_check(host, key, allowed_hosts), more=allowed_hosts)
 
     came = _on_signal(server, running, state, limits)

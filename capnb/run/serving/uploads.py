@@ -112,10 +112,10 @@ class Opener:
     "Opens the images of requests in child processes, which are started at once."
     def __init__(self,
         limits:Limits,
-        min_side, # Shared number of pixels that the encoder needs; 0 for all that there are
+        sight, # `Sight`: how the encoder sees an image, if that is known yet
     ):
         workers = max(4, os.cpu_count() or 1) # so that a few slow images leave room
-        self.limits, self.min_side, self.turns = limits, min_side, Turns(workers)
+        self.limits, self.sight, self.turns = limits, sight, Turns(workers)
         self.pool = DecodingPool(workers, seconds=max(1, limits.seconds/3))
         for _ in range(workers):
             self.pool.submit(b'', 'nothing')
@@ -123,7 +123,8 @@ class Opener:
     async def open(self,
         data:bytes,
         client:str, # As of `client_of`
-    ): # PIL image
+        whole:bool=True, # Not just what the encoder sees of it
+    ): # PIL image; where it need not be whole an array of bytes, if the encoder takes these
         """Open an image; refuses with 415 what is none, and with 413 what has too many pixels.
 
         If it is cancelled it ends when its child has.
@@ -131,7 +132,7 @@ class Opener:
         most = self.limits.pixels
         async with self.turns.turn(client):
             work = asyncio.wrap_future(
-                self.pool.submit(data, 'the image', min_side=self.min_side.value or None, pixels=most * 1e6)
+                self.pool.submit(data, 'the image', pixels=most * 1e6, **self.sight.how(whole))
             )
             try:
                 await asyncio.wait([work])
