@@ -20,8 +20,8 @@ from .hardware import default_device
 from .hub import model_config, model_path, weights_fingerprint
 from .image_pool import open_images
 from capnb.decoder import (
-    begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions, load_decoder,
-    tokenize_captions
+    begin_ids, token_nll, check_decoder, decoder_config, embedding_size, generate_captions,
+    load_decoder, tokenize_captions, text_ids
 )
 from .out_of_memory import in_slices
 from .encoder import check_encoder, load_encoder
@@ -66,6 +66,8 @@ class Captioner(nn.Module):
         Of the decoder.
     max_caption_length : int, default 128
         Most tokens of a caption, read or written.
+    prompt : str, default ''
+        Text that stands between an image and its caption, such as 'A photo of'.
 
     Attributes
     ----------
@@ -91,10 +93,11 @@ class Captioner(nn.Module):
         decoder, # Causal language model
         tokenizer, # Of the decoder
         max_caption_length:int=128, # Most tokens per caption, read or written
+        prompt:str='', # Text between an image and its caption
     ):
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
-        self.tokenizer, self.max_caption_length = tokenizer, max_caption_length
+        self.tokenizer, self.max_caption_length, self.prompt = tokenizer, max_caption_length, prompt
         self.reader, self.writer = read_captions, write_captions # the chapters on speed have others
         self.most = None # captions written at a time, once memory has run out
 
@@ -113,15 +116,13 @@ class Captioner(nn.Module):
         features, # (batch, encoder width) or (batch, patches, encoder width)
     ) -> torch.Tensor: # (batch, prefix, decoder width)
         """Say what stands before a caption: the token that a text begins with, if this decoder has one, then
-        the image."""
-        # (batch, prefix, width)
-        prefix = self.adapter(features.to(self.device))
-        begin = torch.tensor([begin_ids(self.tokenizer)]*len(prefix), dtype=torch.long, device=self.device)
-        return (
-            torch.cat([self.decoder.get_input_embeddings()(begin).to(prefix.dtype), prefix], 1)
-            if begin.numel()
-            else prefix
-        )
+        the image, then the prompt."""
+        prefix = self.adapter(features.to(self.device))                      # (batch, image, width)
+        def words(ids): # (batch, tokens, width)
+            ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(len(prefix), -1)
+            return self.decoder.get_input_embeddings()(ids).to(prefix.dtype)
+        [prompt] = text_ids(self.tokenizer, [self.prompt]) if self.prompt else [[]]
+        return torch.cat([words(begin_ids(self.tokenizer)), prefix, words(prompt)], 1)
 
     def tokenize(self,
         captions, # One per image, a text; or several, a list of texts
@@ -326,7 +327,7 @@ def build_captioner(
         decoder = add_lora(decoder, h)
     width = decoder.get_input_embeddings().embedding_dim
     adapter = new_adapter(h, encoder, width, embedding_size(decoder)).to(device)
-    return Captioner(encoder, adapter, decoder, tokenizer, h.max_caption_length)
+    return Captioner(encoder, adapter, decoder, tokenizer, h.max_caption_length, h.prompt)
 
 # %% ../nbs/05_captioner.ipynb #0da7b051
 def last_layers(decoder, n):

@@ -5,7 +5,10 @@ import pytest, torch
 from capnb.captioner import build_captioner, load_model_from_checkpoint, measure_features, save_checkpoint
 from capnb.checkpoint import read_weights
 from capnb.encoder import EncodedData
+from capnb.fast.cuda.training import why_not
+from capnb.fast.parts import make_fast
 from capnb.run.entry import train
+from capnb.run.llava import as_llava
 from capnb.run.resume import find_state, read_state
 from capnb.run.training import run_training
 from capnb.settings import as_hyperparameters
@@ -88,6 +91,14 @@ def test_measuring_is_asked_for_by_the_form_of_the_adapter(tmp_path):
     measure_features(model, data['train'].features)
     assert all(torch.equal(t, before[n]) for n,t in model.adapter.state_dict().items())
 
+def test_a_llava_has_the_standardisation_in_its_projector(tmp_path):
+    h = settings(tmp_path, features='patch', standardize_features=True)
+    model, features = build_captioner(h, 'cpu').eval(), made_data(h)['train'].features
+    measure_features(model, features)
+    llava, _ = as_llava(model)
+    expected = model.adapter(features)
+    assert torch.allclose(llava.model.multi_modal_projector(features), expected, atol=1e-4)
+
 # --- Features left out at random
 
 @pytest.mark.parametrize('form', FORMS)
@@ -98,6 +109,32 @@ def test_features_are_left_out_in_training_only(form, tmp_path):
     assert not torch.equal(model.adapter(features), model.adapter(features))
     model.eval()
     assert torch.equal(model.adapter(features), model.adapter(features))
+
+# --- A text between image and caption
+
+def test_a_prompt_stands_before_the_caption(tmp_path):
+    "The loss is that of the same tokens in a row; the fast way agrees; a checkpoint knows its prompt."
+    h = settings(tmp_path, prompt='A photo of', max_caption_length=20)
+    model, features = build_captioner(h, 'cpu').eval(), made_data(h)['train'].features[:3]
+    captions = ['a cat.', 'two red hats.', 'a small fox.']
+    ids = model.tokenizer('A photo of', add_special_tokens=False)['input_ids']
+    prefix = model.prefix(features)
+    assert prefix.shape[1]==2+len(ids) and len(ids) > 1
+    words = model.decoder.get_input_embeddings()(torch.tensor(ids))
+    assert torch.equal(prefix[:,:2], model.adapter(features)) and torch.equal(prefix[1,2:], words)
+    slow = model(features, captions).item()
+    path = save_checkpoint(model, tmp_path, '20260101_120000', 1, dict(hyperparameters=dict(h)))
+    again = make_fast(load_model_from_checkpoint(path, 'cpu')[0])
+    assert again.prompt=='A photo of' and again(features, captions).item()==pytest.approx(slow, rel=1e-4)
+    assert again.caption_features(features)==model.caption_features(features)
+    plain = build_captioner(settings(tmp_path), 'cpu').eval()
+    assert torch.equal(plain.prefix(features), plain.adapter(features))
+
+def test_what_cannot_have_a_prompt_says_so(tmp_path):
+    model = build_captioner(settings(tmp_path, prompt='A photo of', features='patch'), 'cpu')
+    assert 'a prompt' in why_not(model, torch.optim.AdamW(model.adapter.parameters()), 20)
+    with pytest.raises(ValueError, match='a captioner with a prompt has no form as a LLaVA'):
+        as_llava(model)
 
 # --- The schedule
 

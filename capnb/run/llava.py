@@ -43,6 +43,8 @@ def as_llava(
         )
     if any('.lora_' in n for n,_ in decoder.named_parameters()):
         raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
+    if model.prompt:
+        raise ValueError("a captioner with a prompt has no form as a LLaVA")
     tokenizer = _with_image_token(model.tokenizer)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     llava = LlavaForConditionalGeneration(llava_config(model, token)).to(decoder.dtype).eval()

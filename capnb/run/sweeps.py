@@ -69,6 +69,7 @@ class TrialRunner:
                 f.decoder,
                 f.tokenizer,
                 h.max_caption_length,
+                h.prompt,
             ))
         if key==self.key:
             model = make_fast(build_captioner(h))

@@ -93,6 +93,7 @@ def why_not(
     "Say why steps of fixed shapes cannot train this model."
     if not isinstance(optimizer, torch.optim.AdamW):
         return f'the optimizer is {type(optimizer).__name__}, not AdamW'
+    if model.prompt: return 'a prompt stands between image and caption'
     if not takes_positions(model.decoder, length):
         return 'captions cannot share rows in this decoder'
     return None
