@@ -77,7 +77,9 @@ class ImageEncoder(nn.Module):
         images, # List of PIL images, or of bytes as `steps` makes them
     ) -> torch.Tensor: # As of `prepare_images`; (batch, height, width, 3) bytes where bytes came
         "Scale and normalise images for this encoder; what are bytes already is normalised when encoded."
-        if isinstance(images[0], np.ndarray): return torch.from_numpy(np.stack(images))
+        if any(isinstance(image, np.ndarray) for image in images):
+            pixels = [image if isinstance(image, np.ndarray) else self.steps(image) for image in images]
+            return torch.from_numpy(np.stack(pixels))
         return prepare_images(self.processor, images, self.image_size)
 
     @cached_property
