@@ -107,6 +107,13 @@ def _image_half(whole, ran):
             for name in {n.partition('.')[0] for n in self.state_dict()} - ran:
                 delattr(self, name)
             self.all_tied_weights_keys = {}
+
+        def _init_weights(self, module):
+            if module is not self: # it would ask for the parts that are gone
+                super()._init_weights(module)
+
+    # by these a file with older names of weights is read
+    ImageHalf.__name__, ImageHalf.__module__ = whole.__name__, whole.__module__
     return ImageHalf
 
 def tower_class(
@@ -118,9 +125,11 @@ def tower_class(
     own = _known_class(vision) if vision else whole
     projecting = own and getattr(transformers, f'{own.__name__}WithProjection', None)
     if features=='pooled' and projecting: return projecting, vision or config, {}
-    if vision and not (own and features=='patch'):
+    if vision:
         ran = _running_parts(whole, config)
-        if not own or ran!={'vision_model'}: return _image_half(whole, ran), config, {}
+        named = projecting or own and own.base_model_prefix=='vision_model' # its weights are in the file so
+        if not named or 'vision_model' not in ran or features=='pooled' and len(ran) > 1:
+            return _image_half(whole, ran), config, {}
     may_leave = features=='patch' and 'add_pooling_layer' in inspect.signature(own).parameters
     return own, vision or config, dict(add_pooling_layer=False) if may_leave else {}
 
@@ -238,7 +247,7 @@ def _first_look(config, asked, features, what):
         raise ValueError(f"image_size is {asked}, but {what} takes {size}")
 
     states, patch = _states(out), _one_number(getattr(vision_part(config), 'patch_size', None))
-    found = len(states)==2 and _lay_out(states.shape, size, patch)
+    found = states is not None and len(states)==2 and _lay_out(states.shape, size, patch)
     grid, before, channels = found or (None, 0, None)
     cut = patch and grid==(size//patch,)*2
     if cut and size%patch and size!=own_size(config): # SigLIP at 384 has patches of 14
