@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from .files import error_line
-from .hub import load_whole
+from .hub import check_timm, load_whole
 from .log import log
 
 # %% ../nbs/30m_vision_towers.ipynb #b506bbd9
@@ -230,9 +230,6 @@ def _try_sizes(config, asked, features):
 # %% ../nbs/30m_vision_towers.ipynb #87d4f6da
 _seen = {} # what was looked at in this process
 
-def _needs(package, what):
-    return ValueError(f"{what} needs the package {package}; install it with: pip install 'capnb[{package}]'")
-
 def _first_look(config, asked, features, what):
     "As `look`, without its memory."
     kind, why = f"{what} is a {config.model_type!r} model", _why_not(config)
@@ -240,8 +237,7 @@ def _first_look(config, asked, features, what):
     try:
         out, size, options = _try_sizes(config, asked, features)
     except Exception as e: # a model may raise anything; its words are passed on
-        if isinstance(e, ImportError) and 'timm' in str(e):
-            raise _needs('timm', what) from None
+        check_timm(e, what)
         raise ValueError(f"{kind}, which cannot be run on an image alone: {error_line(e)}") from e
     if asked and size!=asked:
         raise ValueError(f"image_size is {asked}, but {what} takes {size}")
