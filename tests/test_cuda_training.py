@@ -140,8 +140,9 @@ def test_rows_are_as_long_as_what_they_hold():
     lengths = torch.randint(6, 30, (32, 2), generator=chance)
     layouts = Layouts(lengths.tolist(), 32, 1)
     batch = layouts.lay_out(torch.zeros(32, 1), torch.ones(64, int(lengths.max()), dtype=torch.long), lengths)
-    used = (views(batch.shape, batch.numbers).image>=0).nonzero()[:,1].max().item()+1
-    assert batch.shape.positions==room(used) and batch.read==32+int((lengths-1).sum())
+    used = views(batch.shape, batch.numbers).image>=0
+    assert torch.equal(used, used.sum(1, keepdim=True) > torch.arange(batch.shape.positions)) # no gaps
+    assert batch.shape.positions==room(int(used.sum(1).max())) and batch.read==32+int((lengths-1).sum())
     assert int((views(batch.shape, batch.numbers).label>=0).sum())==batch.predicted==int(lengths.sum())
 
 # --- The correction
