@@ -1,6 +1,7 @@
 """A row of the table of real results: planned within a budget, stopped and taken up, written."""
 import csv, json, time
 import numpy, pytest, torch
+from capnb.checkpoint import read_weights
 from capnb.insight.efficientnet import EfficientNetLite
 from capnb.run.experiments import (
     EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, plan_steps, score_captions
@@ -18,6 +19,12 @@ class Tiny(torch.nn.Module):
         return torch.from_numpy(numpy.stack(pixels))
     def forward(self, pixels):
         return pixels
+
+class Grid(Tiny):
+    "The same, cell by cell."
+    name, width, patches = 'grid', 3, 4
+    def forward(self, pixels):
+        return pixels.view(-1, 4, 3)
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
@@ -54,7 +61,8 @@ def test_a_plan_is_made_once(album, tmp_path):
     one = experiment(album, tmp_path)
     plan = one.plan(1, time.monotonic())
     assert experiment(album, tmp_path).plan(9, time.monotonic())==plan
-    assert experiment(album, tmp_path, seed=1).folder != one.folder # each seed has its own
+    other = experiment(album, tmp_path, seed=1)
+    assert other.folder != one.folder and other.plan(9, time.monotonic())==plan # seeds make the same steps
 
 # --- The run
 
@@ -83,6 +91,19 @@ def test_what_was_stopped_goes_on_with_the_same_steps(album, tmp_path, monkeypat
     loaded, same = experiment(album, tmp_path/'cut').train(plan)
     assert same==path and path.stat().st_mtime==before # it has ended, and is only loaded
     assert torch.equal(loaded.adapter.standardize.mean, whole.adapter.standardize.mean)
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_each_experiment_trains_what_it_says(name, album, tmp_path):
+    encoder = Tiny() if name=='pooled' else Grid()
+    one = Experiment(name, album, folder=tmp_path, encoder=encoder, decoder='storybook-qwen3', limit=16)
+    model, path = one.train(Plan(steps=3, epoch_steps=2, step_seconds=1.))
+    learned = read_weights(path)
+    in_decoder = {n for n in learned if n.startswith('decoder.')}
+    lora = {n for n in in_decoder if '.lora_' in n}
+    assert bool(in_decoder)==(name in ('grid-lora', 'grid-unfrozen'))
+    assert bool(lora)==(name=='grid-lora') and (lora==in_decoder or name=='grid-unfrozen')
+    assert 'adapter.standardize.mean' in learned
+    assert model.prefix(one.encode('validation')[1].features[:2]).shape[1]==(10 if name=='pooled' else 4)
 
 def test_test_images_are_not_touched_by_training(album, tmp_path):
     seen = []
@@ -127,7 +148,8 @@ def row(**changes):
                             'rouge_l_nearest'), [.5, .4, .6])
     known = dict.fromkeys(FIELDS) | dict(
         settings='prefix_length 10', encoder='tiny', decoder='small', data='album', split='validation',
-        experiment='pooled', seed=0, epochs=1.5, scores=scores, rouge_l_ceiling=.6, image_gain=2., seconds=600.,
+        experiment='pooled', seed=0, epochs=1.5, scores=scores, rouge_l_ceiling=.6,
+        image_gain=2., seconds=600.,
         device='2 CPU cores', date='2026-01-01',
     )
     return known | changes
