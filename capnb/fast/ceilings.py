@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REACHED', 'wait_for', 'seconds_of', 'Ceilings', 'OperationCounter', 'count_work', 'measure_ceilings', 'work_seconds',
-           'training_work', 'writing_work']
+           'training_work', 'recorded_work', 'writing_work']
 
 # %% ../../nbs/24f_ceilings.ipynb #da3a47e5
 import time
@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from .cuda.batches import Layouts, views
+from .cuda.layers import fuse_norms
+from .cuda.training import static_loss
 from .loss import caption_loss
 from .memory import FusedOperations
 from .random_models import random_init_captioner
@@ -179,15 +182,35 @@ def training_work(
         loss(model.decoder, model.adapter(features).to(dtype), mask.to('meta'), mask).backward()
     return count_work(step)
 
+def recorded_work(
+    h, # `Hyperparameters`
+    dtype=torch.bfloat16, # Of the frozen models
+) -> list: # As from `count_work`
+    "Count the work of the step that a GPU records: fixed shapes, and norms of one kernel."
+    model = random_init_captioner(h, 'meta', dtype)
+    fuse_norms(model.decoder)
+    images, k = h.batch_size, h.captions_per_image
+    lengths = torch.tensor(caption_lengths(images*k)).view(images, k)
+    patches = h.features=='patch'
+    prefix = model.encoder.patches if patches else h.prefix_length
+    seen = (prefix, model.encoder.width)[not patches:]
+    ids = torch.zeros(images*k, int(lengths.max()), dtype=torch.long)
+    batch = Layouts(lengths.tolist(), images, prefix).lay_out(torch.zeros(images, *seen), ids, lengths)
+    features, numbers = batch.features.to('meta'), views(batch.shape, batch.numbers.to('meta'))
+    return count_work(lambda: static_loss(model, features, numbers).backward())
+
 @torch.no_grad()
 def writing_work(
     h, # `Hyperparameters`
     rows:int, # Captions that are written at a time
     dtype=torch.bfloat16, # Of the frozen models
     past:int=20, # Positions that were written before
+    fused:bool=False, # Norms are one kernel each
 ) -> list: # As from `count_work`
     "Count the work of writing one token in each row."
     decoder, cache = random_init_captioner(h, 'meta', dtype).decoder, DynamicCache()
+    if fused:
+        fuse_norms(decoder)
     width = decoder.get_input_embeddings().embedding_dim
     def read(n): # positions in each row
         x = torch.zeros(rows, n, width, device='meta', dtype=dtype)

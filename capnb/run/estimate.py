@@ -20,7 +20,9 @@ from ..data import CaptionData
 from ..decoder import count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
 from ..encoder import ImageEncoder
 from ..fast.cache import encode_data
-from ..fast.ceilings import count_work, measure_ceilings, training_work, work_seconds, writing_work
+from ..fast.ceilings import count_work, measure_ceilings, recorded_work, work_seconds, writing_work
+from ..fast.cuda.layers import fuse_norms
+from ..fast.cuda.training import why_not
 from ..fast.parts import make_fast
 from ..fast.synthetic import write_photographs
 from ..fast.writing import write_ids
@@ -305,14 +307,18 @@ def predict_phases(
     dtype=torch.bfloat16, # Of the frozen models
 ) -> dict: # As from `time_phases`; also seconds to 'read' a batch, and the 'rows' that are written at a time
     "Predict from the ceilings of a GPU what `time_phases` times elsewhere."
-    do = phases(random_init_captioner(h, 'meta', dtype), h)
-    replayed = not h.unfreeze_layers # layers that unfreeze on the way are trained as elsewhere
+    model = random_init_captioner(h, 'meta', dtype)
+    fuse_norms(model.decoder)
+    do, (optimizer, _) = phases(model, h), optimizer_for(model, h, 1)
+    length = (model.encoder.patches if h.features=='patch' else h.prefix_length) + h.max_caption_length
+    recorded = not why_not(model, optimizer, length)
+    step = recorded_work(h, dtype) if recorded else count_work(do['step'])
     return dict(
         prepare=prepare,
         encode=work_seconds(count_work(do['encode']), ceilings)/ENCODED,
-        step=work_seconds(training_work(h, dtype), ceilings, replayed),
+        step=work_seconds(step, ceilings, recorded),
         read=work_seconds(count_work(do['validate']), ceilings),
-        token=work_seconds(writing_work(h, GPU_ROWS, dtype), ceilings, True),
+        token=work_seconds(writing_work(h, GPU_ROWS, dtype, fused=True), ceilings, True),
         rows=GPU_ROWS,
     )
 

@@ -6,7 +6,7 @@
 __all__ = ['FusedNorm', 'fuse_norms', 'use_liger', 'use_fused', 'use_masked_attention']
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00003
-import torch
+import copy, torch
 from importlib.util import find_spec
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +31,9 @@ def _is_plain_norm(module):
     if not hasattr(module, 'variance_epsilon') or not isinstance(weight, nn.Parameter) or weight.dim()!=1:
         return False
     if list(module.children()) or len(list(module.parameters())) > 1: return False
+    if weight.is_meta: # what has no content cannot be tried, but a copy that has some
+        module = copy.deepcopy(module).to_empty(device='cpu')
+        weight = module.weight.normal_()
     x = torch.randn(4, 1, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     return alike(FusedNorm(module)(x), module(x))
 
