@@ -189,7 +189,7 @@ def test_a_run_that_goes_on_has_the_rates_of_one_that_was_not_stopped(recipe, st
 
 @pytest.mark.parametrize('closed', [True, False], ids=['after an epoch', 'before it was closed'])
 def test_a_state_of_a_schedule_that_counted_epochs_goes_on(closed, tmp_path):
-    "Training states of before: no rates of the last step, and those of the optimizer fall as an epoch closes."
+    "Training states of before: no rates of the last step; those of the optimizer fall as an epoch closes."
     class Stop(Callback):
         def on_epoch_trained(self, run):
             if not closed: raise KeyError('stopped')
