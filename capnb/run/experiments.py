@@ -36,7 +36,7 @@ from ..training import Callback
 # %% ../../nbs/34f_experiments.ipynb #34f00006
 COMMON = dict(
     batch_size=8, captions_per_image=5, learning_rate=1e-3, lr_scheduler_type='cosine', warmup_ratio=.05,
-    standardize_features=True, max_caption_length=40, checkpoint_steps=100, adapter_width=1024,
+    max_caption_length=40, checkpoint_steps=100, adapter_width=1024,
 )
 EXPERIMENTS = {
     'pooled': dict(prefix_length=10),
@@ -97,7 +97,8 @@ class _StepTimes(Callback):
     def on_step_end(self, run):
         self.ends.append(time.perf_counter())
     @property
-    def seconds(self): return median(b-a for a,b in zip(self.ends, self.ends[1:], strict=False))
+    def seconds(self):
+        return median(b-a for a,b in zip(self.ends, self.ends[1:], strict=False))
 
 class Experiment:
     "An experiment of one name, split and seed on a folder of photographs; what it writes is in `folder`."
