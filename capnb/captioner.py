@@ -24,8 +24,9 @@ from capnb.decoder import (
     load_decoder, tokenize_captions, text_ids
 )
 from .out_of_memory import in_slices
-from .encoder import check_encoder, load_encoder
+from .encoder import load_encoder
 from .own_encoder import OwnEncoder, check_own, own_encoder
+from .towers import look
 from capnb.checkpoint import (
     check_shapes, metadata_path, read_metadata, read_weights, save_metadata, save_tensors, weights_path
 )
@@ -265,8 +266,7 @@ def _check_sight(encoder, name, image_size, features):
     if isinstance(encoder, OwnEncoder):
         check_own(encoder, name, image_size, features)
         return encoder.patches
-    size = check_encoder(name, encoder, image_size, features)
-    return (size//getattr(encoder, 'vision_config', encoder).patch_size)**2
+    return look(encoder, image_size, features, name).patches
 
 def check_pair(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter

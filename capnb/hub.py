@@ -216,6 +216,8 @@ def load_whole(
     role:str, # For the message: 'encoder' or 'decoder'
     device, # Where to put it
     dtype=None, # Number type of its weights; None for what suits the device
+    may_lack:str=None, # A part that is left out if the file has nothing of it, such as 'pooler.'
+    **more, # For making the model
 # The model, frozen and in evaluation mode; `stored` is the fingerprint of its weights as they are in the file
 ):
     """Load a model whose weights must all be there; what else the file holds is left unread.
@@ -228,7 +230,7 @@ def load_whole(
     flash = 'flash_attention_2'
     may_flash = cls._supports_flash_attn and dtype!=torch.float32 and default_attention(device)==flash
     options = dict(
-        output_loading_info=True, dtype='auto', attn_implementation=flash if may_flash else None
+        more, output_loading_info=True, dtype='auto', attn_implementation=flash if may_flash else None
     )
     logging.set_verbosity_error() # we read the report ourselves
     try:
@@ -236,7 +238,10 @@ def load_whole(
             model, report = read_model(cls, name, f'{role} {name!r}: its weights', **options)
     finally:
         logging.set_verbosity(level)
-    if missing := sorted(report['missing_keys']):
+    missing = sorted(report['missing_keys'])
+    if may_lack and missing and all(key.startswith(may_lack) for key in missing):
+        setattr(model, may_lack.rstrip('.'), None)
+    elif missing:
         raise ValueError(
             f"{role} {name!r} has no weights for {missing[0]}"
             + (f' and {len(missing)-1} more' if len(missing) > 1 else '')

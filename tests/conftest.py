@@ -19,7 +19,8 @@ atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 @pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """The tests of a file go to one worker, as they share what it trains; the exercises of the chapters need
-    nothing of each other."""
+    nothing of each other, so they come last: then neither worker waits long for the other."""
+    items.sort(key=lambda item: item.path.name=='test_exercises.py')
     for item in items:
         if item.path.name != 'test_exercises.py':
             item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -3,10 +3,10 @@ each family, at odd sizes and in all modes."""
 import asyncio, random
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np, pyarrow as pa, pytest, torch
 from PIL import Image
 from torch import nn
+from transformers import CLIPVisionConfig, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -39,9 +39,12 @@ class Tower(nn.Module):
     "Stands for an image tower; what it says of an image are the numbers that it was given."
     def __init__(self, kind, dtype=torch.float32):
         super().__init__()
-        self.config = SimpleNamespace(
-            model_type=kind, image_size=SIDE, patch_size=PATCH, hidden_size=3*SIDE*SIDE, to_dict=lambda: {}
-        )
+        small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        if kind=='siglip2':
+            self.config = Siglip2VisionConfig(patch_size=PATCH, num_patches=(SIDE//PATCH)**2, **small)
+        else:
+            shape = dict(image_size=SIDE, patch_size=PATCH, projection_dim=3*SIDE*SIDE)
+            self.config = CLIPVisionConfig(**shape, **small)
         self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
         self.device, self.dtype = self.weight.device, dtype
 
@@ -53,7 +56,7 @@ def encoder_of(processor, dtype=torch.float32):
     if hasattr(processor, 'max_num_patches'):
         processor.max_num_patches = (SIDE//PATCH)**2
     kind = 'siglip2' if hasattr(processor, 'max_num_patches') else 'clip'
-    return ImageEncoder(Tower(kind, dtype), processor)
+    return ImageEncoder(Tower(kind, dtype), processor, image_size=SIDE)
 
 square = dict(height=SIDE, width=SIDE)
 dice = random.Random(7)

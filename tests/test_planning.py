@@ -353,7 +353,7 @@ def test_dry_run_begins_nothing(call, tmp_path):
     'flags, message',
     [
         (['--encoder_name', 'nobody/nothing'], 'train: model nobody/nothing: '),
-        (['--image_size', 32], "train: image_size is 32, but encoder 'storybook-clip' takes 64"),
+        (['--image_size', 60], "train: image_size is 60, but encoder 'storybook-clip' takes multiples of 8"),
         (['--data', 'coco'], "train: how many images the data set 'coco' has is not known beforehand"),
         (['--batch_size', 0], 'train: batch_size is 0'),
         (

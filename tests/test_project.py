@@ -47,7 +47,8 @@ def python(code, *words):
 
 # Layers, from the bottom: imports go down only, or to a lower number of the same layer. Understand and Fast
 # stand side by side.
-BASE = 'settings files log options checkpoint hardware hub images pixels image_pool out_of_memory'.split()
+BASE = """settings files log options checkpoint hardware hub images pixels image_pool out_of_memory towers
+image_processors""".split()
 COURSE = 'data encoder own_encoder adapter decoder captioner training evaluation inference'.split()
 BELOW = dict(
     base=[],

@@ -77,7 +77,7 @@ class Server:
     "A server as a process; the checkpoint is the newest of the folder."
     def __init__(self, start, cwd, *args, **env):
         self.port = free_port()
-        self.process = start('capnb_serve', '--port', self.port, *args, cwd=cwd, env=env, fresh=True)
+        self.process = start('capnb_serve', '--port', self.port, *args, cwd=cwd, env=env)
         self.address = f'http://127.0.0.1:{self.port}'
 
     def wait(self):

@@ -9,9 +9,10 @@ __all__ = ['KNOWN_MODELS', 'planned_config', 'count', 'random_init_captioner', '
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig
 from ..captioner import Captioner, add_lora, check_pair, new_adapter, unfreeze
-from ..encoder import ImageEncoder, tower_class
+from ..encoder import ImageEncoder
 from ..settings import Hyperparameters
 from ..hub import model_config
+from ..towers import tower_class
 
 # %% ../../nbs/24c_random_models.ipynb #13a00008
 _QWEN3 = dict(
@@ -100,10 +101,9 @@ def random_init_captioner(
     name = h.decoder_name or h.tokenizer_name
     sight, language = planned_config(h.encoder_name, 'encoder'), planned_config(name, 'decoder')
     check_pair(h, sight, language)
+    cls, part, making = tower_class(sight, h.features)
     with torch.device(device):
-        tower = tower_class(sight.model_type, h.features)._from_config(
-            getattr(sight, 'vision_config', sight), dtype=dtype
-        )
+        tower = cls._from_config(part, dtype=dtype, **making)
         number_type = torch.float32 if h.unfreeze_layers else dtype
         decoder = AutoModelForCausalLM.from_config(
             language, dtype=number_type, trust_remote_code=False
