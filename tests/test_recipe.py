@@ -1,6 +1,7 @@
 """What a recipe may ask for beside the classic keys: standardised features, features left out at random, and
 a learning rate that rises and falls along a cosine; all of it survives saving, stopping and going on."""
 import math
+from contextlib import nullcontext
 import pytest, torch
 from capnb.captioner import build_captioner, load_model_from_checkpoint, measure_features, save_checkpoint
 from capnb.checkpoint import read_weights
@@ -186,18 +187,28 @@ def test_a_run_that_goes_on_has_the_rates_of_one_that_was_not_stopped(recipe, st
     for name,t in expected.model.adapter.state_dict().items():
         assert torch.equal(t, found.model.adapter.state_dict()[name]), name
 
-def test_a_state_of_a_schedule_that_counted_epochs_goes_on(tmp_path):
-    "Training states written before the schedule counted steps."
-    h = settings(tmp_path, num_epochs=3, learning_rate_decay=.5, learning_rate_decay_step=1)
+@pytest.mark.parametrize('closed', [True, False], ids=['after an epoch', 'before it was closed'])
+def test_a_state_of_a_schedule_that_counted_epochs_goes_on(closed, tmp_path):
+    "Training states of before: no rates of the last step; those of the optimizer fall as an epoch closes."
+    class Stop(Callback):
+        def on_epoch_trained(self, run):
+            if not closed: raise KeyError('stopped')
+    decayed = dict(num_epochs=3, learning_rate_decay=.5, learning_rate_decay_step=1, checkpoint_steps=1)
     whole, after = Rates(), Rates()
-    run_training(build_captioner(h, 'cpu'), made_data(h), h, [whole])
-    cut = settings(tmp_path/'cut', num_epochs=1, learning_rate_decay=.5, learning_rate_decay_step=1)
-    run_training(build_captioner(cut, 'cpu'), made_data(cut), cut)
+    h = settings(tmp_path/'whole', **decayed)
+    expected = run_training(build_captioner(h, 'cpu'), made_data(h), h, [whole])
+    cut = settings(tmp_path/'cut', **{**decayed, 'num_epochs': 1})
+    with nullcontext() if closed else pytest.raises(KeyError, match='stopped'):
+        run_training(build_captioner(cut, 'cpu'), made_data(cut), cut, [Stop()])
     state = read_state(find_state(tmp_path/'cut'))
-    state['scheduler'] |= dict(step_size=1, last_epoch=1)
-    h = settings(tmp_path/'cut', num_epochs=3, learning_rate_decay=.5, learning_rate_decay_step=1)
-    run_training(build_captioner(h, 'cpu'), made_data(h), h, [after], state)
-    assert after.seen == pytest.approx(whole.seen[4:])
+    del state['rates']
+    state['scheduler'] |= dict(step_size=1, last_epoch=int(closed))
+    if not closed:
+        for group in state['optimizer']['param_groups']:
+            group['lr'] = 3e-3
+    h = settings(tmp_path/'cut', **decayed)
+    found = run_training(build_captioner(h, 'cpu'), made_data(h), h, [after], state)
+    assert after.seen == pytest.approx(whole.seen[4:]) and found.losses == pytest.approx(expected.losses)
 
 def test_fit_takes_a_cosine():
     model = torch.nn.Linear(2, 1)

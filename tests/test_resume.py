@@ -1,6 +1,6 @@
 """A long run that is stopped, at whatever moment, goes on to the same weights, bit for bit; and what disk,
 neighbours and strangers do to it is told in one line."""
-import json, os, random, re, resource, shlex, signal, subprocess, time
+import itertools, json, os, random, re, resource, shlex, signal, subprocess, time
 from pathlib import Path
 import pytest, torch
 from capnb.captioner import load_model_from_checkpoint
@@ -147,7 +147,8 @@ def killed_at_random(cwd, args, through, kills, chance):
     """Kill so often, at moments drawn by chance from a whole run's time; a run that ended is begun anew
     elsewhere."""
     expected, seconds = through
-    n, folder = 0, cwd/'0'
+    folders = (cwd/str(i) for i in itertools.count())
+    n, folder = 0, next(folders)
     while n < kills:
         process = again(folder, args)
         process.join(chance.uniform(0, seconds))
@@ -160,7 +161,7 @@ def killed_at_random(cwd, args, through, kills, chance):
             check_whole(folder/'saved_models')
         if has_ended(folder):
             same(outcome(folder/'saved_models'), expected)
-            folder = cwd/str(n)
+            folder = next(folders)
     if not has_ended(folder):
         ended(again(folder, args))
     same(outcome(folder/'saved_models'), expected)

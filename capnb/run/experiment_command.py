@@ -20,7 +20,7 @@ def experiment_command(
     split:Param('Split to score: choose on validation, and score test once', str,
                 choices=['validation', 'test'])='validation',
     seed:Number('Seed of the start of the adapter and of the order of the data', lo=0)=0,
-    minutes:Number('Minutes in which the row is to be ready')=120,
+    minutes:Number('Minutes in which the row is to be ready; a plan that was made before stays')=120,
     limit:Number('Take only the first N images of each split, to try it')=None,
     folder:Param('For checkpoints, encoded images and plans', any_path)='experiments',
     file:Param('The JSON file of results; the table is written beside it', new_file)='results.json',

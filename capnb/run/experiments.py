@@ -36,7 +36,7 @@ from ..training import Callback
 # %% ../../nbs/34f_experiments.ipynb #34f00006
 COMMON = dict(
     batch_size=8, captions_per_image=5, learning_rate=1e-3, lr_scheduler_type='cosine', warmup_ratio=.05,
-    standardize_features=True, max_caption_length=40, checkpoint_steps=100, adapter_width=1024,
+    max_caption_length=40, checkpoint_steps=100, adapter_width=1024,
 )
 EXPERIMENTS = {
     'pooled': dict(prefix_length=10),
@@ -97,7 +97,8 @@ class _StepTimes(Callback):
     def on_step_end(self, run):
         self.ends.append(time.perf_counter())
     @property
-    def seconds(self): return median(b-a for a,b in zip(self.ends, self.ends[1:], strict=False))
+    def seconds(self):
+        return median(b-a for a,b in zip(self.ends, self.ends[1:], strict=False))
 
 class Experiment:
     "An experiment of one name, split and seed on a folder of photographs; what it writes is in `folder`."
@@ -116,7 +117,8 @@ class Experiment:
         self.name, self.split, self.seed = name, split, seed
         self.encoder = own_encoder(encoder or EfficientNetLite(features=experiment_features(name)))
         self.photographs, self.root, self.limit = Path(photographs), Path(folder), limit
-        self.folder = self.root/f"{name}-{seed}{f'-{limit}' if limit else ''}"
+        few = f'-{limit}' if limit else ''
+        self.folder, self.plan_file = self.root/f"{name}-{seed}{few}", self.root/f"plan-{name}{few}.json"
         self.settings = dict(
             COMMON | EXPERIMENTS[name], tokenizer_name=decoder or smollm2(), seed=seed,
             features_dir=str(self.root/'features'), output_dir=str(self.folder),
@@ -153,16 +155,15 @@ class Experiment:
         minutes:float, # For everything
         started:float, # Of `time.monotonic`
     ) -> Plan:
-        "Read the plan of this experiment, or make one that ends in time."
-        file = self.folder/'plan.json'
-        if file.exists(): return Plan(**json.loads(read_text(file)))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        "Read the plan of this experiment, which is that of all its seeds, or make one that ends in time."
+        if self.plan_file.exists(): return Plan(**json.loads(read_text(self.plan_file)))
+        self.root.mkdir(parents=True, exist_ok=True)
         for split in {'train', 'validation', self.split}:
             self.encode(split)
         step_seconds, images = self.measure_step(), {s: len(rows) for s,rows in self.rows.items()}
         left = 60*minutes - (time.monotonic()-started)
         plan = plan_steps(left, step_seconds, images['train'], images[self.split])
-        write_json(file, vars(plan))
+        write_json(self.plan_file, vars(plan))
         return plan
 
     def train(self,

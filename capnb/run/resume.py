@@ -141,6 +141,7 @@ def training_state(
         weights={n: p.detach().cpu() for n, p in learning(run).items()},
         optimizer=run.optimizer.state_dict(),
         scheduler=run.scheduler.state_dict(),
+        rates=run.rates,
         scaler=run.scaler.state_dict() if run.scaler else {},
         random=random_state(run.model.device),
         callbacks=_kept(run.callbacks),
@@ -229,7 +230,8 @@ def read_state(
         kinds += [(f'cut: {k}', v, kind) for k, v, kind in _kinds(state | cut)] + [
             ('cut: rates', cut.get('rates'), list)
         ]
-    for name,value,kind in kinds + [('cut', cut, (dict, type(None)))]:
+    kinds += [(k, state.get(k), (kind, type(None))) for k,kind in dict(cut=dict, rates=list).items()]
+    for name,value,kind in kinds:
         if not isinstance(value, kind):
             raise ValueError(
                 f"{path} is not the state of a training run: {name} is missing or of another kind"
@@ -271,10 +273,15 @@ def _load_optimizer(optimizer, saved):
     optimizer.load_state_dict(saved)
 
 # %% ../../nbs/32b_resume.ipynb #6c6f071ea
-def _set_schedule(run, steps):
-    "Put the schedule after so many steps; the rates came with the optimizer."
-    run.scheduler.last_epoch = steps
-    run.rates = run.scheduler._last_lr = [g['lr'] for g in run.optimizer.param_groups]
+def _set_schedule(run, steps, rates):
+    """Put the schedule after so many steps, the last of which had these rates; None where the schedule
+    counted epochs, and the optimizer's rates may wait for the end of one."""
+    groups, run.scheduler.last_epoch = run.optimizer.param_groups, steps
+    if rates is None:
+        for group,rate in zip(groups, run.scheduler._get_closed_form_lr(), strict=True):
+            group['lr'] = rate
+    run.scheduler._last_lr = [g['lr'] for g in groups]
+    run.rates = rates or run.scheduler._last_lr
 
 def load_state(
     run:SavedRun, # Fresh
@@ -292,7 +299,7 @@ def load_state(
     try:
         _load_optimizer(run.optimizer, state['optimizer'])
         _check_alike(run.scheduler.state_dict(), state['scheduler'])
-        _set_schedule(run, len(position['losses']))
+        _set_schedule(run, len(position['losses']), state.get('rates'))
         if run.scaler:
             run.scaler.load_state_dict(state['scaler'])
         set_random_state(state['random'], run.model.device)

@@ -125,7 +125,9 @@ def open_study(
             pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
             load_if_exists=True,
         )
-        saved = with_new_names(study.user_attrs.get('job', job))
+        # settings that came later had their default
+        usual = {f.name: f.default for f in fields(Hyperparameters) if f.name in job}
+        saved = usual | with_new_names(study.user_attrs.get('job', job))
         other = [k for k in {**saved, **job} if saved.get(k)!=job.get(k)]
         if other:
             raise ValueError(
