@@ -124,12 +124,13 @@ def tower_class(
     vision, whole = getattr(config, 'vision_config', None), _known_class(config)
     own = _known_class(vision) if vision else whole
     projecting = own and getattr(transformers, f'{own.__name__}WithProjection', None)
-    if features=='pooled' and projecting: return projecting, vision or config, {}
     if vision:
         ran = _running_parts(whole, config)
         named = projecting or own and own.base_model_prefix=='vision_model' # its weights are in the file so
-        if not named or 'vision_model' not in ran or features=='pooled' and len(ran) > 1:
+        whole_image = features=='pooled' and not projecting and len(ran) > 1
+        if not named or 'vision_model' not in ran or whole_image:
             return _image_half(whole, ran), config, {}
+    if features=='pooled' and projecting: return projecting, vision or config, {}
     may_leave = features=='patch' and 'add_pooling_layer' in inspect.signature(own).parameters
     return own, vision or config, dict(add_pooling_layer=False) if may_leave else {}
 
