@@ -61,6 +61,7 @@ def test_a_plan_is_made_once(album, tmp_path):
     one = experiment(album, tmp_path)
     plan = one.plan(1, time.monotonic())
     assert experiment(album, tmp_path).plan(9, time.monotonic())==plan
+    assert experiment(album, tmp_path, limit=8).plan(1, time.monotonic()).epoch_steps==1 # a single step
     other = experiment(album, tmp_path, seed=1)
     assert other.folder != one.folder and other.plan(9, time.monotonic())==plan # seeds make the same steps
 

@@ -148,7 +148,7 @@ class Experiment:
         "Time some steps."
         times = _StepTimes()
         with TemporaryDirectory() as folder:
-            self._train(folder, [times], max_steps=steps, num_epochs=1, evaluation_enabled=False)
+            self._train(folder, [times], max_steps=steps, num_epochs=steps, evaluation_enabled=False)
         return times.seconds
 
     def plan(self,
