@@ -4,14 +4,15 @@ import json
 import pytest, torch
 from capnb.fast import gpu_bench
 from capnb.fast.gpu_bench import GOALS, SECTIONS, bench_gpu, find_ratios, gpu_text
-from capnb.fast.gpu_sides import Bench, Sizes, static_step, training_difference
+from capnb.fast.gpu_sides import Bench, Sizes, compiled_step, static_step, training_difference
 from capnb.run.commands import LEFT_OUT, bench_command
 from capnb.run.full_run import PhaseClock, full_run, full_run_settings
 
 SMALL = Sizes(
     batches=(4, 8), patches=(2,), each=2, guide=4, padded=64, rows=(2, 4), photographs=8, encoded=4,
-    seconds=.02, side=64, gb=.001,
+    seconds=.02, side=64, gb=.001, compiled=(4,),
 )
+COMPILE = torch.compile
 STORYBOOK = dict(preset='storybook', prefix_length=1)
 
 @pytest.fixture(scope='module')
@@ -23,7 +24,9 @@ def measured(bench, tmp_path_factory):
     file, held = tmp_path_factory.mktemp('bench')/'bench.json', []
     def tell(line):
         held.append(list(json.loads(file.read_text(encoding='utf-8'))['sections']))
-    return bench_gpu(bench, file, tell=tell), file, held
+    with pytest.MonkeyPatch().context() as m: # a compiler would take a minute
+        m.setattr(torch, 'compile', lambda f, **how: COMPILE(f, backend='eager'))
+        return bench_gpu(bench, file, tell=tell), file, held
 
 def test_every_section_runs(measured):
     found, file, _ = measured
@@ -57,6 +60,34 @@ def test_every_width_and_batch_is_measured(measured):
         assert 0 <= step['waste'] < 1 and step['tflops'] > 0
         assert step['recorded'] == 0 # on a processor nothing is
     assert all(len(costs['largest']) == 3 for costs in sections['profile'].values())
+
+def test_the_compiled_step_is_a_rung(measured, bench):
+    found = measured[0]
+    [step] = found['sections']['compiled'].values()
+    assert step['captions_s'] > 0 and step['first_step_s'] > 0
+    assert found['ratios']['replayed over compiled, batch 4'] > 0
+    bench.release() # the weights of the beginning
+    assert step['loss'] == pytest.approx(float(static_step(bench, 4)[0]()), rel=1e-5)
+
+@pytest.mark.slow
+def test_a_compiler_gives_the_same_loss(bench):
+    "With the compiler itself, which wants a minute."
+    bench.release()
+    loss = compiled_step(bench, 4)()
+    bench.release()
+    assert loss == pytest.approx(float(static_step(bench, 4)[0]()), rel=1e-5)
+
+def test_what_cannot_be_compiled_says_why_and_stops_nothing(bench, monkeypatch):
+    def refuse(f, **how):
+        raise torch._inductor.exc.InvalidCxxCompiler()
+    monkeypatch.setattr(torch, 'compile', refuse)
+    keep = {name: gpu_bench.SECTIONS[name] for name in ('compiled', 'ceilings')}
+    monkeypatch.setattr(gpu_bench, 'SECTIONS', keep)
+    found = bench_gpu(bench, tell=lambda line: None)
+    assert list(found['sections']) == ['compiled', 'ceilings'] and not found['failed']
+    why = found['sections']['compiled']['4']['failed']
+    assert why.startswith('InvalidCxxCompiler: No working C++ compiler')
+    assert '4: failed InvalidCxxCompiler' in gpu_text(found) and not found['ratios']
 
 def test_every_ratio_is_named(measured):
     text = gpu_text(measured[0])

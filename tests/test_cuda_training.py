@@ -135,6 +135,16 @@ def test_few_shapes_and_little_waste(batch, prefix, each):
     assert len({b.shape for b in found}) < 16 and waste(found) < (.1 if batch*each >= 32 else .13)
     assert {(b.shape.images, b.shape.rows) for b in found}=={(batch, layouts.rows)}
 
+def test_rows_are_as_long_as_what_they_hold():
+    chance = torch.Generator().manual_seed(0)
+    lengths = torch.randint(6, 30, (32, 2), generator=chance)
+    layouts = Layouts(lengths.tolist(), 32, 1)
+    batch = layouts.lay_out(torch.zeros(32, 1), torch.ones(64, int(lengths.max()), dtype=torch.long), lengths)
+    used = views(batch.shape, batch.numbers).image>=0
+    assert torch.equal(used, used.sum(1, keepdim=True) > torch.arange(batch.shape.positions)) # no gaps
+    assert batch.shape.positions==room(int(used.sum(1).max())) and batch.read==32+int((lengths-1).sum())
+    assert int((views(batch.shape, batch.numbers).label>=0).sum())==batch.predicted==int(lengths.sum())
+
 # --- The correction
 
 def optimizer_of(model, h):
@@ -276,6 +286,21 @@ def test_out_of_memory_goes_on_in_halves(static, tmp_path, monkeypatch, caplog, 
         raise torch.OutOfMemoryError('CUDA out of memory')
     with pytest.raises(ValueError, match='out of memory with a single caption'):
         run_training(build_captioner(h, 'cpu'), data, settings(tmp_path/'none'))
+
+def test_the_gradient_of_parts_before_memory_ran_out_is_cleared(static, tmp_path, monkeypatch):
+    "The second part of the first batch does not fit; the whole batch is made anew."
+    h = settings(tmp_path/'all', evaluation_enabled=False, micro_batch_size=3)
+    data, made = encoded(h), []
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    backward = StaticStep._backward
+    def cramped(self, shape):
+        made.append(shape)
+        if len(made)==2: raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    h = settings(tmp_path/'again', evaluation_enabled=False, micro_batch_size=3)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert run.micro_batch_size==1 and run.losses==pytest.approx(whole.losses, abs=1e-4)
 
 def test_out_of_memory_asks_the_writer_first(static, tmp_path, monkeypatch):
     h = settings(tmp_path/'all', evaluation_enabled=False)

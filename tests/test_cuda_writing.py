@@ -74,6 +74,21 @@ def test_more_steps_than_the_first_columns(model, prefixes):
     assert write_rows(rows, prefix, [80]*6) == expected
     assert set(rows.eager) == {32, 64, 96} # 96: there is no more room
 
+def test_a_prefix_that_comes_alone_leaves_other_rows_as_they_are(model, prefixes):
+    "Sixteen rows read two prefixes at a time; the last of seventeen comes while fifteen others write."
+    prefix = prefixes(5).repeat(2, 1, 1)[:17]
+    prefix, most = prefix + .01*torch.randn(prefix.shape), [3] + [14]*16
+    with torch.no_grad():
+        expected = chapter_21.greedy_ids(model.decoder, prefix, most, None, 4)
+    assert write_rows(FixedRows(model.decoder, 16, 5, 19), prefix, most) == expected
+
+def test_a_caption_may_end_with_the_first_token_that_is_not_too_early(model, prefixes):
+    end = both(model, prefixes(1))[0][0][5] # a token that the first caption says
+    ended, _ = both(model, prefixes(1), eos_token_id=end)
+    least = len(ended[0])-1 # tokens before it
+    expected, found = both(model, prefixes(1), eos_token_id=end, min_new_tokens=least)
+    assert found == expected and found[0] == ended[0] and found[0][-1] == end and least > 0
+
 def test_a_caption_does_not_depend_on_its_neighbours(model, prefixes):
     prefix, end = prefixes(2), {model.tokenizer.eos_token_id}
     together = write_rows(FixedRows(model.decoder, 4, 2, 18), prefix, [16]*10, end)
@@ -182,6 +197,10 @@ def test_rows_are_kept_until_weights_change(model, prefixes):
     assert list(first) == [1] and write(1) == first and list(write(5)) == [1, 8] and write(1)[1] is first[1]
     assert write(1, 3)[1] is not first[1] # other prefixes
     kept = write(1)[1]
+    prefix = lm.get_input_embeddings()(torch.ones(1, 1).long())
+    [ids] = writer.generate_rows(lm, model.tokenizer, prefix, 40, 32, check_options(dict(eos_token_id=599)))
+    assert writer.held[1] is not kept and writer.held[1].room > 40 and len(ids)==40 # longer captions
+    kept = writer.held[1]
     lm.lm_head.weight.data = lm.lm_head.weight.data.clone() # as after a move: the same numbers elsewhere
     assert write(1)[1] is not kept and list(writer.held) == [1]
     with torch.inference_mode(): # tensors made in it could not be used outside

@@ -3,11 +3,12 @@ import copy
 import pytest, torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import QuickGELUActivation
 from capnb.captioner import build_captioner, parameter_groups, read_captions, unfreeze, write_captions
 from capnb.data import CaptionData
 from capnb.encoder import encode_data
 from capnb.fast import cache
-from capnb.fast.cpu import FrozenLinear, use_onednn
+from capnb.fast.cpu import FrozenLinear, LeanQuickGELU, use_onednn
 from capnb.fast.loss import caption_loss, head_is_plain
 from capnb.fast.packing import reads_rows, takes_positions
 from capnb.fast.parts import is_fast, make_fast
@@ -78,6 +79,19 @@ def test_encoding_is_the_same_to_half_precision(pair, tmp_path):
         found = cache.encode_data(readable.encoder, CaptionData(Storybook(n=6)), folder=folder)
         assert found.rows == data.rows
         torch.testing.assert_close(found.features[:], data.features, atol=2e-3, rtol=1e-3)
+
+def test_a_fast_encoder_gives_the_same_bits_and_is_found_in_the_same_cache(pair):
+    "With an activation that holds one tensor; what learns through it would get its gradient, too."
+    readable, fast, *_ = pair
+    kinds = [{type(m) for m in model.encoder.modules()} for model in (readable, fast)]
+    assert QuickGELUActivation in kinds[0] and QuickGELUActivation not in kinds[1]
+    assert LeanQuickGELU in kinds[1]
+    images = [Storybook()[i]['image'] for i in range(5)]
+    assert torch.equal(*(model.encoder.encode(images) for model in (readable, fast)))
+    assert cache.features_key(readable.encoder)==cache.features_key(fast.encoder)
+    x = torch.randn(9, requires_grad=True)
+    mine, its = (torch.autograd.grad(f(x).sum(), x)[0] for f in (LeanQuickGELU(), QuickGELUActivation()))
+    assert torch.equal(mine, its)
 
 @pytest.fixture
 def wide():

@@ -13,8 +13,8 @@ import capnb
 from .ceilings import measure_ceilings
 from .cuda.batches import waste
 from capnb.fast.gpu_sides import (
-    Bench, eager_step, encoding_speeds, features_for, generate_seconds, guide_step, llava_step, real_tokens,
-    replayed_step, rows_seconds, same_captions, step_costs, training_difference
+    Bench, compiled_step, eager_step, encoding_speeds, features_for, generate_seconds, guide_step, llava_step,
+    real_tokens, replayed_step, rows_seconds, same_captions, step_costs, training_difference
 )
 from .random_models import count
 from ..files import say, write_json
@@ -80,9 +80,22 @@ def _writing(bench):
 def _profile(bench):
     return {str(n): step_costs(bench, replayed_step(bench, n)[0]) for n in bench.sizes.batches[::2]}
 
+def _compiled(bench):
+    found = {}
+    for size in bench.sizes.compiled:
+        start = time.perf_counter()
+        try:
+            step = compiled_step(bench, size)
+            loss, first = step(), time.perf_counter()-start
+            found[str(size)] = dict(bench.measure(step, size), first_step_s=first, loss=loss)
+        except RuntimeError as e: # of a compiler that is missing, or of the compiled step
+            found[str(size)] = dict(failed=f'{type(e).__name__}: {e}'.strip().splitlines()[0][:200])
+    return found
+
 SECTIONS = dict(
     ceilings=_ceilings, equality=_equality, guide=_guide, training=_training, writing=_writing,
     encoding=encoding_speeds, profile=_profile, llava=_llava, patches=_patches,
+    compiled=_compiled, # last, since it may take as long as all others
 )
 
 # %% ../../nbs/25d_gpu_bench.ipynb #28691bbc
@@ -116,6 +129,10 @@ def find_ratios(
 ) -> dict: # Name: ratio
     "Set the figures of the two sides of each claim against each other."
     ratios = _training_ratios(sections)
+    for n, step in sections.get('compiled', {}).items():
+        if 'captions_s' in step and n in sections.get('training', {}):
+            mine = sections['training'][n]['replayed']['captions_s']
+            ratios[f'replayed over compiled, batch {n}'] = mine/step['captions_s']
     if 'patches' in sections and 'llava' in sections:
         for n, other in sections['llava'].items():
             mine = sections['patches'][n]['replayed']['captions_s']

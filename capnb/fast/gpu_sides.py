@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'Sizes', 'Bench', 'guide_step', 'llava_step', 'features_for', 'real_tokens', 'eager_step', 'laid_batches',
-           'static_step', 'replayed_step', 'generate_seconds', 'rows_seconds', 'training_difference', 'same_captions',
-           'encoding_speeds', 'step_costs']
+           'static_step', 'replayed_step', 'compiled_step', 'generate_seconds', 'rows_seconds', 'training_difference',
+           'same_captions', 'encoding_speeds', 'step_costs']
 
 # %% ../../nbs/25c_gpu_sides.ipynb #1cec461d
 import gc, os, time
@@ -21,9 +21,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ..data import CaptionData
 from .cache import encode_data
 from .ceilings import seconds_of, wait_for
-from .cuda.batches import Layouts
+from .cuda.batches import Layouts, views
 from .cuda.rows import FixedRows
-from .cuda.training import StaticStep
+from .cuda.training import StaticStep, static_loss
 from .cuda.writing import write_rows
 from .loss import caption_loss
 from .parts import make_fast
@@ -43,6 +43,7 @@ class Sizes:
     each: int = 5 # Captions of each of those images
     guide: int = 8 # Captions in a step of the guide
     padded: int = 128 # Tokens to which the guide pads them
+    compiled: tuple = (8,) # Captions in a step that is compiled, which takes long
     rows: tuple = (32, 128, 256, 512) # Captions written at a time
     refills: int = 4 # Times that a row of ours takes the next image
     photographs: int = 2000 # JPEG files that are encoded
@@ -213,6 +214,22 @@ def replayed_step(
         step()
     wait_for(bench.device)
     return step, static, laid
+
+def compiled_step(
+    bench:Bench,
+    n:int, # Images
+    each:int=1, # Captions of each; more than one with patches
+): # As from `guide_step`
+    "The same step compiled by PyTorch, which on a GPU also records it; for one shape, as that takes long."
+    model = bench.captioner(features_for(each), fast=True)[0]
+    first, optimizer = laid_batches(bench, model, n, each)[0], _optimizer(model)
+    features, numbers = first.features.to(bench.device), views(first.shape, first.numbers.to(bench.device))
+    static_loss(model, features, numbers) # what is tried out once is not for a compiler
+    loss = torch.compile(static_loss, mode='reduce-overhead', dynamic=False)
+    def step():
+        torch.compiler.cudagraph_mark_step_begin()
+        return _learn(model, optimizer, loss(model, features, numbers))
+    return step
 
 # %% ../../nbs/25c_gpu_sides.ipynb #5f68171d
 def _prefixes(bench, n, fast):

@@ -8,7 +8,7 @@ __all__ = ['make_fast', 'is_fast']
 # %% ../../nbs/24b_fast_parts.ipynb #24b00003
 from .loss import read_captions
 from .writing import write_captions
-from .cpu import use_onednn
+from .cpu import use_lean_gelu, use_onednn
 from .cuda.layers import use_fused, use_masked_attention
 from .cuda.writing import CudaWriter
 from ..log import log
@@ -27,6 +27,7 @@ def make_fast(
     if attention := use_masked_attention(captioner.decoder):
         log.info(f'⚡ Attention is computed by {attention}: a step with FlashAttention cannot be recorded')
     use_onednn(captioner.decoder)
+    use_lean_gelu(captioner.encoder)
     if fused := use_fused(captioner.decoder):
         log.info(f'⚡ Computed by fused kernels: {fused}')
     return captioner
