@@ -80,7 +80,8 @@ def in_slices(
             yield out
             at += size
             continue
-        if release_memory(): continue # out here the error no longer holds the attempt's tensors
+        # out here the error no longer holds the attempt's tensors
+        if release_memory(): continue
         if size==1:
             raise ValueError(
                 'out of memory with a single image; what helps: a smaller model, shorter captions '

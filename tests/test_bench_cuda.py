@@ -1,10 +1,13 @@
 """The benchmark of a GPU, run in small on the processor, so that what runs on a card is known to work; and a
 whole run, clocked."""
-import json
+import json, time
 import pytest, torch
 from capnb.fast import gpu_bench
 from capnb.fast.gpu_bench import GOALS, SECTIONS, bench_gpu, find_ratios, gpu_text
-from capnb.fast.gpu_sides import Bench, Sizes, compiled_step, static_step, training_difference
+from capnb.fast.gpu_sides import (
+    STEPS, Bench, Sizes, compiled_step, real_tokens, rows_seconds, static_step, training_difference
+)
+from capnb.fast.synthetic import caption_lengths
 from capnb.run.commands import LEFT_OUT, bench_command
 from capnb.run.full_run import PhaseClock, full_run, full_run_settings
 
@@ -88,6 +91,13 @@ def test_what_cannot_be_compiled_says_why_and_stops_nothing(bench, monkeypatch):
     why = found['sections']['compiled']['4']['failed']
     assert why.startswith('InvalidCxxCompiler: No working C++ compiler')
     assert '4: failed InvalidCxxCompiler' in gpu_text(found) and not found['ratios']
+
+def test_a_speed_is_captions_over_seconds(bench):
+    found = bench.measure(lambda: time.sleep(.001), 6)
+    assert found['captions_s']*found['ms'] == pytest.approx(6000)
+    assert rows_seconds(bench, 2)[2] == 2*SMALL.refills
+    tokens = sum(sum(caption_lengths(4, i)) for i in range(STEPS))/STEPS
+    assert real_tokens(bench, 4) == 4+tokens and real_tokens(bench, 2, 2) == 2*64+tokens # 64 patches
 
 def test_every_ratio_is_named(measured):
     text = gpu_text(measured[0])

@@ -54,13 +54,14 @@ def test_a_plan_fills_its_budget_and_no_more(seconds, step, images, scored):
     assert plan.epochs==plan.steps/-(-images//8)
 
 def test_a_budget_that_is_too_small_is_told():
-    with pytest.raises(ValueError, match='5 minutes are too few: a step takes 4.0 s, scoring about 8 min'):
+    with pytest.raises(ValueError, match='5 minutes are left, too few: a step takes 4.0 s, scoring about 8'):
         plan_steps(300, 4., 6000, 1000)
 
 def test_a_plan_is_made_once(album, tmp_path):
     one = experiment(album, tmp_path)
     plan = one.plan(1, time.monotonic())
     assert experiment(album, tmp_path).plan(9, time.monotonic())==plan
+    assert experiment(album, tmp_path, limit=8).plan(1, time.monotonic()).epoch_steps==1 # a single step
     other = experiment(album, tmp_path, seed=1)
     assert other.folder != one.folder and other.plan(9, time.monotonic())==plan # seeds make the same steps
 

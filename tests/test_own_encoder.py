@@ -1,8 +1,8 @@
 "An image encoder that is passed as a Python object: trained with, saved, loaded, cached and served."
-import base64, io, json, os, socket, subprocess, sys, time, urllib.request
-from pathlib import Path
+import base64, io, json, signal, socket, time, urllib.request
 import numpy as np
 import pytest, torch
+from forks import ForkedScript
 from mean_colours import MeanColours
 from torch import nn
 from capnb import evaluate, load, train
@@ -13,8 +13,6 @@ from capnb.own_encoder import OwnEncoder
 from capnb.run.commands import caption_command
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-
-HERE = Path(__file__).resolve().parent
 
 SMALL = dict(num_epochs=1, training_size_limit=8, max_steps=2, evaluation_enabled=False)
 
@@ -100,7 +98,7 @@ def wait_until_healthy(port):
             time.sleep(.1)
     raise TimeoutError('no answer of the server')
 
-def test_it_is_served(trained):
+def test_it_is_served(trained, environment):
     patches, result = trained
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -113,8 +111,7 @@ if __name__=='__main__':
 """
     script = result.checkpoint.parent/'serve.py'
     script.write_text(code, encoding='utf-8')
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
-    server = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=env, text=True)
+    server = ForkedScript(script, [], script.parent, environment())
     try:
         assert server.stdout.readline().startswith('serving ')
         png = io.BytesIO()
@@ -126,7 +123,7 @@ if __name__=='__main__':
         )
         answer = json.load(urllib.request.urlopen(asked, timeout=60))
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGTERM)
         server.wait(30)
     assert answer['caption']==result.model.caption(image())
 

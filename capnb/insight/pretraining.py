@@ -104,7 +104,8 @@ def describe_encoder(
     with no_loading_bar():
         clip = CLIPModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    r, c, probe = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional'), linear_probe(clip, n)
+    r, c = retrieval(clip, tokenizer), retrieval(clip, tokenizer, 'compositional')
+    probe = linear_probe(clip, n)
     def found(d): return f"{d['found']:.1%} (chance {d['chance']:.1%})"
     fewer = 'fewer pages with one thing, so fewer captions that fit several images'
     _write_card(folder, _ENCODER + _ENCODER_SIZE, _ENCODER_MADE, {

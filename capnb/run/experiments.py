@@ -86,8 +86,8 @@ def plan_steps(
     share = 1 + min(WATCHED, scored)/images
     steps = int((seconds/(MARGIN*step_seconds) - score_steps)/share)
     if steps < 1:
-        raise ValueError(f"{seconds/60:.0f} minutes are too few: a step takes {step_seconds:.1f} s, scoring"
-                         f" about {score_steps*step_seconds/60:.0f} minutes")
+        raise ValueError(f"{max(0, seconds)/60:.0f} minutes are left, too few: a step takes"
+                         f" {step_seconds:.1f} s, scoring about {score_steps*step_seconds/60:.0f} minutes")
     return Plan(steps, epoch_steps, step_seconds)
 
 # %% ../../nbs/34f_experiments.ipynb #34f00012
@@ -148,7 +148,7 @@ class Experiment:
         "Time some steps."
         times = _StepTimes()
         with TemporaryDirectory() as folder:
-            self._train(folder, [times], max_steps=steps, num_epochs=1, evaluation_enabled=False)
+            self._train(folder, [times], max_steps=steps, num_epochs=steps, evaluation_enabled=False)
         return times.seconds
 
     def plan(self,

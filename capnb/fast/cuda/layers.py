@@ -80,6 +80,7 @@ def use_masked_attention(
     decoder, # Causal language model; it is changed
 ) -> str: # The attention that it has now; empty where nothing was changed
     "Let a decoder compute attention by one that takes any mask, where it would by FlashAttention."
-    if 'flash_attention' not in decoder.config.get_text_config()._attn_implementation: return ''
+    now = decoder.config.get_text_config()._attn_implementation
+    if 'flash_attention' not in now: return ''
     decoder.set_attn_implementation('sdpa' if decoder._supports_sdpa else 'eager')
     return decoder.config._attn_implementation
