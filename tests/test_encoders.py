@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-def table(): return json.loads((ROOT/'nbs'/'encoders.json').read_text(encoding='utf-8'))['families']
+def table():
+    return json.loads((ROOT/'nbs'/'encoders.json').read_text(encoding='utf-8'))['families']
 
 def images(n=3): return [row['image'] for row in Storybook(size=64, n=n)]
 
