@@ -11,6 +11,7 @@ from capnb.fast.cache import encode_data, features_key
 from capnb.data import CaptionData
 from capnb.own_encoder import OwnEncoder
 from capnb.run.commands import caption_command
+from capnb.run.llava import as_llava
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 
@@ -163,3 +164,7 @@ def test_a_wrong_member_is_named(change, message):
     with pytest.raises(ValueError, match=message) as e:
         OwnEncoder(encoder, 'cpu')
     assert '\n' not in str(e.value)
+
+def test_it_has_no_form_as_a_llava(trained):
+    with pytest.raises(ValueError, match='a module that was passed in Python'):
+        as_llava(trained[1].model)

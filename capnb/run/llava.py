@@ -30,17 +30,28 @@ def _with_image_token(tokenizer):
     return tokenizer
 
 
+def _check_sight(encoder):
+    "Raise a `ValueError` unless these are the patches of a CLIP at its own image size."
+    vision = encoder.model
+    kind = vision.config.model_type if hasattr(vision, 'config') else 'module that was passed in Python'
+    if encoder.features!='patch' or kind!='clip_vision_model':
+        raise ValueError(
+            f"a LLaVA is made of patch features of a CLIP; this captioner has {encoder.features}"
+            f" features of a {kind}"
+        )
+    if encoder.image_size!=vision.config.image_size:
+        raise ValueError(
+            f"a LLaVA sees images of its CLIP's size, {vision.config.image_size}; this captioner sees"
+            f" {encoder.image_size}"
+        )
+
 def as_llava(
     model:Captioner, # With a CLIP, patch features, and nothing learned in the decoder but whole layers
 ): # A `LlavaForConditionalGeneration`, its `LlavaProcessor`
     """Put a captioner's parts into a LLaVA that gives the same logits; raises `ValueError` if its form has
     no place there."""
     vision, decoder = model.encoder.model, model.decoder
-    if model.encoder.features!='patch' or not vision.config.model_type.startswith('clip'):
-        raise ValueError(
-            f"a LLaVA is made of patch features of a CLIP; this captioner has {model.encoder.features}"
-            f" features of a {vision.config.model_type}"
-        )
+    _check_sight(model.encoder)
     if any('.lora_' in n for n,_ in decoder.named_parameters()):
         raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
     if model.prompt:
