@@ -60,7 +60,9 @@ class Hyperparameters(Mapping):
     )
     evaluation_enabled: bool = _setting(True, 'Compute validation loss and scores after each epoch')
     encoder_name: str = _setting(
-        'openai/clip-vit-base-patch32', 'Image encoder, a hub id or a folder', path=True
+        'openai/clip-vit-base-patch32',
+        'Image encoder, a hub id or a folder: any image model of transformers or of timm',
+        path=True,
     )
     decoder_name: str = _setting(
         None, 'Language model, a hub id or a folder; if not set, the one named by tokenizer_name',

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from .files import error_line
-from .hub import load_whole
+from .hub import check_timm, load_whole
 from .log import log
 
 # %% ../nbs/30m_vision_towers.ipynb #b506bbd9
@@ -107,6 +107,13 @@ def _image_half(whole, ran):
             for name in {n.partition('.')[0] for n in self.state_dict()} - ran:
                 delattr(self, name)
             self.all_tied_weights_keys = {}
+
+        def _init_weights(self, module):
+            if module is not self: # it would ask for the parts that are gone
+                super()._init_weights(module)
+
+    # by these a file with older names of weights is read
+    ImageHalf.__name__, ImageHalf.__module__ = whole.__name__, whole.__module__
     return ImageHalf
 
 def tower_class(
@@ -117,10 +124,13 @@ def tower_class(
     vision, whole = getattr(config, 'vision_config', None), _known_class(config)
     own = _known_class(vision) if vision else whole
     projecting = own and getattr(transformers, f'{own.__name__}WithProjection', None)
-    if features=='pooled' and projecting: return projecting, vision or config, {}
-    if vision and not (own and features=='patch'):
+    if vision:
         ran = _running_parts(whole, config)
-        if not own or ran!={'vision_model'}: return _image_half(whole, ran), config, {}
+        named = projecting or own and own.base_model_prefix=='vision_model' # its weights are in the file so
+        whole_image = features=='pooled' and not projecting and len(ran) > 1
+        if not named or 'vision_model' not in ran or whole_image:
+            return _image_half(whole, ran), config, {}
+    if features=='pooled' and projecting: return projecting, vision or config, {}
     may_leave = features=='patch' and 'add_pooling_layer' in inspect.signature(own).parameters
     return own, vision or config, dict(add_pooling_layer=False) if may_leave else {}
 
@@ -221,9 +231,6 @@ def _try_sizes(config, asked, features):
 # %% ../nbs/30m_vision_towers.ipynb #87d4f6da
 _seen = {} # what was looked at in this process
 
-def _needs(package, what):
-    return ValueError(f"{what} needs the package {package}; install it with: pip install 'capnb[{package}]'")
-
 def _first_look(config, asked, features, what):
     "As `look`, without its memory."
     kind, why = f"{what} is a {config.model_type!r} model", _why_not(config)
@@ -231,14 +238,13 @@ def _first_look(config, asked, features, what):
     try:
         out, size, options = _try_sizes(config, asked, features)
     except Exception as e: # a model may raise anything; its words are passed on
-        if isinstance(e, ImportError) and 'timm' in str(e):
-            raise _needs('timm', what) from None
+        check_timm(e, what)
         raise ValueError(f"{kind}, which cannot be run on an image alone: {error_line(e)}") from e
     if asked and size!=asked:
         raise ValueError(f"image_size is {asked}, but {what} takes {size}")
 
     states, patch = _states(out), _one_number(getattr(vision_part(config), 'patch_size', None))
-    found = len(states)==2 and _lay_out(states.shape, size, patch)
+    found = states is not None and len(states)==2 and _lay_out(states.shape, size, patch)
     grid, before, channels = found or (None, 0, None)
     cut = patch and grid==(size//patch,)*2
     if cut and size%patch and size!=own_size(config): # SigLIP at 384 has patches of 14
