@@ -54,7 +54,9 @@ class Hyperparameters(Mapping):
         path=True,
     )
     max_caption_length: int = _setting(128, 'Tokens kept of a caption, end-of-text included', lo=2)
-    prompt: str = _setting('', 'Text between an image and its caption, such as "A photo of"')
+    prompt: str = _setting(
+        None, 'Text between an image and its caption, such as "A photo of"; none if not set', optional=True
+    )
     training_size_limit: int = _setting(
         None, 'Use only the first N training images; all if not set', lo=1, optional=True
     )
