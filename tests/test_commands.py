@@ -795,24 +795,28 @@ UNWRITABLE = [
     ['capnb_results', 'none.pth', '--file'],
 ]
 
+LONG_WORK = [
+    'capnb.run.entry.prepare',
+    'capnb.captioner.load_model_from_checkpoint',
+    'capnb.run.scoring.load_for',
+    'capnb.run.sources.check.check_data',
+    'capnb.fast.bench.bench',
+    'capnb.run.scale.jobs.run_job',
+    'capnb.insight.pretraining.pretrain',
+    'capnb.run.sharing.share',
+    'capnb.run.scoring.score_checkpoint',
+    'capnb.run.results.result_row',
+]
+
 @pytest.mark.parametrize('command', UNWRITABLE, ids=' '.join)
 def test_what_cannot_be_written_is_told_first(call, trained, command):
     "Before images are read, models loaded or processes started."
     def stop(*args, **kwargs):
         raise AssertionError('too late')
+    for name in LONG_WORK: # a module that is first imported while another is replaced would keep the stand-in
+        importlib.import_module(name.rpartition('.')[0])
     with pytest.MonkeyPatch.context() as m:
-        for name in (
-            'capnb.run.entry.prepare',
-            'capnb.captioner.load_model_from_checkpoint',
-            'capnb.run.scoring.load_for',
-            'capnb.run.sources.check.check_data',
-            'capnb.fast.bench.bench',
-            'capnb.run.scale.jobs.run_job',
-            'capnb.insight.pretraining.pretrain',
-            'capnb.run.sharing.share',
-            'capnb.run.scoring.score_checkpoint',
-            'capnb.run.results.result_row',
-        ):
+        for name in LONG_WORK:
             m.setattr(name, stop)
         done = call(*command, 'one.txt/below.json', cwd=trained[0])
     assert (
