@@ -36,7 +36,7 @@ from ..training import Callback
 # %% ../../nbs/34f_experiments.ipynb #34f00006
 COMMON = dict(
     batch_size=8, captions_per_image=5, learning_rate=1e-3, lr_scheduler_type='cosine', warmup_ratio=.05,
-    max_caption_length=40, checkpoint_steps=100, adapter_width=1024,
+    max_caption_length=40, checkpoint_steps=100, adapter_width=1024, mixed_precision='bf16',
 )
 EXPERIMENTS = {
     'pooled': dict(prefix_length=10),
