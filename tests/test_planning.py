@@ -15,7 +15,7 @@ from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
     default_mixed_precision, describe_hardware
 )
-from capnb.run.results import FIELDS, result_row, results_table
+from capnb.run.results import FIELDS, result_row, results_table, write_row
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
 from capnb.run import estimate
 from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
@@ -395,6 +395,28 @@ def checkpoint(tmp_path_factory):
     book = [{k: Storybook()[i][k] for k in ('image', 'captions')} for i in range(24)]
     data = dict(train=book[:16], validation=book[16:20], test=book[20:])
     return train(data=data, num_epochs=2, max_caption_length=24, output_dir=str(folder)).checkpoint
+
+def test_one_command_checks_figures(tmp_path, capsys):
+    file, page = tmp_path/'nbs/results.json', tmp_path/'README.md'
+    file.parent.mkdir()
+    scores = dict(bleu_1=[.612, .6, .62], **{f'rouge_l{k}': [.4]*3 for k in ('', '_common', '_nearest')})
+    row = dict.fromkeys(FIELDS) | dict(
+        experiment='grid', seed=0, split='test', encoder='e', decoder='d', data='x', epochs=1., seconds=60.,
+        device='cpu', date='2026-01-01', scores=scores,
+    )
+    write_row(row, file)
+    page.write_text('BLEU-1 **61.2<!-- results: grid 0 test bleu_1 -->**')
+    results_command(['--check', '--file', str(file)])
+    assert '1 figures and rows of tables agree' in capsys.readouterr().out
+    page.write_text('BLEU-1 **62.2<!-- results: grid 0 test bleu_1 -->**')
+    for arguments, error in (
+        (['--check', '--file', str(file)], 'README.md: 62.2 stands for grid 0 test bleu_1, which is 0.612'),
+        ([], 'name a checkpoint, or ask for --check'),
+        (['some.pth', '--check'], 'name a checkpoint, or ask for --check'),
+    ):
+        with pytest.raises(SystemExit):
+            results_command(arguments)
+        assert error in capsys.readouterr().err
 
 def test_one_command_fills_the_table(call, tmp_path, checkpoint):
     file = str(tmp_path/'results.json')

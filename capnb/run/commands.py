@@ -216,13 +216,19 @@ def _full_run(device, file):
 @command
 def results_command(
     checkpoint:Param(
-        'Weights, a file model_state_dict_....pth, or storybook for those of the package', any_path, opt=False
-    ),
+        'Weights, a file model_state_dict_....pth, or storybook for those of the package', any_path,
+        opt=False, nargs='?',
+    )=None,
     file:Param('The JSON file of results; the table is written beside it', new_file)='results.json',
     hardware:Param('What the training ran on, such as T4; without it what the metadata says', str)=None,
+    check:Param('Write nothing: compare the figures of README and chapters with the file', store_true)=False,
 ):
-    "Put what a checkpoint came to into the table of results."
-    from capnb.run.results import record_result, results_table
+    "Put what a checkpoint came to into the table of results, or check what pages say of it."
+    from capnb.run.results import check_pages, record_result, results_table
+    if check == (checkpoint is not None):
+        raise ValueError('name a checkpoint, or ask for --check')
+    if check:
+        return say(f'{check_pages(file)} figures and rows of tables agree with {file}')
     say(results_table(record_result(checkpoint, file, hardware)))
 
 @command
