@@ -168,7 +168,7 @@ def test_a_row_replaces_its_like_and_no_other(tmp_path):
 def test_rows_of_before_are_read(tmp_path):
     "A file of results that knows nothing of experiments."
     file = tmp_path/'results.json'
-    old = {k: v for k,v in dict.fromkeys(FIELDS).items() if k not in FIELDS[-4:]} | dict(
+    old = {k: v for k,v in dict.fromkeys(FIELDS).items() if k not in FIELDS[-6:]} | dict(
         settings='flickr30k', encoder='a', decoder='b', data='c')
     file.write_text(json.dumps([old]))
     rows = write_row(row(), file)

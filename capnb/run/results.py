@@ -41,6 +41,8 @@ FIELDS = (
     'seed',
     'epochs',
     'scores', # name: value and 95% interval
+    'losses', # means of equal parts of the training
+    'captions', # of the first images of the split, by the image's id
 )
 
 def settings_name(
@@ -90,7 +92,7 @@ def result_row(
                 sum(seconds)/len(seconds)*len(epochs), # some may not have been kept
                 hardware or m['device'],
                 f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}',
-                *[None]*4,
+                *[None]*6,
             ),
             strict=True,
         )
@@ -193,7 +195,7 @@ def read_results(
         rows = None
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise ValueError(f"{file} is no file of results")
-    rows = [dict.fromkeys(FIELDS[-4:]) | with_new_names(r) for r in rows] # what came later
+    rows = [dict.fromkeys(FIELDS[-6:]) | with_new_names(r) for r in rows] # what came later
     if any(set(r)!=set(FIELDS) for r in rows):
         raise ValueError(f"{file} is no file of results")
     return rows
