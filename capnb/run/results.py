@@ -198,7 +198,7 @@ def read_results(
     rows = [dict.fromkeys(FIELDS[-6:]) | with_new_names(r) for r in rows] # what came later
     if any(set(r)!=set(FIELDS) for r in rows):
         raise ValueError(f"{file} is no file of results")
-    return rows
+    return [{field: r[field] for field in FIELDS} for r in rows]
 
 def write_row(
     row:dict, # With the keys `FIELDS`
