@@ -43,8 +43,8 @@ COMMON = dict(
 EXPERIMENTS = {
     'pooled': dict(prefix_length=10),
     'grid': {},
-    'grid-lora': dict(lora_rank=8),
-    'grid-unfrozen': dict(unfreeze_layers=2, unfreeze_epoch=1),
+    'grid-lora': dict(lora_rank=16, decoder_lr_scale=.3),
+    'grid-unfrozen': dict(unfreeze_layers=2, unfreeze_epoch=1, decoder_lr_scale=.3),
 }
 
 def experiment_features(
