@@ -11,7 +11,7 @@ from ..files import say
 from .command_line import Number, any_path, command, new_file
 
 # %% ../../nbs/35g_experiment.ipynb #35g00005
-NAMES = ['pooled', 'grid', 'grid-lora', 'grid-unfrozen']
+NAMES = ['pooled', 'grid-raw', 'grid', 'grid-lora', 'grid-unfrozen']
 
 @command
 def experiment_command(
