@@ -44,8 +44,9 @@ def scripts():
 def start(scripts, tmp_path_factory):
     """Start a console command by its name in the folder `cwd`, through a script like the one that pip
     installs; in a copy of a process that has imported all, but where `env` changes the environment, which
-    libraries read on import, or where it must be a `fresh` one. The copy calls `prepare` first."""
-    folder = tmp_path_factory.mktemp('scripts')
+    libraries read on import, or where it must be a `fresh` one. The copy calls `prepare` first. What still
+    runs at the end of all tests is killed, or this process would wait for it."""
+    folder, started = tmp_path_factory.mktemp('scripts'), []
     for name,(module, function) in scripts.items():
         (folder / name).write_text(
             'import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler) # a runner in the'
@@ -56,17 +57,22 @@ def start(scripts, tmp_path_factory):
         assert name in scripts, f'settings.ini has no console script {name}'
         words, there = [str(a) for a in args], outside(COLUMNS='200', **(env or {}))
         if not fresh and reads_hub_only(env or {}):
-            return ForkedScript(folder / name, words, cwd, there, prepare)
-        return subprocess.Popen(
-            [sys.executable, folder / name, *words],
-            cwd=cwd,
-            env=there,
-            text=True,
-            encoding='utf-8',
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-    return start
+            process = ForkedScript(folder / name, words, cwd, there, prepare)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, folder / name, *words],
+                cwd=cwd,
+                env=there,
+                text=True,
+                encoding='utf-8',
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        started.append(process)
+        return process
+    yield start
+    for process in started:
+        process.kill()
 
 @pytest.fixture(scope='session')
 def run(start):

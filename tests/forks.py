@@ -104,6 +104,9 @@ class ForkedScript:
         if self.process.exitcode is None:
             os.kill(self.pid, number)
 
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
