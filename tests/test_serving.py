@@ -1427,7 +1427,7 @@ if __name__ == '__main__': serve_command()
 def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
     "As on Windows, which has no fork: a caption, and an end."
     (tmp_path/'serve.py').write_text(THREADED)
-    def start(name, *args, cwd, env, fresh):
+    def start(name, *args, cwd, env):
         return subprocess.Popen(
             [sys.executable, tmp_path / 'serve.py', *map(str, args)],
             cwd=cwd,
