@@ -2,7 +2,8 @@
 captions are printed as they come."""
 import json, os, shutil, signal
 import numpy as np, pyarrow as pa, pytest, torch
-from capnb.captioner import Captioner, load_model_from_checkpoint, shipped_checkpoint
+from capnb.captioner import Captioner
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.commands import caption_command
 from capnb.decoder import generate_ids
 from capnb.options import check_options

@@ -131,7 +131,7 @@ def _print_captions(row):
 def _captioned(checkpoint, files, options, scores, seed, int8):
     "Load a captioner and caption files, a row for each."
     from torch import manual_seed
-    from capnb.captioner import load_model_from_checkpoint
+    from capnb.saving import load_model_from_checkpoint
     from capnb.fast.parts import make_fast
     from capnb.fast.quantized import use_int8
     from capnb.inference import caption_files

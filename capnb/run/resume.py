@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zlib import crc32
 import numpy, torch
-from ..captioner import load_trained
+from ..saving import load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
 from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names

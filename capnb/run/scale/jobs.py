@@ -18,7 +18,7 @@ import pyarrow.dataset
 import torch
 from fsspec.core import url_to_fs
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ...captioner import load_model_from_checkpoint
+from ...saving import load_model_from_checkpoint
 from ...checkpoint import read_metadata
 from ...decoder import split_scores
 from ...options import check_options
