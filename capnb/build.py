@@ -14,7 +14,8 @@ from .towers import look
 from .adapter import Adapter, PatchAdapter, Standardize
 from .encoder import load_encoder
 from .own_encoder import OwnEncoder, check_own, own_encoder
-from .decoder import check_decoder, decoder_config, embedding_size, load_decoder
+from .decoder import embedding_size
+from .any_decoder import check_decoder, decoder_config, load_decoder
 from .captioner import Captioner
 from .unfreezing import add_lora
 

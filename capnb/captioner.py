@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 from .image_pool import open_images
 from .out_of_memory import in_slices
-from .decoder import begin_ids, token_nll, generate_captions, tokenize_captions, text_ids
+from .decoder import begin_ids, token_nll, tokenize_captions, text_ids
+from .generation import generate_captions
 
 # %% ../nbs/05_captioner.ipynb #f387e0aa
 def read_captions(

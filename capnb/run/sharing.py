@@ -30,9 +30,9 @@ from ..checkpoint import check_weights
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, write_json
 from ..hub import hub_errors
-from capnb.decoder import (
-    captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
-)
+from ..decoder import tokenize_captions
+from ..generation import captions_of, generate_ids
+from ..any_decoder import decoder_config, load_tokenizer
 from ..encoder import load_image_processor, prepare_images
 from ..fast.parts import make_fast
 from ..fast.writing import write_ids
