@@ -108,8 +108,8 @@ def _hub_options(given):
 
 # %% ../../nbs/39_sharing.ipynb #0da7c010
 class CapnbForImageCaptioning(PreTrainedModel):
-    """A captioner as a `transformers` model: pixels in, tokens out; it saves the trained weights and the names
-    of the frozen models."""
+    """A captioner as a `transformers` model: pixels in, tokens out; it saves the trained weights and the
+    names of the frozen models."""
     config_class, main_input_name, _tied_weights_keys = CapnbConfig, 'pixel_values', {}
     def __init__(self, config:CapnbConfig, captioner:Captioner, metadata:dict=None):
         super().__init__(config)
