@@ -13,7 +13,8 @@ from ipywidgets import (
     Button, FileUpload, FloatSlider, HBox, HTML, IntRangeSlider, IntSlider, Layout, ToggleButtons, VBox
 )
 from PIL import ImageOps
-from ...captioner import Captioner, load_model_from_checkpoint
+from ...captioner import Captioner
+from ...saving import load_model_from_checkpoint
 from ...images import open_image
 from ...inference import CaptionStreamer, explain
 from .parts import STYLE, errors_in, image_buttons, image_html, mark, veiled
