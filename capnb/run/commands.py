@@ -51,7 +51,8 @@ def _check(data, h, **options):
     "The report of `check_data`; if all rows of a table are bad, each is printed."
     from functools import partial
     from capnb.run.sources.folders import BadRows
-    from capnb.decoder import count_cut, decoder_config, load_tokenizer
+    from capnb.caption_lengths import count_cut
+    from capnb.any_decoder import decoder_config, load_tokenizer
     from capnb.run.sources.check import check_data
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
     cut = partial(count_cut, tokenizer, max_caption_length=h.max_caption_length)
@@ -88,7 +89,7 @@ def data_command(
 ):
     """Check a data set before a long run: the contents of each split, samples, every unusable row or image,
     and data that may mislead the training."""
-    from capnb.decoder import cut_text
+    from capnb.caption_lengths import cut_text
     from capnb.run.sources.check import report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
@@ -130,7 +131,7 @@ def _print_captions(row):
 def _captioned(checkpoint, files, options, scores, seed, int8):
     "Load a captioner and caption files; yields one row per file."
     from torch import manual_seed
-    from capnb.captioner import load_model_from_checkpoint
+    from capnb.saving import load_model_from_checkpoint
     from capnb.fast.parts import make_fast
     from capnb.fast.quantized import use_int8
     from capnb.inference import caption_files
