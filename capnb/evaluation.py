@@ -20,7 +20,8 @@ from .files import atomic_write
 from .data import counts_characters, words
 from .encoder import EncodedData
 from .options import check_options
-from .captioner import Captioner, load_trained
+from .captioner import Captioner
+from .saving import load_trained
 from .training import Callback, learning, validate
 
 # %% ../nbs/07_evaluation.ipynb #231199c9

@@ -54,7 +54,7 @@ def epoch_batches(
 
 # %% ../nbs/06_training_loop.ipynb #4b7f7adc
 def make_optimizer(
-    groups:dict, # {group: {name of parameter: parameter}}, as from `capnb.captioner.parameter_groups`
+    groups:dict, # {group: {name of parameter: parameter}}, as from `capnb.unfreezing.parameter_groups`
     learning_rate:float=1e-4,
     decoder_lr_scale:float=.1, # Learning rate of the group 'decoder', as a share of `learning_rate`
     decay:float=1., # Factor on the learning rates after every `decay_step` steps

@@ -5,7 +5,8 @@ import logging
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
-from capnb.captioner import build_captioner, parameter_groups, unfreeze
+from capnb.build import build_captioner
+from capnb.unfreezing import parameter_groups, unfreeze
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
 from capnb.fast.cuda.batches import Layouts, room, views, waste

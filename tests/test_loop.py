@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest, torch
 from accelerate import Accelerator
 from capnb import training
-from capnb.captioner import build_captioner, parameter_groups
+from capnb.build import build_captioner
+from capnb.unfreezing import parameter_groups
 from capnb.encoder import EncodedData
 from capnb.run.resume import SavedRun, find_state, read_state
 from capnb.run.training import SharedStep, optimizer_for, run_training

@@ -3,7 +3,8 @@ a learning rate that rises and falls along a cosine; all of it survives saving, 
 import math
 from contextlib import nullcontext
 import pytest, torch
-from capnb.captioner import build_captioner, load_model_from_checkpoint, measure_features, save_checkpoint
+from capnb.saving import load_model_from_checkpoint, save_checkpoint
+from capnb.build import build_captioner, measure_features
 from capnb.checkpoint import read_weights
 from capnb.encoder import EncodedData
 from capnb.fast.cuda.training import why_not

@@ -51,7 +51,8 @@ def _check(data, h, **options):
     "What `check_data` finds; a table of which all rows are bad is told row by row."
     from functools import partial
     from capnb.run.sources.folders import BadRows
-    from capnb.decoder import count_cut, decoder_config, load_tokenizer
+    from capnb.caption_lengths import count_cut
+    from capnb.any_decoder import decoder_config, load_tokenizer
     from capnb.run.sources.check import check_data
     tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
     cut = partial(count_cut, tokenizer, max_caption_length=h.max_caption_length)
@@ -89,7 +90,7 @@ def data_command(
 ):
     """Look a data set over before a long run: what each split holds, samples, every row or image that cannot
     be used, and what may teach the wrong thing."""
-    from capnb.decoder import cut_text
+    from capnb.caption_lengths import cut_text
     from capnb.run.sources.check import report_data
     chosen = dict(tokenizer_name=tokenizer_name, max_caption_length=max_caption_length)
     h = as_hyperparameters(preset=preset, **{k: v for k,v in chosen.items() if v is not None})
@@ -131,7 +132,7 @@ def _print_captions(row):
 def _captioned(checkpoint, files, options, scores, seed, int8):
     "Load a captioner and caption files, a row for each."
     from torch import manual_seed
-    from capnb.captioner import load_model_from_checkpoint
+    from capnb.saving import load_model_from_checkpoint
     from capnb.fast.parts import make_fast
     from capnb.fast.quantized import use_int8
     from capnb.inference import caption_files

@@ -17,7 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, CLIP
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from ..data import CaptionData
-from ..decoder import count_cut, cut_text, decoder_config, generate_captions, load_tokenizer
+from ..caption_lengths import count_cut, cut_text
+from ..generation import generate_captions
+from ..any_decoder import decoder_config, load_tokenizer
 from ..encoder import ImageEncoder
 from ..fast.cache import encode_data
 from ..fast.ceilings import count_work, measure_ceilings, recorded_work, work_seconds, writing_work

@@ -50,7 +50,7 @@ def make_adapter(
 ) -> Path: # Of the weights
     "Train the adapter of the demo and save it in half precision, with a card."
     from tempfile import TemporaryDirectory
-    from capnb.captioner import trained_state
+    from capnb.saving import trained_state
     from capnb.checkpoint import save_metadata, save_tensors, weights_path
     from capnb.run.entry import train
     from capnb.files import atomic_write

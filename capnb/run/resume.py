@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zlib import crc32
 import numpy, torch
-from ..captioner import load_trained
+from ..saving import load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
 from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
@@ -40,7 +40,7 @@ class SavedRun(Run):
     accelerator: object = None
     scaler: object = None # Of the loss, for fp16; else None
     identity: dict = None # Fingerprints of the data and the frozen models
-    captions: dict = None # What `capnb.decoder.count_cut` found in the training captions
+    captions: dict = None # What `capnb.caption_lengths.count_cut` found in the training captions
     busy: bool = False # Within steps, which a signal lets end
     saved: int = 0 # Steps that the last saved state knows of
     # Where `max_steps` ended an epoch before its last step: what closing it changes, as it was before

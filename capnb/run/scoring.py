@@ -17,7 +17,7 @@ from ..log import log
 from ..encoder import EncodedData
 from ..fast.quantized import use_int8
 from ..fast.parts import make_fast
-from ..captioner import load_model_from_checkpoint
+from ..saving import load_model_from_checkpoint
 from ..evaluation import compare, evaluate, floors, score
 from ..insight.coco import coco_tools
 from ..insight.facts import Facts

@@ -20,17 +20,19 @@ from transformers import (
     PreTrainedConfig, PreTrainedModel, ProcessorMixin,
 )
 from transformers.utils import cached_file
-from capnb.captioner import (
-    Captioner, build_captioner, check_frozen, check_trained, load_model_from_checkpoint, load_trained,
-    save_checkpoint, unfreeze, trained_state
+from ..captioner import Captioner
+from capnb.saving import (
+    check_frozen, check_trained, load_model_from_checkpoint, load_trained, save_checkpoint, trained_state
 )
+from ..build import build_captioner
+from ..unfreezing import unfreeze
 from ..checkpoint import check_weights
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, write_json
 from ..hub import hub_errors
-from capnb.decoder import (
-    captions_of, decoder_config, generate_ids, load_tokenizer, tokenize_captions
-)
+from ..decoder import tokenize_captions
+from ..generation import captions_of, generate_ids
+from ..any_decoder import decoder_config, load_tokenizer
 from ..encoder import load_image_processor, prepare_images
 from ..fast.parts import make_fast
 from ..fast.writing import write_ids

@@ -8,7 +8,8 @@ __all__ = ['TrialRunner', 'Prune', 'run_trial', 'sweep']
 # %% ../../nbs/36_sweeps.ipynb #19a00002
 import os, time
 from contextlib import redirect_stderr, redirect_stdout
-from ..captioner import Captioner, build_captioner, check_models, new_adapter
+from ..captioner import Captioner
+from ..build import build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
 from ..fast.parts import make_fast
 from .trackers import Tracker, tracker_names

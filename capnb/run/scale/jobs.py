@@ -18,9 +18,9 @@ import pyarrow.dataset
 import torch
 from fsspec.core import url_to_fs
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ...captioner import load_model_from_checkpoint
+from ...saving import load_model_from_checkpoint
 from ...checkpoint import read_metadata
-from ...decoder import split_scores
+from ...generation import split_scores
 from ...options import check_options
 from ...encoder import load_encoder
 from ...fast.cuda.writing import WIDTHS

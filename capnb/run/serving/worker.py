@@ -13,7 +13,7 @@ import signal
 import time
 from dataclasses import asdict
 from queue import Empty
-from ...captioner import load_model_from_checkpoint
+from ...saving import load_model_from_checkpoint
 from ...inference import CaptionStreamer, explain
 from ...fast.parts import make_fast
 from ...pixels import PixelSteps
