@@ -18,10 +18,9 @@ from transformers.models.auto.modeling_auto import (
 from ..log import progress_bar
 from ..files import atomic_write
 from ..hub import read_model
-from capnb.decoder import (
-    caption_loss as readable_loss, check_decoder, generate_ids, load_decoder, tokenize_captions,
-    write_ids as readable_write
-)
+from ..decoder import caption_loss as readable_loss, tokenize_captions
+from ..generation import generate_ids, write_ids as readable_write
+from ..any_decoder import check_decoder, load_decoder
 from .packing import takes_positions
 from .loss import caption_loss, head_is_plain
 from .writing import write_ids

@@ -9,7 +9,7 @@ __all__ = ['head_is_plain', 'nll_at', 'token_nll', 'caption_loss', 'read_caption
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..decoder import alike, random_ids
+from ..any_decoder import alike, random_ids
 from .packing import packed_inputs, takes_positions
 
 # %% ../../nbs/20b_the_loss.ipynb #5a000004

@@ -10,7 +10,8 @@ __all__ = ['share_out', 'rows_for', 'Vectors', 'Targets', 'lay_out', 'attention'
 import inspect, numpy, torch
 from dataclasses import dataclass, fields
 from torch.nn import functional as F
-from ..decoder import alike, random_ids, text_ids
+from ..decoder import text_ids
+from ..any_decoder import alike, random_ids
 
 # %% ../../nbs/20_packing.ipynb #5a000001
 def share_out(

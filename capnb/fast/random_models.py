@@ -8,7 +8,9 @@ __all__ = ['KNOWN_MODELS', 'planned_config', 'count', 'random_init_captioner', '
 # %% ../../nbs/24c_random_models.ipynb #6380cae7
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig
-from ..captioner import Captioner, add_lora, check_pair, new_adapter, unfreeze
+from ..captioner import Captioner
+from ..build import check_pair, new_adapter
+from ..unfreezing import add_lora, unfreeze
 from ..encoder import ImageEncoder
 from ..settings import Hyperparameters
 from ..hub import model_config

@@ -11,7 +11,7 @@ from collections import deque
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
-from ..decoder import generate_captions, generate_rows as readable_rows, write_ids as readable_write
+from ..generation import generate_captions, generate_rows as readable_rows, write_ids as readable_write
 from .packing import takes_positions
 from .loss import token_nll
 
@@ -146,7 +146,7 @@ def generate_rows(
     return [torch.tensor(row) for row in greedy_ids(decoder, prefix, [most]*len(prefix), end, batch_size)]
 
 def write_ids(*args, **kwargs):
-    "Write and score captions as `capnb.decoder.write_ids` does, with the fast functions for both."
+    "Write and score captions as `capnb.generation.write_ids` does, with the fast functions for both."
     return readable_write(*args, generate=generate_rows, nll=token_nll, **kwargs)
 
 def write_captions(

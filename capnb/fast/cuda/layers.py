@@ -10,7 +10,7 @@ import copy, torch
 from importlib.util import find_spec
 from torch import nn
 from torch.nn import functional as F
-from ...decoder import alike
+from ...any_decoder import alike
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00008
 class FusedNorm(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from dataclasses import dataclass
 from functools import partial
 from transformers.cache_utils import Cache, DynamicLayer
-from ...decoder import alike, random_ids
+from ...any_decoder import alike, random_ids
 from ..packing import takes_positions
 
 # %% ../../../nbs/23d_rows_on_a_gpu.ipynb #23d00008

@@ -15,7 +15,7 @@ from transformers import (
 )
 from ...log import log
 from ...out_of_memory import may_release
-from ...decoder import generate_captions, write_ids as readable_write
+from ...generation import generate_captions, write_ids as readable_write
 from ..packing import takes_positions
 from ..loss import token_nll
 from ..writing import generate_rows, write_captions
@@ -214,7 +214,7 @@ class CudaWriter:
         return generate_captions(model.decoder, model.tokenizer, prefix, most, write=write, **options)
 
     def write_ids(self, *args, asked=None, longest=0):
-        "Write and score captions as `capnb.decoder.write_ids` does."
+        "Write and score captions as `capnb.generation.write_ids` does."
         generate = partial(self.generate_rows, asked=asked, longest=longest)
         return readable_write(*args, generate=generate, nll=token_nll)
 
