@@ -199,7 +199,7 @@ def _dot(draw, x, y, r, width, fill):
 
 # %% ../nbs/10_storybook.ipynb #1bdb4ae2
 def _signs(draw, place, width, rng):
-    "A sun or moon, and what is typical of the place: grass and daisies, waves and shells, snowflakes, stars."
+    "Draw the details of a place: sun and clouds, with grass or pebbles; snowflakes; or moon and stars."
     x, y = _between(rng,.1,.9), _between(rng,.08,.16)
     if place=='night':
         _dot(draw, x, y, .075, width, (250,240,200))

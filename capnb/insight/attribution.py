@@ -102,9 +102,9 @@ def pointing(
 ) -> list: # For each word that names a thing: 'word', 'hit', 'chance', 'share', 'other', 'own'
     """Measure how well each word that names a thing points at it.
 
-    `hit` is 1 if the largest value of the map lies in the thing, and `share` is the fraction of the loss
-    inside it. `other` is 1 if the largest value lies in the other thing. `own` is 1 if the mean loss is
-    larger in the word's own thing than in the other. These two are None if there is only one thing."""
+    A `hit` is 1 if the largest value of the map lies in the thing. The `share` is the fraction of the loss
+    inside it. With two things, `other` is 1 if the largest value lies in the other thing. The value of `own`
+    is 1 if the mean loss is larger in the word's own thing. With one thing, both are None."""
     found = []
     for at,i in named_things(words, facts):
         patches = np.clip(words[at].patches, 0, None)

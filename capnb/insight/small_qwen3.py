@@ -223,7 +223,7 @@ def retell_f1(
 # %% ../../nbs/10d_small_qwen3.ipynb #0d1f6ab3
 def pretrain_decoder(
     tokenizer,
-    steps:int=5000, # Of 32 pages
+    steps:int=5000, # Number of steps of 32 pages
 ): # The model, a `Log`
     "Train a small Qwen3 by next-token prediction on text alone, with blurred notes."
     torch.manual_seed(0)
