@@ -8,7 +8,8 @@ from capnb.run.commands import caption_command
 from capnb.generation import generate_ids
 from capnb.options import check_options
 from capnb.encoder import EncodedData
-from capnb.evaluation import draw_samples, write_captions_for
+from capnb.evaluation import write_captions_for
+from capnb.score_tables import draw_samples
 from capnb.insight.facts import fact_counts, facts_scores
 from capnb.image_pool import open_images
 from capnb.inference import caption_files, explain

@@ -198,7 +198,7 @@ def act(file, said, folder):
 
 SLOW = (
     '38b_scale_jobs', '36_sweeps', # start other processes, which import everything again
-    '07_evaluation', '09_flickr30k_on_a_gpu', '19_troubleshooting', # train
+    '09_flickr30k_on_a_gpu', '19_troubleshooting', # train
 )
 
 @pytest.mark.parametrize(

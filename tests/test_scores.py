@@ -6,7 +6,8 @@ from capnb.files import write_json
 from capnb.data import CaptionData, one_line, words
 from capnb.generation import captions_of
 from capnb.encoder import EncodedData
-from capnb.evaluation import BY_CHARACTER, rouge_l, score, score_table, text_statistics
+from capnb.evaluation import rouge_l, score, text_statistics
+from capnb.score_tables import BY_CHARACTER, score_table
 from capnb.insight.coco import _coco_words, coco_tools
 from capnb.insight.report.slices import image_slices
 from capnb.run.predictions import read_predictions

@@ -9,7 +9,7 @@ __all__ = ['veil', 'draw_strip', 'draw_explanation', 'named_things', 'parts_insi
 import textwrap
 from itertools import pairwise
 import numpy as np
-from ..evaluation import interval, mean_parts
+from ..intervals import interval, mean_parts
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
 def veil(

@@ -9,7 +9,7 @@ __all__ = ['coco_tools', 'coco_parts']
 import shutil
 import numpy as np
 from ..data import space_characters
-from ..evaluation import Parts, mean_parts
+from ..intervals import Parts, mean_parts
 
 # %% ../../nbs/10c_coco.ipynb #87405782
 def _bleu(n):

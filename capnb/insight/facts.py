@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 from ..data import words
 from ..storybook import COLOURS, KINDS, PLACE_WORDS, RELATION_WORDS, SIZE_WORDS
-from ..evaluation import FACTS, Parts
+from ..score_tables import FACTS
+from ..intervals import Parts
 
 # %% ../../nbs/10b_facts.ipynb #a70712e5
 def _any_of(options): return '|'.join(sorted(options, key=len, reverse=True))

@@ -9,7 +9,7 @@ __all__ = ['WORD_KINDS', 'words_by_kind', 'word_kind_parts']
 from collections import Counter
 import numpy as np
 from ..data import words
-from ..evaluation import Parts
+from ..intervals import Parts
 
 # %% ../../nbs/14b_right_words.ipynb #14b00005
 WORD_KINDS = { # kind: groups of words that mean the same

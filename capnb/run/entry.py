@@ -15,7 +15,7 @@ from ..hardware import default_device
 from ..saving import check_trained, shipped_checkpoint
 from ..build import build_captioner, check_models
 from ..own_encoder import own_encoder
-from ..evaluation import Scores
+from ..scores import Scores
 from ..insight.facts import Facts
 from ..fast.cache import encode_data, features_folder
 from ..fast.parts import make_fast

@@ -27,7 +27,7 @@ def _settings(predictions, checkpoint, preset, about):
 
 def _print(judged, compared, against):
     "Print the scores, and their comparison with those of another checkpoint."
-    from capnb.evaluation import compare_table, score_table
+    from capnb.score_tables import compare_table, score_table
     say(score_table({s: j.scores for s,j in judged.items()}))
     for s,c in compared.items():
         say(f'\n{s}, against {against}:\n{compare_table(c)}')

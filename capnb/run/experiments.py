@@ -18,9 +18,8 @@ from tempfile import TemporaryDirectory
 from ..saving import load_model_from_checkpoint
 from ..checkpoint import read_metadata, weights_path
 from ..encoder import EncodedData
-from capnb.evaluation import (
-    evaluate, most_common_caption, nearest_captions, score_parts, with_intervals
-)
+from ..evaluation import evaluate, most_common_caption, nearest_captions, score_parts
+from ..intervals import with_intervals
 from ..fast.cache import encode_data
 from ..fast.parts import make_fast
 from ..files import read_text, write_json

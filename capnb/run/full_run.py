@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from ..data import CaptionData
-from ..evaluation import Scores
+from ..scores import Scores
 from ..fast.cache import encode_data
 from ..fast.ceilings import wait_for
 from ..fast.parts import make_fast

@@ -18,7 +18,8 @@ from ..encoder import EncodedData
 from ..fast.quantized import use_int8
 from ..fast.parts import make_fast
 from ..saving import load_model_from_checkpoint
-from ..evaluation import compare, evaluate, floors, score
+from ..evaluation import evaluate, floors, score
+from ..intervals import compare
 from ..insight.coco import coco_tools
 from ..insight.facts import Facts
 from ..insight.report.clipscore import ClipScorer
@@ -114,7 +115,7 @@ class Judgement:
     def against(self,
         path, # Weights of another checkpoint
         split:str=None, # As for `score_checkpoint`
-    ) -> dict: # Name of split: from `capnb.evaluation.compare`
+    ) -> dict: # Name of split: from `capnb.intervals.compare`
         "Score another checkpoint on the same images (paired bootstrap)."
         other = score_checkpoint(Path(path), split, with_floors=False)
         if other.h.data!=self.h.data:

@@ -17,7 +17,7 @@ from ..log import log
 from ..files import write_json
 from ..checkpoint import metadata_path, save_metadata
 from ..training import Callback
-from ..evaluation import draw_samples
+from ..score_tables import draw_samples
 from ..settings import Hyperparameters
 
 # %% ../../nbs/32c_trackers.ipynb #0225b187

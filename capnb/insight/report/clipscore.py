@@ -11,7 +11,7 @@ import numpy as np, torch, transformers
 from transformers import AutoTokenizer
 from ...hub import load_whole, model_config, read_model
 from ...encoder import encode_data, load_encoder
-from ...evaluation import mean_parts
+from ...intervals import mean_parts
 
 # %% ../../../nbs/17e_clipscore.ipynb #jd210006
 def clip_scores(

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from ...files import atomic_write
 from ...encoder import EncodedData
-from ...evaluation import FACTS, score, score_parts, with_intervals
+from ...evaluation import score, score_parts
+from ...score_tables import FACTS
+from ...intervals import with_intervals
 from ..coco import coco_parts
 from ..facts import Facts
 from .clipscore import ClipScorer, clip_parts

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 from ...checkpoint import read_metadata
-from ...evaluation import BY_CHARACTER, FACTS, FLOORS, TOOLS
+from ...score_tables import BY_CHARACTER, FACTS, FLOORS, TOOLS
 from .slices import slices, worst_first
 from .judged import each_score
 

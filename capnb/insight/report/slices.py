@@ -9,7 +9,7 @@ __all__ = ['image_slices', 'worst_first', 'slices', 'slice_table']
 from collections import Counter, defaultdict
 import numpy as np
 from ...data import words
-from ...evaluation import Parts, with_intervals
+from ...intervals import Parts, with_intervals
 
 # %% ../../../nbs/17f_slices.ipynb #jd210025
 def _lengths(captions):
