@@ -43,7 +43,9 @@ from .signals import Interrupted, acquire_run_lock, stoppable
 from .trackers import tracker_names
 from ..settings import Hyperparameters
 from ..hardware import default_mixed_precision
-from ..training import Callback, EpochBatches, make_optimizer, training_loop
+from ..training import Callback, training_loop
+from ..optimizer import make_optimizer
+from ..batches import EpochBatches
 
 # %% ../../nbs/33a_training.ipynb #6c6f0703
 def token_counts(
