@@ -20,8 +20,10 @@ from .files import atomic_write
 from .data import counts_characters, words
 from .encoder import EncodedData
 from .options import check_options
-from .captioner import Captioner, load_trained
-from .training import Callback, learning, validate
+from .captioner import Captioner
+from .saving import load_trained
+from .training import Callback, learning
+from .validation import validate
 
 # %% ../nbs/07_evaluation.ipynb #231199c9
 class _Words(Tokenizer):

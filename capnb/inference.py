@@ -15,7 +15,8 @@ from PIL import Image, ImageStat
 from .log import progress_bar
 from .captioner import Captioner
 from .data import one_line, word_spans
-from .decoder import captions_of, split_scores, tokenize_captions
+from .decoder import tokenize_captions
+from .generation import captions_of, split_scores
 from .options import check_options
 from .images import find_images, open_image # find_images: scripts import it from here
 from .image_pool import open_images

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from capnb.hub import model_path
 from capnb.encoder import load_encoder
-from capnb.decoder import load_decoder
+from capnb.any_decoder import load_decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 READS = {'from_pretrained', 'from_config', '_from_config'}

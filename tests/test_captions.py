@@ -2,9 +2,10 @@
 captions are printed as they come."""
 import json, os, shutil, signal
 import numpy as np, pyarrow as pa, pytest, torch
-from capnb.captioner import Captioner, load_model_from_checkpoint, shipped_checkpoint
+from capnb.captioner import Captioner, read_captions
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.commands import caption_command
-from capnb.decoder import generate_ids
+from capnb.generation import generate_ids
 from capnb.options import check_options
 from capnb.encoder import EncodedData
 from capnb.evaluation import draw_samples, write_captions_for
@@ -355,3 +356,14 @@ def test_unequal_lists_are_refused(images, tmp_path, what):
 
 def test_sources_of_images_may_come_one_by_one(images):
     assert len(list(open_images(iter(images)))) == 5
+
+def test_a_missing_caption_weighs_nothing(model, images):
+    "Three captions of one image and two of another: the loss is the mean over the tokens of those five."
+    features = model.encoder.encode(images[:2])
+    texts = [['A red cat.', 'A cat in the snow.', 'A dog.'], ['A blue boat by the sea.', 'Two boats.']]
+    with torch.no_grad():
+        nll, mask = read_captions(model, features, texts)
+        each = [model.nll(features[i:i+1], [t]) for i,ts in enumerate(texts) for t in ts]
+    assert mask.sum(1).tolist()[-1] == 0 and nll[-1].abs().sum() == 0
+    total, tokens = sum(n.sum() for n,_ in each), sum(m.sum() for _,m in each)
+    torch.testing.assert_close(nll.sum()/mask.sum(), total/tokens)

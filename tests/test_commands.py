@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest, torch
 from PIL import Image
 from capnb.fast.quantized import use_int8
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
@@ -797,7 +797,7 @@ UNWRITABLE = [
 
 LONG_WORK = [
     'capnb.run.entry.prepare',
-    'capnb.captioner.load_model_from_checkpoint',
+    'capnb.saving.load_model_from_checkpoint',
     'capnb.run.scoring.load_for',
     'capnb.run.sources.check.check_data',
     'capnb.fast.bench.bench',

@@ -9,8 +9,8 @@ from transformers import (
     PreTrainedModel
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from capnb.captioner import build_captioner
-from capnb.decoder import generate_captions, generate_rows as by_generate
+from capnb.build import build_captioner
+from capnb.generation import generate_captions, generate_rows as by_generate
 from capnb.fast import writing as chapter_21
 from capnb.fast.cuda import rows as cuda_rows, writing as cuda_writing
 from capnb.fast.cuda.rows import FixedRows, takes_fixed_cache

@@ -9,7 +9,8 @@ from capnb.fast.decoder_families import (
 )
 from capnb.hub import model_path
 from capnb import decoder as readable
-from capnb.decoder import load_decoder, tokenize_captions
+from capnb.decoder import tokenize_captions
+from capnb.any_decoder import load_decoder
 from capnb.fast import loss as fast
 from capnb.fast.loss import head_is_plain
 

@@ -2,7 +2,7 @@
 import http.client, json, socket, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from capnb.captioner import load_model_from_checkpoint, shipped_checkpoint
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.checkpoint import read_metadata, read_tensors
 from capnb.hub import model_path
 from capnb.insight.facts import facts_scores

@@ -2,7 +2,7 @@
 import ast, doctest, inspect, re, shutil, textwrap
 import pytest
 import capnb
-from capnb.captioner import shipped_checkpoint
+from capnb.saving import shipped_checkpoint
 from capnb.log import quiet
 from capnb.storybook import Storybook
 

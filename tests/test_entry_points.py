@@ -3,7 +3,8 @@ do."""
 import queue, signal, types
 import pytest, torch
 from capnb import captioner as course
-from capnb.captioner import build_captioner, load_model_from_checkpoint, shipped_checkpoint
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
+from capnb.build import build_captioner
 from capnb.fast.parts import is_fast, make_fast
 from capnb.run import entry, use
 from capnb.run.commands import caption_command

@@ -47,7 +47,7 @@ def answers(path):
 
 @each_chapter
 def test_exercises_are_whole(path):
-    """None in a part of a chapter, or two or three, each a question, a cell for the answer, a check, and an
+    """None in a part of a chapter, or up to three, each a question, a cell for the answer, a check, and an
     answer that is folded away, in this order."""
     found, numbers = cells(path), []
     for i,(kind, source) in enumerate(found):
@@ -60,7 +60,7 @@ def test_exercises_are_whole(path):
         ), f'exercise {n} has no answer'
         for cell in (source, found[i+1][1]):
             assert directives(cell) == ['notest'], f'a cell of exercise {n} is not left out of the tests'
-    assert numbers in ([], [1,2], [1,2,3])
+    assert numbers in ([], [1], [1,2], [1,2,3])
     assert len(numbers) == sum(is_check(*c) for c in found) == len(answers(path)) and all(answers(path))
 
 @pytest.mark.parametrize('number', NUMBERS)
@@ -213,3 +213,5 @@ def test_answers_pass(path, tmp_path):
     assert child.exitcode == 0, text[-3000:]
     passed = re.findall(r'^exercise (\d) passed$', text, re.M)
     assert len(passed) == len(answers(path)) and passed
+    scored = [source for cell in cells(path) if is_check(*cell) and '✅' in (source := cell[1])]
+    assert text.count('✅') == len(scored), 'an answer does not reach its score'

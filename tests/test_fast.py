@@ -4,7 +4,9 @@ import pytest, torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import QuickGELUActivation
-from capnb.captioner import build_captioner, parameter_groups, read_captions, unfreeze, write_captions
+from capnb.captioner import read_captions, write_captions
+from capnb.build import build_captioner
+from capnb.unfreezing import parameter_groups, unfreeze
 from capnb.data import CaptionData
 from capnb.encoder import encode_data
 from capnb.fast import cache

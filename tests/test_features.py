@@ -7,7 +7,7 @@ from PIL import Image
 from damage import saved
 from forks import fork
 from capnb.fast import cache as enc
-from capnb.captioner import build_captioner
+from capnb.build import build_captioner
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data

@@ -2,7 +2,7 @@
 makes a scaler on GPUs only, so a run gets PyTorch's scaler for CPUs in its place."""
 import pytest, torch
 from accelerate import Accelerator
-from capnb.captioner import build_captioner
+from capnb.build import build_captioner
 from capnb.encoder import EncodedData
 from capnb.run.entry import train
 from capnb.run.resume import find_state, read_state, resumed_hyperparameters

@@ -1,7 +1,7 @@
 "Checkpoints and training states that lie: one line each, before memory is taken for what they promise."
 import json, shutil
 import pytest, torch
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.run.resume import read_state
 
 resource = pytest.importorskip('resource') # not on Windows

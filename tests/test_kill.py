@@ -2,7 +2,7 @@
 import json, os, shutil, signal, time
 import pytest, torch
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train

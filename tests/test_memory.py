@@ -2,7 +2,7 @@
 time."""
 import pytest, torch
 from accelerate import Accelerator
-from capnb.captioner import build_captioner
+from capnb.build import build_captioner
 from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
 from capnb.out_of_memory import SHORT, in_slices, may_release, memory_ran_out

@@ -3,7 +3,7 @@ the checkpoint."""
 import json, shutil
 import pytest
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.hub import model_path
 from capnb.run.resume import read_state

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 import pytest
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.command_line import command

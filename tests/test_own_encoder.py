@@ -6,7 +6,7 @@ from forks import ForkedScript
 from mean_colours import MeanColours
 from torch import nn
 from capnb import evaluate, load, train
-from capnb.captioner import build_captioner
+from capnb.build import build_captioner
 from capnb.fast.cache import encode_data, features_key
 from capnb.data import CaptionData
 from capnb.own_encoder import OwnEncoder

@@ -18,7 +18,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from damage import saved
 from capnb import image_pool
-from capnb.captioner import build_captioner, load_model_from_checkpoint, save_checkpoint
+from capnb.saving import load_model_from_checkpoint, save_checkpoint
+from capnb.build import build_captioner
 from capnb.data import CaptionData
 from capnb.encoder import ImageEncoder, encode_data as encode_in_turn, load_encoder
 from capnb.fast.cache import encode_data, features_key

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
-from capnb.captioner import shipped_checkpoint
+from capnb.saving import shipped_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command

@@ -49,7 +49,8 @@ def python(code, *words):
 # stand side by side.
 BASE = """settings files log options checkpoint hardware hub images pixels image_pool out_of_memory towers
 image_processors""".split()
-COURSE = 'data encoder own_encoder adapter decoder captioner training evaluation inference'.split()
+COURSE = '''data encoder own_encoder adapter decoder any_decoder generation caption_lengths captioner
+unfreezing build saving batches optimizer validation training evaluation inference'''.split()
 BELOW = dict(
     base=[],
     drawing=['base'],

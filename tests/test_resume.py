@@ -3,7 +3,7 @@ neighbours and strangers do to it is told in one line."""
 import itertools, json, os, random, re, resource, shlex, signal, subprocess, time
 from pathlib import Path
 import pytest, torch
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.run.commands import train_command

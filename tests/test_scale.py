@@ -4,7 +4,7 @@ import ipaddress, os, signal, subprocess, sys, time
 from collections import Counter
 import psutil, pytest
 import pyarrow.parquet as pq
-from capnb.captioner import load_model_from_checkpoint
+from capnb.saving import load_model_from_checkpoint
 from capnb.run.entry import train
 from capnb.images import find_images
 from capnb.inference import caption_files

@@ -4,7 +4,7 @@ import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
 from capnb.files import write_json
 from capnb.data import CaptionData, one_line, words
-from capnb.decoder import captions_of
+from capnb.generation import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import BY_CHARACTER, rouge_l, score, score_table, text_statistics
 from capnb.insight.coco import _coco_words, coco_tools

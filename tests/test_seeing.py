@@ -6,7 +6,8 @@ from transformers import (
     CLIPImageProcessor, Dinov2Config, Dinov2Model, Siglip2ImageProcessor, Siglip2VisionConfig,
     Siglip2VisionModel, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 )
-from capnb.captioner import Captioner, build_captioner, new_adapter
+from capnb.captioner import Captioner
+from capnb.build import build_captioner, new_adapter
 from capnb.settings import as_hyperparameters
 from capnb.encoder import ImageEncoder
 from capnb.inference import _covered, _words, explain

@@ -13,7 +13,7 @@ from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from capnb.captioner import load_model_from_checkpoint, shipped_checkpoint
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.images import open_image
 from capnb.run.serving.command import serve_command
 from capnb.run.serving.limits import client_of

@@ -25,7 +25,7 @@ _PLACE_RE, _RELATION_RE = (re.compile(rf"\b({_any_of(t)})\b") for t in (_PLACE_O
 def read_facts(
     caption:str, # Any sentence
 ) -> dict: # `pairs` (colour, kind), `sizes` (size, colour, kind), `places`, `relations` as in `facts_of`
-    "Find what a caption claims about things, place and relation."
+    "Extract what a caption claims about things, place and relations."
     text = caption.lower()
     nouns = list(_NOUN_RE.finditer(text))
     pairs = [(n[2], n[3]) for n in nouns]
@@ -37,17 +37,17 @@ def read_facts(
 
 # %% ../../nbs/10b_facts.ipynb #66b197c2
 def _prf(true, said, there):
-    "Precision, recall and F1 from the number of true statements, of statements, and of things to state."
+    "Compute precision, recall and F1 from the numbers of true claims, of claims, and of facts."
     precision, recall = true/said if said else 0., true/there if there else 0.
     return dict(precision=precision, recall=recall, f1=2*precision*recall/(precision+recall) if true else 0.)
 
 def _matched(said, there):
-    "How many are in both, are said, are there; what stands twice in a list counts twice."
+    "Count the items in both lists, in the first and in the second; an item listed twice counts twice."
     said, there = Counter(said), Counter(there)
     return (said & there).total(), said.total(), there.total()
 
 def _claims(caption, fact):
-    "Of one image how many facts of each kind are said truly, are said, are there."
+    "Count true claims, claims and facts of each kind for one image."
     said, things, heard = read_facts(caption), fact['things'], words(caption)
     kinds = [w for w in heard if w in KINDS]
     relations, said_relations = set(map(tuple, fact['relations'])), set(said['relations'])
@@ -59,47 +59,47 @@ def _claims(caption, fact):
         size=_matched(set(said['sizes']), {(t['size'], t['colour'], t['kind']) for t in things}),
         count=(int(len(kinds)==len(things)), int(bool(kinds)), 1),
         place=_matched(set(said['places']), {fact['place']}),
-        # one relation is enough; a caption that names two truly should not find more than there is
+        # one true relation is enough; two true ones must not give a recall above 1
         relation=(true, len(said_relations), max(true, bool(relations))))
 
 # %% ../../nbs/10b_facts.ipynb #68588676
 def fact_counts(
     captions, # One per image
-    facts, # For each image its facts, as `capnb.storybook.facts_of` gives them
-) -> dict: # The names in `FACTS`: of each image how many are said truly, are said, are there
-    """Count what captions claim and what is true.
+    facts, # The facts of each image, from `capnb.storybook.facts_of`
+) -> dict: # For each name in `FACTS`: (true claims, claims, facts) of each image
+    """Count the claims of captions and the true ones among them.
 
-    A relation is found if one true relation is named, since all of them follow from where things are."""
+    Naming one true relation is enough, since all relations follow from the positions of the things."""
     each = [_claims(c, f) for c,f in zip(captions, facts, strict=True)]
     return {name: [claims[name] for claims in each] for name in FACTS}
 
 def facts_scores(
     captions, # As for `fact_counts`
     facts, # As for `fact_counts`
-) -> dict: # The names in `FACTS`, each with precision, recall and f1
-    "Compare what captions claim with what is true."
+) -> dict: # For each name in `FACTS`: precision, recall and f1
+    "Score the claims of captions against the facts."
     counts = fact_counts(captions, facts)
     return {name: _prf(*map(sum, zip(*each, strict=True))) for name,each in counts.items()}
 
 # %% ../../nbs/10b_facts.ipynb #36899acf
-def _f1(sums): # of numbers of true statements, of statements, and of things to state
+def _f1(sums): # of true claims, of claims, and of facts
     return 2*sums[...,0]/np.maximum(sums[...,1]+sums[...,2], 1)
 
 def fact_parts(
     captions, # One per image
-    data, # `EncodedData`, or anything with its `rows`
-) -> dict: # The names in `FACTS`: `Parts`; nothing if the data has no facts
-    "The F1 of facts."
+    data, # `EncodedData`, or any object with `rows`
+) -> dict: # For each name in `FACTS` its `Parts`; empty if the data has no facts
+    "Return the parts of the F1 of each kind of fact."
     if not all('facts' in r for r in data.rows): return {}
     counts = fact_counts(captions, [r['facts'] for r in data.rows])
     return {name: Parts(np.array(each, float), _f1) for name,each in counts.items()}
 
 class Facts:
-    "A measure for `capnb.evaluation.score`: what captions claim, where the data knows what is true."
+    "Measure for `capnb.evaluation.score`: the truth of captions, for data with facts."
     def parts(self, captions, data): return fact_parts(captions, data)
 
     def summary(self, parts):
-        "Precision, recall and F1 of each kind of fact (`facts`), F1 of colour and kind (`facts_f1`)."
+        "Return `facts` (precision, recall and F1 of each kind) and `facts_f1` (F1 of colour and kind)."
         if 'pairs' not in parts: return dict(facts=None, facts_f1=None)
         facts = {name: _prf(*parts[name].each.sum(0).tolist()) for name in FACTS}
         return dict(facts=facts, facts_f1=facts['pairs']['f1'])

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
-from ..captioner import load_model_from_checkpoint
+from ..saving import load_model_from_checkpoint
 from ..checkpoint import read_metadata, weights_path
 from ..encoder import EncodedData
 from capnb.evaluation import (

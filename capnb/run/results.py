@@ -14,7 +14,7 @@ from statistics import mean
 from tempfile import gettempdir
 from zlib import crc32
 from filelock import FileLock
-from ..captioner import DEMO, shipped_checkpoint
+from ..saving import DEMO, shipped_checkpoint
 from ..checkpoint import metadata_path, read_metadata
 from ..settings import Hyperparameters, PRESETS, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, parse_json, read_text, write_json
