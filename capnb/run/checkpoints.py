@@ -8,7 +8,8 @@ __all__ = ['newest_checkpoint', 'best_checkpoint', 'delete_checkpoint', 'model_p
 # %% ../../nbs/32_checkpoints.ipynb #59ed50eb
 import os, re
 from pathlib import Path
-from ..captioner import Captioner, parameter_groups
+from ..captioner import Captioner
+from ..unfreezing import parameter_groups
 from ..checkpoint import MODEL_NAMES, check_shapes, metadata_path, read_metadata, read_weights
 from ..settings import Hyperparameters
 from ..hub import model_path

@@ -12,7 +12,8 @@ from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
 from ..hardware import default_device
-from ..captioner import build_captioner, check_models, check_trained, shipped_checkpoint
+from ..saving import check_trained, shipped_checkpoint
+from ..build import build_captioner, check_models
 from ..own_encoder import own_encoder
 from ..evaluation import Scores
 from ..insight.facts import Facts

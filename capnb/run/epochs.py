@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 import accelerate, capnb, torch, transformers
 from ..log import log
-from ..captioner import frozen_fingerprint
+from ..saving import frozen_fingerprint
 from ..checkpoint import weights_path
 from .checkpoints import delete_checkpoint, model_places
 from .resume import SavedRun

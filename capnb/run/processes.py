@@ -13,7 +13,8 @@ from datetime import timedelta
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
-from ..captioner import Captioner, last_layers
+from ..captioner import Captioner
+from ..unfreezing import last_layers
 from ..settings import Hyperparameters
 from ..hardware import default_device, default_dtype
 

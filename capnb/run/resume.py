@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zlib import crc32
 import numpy, torch
-from ..captioner import load_trained
+from ..saving import load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
 from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
@@ -40,7 +40,7 @@ class SavedRun(Run):
     accelerator: object = None
     scaler: object = None # Scaler of the loss for fp16; else None
     identity: dict = None # Fingerprints of the data and the frozen models
-    captions: dict = None # Result of `capnb.decoder.count_cut` for the training captions
+    captions: dict = None # Result of `capnb.caption_lengths.count_cut` for the training captions
     busy: bool = False # Whether a step is running, which a signal does not interrupt
     saved: int = 0 # Number of steps in the last saved state
     # If `max_steps` ended an epoch early: the state that closing the epoch changes, before it changed

@@ -18,11 +18,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, patch_environment, set_seed
 from ..log import log
-from capnb.captioner import (
-    Captioner, frozen_fingerprint, measure_features, parameter_groups, save_checkpoint, unfreeze
-)
+from ..captioner import Captioner
+from ..saving import frozen_fingerprint, save_checkpoint
+from ..build import measure_features
+from ..unfreezing import parameter_groups, unfreeze
 from ..checkpoint import save_metadata, save_tensors, weights_path
-from ..decoder import begin_ids, count_cut, cut_text, text_ids
+from ..decoder import begin_ids, text_ids
+from ..caption_lengths import count_cut, cut_text
 from ..out_of_memory import ADVICE, memory_ran_out, release_memory
 from ..fast.cuda.batches import Layouts
 from ..fast.cuda.training import StaticStep, why_not
@@ -41,7 +43,9 @@ from .signals import Interrupted, acquire_run_lock, stoppable
 from .trackers import tracker_names
 from ..settings import Hyperparameters
 from ..hardware import default_mixed_precision
-from ..training import Callback, EpochBatches, make_optimizer, training_loop
+from ..training import Callback, training_loop
+from ..optimizer import make_optimizer
+from ..batches import EpochBatches
 
 # %% ../../nbs/33a_training.ipynb #6c6f0703
 def token_counts(

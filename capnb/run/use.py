@@ -7,7 +7,8 @@ __all__ = ['load', 'caption', 'evaluate']
 
 # %% ../../nbs/33c_in_python.ipynb #674b6743
 from pathlib import Path
-from ..captioner import DEMO, Captioner, load_model_from_checkpoint
+from ..captioner import Captioner
+from ..saving import DEMO, load_model_from_checkpoint
 from ..fast.cache import encode_data
 from ..fast.parts import make_fast
 from ..evaluation import evaluate as evaluate_encoded

@@ -150,7 +150,7 @@ def check_data(
     revision:str=None,
     encoding:str=None,
     outside:bool=False,
-    # Function that counts the captions of some rows that are too long, see `capnb.decoder.count_cut`
+    # Function that counts the captions of some rows that are too long, see `capnb.caption_lengths.count_cut`
     count_cut=None,
 # `data` (its name), `images` and `captions` (counts), `splits` and `without_split` (facts about each), `bad`
 # (the problem of each bad row), `warnings` (see `find_warnings`), `cut` (from `count_cut`)
