@@ -22,7 +22,8 @@ from .encoder import EncodedData
 from .options import check_options
 from .captioner import Captioner
 from .saving import load_trained
-from .training import Callback, learning, validate
+from .training import Callback, learning
+from .validation import validate
 
 # %% ../nbs/07_evaluation.ipynb #231199c9
 class _Words(Tokenizer):

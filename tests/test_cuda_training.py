@@ -17,7 +17,8 @@ from capnb.run.resume import find_state, read_state, resumed_hyperparameters
 from capnb.run.training import SharedStep, StaticSteps, run_training
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-from capnb.training import Callback, Run, make_optimizer, step, train_step
+from capnb.training import Callback, Run, step, train_step
+from capnb.optimizer import make_optimizer
 
 SMALL = dict(adapter_width=32, max_caption_length=12, batch_size=6, learning_rate=3e-3)
 KINDS = {

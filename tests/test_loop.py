@@ -12,7 +12,9 @@ from capnb.encoder import EncodedData
 from capnb.run.resume import SavedRun, find_state, read_state
 from capnb.run.training import SharedStep, optimizer_for, run_training
 from capnb.settings import as_hyperparameters
-from capnb.training import Callback, epoch_batches, fit, make_optimizer, step
+from capnb.training import Callback, fit, step
+from capnb.optimizer import make_optimizer
+from capnb.batches import epoch_batches
 
 TREE = ast.parse(inspect.getsource(training))
 FUNCTIONS = {n.name: n for n in TREE.body if isinstance(n, ast.FunctionDef)}

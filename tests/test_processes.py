@@ -131,7 +131,7 @@ def test_one_runs_out_of_memory(small, one, tmp_path):
 
 def watched(rank):
     "Note which rows are read, and which files are opened for writing, renamed or removed."
-    from capnb.training import EpochBatches
+    from capnb.batches import EpochBatches
     read, log, written = EpochBatches.read, open(f'rows-{rank}', 'w'), open(f'written-{rank}', 'w')
     def noted(self, rows):
         print(*rows, file=log, flush=True)

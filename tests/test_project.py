@@ -50,7 +50,7 @@ def python(code, *words):
 BASE = """settings files log options checkpoint hardware hub images pixels image_pool out_of_memory towers
 image_processors""".split()
 COURSE = '''data encoder own_encoder adapter decoder any_decoder generation caption_lengths captioner
-unfreezing build saving training evaluation inference'''.split()
+unfreezing build saving batches optimizer validation training evaluation inference'''.split()
 BELOW = dict(
     base=[],
     drawing=['base'],

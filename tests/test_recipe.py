@@ -15,7 +15,8 @@ from capnb.run.resume import find_state, read_state
 from capnb.run.training import run_training
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
-from capnb.training import Callback, fit, make_optimizer
+from capnb.training import Callback, fit
+from capnb.optimizer import make_optimizer
 
 SMALL = dict(prefix_length=2, adapter_width=32, max_caption_length=8, batch_size=8, learning_rate=3e-3)
 FORMS = dict(pooled={}, patch=dict(features='patch'))

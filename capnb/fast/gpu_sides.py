@@ -32,7 +32,7 @@ from capnb.fast.synthetic import (
 )
 from .writing import greedy_ids
 from ..hardware import default_dtype
-from ..training import make_optimizer
+from ..optimizer import make_optimizer
 
 # %% ../../nbs/25c_gpu_sides.ipynb #1a6d10b1
 @dataclass(frozen=True)
