@@ -91,7 +91,7 @@ def token_nll(
     prefix, # (images, prefix, width): vectors before each caption
     input_ids, # (images*k, n), from `tokenize_captions`: `k` captions per image, image by image
     attention_mask, # (images*k, n); an all-zero row is a missing caption
-) -> torch.Tensor: # (images*k, n), as `capnb.decoder.token_nll` gives it
+) -> torch.Tensor: # (images*k, n), as `capnb.decoder.token_nll` returns it
     "Compute the NLL of each token, with packed rows and without storing all logits."
     shared = takes_positions(decoder, prefix.shape[1]+input_ids.shape[1])
     inputs, at = packed_inputs(decoder, prefix, input_ids, attention_mask.sum(1).cpu(), shared)
@@ -99,7 +99,7 @@ def token_nll(
     return nll.new_zeros(input_ids.shape).index_put((at.caption,at.token), nll)
 
 def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
-    "Mean NLL per caption token, end-of-text included; the arguments are those of `token_nll`."
+    "Compute the mean NLL per caption token, end-of-text included; same arguments as `token_nll`."
     return token_nll(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
 
 def read_captions(

@@ -30,8 +30,8 @@ _HEALTH = {
         },
     )
     for status, what, states in (
-        (200, 'It can', ['ready']),
-        (503, 'It cannot now', ['not ready', 'overloaded', 'stopping']),
+        (200, 'Ready', ['ready']),
+        (503, 'Not available now', ['not ready', 'overloaded', 'stopping']),
     )
 }
 
@@ -63,16 +63,16 @@ _BODY = dict(
     )
 )
 _ERRORS = {
-    400: 'Not sent to its end',
+    400: 'The request was cut off',
     403: 'Sent by another web page, or to another host',
-    408: 'It took too long to come',
+    408: 'The request took too long to arrive',
     413: 'Too many bytes or pixels',
     415: 'Not an image',
     422: 'Malformed',
-    429: 'Too many requests are waiting, of all or of this client',
+    429: 'Too many requests are waiting, in total or from this client',
     500: 'The model failed at this image',
     503: 'The server is stopping',
-    504: 'It took too long',
+    504: 'The answer took too long',
 }
 _number, _list = dict(type='number'), lambda items, **more: dict(type='array', items=items, **more)
 _WORD = dict(
@@ -146,7 +146,7 @@ def _add_pages(app, notice):
 def _add_health(app, desk, state):
     "Add `/health` to the app."
     from fastapi.responses import JSONResponse
-    @app.get('/health', summary='Whether it can caption', response_model=None, responses=_HEALTH)
+    @app.get('/health', summary='Whether the server is ready', response_model=None, responses=_HEALTH)
     async def health():
         found = 'ready' if 'ready' in desk.server.workers_setup_status.values() else 'not ready'
         if found=='ready' and desk.overloaded():
