@@ -39,13 +39,14 @@ __all__ = [
 
 _HOMES = dict(
     Callback='training', Captioner='captioner', Hyperparameters='settings', TrainingResult='run.entry',
-    caption='run.use', caption_files='inference', evaluate='run.use', explain='inference',
+    caption='run.use', caption_files='inference', evaluate='run.use', explain='explanation',
     fit='training', load='run.use', load_data='run.sources.load', train='run.entry'
 )
 
 if TYPE_CHECKING:
     from capnb.captioner import Captioner
-    from capnb.inference import caption_files, explain
+    from capnb.inference import caption_files
+    from capnb.explanation import explain
     from capnb.run.entry import TrainingResult, train
     from capnb.run.sources.load import load_data
     from capnb.run.use import caption, evaluate, load

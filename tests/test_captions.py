@@ -12,7 +12,8 @@ from capnb.evaluation import write_captions_for
 from capnb.score_tables import draw_samples
 from capnb.insight.facts import fact_counts, facts_scores
 from capnb.image_pool import open_images
-from capnb.inference import caption_files, explain
+from capnb.inference import caption_files
+from capnb.explanation import explain
 from capnb.insight.report.clipscore import clip_scores
 from capnb.run.predictions import write_predictions
 from capnb.run.scale.jobs import CaptionWorker

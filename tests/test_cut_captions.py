@@ -7,7 +7,7 @@ from capnb.hub import model_path
 from capnb.decoder import caption_loss, text_ids, tokenize_captions
 from capnb.caption_lengths import count_cut, cut_text
 from capnb.any_decoder import load_decoder
-from capnb.inference import _words
+from capnb.explanation import _words
 from capnb.insight.report.clipscore import ClipScorer
 from capnb.storybook import Storybook
 from capnb.run.training import token_counts

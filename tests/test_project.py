@@ -51,7 +51,7 @@ BASE = """settings files log options checkpoint hardware hub images pixels image
 image_processors""".split()
 COURSE = '''data encoder own_encoder adapter decoder any_decoder generation caption_lengths captioner
 unfreezing build saving batches optimizer validation training intervals evaluation score_tables scores
-inference'''.split()
+inference explanation'''.split()
 BELOW = dict(
     base=[],
     drawing=['base'],

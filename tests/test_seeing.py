@@ -10,7 +10,8 @@ from capnb.captioner import Captioner
 from capnb.build import build_captioner, new_adapter
 from capnb.settings import as_hyperparameters
 from capnb.encoder import ImageEncoder
-from capnb.inference import _covered, _words, explain
+from capnb.explanation import _covered, _words
+from capnb.explanation import explain
 from capnb.storybook import Storybook
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8)

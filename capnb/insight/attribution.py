@@ -52,7 +52,7 @@ def _draw_word(ax, word, box):
 
 def draw_explanation(
     caption:str,
-    words, # `Word`s of `capnb.inference.explain`, with patches
+    words, # `Word`s of `capnb.explanation.explain`, with patches
     image, # The PIL image
     least:float=.1, # Smallest loss in nats for a word to get an image of its own
     columns:int=4,

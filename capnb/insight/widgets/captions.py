@@ -16,7 +16,8 @@ from PIL import ImageOps
 from ...captioner import Captioner
 from ...saving import load_model_from_checkpoint
 from ...images import open_image
-from ...inference import CaptionStreamer, explain
+from ...inference import CaptionStreamer
+from ...explanation import explain
 from .parts import STYLE, errors_in, image_buttons, image_html, mark, veiled
 
 # %% ../../../nbs/17c_caption_widget.ipynb #0da23013

@@ -14,7 +14,8 @@ import time
 from dataclasses import asdict
 from queue import Empty
 from ...saving import load_model_from_checkpoint
-from ...inference import CaptionStreamer, explain
+from ...inference import CaptionStreamer
+from ...explanation import explain
 from ...fast.parts import make_fast
 from ...pixels import PixelSteps
 
