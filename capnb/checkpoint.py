@@ -51,7 +51,7 @@ def save_tensors(
 MODEL_NAMES = ('encoder_name', 'tokenizer_name', 'decoder_name') # the hyperparameters that name a model
 
 def find_models(
-    hyperparameters:dict, # Of a checkpoint or a training state
+    hyperparameters:dict, # Hyperparameters of a checkpoint or a training state
     places:dict, # From `model_places`; None if the file does not have it
     folder, # Present folder of the checkpoint
 ) -> dict: # The hyperparameters, with model paths that are valid now

@@ -154,7 +154,7 @@ def _zip(file):
     return _opened_zip(str(file), there.st_size, there.st_mtime_ns, os.getpid())
 
 def split_zip(
-    path, # Of a file or a folder, or a path through a zip
+    path, # Path of a file or a folder, also through a zip
 ): # Path of the zip, and the name in it ('' for the zip itself); None if no part of the path is a zip
     "Split a path through a zip into the zip and the name in it."
     if '.zip' not in str(path).lower(): return None
@@ -171,8 +171,8 @@ def is_zip(
     return bool(zipped and not zipped[1])
 
 def zip_files(
-    path, # Of a zip, or of a folder in it
-) -> list: # Of paths through the zip, sorted
+    path, # Path of a zip, or of a folder in it
+) -> list: # Sorted paths through the zip
     """List the files in a zip, or in a folder in it, with all subfolders; raises a `ValueError` that names
     the zip if it cannot be read."""
     archive, name = split_zip(path)
@@ -186,8 +186,8 @@ def is_regular(
     return zipped[1] in _zip(zipped[0])[1] if zipped and zipped[1] else Path(path).is_file()
 
 def read_zipped(
-    path, # Through a zip
-    limit:int, # Bytes, unpacked
+    path, # Path through a zip
+    limit:int, # Maximum unpacked size in bytes
 ) -> bytes:
     "Read a file in a zip; raises a `ValueError` that names it if it is too large or damaged."
     name = split_zip(path)[1]

@@ -224,7 +224,7 @@ def load_whole(
     cls, # Model class of `transformers`
     name:str, # As for `model_source`
     role:str, # For the message: 'encoder' or 'decoder'
-    device, # Where to put it
+    device, # Target device
     dtype=None, # Dtype of its weights; None to choose it for the device
     may_lack:str=None, # A part that is removed if the file has no weights for it, such as 'pooler.'
     **more, # For the constructor of the model

@@ -279,7 +279,7 @@ def load_tower(
     name:str, # As for `capnb.hub.model_source`
     config, # Its `transformers` configuration
     features:str, # 'pooled' or 'patch'
-    device, # Where to put it
+    device, # Target device
 ): # The image half, as from `load_whole`
     "Load the image half of an encoder; raises a `ValueError` that names the first missing weight."
     cls, _, making = tower_class(config, features)

@@ -91,7 +91,7 @@ class NameIndex:
 
     def same_last(self,
         name:str,
-    ) -> list: # Of names
+    ) -> list: # Names
         "List the names with the same last part as `name`, in any folder."
         return self._last(1, name)
 
