@@ -12,7 +12,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from .log import progress_bar
-from .data import counts_characters, words
+from .words import counts_characters, words
 from .encoder import EncodedData
 from .options import check_options
 from .captioner import Captioner

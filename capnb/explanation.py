@@ -10,7 +10,7 @@ import torch
 from dataclasses import dataclass
 from PIL import Image, ImageStat
 from .captioner import Captioner
-from .data import one_line, word_spans
+from .words import one_line, word_spans
 from .decoder import tokenize_captions
 from .images import open_image
 from .options import check_options

@@ -8,7 +8,7 @@ __all__ = ['generate_rows', 'score_ids', 'write_ids', 'generate_ids', 'captions_
 # %% ../nbs/04c_generation.ipynb #11fee82b
 import torch, warnings
 from torch.nn.utils.rnn import pad_sequence
-from .data import one_line
+from .words import one_line
 from .options import check_options
 from .decoder import token_nll
 

@@ -3,7 +3,8 @@ import csv, json, random, string
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
 from capnb.files import write_json
-from capnb.data import CaptionData, one_line, words
+from capnb.data import CaptionData
+from capnb.words import one_line, words
 from capnb.generation import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import rouge_l, score, text_statistics

@@ -878,7 +878,7 @@ def test_formats_and_paths_of_datasets(kind, tmp_path):
     ],
 )
 def test_a_dictionary_is_no_caption(said, kind):
-    from capnb.data import caption_texts
+    from capnb.caption_cells import caption_texts
     with pytest.raises(ValueError, match=f'a {kind} is not a caption: '):
         caption_texts(said)
     rows = [dict(image=Image.new('RGB', (64,64)), caption=said) for _ in range(12)]

@@ -22,7 +22,7 @@ from ..settings import Hyperparameters
 from ..files import atomic_write, check_writable, read_zipped, shown_path, split_zip
 from ..images import ImageFile, MOST_FILE
 from ..image_pool import image_opener
-from ..data import image_of
+from ..row_images import image_of
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
 from ..own_encoder import OwnEncoder
 

@@ -8,7 +8,7 @@ __all__ = ['coco_tools', 'coco_parts']
 # %% ../../nbs/10c_coco.ipynb #12163063
 import shutil
 import numpy as np
-from ..data import space_characters
+from ..words import space_characters
 from ..intervals import Parts, mean_parts
 
 # %% ../../nbs/10c_coco.ipynb #87405782

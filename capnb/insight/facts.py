@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 import numpy as np
-from ..data import words
+from ..words import words
 from ..storybook import COLOURS, KINDS, PLACE_WORDS, RELATION_WORDS, SIZE_WORDS
 from ..score_tables import FACTS
 from ..intervals import Parts

@@ -8,7 +8,7 @@ __all__ = ['WORD_KINDS', 'words_by_kind', 'word_kind_parts']
 # %% ../../nbs/14b_right_words.ipynb #14b00002
 from collections import Counter
 import numpy as np
-from ..data import words
+from ..words import words
 from ..intervals import Parts
 
 # %% ../../nbs/14b_right_words.ipynb #14b00005

@@ -9,7 +9,7 @@ __all__ = ['coco_ids', 'write_predictions', 'read_predictions']
 import json, re
 from ..files import parse_json, read_text, write_json
 from ..log import log
-from ..data import one_line
+from ..words import one_line
 from .sources.names import NameIndex
 
 # %% ../../nbs/34c_predictions.ipynb #jd210021

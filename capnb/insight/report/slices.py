@@ -8,7 +8,7 @@ __all__ = ['image_slices', 'worst_first', 'slices', 'slice_table']
 # %% ../../../nbs/17f_slices.ipynb #f7829e51
 from collections import Counter, defaultdict
 import numpy as np
-from ...data import words
+from ...words import words
 from ...intervals import Parts, with_intervals
 
 # %% ../../../nbs/17f_slices.ipynb #jd210025

@@ -9,7 +9,7 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 import glob, json, os, tarfile
 from pathlib import Path
 from typing import NamedTuple
-from ...data import caption_texts
+from ...caption_cells import caption_texts
 from ...files import is_zip, read_text, zip_files
 from ...images import image_format, images_below
 from ...log import log

@@ -12,7 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from ...data import CaptionData, counts_characters
+from ...data import CaptionData
+from ...words import counts_characters
 from ...files import is_zip, say, split_zip
 from .archives import visible_images
 from .load import find_source, scan

@@ -8,7 +8,8 @@ __all__ = ['BadRows', 'ImageFolder', 'Source', 'as_source', 'read_folder']
 # %% ../../../nbs/31f_folders.ipynb #301cbfe9
 from pathlib import Path
 from typing import NamedTuple
-from ...data import caption_texts, split_rows
+from ...data import split_rows
+from ...caption_cells import caption_texts
 from ...files import is_zip
 from ...images import ImageFile
 from ...log import log

@@ -10,7 +10,8 @@ import re
 from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
-from ...data import CaptionData, image_of, split_rows
+from ...data import CaptionData, split_rows
+from ...row_images import image_of
 from ...image_pool import decoding_pool
 from ...log import log, progress_bar
 from .archives import from_datasets, read_path

@@ -8,7 +8,8 @@ __all__ = ['infer_columns', 'image_columns', 'NamedRows', 'named_rows']
 # %% ../../../nbs/31d_rows.ipynb #8830c45f
 import re
 from collections.abc import Mapping
-from ...data import check_rows, several_texts
+from ...data import check_rows
+from ...caption_cells import several_texts
 from .columns import IMAGE_COLUMNS, caption_groups
 
 # %% ../../../nbs/31d_rows.ipynb #0da7b202
