@@ -2,7 +2,9 @@
 import ast, json, re, subprocess, sys, tomllib
 from pathlib import Path
 import pytest
-from test_project import COURSE, FILES, MODULES, NOTEBOOKS, ROOT, cells
+from test_project import (
+    COURSE, COURSE_CHAPTERS, FILES, MODULES, NOTEBOOKS, ROOT, cells, number
+)
 
 SCRIPTS = [*sorted((ROOT/'tests').glob('*.py')), *sorted((ROOT/'.ci').glob('*.py')), ROOT/'setup.py']
 MOST_LINES, MOST_IN_A_FUNCTION, LONGEST_GUARD = 350, 40, 90 # lines of code, lines of code, columns
@@ -180,3 +182,22 @@ def test_a_go_between_is_found():
     code = 'def top(h): middle(h)\ndef middle(h, x=1): low(x, h=h)\ndef low(x, h:Hyperparameters): h.seed'
     assert go_betweens({'m': ast.parse(code.replace(': ', ':\n    '))}) == {'m.middle'}
     assert go_betweens({'m': ast.parse('def top(h):\n    low(h)\ndef low(h):\n    h.seed')}) == set()
+
+def words_of(path):
+    return sum(len(c['source'].split()) for c in cells(path, 'markdown'))
+
+def exported_lines(path):
+    "Lines of code, without those that are empty, a comment or part of a docstring."
+    found = [c['source'] for c in cells(path, 'code') if re.search(r'^#\s*\|\s*export', c['source'], re.M)]
+    return sum(code_lines(ast.parse(source), source.splitlines()) for source in found)
+
+@pytest.mark.parametrize('path', COURSE_CHAPTERS, ids=lambda p: p.stem)
+def test_the_course_is_an_afternoon(path):
+    "A chapter of the course is short, and shows an image early."
+    everything = json.loads(path.read_text(encoding='utf-8'))['cells']
+    assert len(everything) <= 40
+    assert words_of(path) <= 1200
+    assert exported_lines(path) <= 150
+    if number(path)[1]: return # a further part of a chapter
+    shown = [out.get('data', {}) for c in everything[:5] for out in c.get('outputs', ())]
+    assert any(kind.startswith('image/') for data in shown for kind in data), 'no early image'
