@@ -78,7 +78,8 @@ def execute_cuda(path, record):
 
 def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-def read_records(): return json.loads(FILE.read_text(encoding='utf-8')) if FILE.exists() else {}
+def read_records():
+    return json.loads(FILE.read_text(encoding='utf-8')) if FILE.exists() else {}
 
 def write_records(records):
     "Write the records, a line for each chapter."
