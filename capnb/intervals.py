@@ -59,7 +59,7 @@ def compare(
     "Compare the scores of two captioners on the same draws (paired bootstrap)."
     out = {}
     for name in parts:
-        if name.endswith(('_floor','_ceiling')): continue # these do not compare captioners
+        if name.endswith(('_floor','_ceiling')): continue # not of a captioner
         if len(parts[name].each)!=len(other[name].each):
             raise ValueError(
                 f"{len(parts[name].each)} and {len(other[name].each)} images cannot be compared; score both"
