@@ -17,7 +17,7 @@ class PixelSteps:
     resize: object # Length of the shorter side, or (height, width); None for no resizing
     resample: int # Number of Pillow's resampling filter
     crop: tuple # (height, width) of the centre crop; None for no crop
-    scale: float = 1 # Factor for the bytes
+    scale: float = 1 # Factor that multiplies each byte
     mean: tuple = (0, 0, 0) # Subtracted from each channel after scaling
     std: tuple = (1, 1, 1) # Divides each channel after that
 
@@ -69,7 +69,7 @@ def _sides(size):
 def describe_processor(
     processor, # Image processor of `transformers`
     image_size:int, # Width and height of the input for a processor that accepts any size
-) -> PixelSteps: # None if its settings are of another kind, or do not fix the size
+) -> PixelSteps: # None if its settings describe other steps, or do not fix the size of the result
     """Read the steps from the settings of a processor.
 
     The processor may do more than its settings describe; `ImageEncoder.steps` checks this by comparison.
@@ -88,8 +88,12 @@ def describe_processor(
 
 # %% ../nbs/30f_pixels.ipynb #9e1c000b
 def odd_images(
-    sizes=((61, 40), (23, 97), (9, 5)), # Width and height of each
-) -> list: # RGB
-    "Generate images of noise, in which every pixel counts, to compare two ways of preparing them."
+    # (width, height) of each image; by default one in landscape, one in portrait and a tiny one
+    sizes=((61, 40), (23, 97), (9, 5)),
+) -> list: # An RGB PIL image of each size, the same in every call
+    """Generate images of random noise, for a test that two ways of preparing images agree.
+
+    Neighbouring pixels of noise are unrelated, so any difference in resizing or cropping changes the result.
+    """
     dice = np.random.default_rng(0)
     return [Image.fromarray(dice.integers(0, 256, (height, width, 3), np.uint8)) for width,height in sizes]

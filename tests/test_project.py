@@ -1,9 +1,9 @@
 """What the cells of a notebook cannot see: the package from outside, and rules that hold for all notebooks
 together."""
-import ast, json, os, re, subprocess, sys
+import ast, json, os, re, shlex, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
-import pytest
+import pytest, yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -268,3 +268,21 @@ def test_the_course_needs_no_other_track(path):
     "Not in a cell that shows something, either."
     source = '\n'.join(c['source'] for c in cells(path, 'code'))
     assert re.findall(r'(?:from|import) capnb\.(?:run|fast|insight)\b[.\w]*', source) == []
+
+WORKFLOWS = sorted((ROOT/'.github'/'workflows').glob('*.yml'))
+
+def commands_of(workflow):
+    "The commands that a workflow runs, each as a list of words."
+    steps = [step for job in yaml.safe_load(workflow.read_text(encoding='utf-8'))['jobs'].values()
+             for step in job['steps']]
+    lines = [line for step in steps for line in step.get('run', '').splitlines() if line.strip()]
+    return [shlex.split(line) for line in lines]
+
+@pytest.mark.parametrize('path', WORKFLOWS, ids=lambda p: p.stem)
+def test_commands_of_workflows_exist(path):
+    found = commands_of(path)
+    assert found
+    for first, *rest in found:
+        assert shutil.which(first), f'{first} is no command of an environment with capnb[dev]'
+        for file in (word for word in rest if word.startswith('.ci/')):
+            assert (ROOT/file).is_file(), f'{file} does not exist'

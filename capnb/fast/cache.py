@@ -143,7 +143,7 @@ class FeatureCache:
 
     def find(self,
         digests, # Digests of images
-    ) -> np.ndarray: # Index of each over all shards; -1 if it is not cached
+    ) -> np.ndarray: # Row of each image in the concatenation of all shards; -1 if it is not cached
         "Look up images by their digests."
         if not len(self.sorted): return np.full(len(digests), -1)
         digests = np.asarray(digests, 'S32')
@@ -193,7 +193,7 @@ class Features:
     "Rows of memory-mapped shards, read on access as float32; nothing else is kept in memory."
     def __init__(self,
         shards, # Arrays (rows, width) or (rows, patches, width)
-        places, # Index of each image over all shards
+        places, # Row of each image in the concatenation of all shards, from `FeatureCache.find`
     ):
         starts = np.cumsum([0]+[len(s) for s in shards])
         self.shards, self.shard = shards, np.searchsorted(starts, places, 'right').astype(np.int32)-1

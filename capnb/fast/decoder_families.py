@@ -177,9 +177,12 @@ def compare_decoder(
 
 # %% ../../nbs/25b_decoder_families.ipynb #16de0018
 def compare_family(
-    kind:str, # As for `tiny_config`
-) -> dict: # As from `compare_decoder`; or a reason: `refused`, or `not_built` if no tiny model can be built
-    "Compare a tiny random model of a family by `compare_decoder`."
+    kind:str, # Family: a model type of `transformers`, such as 'qwen3'
+# Differences, as from `compare_decoder`. Instead of these, `refused` with the reason why the family cannot be
+# a decoder here, or `not_built` with the error if no tiny model of the family can be built
+) -> dict:
+    """Test with a tiny random model whether a family of decoders gives the same loss, gradient and text with
+    capnb's functions as with `transformers`."""
     try:
         check_decoder(kind, default_config(kind))
     except ValueError as e:

@@ -52,8 +52,8 @@ def _shrunken(config, more):
 def tiny_encoder(
     kind:str, # Family: a model type of `transformers`
 ): # A `transformers` configuration
-    """Shrink the default configuration of a family as far as it can still be an encoder. Raise `ValueError`
-    if not even the default can."""
+    """Shrink the default configuration of a family, with the smallest settings that still give an encoder.
+    Raise `ValueError` with the reason if even the default configuration cannot be an encoder."""
     plain = CONFIG_MAPPING[kind]()
     for more in (dict(image_size=96, depths=[]), dict(image_size=96), {}, None):
         try:
@@ -73,8 +73,8 @@ def save_random_encoder(
     config, # A `transformers` configuration
     folder, # Output folder
     side:int, # Width and height of its images in pixels
-): # The whole model
-    "Save an encoder with random weights, and an image processor."
+): # The saved model; of a family for images and texts, both parts
+    "Save a model with random weights, and an image processor."
     torch.manual_seed(0)
     vision = vision_part(config)
     both = vision is not config # a model of images and text
@@ -95,7 +95,11 @@ def _noise(side, n):
 def in_place(
     encoder, # `ImageEncoder` with patch features
 ) -> bool:
-    "Whether the patch that changes the most is at the changed cell of an image, or next to it."
+    """Whether patch features are in the right order.
+
+    The pixels in one cell of an image change. Then the feature vector that changes the most must be that of
+    this cell or of a cell next to it.
+    """
     side, (rows, columns) = encoder.image_size, encoder.sight.grid
     image, other = _noise(side, 2)
     cells, changed = [(0, 0), (rows-1, 0), (rows//2, columns-1)], [Image.fromarray(image)]
@@ -110,7 +114,7 @@ def in_place(
     return all(max(abs(a-c), abs(b-d)) <= 1 for (a,b),(c,d) in zip(found, cells, strict=True))
 
 def _difference(encoder, whole, images):
-    "Compute the largest difference to the features of the whole model, relative to their largest value."
+    "Compute the largest difference from the features of the saved model, relative to their largest value."
     sight, pixels = encoder.sight, encoder.prepare(images)
     inputs = tower_inputs(vision_part(whole.config), pixels, sight.grid and sight.grid[0])
     with torch.no_grad():
@@ -132,10 +136,10 @@ def _other_size(config, sight, features, folder):
 # %% ../../nbs/25e_encoder_families.ipynb #fbc39d51
 def try_family(
     kind:str, # As for `tiny_encoder`
-# `image_size`, `pooled` and `patch` (widths), `patches` (number), `other_size`, `difference`,
-# `in_place`; or `refused` with the reason
+# `image_size`, widths of `pooled` and `patch` features, number of `patches`, `other_size` that works,
+# relative `difference` from the saved model, `in_place` (right order); or only `refused`: the reason
 ) -> dict:
-    "Save, load and run a tiny random encoder of a family."
+    "Save, load and run a tiny random encoder of a family, with both kinds of features if it has them."
     try:
         config = tiny_encoder(kind)
     except ValueError as e:
@@ -173,7 +177,7 @@ def try_families(
 def works(
     row:dict, # As from `try_families`
 ) -> bool:
-    "Whether a family gives the right features at the right positions."
+    "Whether a family gives the right features in the right order."
     if row.keys() & {'refused', 'failed'}: return False
     return row['difference'] < 1e-5 and row.get('in_place', True)
 

@@ -196,8 +196,8 @@ def static_step(
     bench:Bench, # Device, sizes and models
     n:int, # Images per step
     each:int=1, # Captions per image; with more than one, features are patches
-) -> tuple: # Function without arguments that runs one step; the `StaticStep`; its batches
-    "Create the library's step of fixed shapes, without recordings yet."
+) -> tuple: # Function without arguments that trains on the next batch; the `StaticStep`; the list of batches
+    "Create the library's training step of fixed shapes (`StaticStep`), without recordings yet."
     model = bench.captioner(features_for(each), fast=True)[0]
     laid, static = laid_batches(bench, model, n, each), StaticStep(model, _optimizer(model))
     turn = cycle(laid)
@@ -207,13 +207,13 @@ def replayed_step(
     bench:Bench, # Device, sizes and models
     n:int, # Images per step
     each:int=1, # Captions per image; with more than one, features are patches
-) -> tuple: # As from `static_step`
-    "Create the step of fixed shapes and run each shape once; on a GPU this records all of them."
-    step, static, laid = static_step(bench, n, each)
-    for _ in laid:
+) -> tuple: # Function without arguments that trains on the next batch; the `StaticStep`; the list of batches
+    "Create the training step of fixed shapes and run every batch once; on a GPU this records each shape."
+    step, static, batches = static_step(bench, n, each)
+    for _ in batches:
         step()
     wait_for(bench.device)
-    return step, static, laid
+    return step, static, batches
 
 def compiled_step(
     bench:Bench, # Device, sizes and models

@@ -15,7 +15,7 @@ from ..any_decoder import alike, random_ids
 
 # %% ../../nbs/20_packing.ipynb #5a000001
 def share_out(
-    sizes, # List: positions per image, its captions included
+    sizes, # List: number of vectors (positions in a row) of each image and its captions together
     rows:int, # Number of rows
 ): # (row, first column) of each image; positions of the longest row
     "Assign each image, the largest first, to the row with the fewest positions so far."
@@ -27,8 +27,8 @@ def share_out(
     return places, max(taken)
 
 def rows_for(
-    sizes, # List: positions per image, its captions included
-): # (row, first column) of each image; positions per row
+    sizes, # As for `share_out`
+): # (row, first column) of each image; positions of the longest row
     "Assign images to rows of about 128 to 256 positions; choose the number of rows with the least padding."
     fewest, most = (min(len(sizes), -(-sum(sizes)//room)) for room in (256, 128))
     return min(
@@ -40,16 +40,16 @@ def rows_for(
 class Vectors:
     "Location and content of each input vector of the decoder; integers, (vectors,)."
     row: torch.Tensor
-    column: torch.Tensor
-    image: torch.Tensor
+    column: torch.Tensor # Position within the row
+    image: torch.Tensor # Index of the image within the batch
     piece: torch.Tensor # 0 is the image, 1 its first caption, and so on
     place: torch.Tensor # Index within its piece
 
 @dataclass
 class Targets:
-    "Location where each token is predicted, and its index; integers, (tokens,)."
+    "Position whose output predicts each token, and the token's index; integers, (tokens,)."
     row: torch.Tensor
-    column: torch.Tensor
+    column: torch.Tensor # Position within the row
     caption: torch.Tensor # Index within the batch
     token: torch.Tensor # Index within the caption
 
@@ -57,11 +57,15 @@ class Targets:
         return Targets(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 def lay_out(
-    lengths, # (images, k): tokens per caption
-    prefix:int, # Vectors per image
-    places=None, # (row, first column) of each image; None to use `rows_for`
-) -> tuple: # `Vectors`, `Targets`
-    "Lay out a batch. The last token of a caption predicts nothing, so it is not an input."
+    lengths, # (images, k): number of tokens of each caption
+    prefix:int, # Prefix vectors per image
+    places=None, # (row, first column) of each image; None to let `rows_for` choose
+) -> tuple: # `Vectors`: where each input goes; `Targets`: where each token is predicted
+    """Place the prefixes and captions of a batch in rows.
+
+    The prefix of an image and its captions are its *pieces*. They follow one another in the image's row.
+    The last token of a caption predicts nothing, so it is a target, but not an input.
+    """
     # (images, 1+k): vectors per piece
     pieces = F.pad((lengths-1).clamp(min=0), (1,0), value=prefix)
     sizes = pieces.sum(1).tolist()
@@ -80,9 +84,9 @@ def lay_out(
     return vectors, Targets(row[i], at, i*lengths.shape[1]+k, t)
 
 def attention(
-    image, # (rows, n); -1 is padding
-    piece, # (rows, n)
-): # (rows, n, n)
+    image, # (rows, n): index of the image at each position; -1 is padding
+    piece, # (rows, n): 0 for the prefix of the image, 1 for its first caption, and so on
+): # (rows, n, n), Booleans: whether the second position is visible to the first
     "Build the attention mask: a position sees its image and the earlier positions of its own caption."
     n = image.shape[1]
     same_image = image[:,None]==image[:,:,None]

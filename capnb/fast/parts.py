@@ -17,17 +17,21 @@ from ..log import log
 def make_fast(
     captioner, # `Captioner`; it is changed
 ): # The same captioner
-    """Let a captioner use the fast functions. Captions stay the same, and the loss agrees to float
-    precision."""
+    """Replace the parts of a captioner that compute losses and write captions by faster ones.
+
+    The captioner's `reader` computes the loss of given captions, and its `writer` writes captions. Both are
+    replaced, and some layers of the encoder and the decoder, too. Captions stay the same, and the loss agrees
+    to float precision.
+    """
     captioner.reader = read_captions
     if captioner.decoder.device.type!='cuda':
         captioner.writer = write_captions
-    elif not isinstance(captioner.writer, CudaWriter): # an existing one keeps its recordings
+    elif not isinstance(captioner.writer, CudaWriter): # from an earlier call: keep its recorded CUDA graphs
         captioner.writer = CudaWriter()
     if attention := use_masked_attention(captioner.decoder):
-        log.info(f'⚡ Attention is computed by {attention}: a step with FlashAttention cannot be recorded')
-    use_onednn(captioner.decoder)
-    use_lean_gelu(captioner.encoder)
+        log.info(f'⚡ Attention is computed by {attention}, as FlashAttention does not take the masks needed')
+    use_onednn(captioner.decoder) # large linear layers
+    use_lean_gelu(captioner.encoder) # CLIP's activation function
     if fused := use_fused(captioner.decoder):
         log.info(f'⚡ Computed by fused kernels: {fused}')
     return captioner
@@ -35,6 +39,6 @@ def make_fast(
 def is_fast(
     captioner, # `Captioner`
 ) -> bool:
-    "Whether a captioner uses the fast reader and writer."
+    "Whether a captioner has the fast reader and one of the fast writers, as after `make_fast`."
     writes = captioner.writer is write_captions or isinstance(captioner.writer, CudaWriter)
     return captioner.reader is read_captions and writes

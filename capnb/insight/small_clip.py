@@ -104,8 +104,8 @@ def _batches(make, n):
 _mean, _std = (torch.tensor(getattr(CLIPImageProcessorPil, f'image_{s}')).view(3,1,1) for s in ('mean','std'))
 
 def to_pixels(
-    images, # PIL images of the storybook's size
-) -> torch.Tensor: # (batch, 3, 64, 64)
+    images, # RGB PIL images of 64 by 64 pixels
+) -> torch.Tensor: # (batch, 3, 64, 64), on the CPU
     "Normalise images of the right size: same result as the image processor, but many times faster."
     pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0,3,1,2)
     return (pixels/255 - _mean)/_std
@@ -298,9 +298,9 @@ def pretrain_encoder(
 @torch.no_grad()
 def image_features(
     clip:CLIPModel,
-    images, # PIL images of the storybook's size
+    images, # RGB PIL images of 64 by 64 pixels, as the storybook draws them
 ) -> torch.Tensor: # (images, 512)
-    "Compute the pooled and projected features of images."
+    "Compute the pooled features of images, after CLIP's projection. `clip` must be on the CPU."
     batches = (to_pixels(images[at:at+100]) for at in range(0, len(images), 100))
     return torch.cat([clip.get_image_features(pixel_values=pixels).pooler_output for pixels in batches])
 

@@ -19,15 +19,15 @@ def experiment_command(
     photographs:Param('Folder with photographs and a table of captions with splits', any_path, opt=False),
     split:Param('Split to score: choose on validation, and score test once', str,
                 choices=['validation', 'test'])='validation',
-    seed:Number('Seed of the start of the adapter and of the order of the data', lo=0)=0,
-    minutes:Number('Minutes in which the row is to be ready; a plan that was made before stays')=120,
-    limit:Number('Take only the first N images of each split, to try it')=None,
-    folder:Param('For checkpoints, encoded images and plans', any_path)='experiments',
-    file:Param('The JSON file of results; the table is written beside it', new_file)='results.json',
-    hardware:Param('What it runs on, such as "2 CPU cores"; without it the cores are counted', str)=None,
+    seed:Number('Seed for the initial adapter weights and the order of the data', lo=0)=0,
+    minutes:Number('Time budget in minutes; an existing plan is kept')=120,
+    limit:Number('Use only the first N images of each split, for a trial run')=None,
+    folder:Param('Folder for checkpoints, features and plans', any_path)='experiments',
+    file:Param('JSON file of results; the table is written beside it', new_file)='results.json',
+    hardware:Param('Hardware for the table, such as "2 CPU cores"; default: the number of cores', str)=None,
 ):
-    """Train EfficientNet-Lite2 and SmolLM2-135M on photographs within a time budget, score the captions, and
-    put a row into the table of results. What was stopped goes on."""
+    """Train a captioner of EfficientNet-Lite2 and SmolLM2-135M within a time budget, score its captions, and
+    add a row to the table of results. A stopped run resumes."""
     from capnb.run.experiments import Experiment, run_experiment
     from capnb.run.results import results_table
     experiment = Experiment(name, photographs, split, seed, limit, folder)

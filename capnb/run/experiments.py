@@ -50,8 +50,8 @@ EXPERIMENTS = {
 
 def experiment_features(
     name:str, # One of `EXPERIMENTS`
-) -> str: # 'pooled' or 'patch'; raises `ValueError` for a name that is not known
-    "The form of the features that an experiment takes."
+) -> str: # 'pooled' or 'patch'; raises `ValueError` for an unknown name
+    "Return the form of features that an experiment uses."
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment {name!r} is not known; there is {', '.join(EXPERIMENTS)}")
     return 'patch' if name.startswith('grid') else 'pooled'
@@ -65,27 +65,27 @@ def smollm2() -> str: # Path
 # %% ../../nbs/34f_experiments.ipynb #34f00009
 @dataclass
 class Plan:
-    "How long an experiment trains."
-    steps: int # Of the whole run
-    epoch_steps: int # Of one epoch
-    step_seconds: float # Measured
+    "The number of training steps of an experiment."
+    steps: int # In the whole run
+    epoch_steps: int # In one epoch
+    step_seconds: float # Measured time of a step
 
     @property
-    def epochs(self): return self.steps/self.epoch_steps # a number with a fraction
+    def epochs(self): return self.steps/self.epoch_steps # may be a fraction
 
-WATCHED = 200 # validation images that are looked at after each epoch
-MARGIN = 1.1 # a machine that others use, too, is not always as fast
+WATCHED = 200 # number of validation images that are scored after each epoch
+MARGIN = 1.1 # safety factor: a shared machine may become slower
 
 def plan_steps(
-    seconds:float, # That are left for training and scoring
+    seconds:float, # Time left for training and scoring
     step_seconds:float,
-    images:int, # Of training
-    scored:int, # Images that are scored at the end
+    images:int, # Number of training images
+    scored:int, # Number of images that are scored at the end
     batch_size:int=8,
 ) -> Plan:
-    "Count the steps that fit; raises `ValueError` if not even one does."
+    "Count the training steps that fit into a time; raises `ValueError` if not even one does."
     epoch_steps, score_steps = math.ceil(images/batch_size), scored/batch_size
-    # an epoch's validation takes as long as some steps, too
+    # validation after each epoch takes the time of some steps
     share = 1 + min(WATCHED, scored)/images
     steps = int((seconds/(MARGIN*step_seconds) - score_steps)/share)
     if steps < 1:
@@ -104,13 +104,13 @@ class _StepTimes(Callback):
         return median(b-a for a,b in zip(self.ends, self.ends[1:], strict=False))
 
 class Experiment:
-    "An experiment of one name, split and seed on a folder of photographs; what it writes is in `folder`."
+    "An experiment with a name, a split and a seed on a folder of photographs; it writes into `folder`."
     def __init__(self,
         name:str, # One of `EXPERIMENTS`
         photographs, # Folder with photographs and a table of captions
-        split:str='validation', # That is scored
+        split:str='validation', # The split to score
         seed:int=0,
-        limit:int=None, # Take only the first images of each split, to try it
+        limit:int=None, # Use only the first images of each split, for a trial run
         folder='experiments', # For checkpoints, features and plans
         encoder=None, # As for `train`; None for EfficientNet-Lite2
         decoder:str=None, # As `tokenizer_name`; None for SmolLM2
@@ -137,7 +137,7 @@ class Experiment:
         return {s: [rows[i] for i in few(rows)] for s,rows in found.items()}
 
     def encode(self, split):
-        "Encode a split, or find it encoded."
+        "Encode a split, or load its features from the cache."
         data = load_data({'train': self.rows[split]})['train']
         folder = self.settings['features_dir']
         return data, encode_data(self.encoder, data, progress=f'Encoding {split}', folder=folder)
@@ -148,17 +148,17 @@ class Experiment:
         return train(changes, data=data, encoder=self.encoder, callbacks=callbacks, resume=resume)
 
     def measure_step(self, steps=6) -> float: # Seconds
-        "Time some steps."
+        "Train for a few steps and return the median time of a step."
         times = _StepTimes()
         with TemporaryDirectory() as folder:
             self._train(folder, [times], max_steps=steps, num_epochs=steps, evaluation_enabled=False)
         return times.seconds
 
     def plan(self,
-        minutes:float, # For everything
-        started:float, # Of `time.monotonic`
+        minutes:float, # Time budget for the whole row
+        started:float, # Start of the row, from `time.monotonic`
     ) -> Plan:
-        "Read the plan of this experiment, which is that of all its seeds, or make one that ends in time."
+        "Read the plan, which all seeds of the experiment share, or make one that fits the budget."
         if self.plan_file.exists(): return Plan(**json.loads(read_text(self.plan_file)))
         self.root.mkdir(parents=True, exist_ok=True)
         for split in {'train', 'validation', self.split}:
@@ -172,7 +172,7 @@ class Experiment:
     def train(self,
         plan:Plan,
     ): # The captioner, path of its weights
-        "Train as planned, or go on where it was stopped; what has ended is loaded."
+        "Train as planned, resume a stopped run, or load a finished one."
         epochs = math.ceil(plan.epochs)
         try:
             state = read_state(find_state(self.folder))
@@ -187,24 +187,24 @@ class Experiment:
 
 # %% ../../nbs/34f_experiments.ipynb #34f00014
 def _all_parts(captions, data):
-    "`Parts` of each score of the COCO challenge, of ROUGE-L, and of the words of each kind."
+    "Compute `Parts` of the COCO challenge's scores, of ROUGE-L, and of the words of each kind."
     references = [r['captions'] for r in data.rows]
     rouge = dict(rouge_l=score_parts(captions, data)['rouge_l'])
     return coco_parts(captions, references) | rouge | word_kind_parts(captions, references)
 
 def score_captions(
     captions, # One per image
-    data, # `EncodedData` that they are of
-    train_data, # That training saw
-) -> dict: # Name of a score: value and 95% interval; of a floor and the ceiling with `_common` and so on
-    "Score captions, and beside them what no captioner needed an image for, and what a person wrote."
+    data, # `EncodedData` of the same images
+    train_data, # `EncodedData` of the training images
+) -> dict: # Score: value and 95% interval; the baselines' names end in `_common`, `_nearest`, `_ceiling`
+    "Score captions, two baselines, and the captions of a person."
     common = most_common_caption([c for r in train_data.rows for c in r['captions']])
     others = EncodedData(None, [dict(r, captions=r['captions'][1:]) for r in data.rows])
     said = {
         '': (captions, data),
         '_common': ([common]*len(data), data),
         '_nearest': (nearest_captions(train_data, data), data),
-        '_ceiling': ([r['captions'][0] for r in data.rows], others), # against one reference less
+        '_ceiling': ([r['captions'][0] for r in data.rows], others), # scored against the remaining references
     }
     return {
         f'{score}{name}': [round(v, 5) for v in numbers]
@@ -212,13 +212,13 @@ def score_captions(
         for score,numbers in with_intervals(_all_parts(texts, of)).items()
     }
 
-CURVE, SHOWN = 50, 20 # losses and captions that are kept with a row
+CURVE, SHOWN = 50, 20 # number of losses and of captions in a row
 
 def loss_curve(
-    losses:list, # Of each step
+    losses:list, # Loss of each step
     n:int=CURVE,
 ) -> list: # Numbers, at most `n`
-    "Means of equal parts of a training."
+    "Average the losses over equal parts of the training."
     n = min(n, len(losses))
     edges = [len(losses)*i//n for i in range(n+1)]
     return [round(mean(losses[a:b]), 4) for a,b in pairwise(edges)]
@@ -227,10 +227,10 @@ def experiment_row(
     experiment:Experiment,
     plan:Plan,
     model, # `Captioner`
-    path, # Its weights
+    path, # File with its weights
     hardware:str, # Such as '2 CPU cores'
 ): # Dictionary with the keys `FIELDS`; captions by the id of the image
-    "Score what an experiment has trained, and make its row."
+    "Score the trained model of an experiment, and make its row."
     _, data = experiment.encode(experiment.split)
     _, train_data = experiment.encode('train')
     plain, captions = evaluate(model, data, experiment.split)
@@ -248,13 +248,13 @@ def experiment_row(
 
 def run_experiment(
     experiment:Experiment,
-    minutes:float=120, # In which all of it ends, unless it is stopped and goes on
-    file='results.json', # Of results; the table is written beside it
-    hardware:str=None, # What it runs on; None for the number of CPU cores
+    minutes:float=120, # Time budget; a resumed run may take longer
+    file='results.json', # JSON file of results; the table is written beside it
+    hardware:str=None, # Name of the hardware; None for the number of CPU cores
 ) -> list: # All rows of the file
-    "Make one row of the table of results, or go on with one that was begun."
+    "Make one row of the table of results, or resume a row that was started."
     started = time.monotonic()
-    coco_tools() # what is missing should be known before hours of training
+    coco_tools() # report missing tools before hours of training
     read_results(file)
     plan = experiment.plan(minutes, started)
     log.info(f'🗓️ {plan.steps} steps, {plan.epochs:.2f} epochs, by {plan.step_seconds:.2f} s per step')

@@ -16,17 +16,17 @@ from .sources.names import NameIndex
 def coco_ids(
     image_ids, # Texts, as in the data
 ) -> list: # Whole numbers, or the texts unchanged if the numbers are not unique
-    "Convert image ids to those of COCO's tools: the numbers in the file names."
+    "Convert image ids to those that COCO's tools expect: the numbers in the file names."
     found = [re.fullmatch(r'(?:COCO_\w+_)?(\d+)(?:\.\w+)?', i.rpartition('/')[2]) for i in image_ids]
     numbers = [int(m[1]) for m in found if m]
     return numbers if len(set(numbers))==len(image_ids) else list(image_ids)
 
 def write_predictions(
-    path, # JSON file
+    path, # JSON file to write
     image_ids, # Texts, as in the data
-    captions, # One per image
+    captions, # One per image, in the same order
 ):
-    "Write captions as COCO results."
+    "Write captions in the format of COCO results."
     write_json(path, [dict(image_id=i, caption=c) for i,c in zip(coco_ids(image_ids), captions, strict=True)])
 
 # %% ../../nbs/34c_predictions.ipynb #jd210022
@@ -72,11 +72,16 @@ class _ImageFinder:
 
 def read_predictions(
     path, # JSON file of COCO results
-    image_ids, # Texts, as in the data
+    image_ids, # Ids of all images that need a caption: texts, as in the data
 ) -> list: # One caption per id, in the order of `image_ids`
-    """Read captions for these images.
+    """Read a caption for each of these images from a file of another tool.
 
-    Raises `ValueError` with the file and the id, if an id is missing, repeated or unknown."""
+    In the file, an id may also be the number in the name of the image. If an id has another spelling, such as
+    'a.JPG' for 'a.jpg', the image is found, and a warning gives an example.
+
+    Raises `ValueError` with the name of the file if it is not in the format of COCO results, or if an id is
+    missing, repeated or unknown.
+    """
     find, captions = _ImageFinder(image_ids), {}
     for id,caption in _entries(path):
         try:
@@ -85,8 +90,9 @@ def read_predictions(
             raise ValueError(f"{path}: {e}") from None
         if n in captions: raise ValueError(f"{path}: image_id {id!r} has two captions")
         captions[n] = caption
-    for given,real in list(find.index.respelt.items())[:1]:
-        log.warning(f"⚠️ {path}: {len(find.index.respelt)} ids are spelt otherwise than in the data, such as "
+    if respelt := find.index.respelt:
+        given, real = next(iter(respelt.items()))
+        log.warning(f"⚠️ {path}: {len(respelt)} ids are spelt otherwise than in the data, such as "
                     f"{given!r} for {real!r}")
     missing = [id for n,id in enumerate(image_ids) if n not in captions]
     if missing:

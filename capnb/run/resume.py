@@ -174,7 +174,10 @@ def reopened(state, h):
     }
 
 def save_state(run:SavedRun):
-    "Write the training state over the last one."
+    """Write the training state to the file of the run, in place of the last one.
+
+    Only the main process writes. In every process, `run.saved` becomes the number of steps so far.
+    """
     if run.main:
         save_tensors(state_path(run), training_state(run))
     run.saved = len(run.losses)

@@ -18,6 +18,7 @@ from ..log import log
 
 # %% ../../nbs/35d_studies.ipynb #19a00008
 def import_optuna():
+    "Import Optuna; raises `ValueError` with the install command if it is missing."
     try:
         import optuna
     except ImportError:
@@ -54,9 +55,12 @@ def _range(f, text, what):
 # %% ../../nbs/35d_studies.ipynb #19a00009
 def read_vary(
     texts, # Such as 'batch_size=16,32,64', 'prefix_length=1:16' or 'learning_rate=log:1e-4:1e-2'
-) -> dict: # Name of hyperparameter: Optuna's distribution
-    """Parse what a sweep varies; raises `ValueError` for an unknown name, a value that is not allowed, or an
-    empty range."""
+) -> dict: # The search space. Name of hyperparameter: Optuna's distribution
+    """Parse the search space of a sweep.
+
+    Raises `ValueError` for an unknown or repeated name, a value that is not allowed or repeated, or an empty
+    range.
+    """
     optuna, known, space = (
         import_optuna(),
         {f.name: f for f in fields(Hyperparameters) if f.name not in _FIXED},
@@ -81,8 +85,8 @@ def read_vary(
 # %% ../../nbs/35d_studies.ipynb #19a0000c
 def classic_grid(
     h:Hyperparameters,
-) -> list: # As for `read_vary`
-    "The grid of learning rate and batch size around those of `h`."
+) -> list: # Two texts for `read_vary`: learning rates and batch sizes
+    "Return the grid of learning rates and batch sizes around those of `h`."
     rates = ','.join(f'{h.learning_rate*by:.2g}' for by in (1/3, 1, 3))
     return [
         f'learning_rate={rates}',
@@ -109,9 +113,13 @@ def open_study(
     folder, # Folder of the study and its trials, created if missing; must be on a local disk
     h:Hyperparameters, # Settings that all trials share
     space:dict, # From `read_vary`
-    sampler:str='grid',
+    sampler:str='grid', # One of `SAMPLERS`; for a grid, all combinations are queued
 ): # `optuna.Study`
-    "Open the study in a folder, or create one; raises `ValueError` if it has other settings."
+    """Open the study in a folder, or create one.
+
+    Raises `ValueError` if the folder has a study with other settings, another search space or another
+    sampler.
+    """
     optuna, folder, job = import_optuna(), Path(folder), _job(h, space, sampler)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -143,7 +151,9 @@ def open_study(
     return study
 
 # %% ../../nbs/35d_studies.ipynb #19a00017
-def trial_folder(folder, number:int) -> Path: return Path(folder)/f'trial_{number:04}'
+def trial_folder(folder, number:int) -> Path:
+    "Return the folder of a trial, within the folder of its study."
+    return Path(folder)/f'trial_{number:04}'
 
 def _lock(folder, number):
     "Acquire the lock of a trial; None if it is taken."
@@ -186,10 +196,13 @@ def take_trial(
     folder, # Folder of the study
     space:dict, # From `read_vary`
     sampler:str='grid', # One of `SAMPLERS`
-    trials:int=None, # Total number of trials; None for a grid
-    seed:int=0,
-): # The trial and its lock; None if no trial is left
-    "Take the next trial of a study; no other process can take the same one."
+    trials:int=None, # Total number of trials of all processes; None for a grid
+    seed:int=0, # Seed of the study, for random values and TPE
+): # `optuna.Trial` and its `FileLock`; None if no trial is left
+    """Take the next trial of a study; no other process can take the same one.
+
+    Trials of dead processes are queued again first.
+    """
     folder = Path(folder)
     with _alone(folder):
         _line_up_again(study, folder)
@@ -209,7 +222,7 @@ def _done(study):
     )
 
 def sweep_table(
-    study,
+    study, # From `open_study`
 ) -> str:
     "Format the trials of a study as a table, the best first and pruned trials last."
     done, failed = _done(study), [t for t in study.get_trials(deepcopy=False) if 'error' in t.user_attrs]
@@ -238,7 +251,7 @@ def sweep_table(
     )
 
 def best_settings(
-    study,
+    study, # From `open_study`
     h:Hyperparameters, # Settings that all trials share
 ) -> Hyperparameters: # With the values of the best trial, and the default `output_dir`
     "Return the settings of the best trial; raises `ValueError` if no trial is complete."
@@ -249,34 +262,31 @@ def best_settings(
     return as_hyperparameters(h, **done[0].params, output_dir=Hyperparameters.output_dir)
 
 def command_line(
-    h:Hyperparameters,
-    preset:str='storybook',
-) -> str: # For a shell
-    "Write the command that trains with these settings; raises `ValueError` if a setting has no flag."
-    changes = {k: v for k,v in asdict(h).items() if v!=as_hyperparameters(preset=preset)[k]}
-    if unset := [k for k,v in changes.items() if v is None]:
+    h:Hyperparameters, # Settings of the training
+    preset:str='storybook', # Preset that the command starts from
+) -> str: # One line, quoted for a shell
+    """Write the `capnb_train` command for these settings, with a flag for each that differs from the preset.
+
+    Raises `ValueError` if a setting is None and the preset has a value, because no flag can set None.
+    """
+    usual = asdict(as_hyperparameters(preset=preset))
+    changes = {name: value for name,value in asdict(h).items() if value!=usual[name]}
+    if unset := [name for name,value in changes.items() if value is None]:
         raise ValueError(f"no flag can unset {unset[0]} of the preset {preset}")
-    return shell_line(
-        [
-            'capnb_train',
-            *([] if preset == 'storybook' else ['--preset', preset]),
-            *(
-                w
-                for k, v in changes.items()
-                for w in (f'--{k}', str(v).lower() if isinstance(v, bool) else str(v))
-            ),
-        ]
-    )
+    words = ['capnb_train'] if preset=='storybook' else ['capnb_train', '--preset', preset]
+    for name,value in changes.items():
+        words += [f'--{name}', str(value).lower() if isinstance(value, bool) else str(value)]
+    return shell_line(words)
 
 # %% ../../nbs/35d_studies.ipynb #19a00020
 PLOTS = ('history', 'parallel', 'importance')
 
 def draw_study(
-    study,
-    folder, # For history.png, parallel.png and importance.png
-) -> list: # Paths of the plots
+    study, # From `open_study`
+    folder, # Folder to write history.png, parallel.png and importance.png to
+) -> list: # Paths of the plots; empty with fewer than two complete trials
     """Plot the best loss over the trials, the values and loss of each trial, and the importance of each
-    setting; with fewer than two complete trials, nothing is plotted."""
+    setting."""
     import matplotlib.pyplot as plt
     optuna = import_optuna()
     from optuna.visualization import matplotlib as draw
@@ -296,11 +306,16 @@ def draw_study(
 
 # %% ../../nbs/35d_studies.ipynb #67753122
 def report_sweep(
-    study,
-    h:Hyperparameters, # Settings that all trials share
-    preset:str='storybook',
+    study, # From `open_study`
+    h:Hyperparameters, # Settings that all trials share; their `output_dir` gets the files
+    preset:str='storybook', # Preset that the printed command starts from
 ):
-    "Print the table and the winner's command line; write the plots and best.json."
+    """Print the trials and the command that trains with the best values; write the plots and `best.json`.
+
+    `best.json` has the settings of the best trial. Its path is printed instead of the command if the data was
+    passed in Python, because no command can name such data. Raises `ValueError` if no trial is complete, or
+    as `command_line` does.
+    """
     folder, best = Path(h.output_dir), best_settings(study, h)
     say(f'\n{sweep_table(study)}\n')
     if running := sum(t.state.name=='RUNNING' for t in study.trials):

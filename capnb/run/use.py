@@ -34,8 +34,8 @@ def load(
     ----------
     checkpoint : str or Path, default 'newest'
         File of weights, `model_state_dict_....pth`, or a folder, for its newest checkpoint.
-        Or a word: 'newest' in `folder`, 'best' of the newest run, or 'storybook'.
-        The last is the captioner of the package.
+        Or a word: 'newest' for the newest checkpoint in `folder`, 'best' for the best one of the newest run,
+        or 'storybook' for the captioner that ships with the package.
     folder : str or Path, default 'saved_models'
         Folder to search if no file is named. The default is that of training.
     best : bool, default False
@@ -56,7 +56,8 @@ def load(
     FileNotFoundError
         If there is no checkpoint.
     ValueError
-        If the checkpoint is broken, belongs to other frozen weights, or is named while `best` is set.
+        If the checkpoint is broken, was trained with other frozen weights, or is named although `best` is
+        set.
 
     Examples
     --------
@@ -76,7 +77,8 @@ def caption(images, model=None, **options):
     images : PIL.Image.Image, str or Path, or a list of these
         Images of any size and mode. They may also be files.
     model : Captioner, str or Path, optional
-        A captioner, or a checkpoint to load. Default: the newest checkpoint in `saved_models`.
+        A captioner, or a checkpoint to load, named as for `load`. Default: the newest checkpoint in
+        `saved_models`.
     **options
         For `Captioner.caption`: `scores=True`, or options of `generate` in transformers, such as
         `num_beams=3`.
@@ -84,9 +86,9 @@ def caption(images, model=None, **options):
     Returns
     -------
     str or list
-        A text; for a list of images, a list of texts. With `num_return_sequences` above 1, each text is a
-        list of texts, best first. With `scores`, each text is a pair of the text and its mean
-        log-probability in nats per token.
+        The caption of an image; for a list of images, a list of captions. With `num_return_sequences` above
+        1, there is a list of captions for each image, best first. With `scores`, each caption is a pair of
+        the text and its mean log-probability in nats per token.
 
     Raises
     ------
@@ -111,10 +113,12 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     Parameters
     ----------
     model : Captioner, str or Path, optional
-        A captioner, or a checkpoint to load. Default: the newest checkpoint in `saved_models`.
+        A captioner, which is used as it is, or a checkpoint, which is loaded and made fast as by `load`. A
+        checkpoint is a file, a folder, or a word such as 'storybook', as for `load`. Default: the newest
+        checkpoint in `saved_models`.
     data : str, dict or dataset, optional
         Data as for `load_data`: a name, a folder, a data set or a dictionary of splits. Default: the data
-        that the checkpoint was trained for. A `Captioner` has no default.
+        that the checkpoint was trained for. There is no default if `model` is a `Captioner`.
     split : str, default 'test'
         Name of the split to score.
     progress : bool, default False
@@ -123,8 +127,9 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     Returns
     -------
     scores : dict
-        Plain numbers, such as `rouge_l` from 0 to 1. The unit of `loss` is nats per token. The unit of
-        `image_gain` is nats per caption.
+        Plain data for a JSON file, with these entries among others. `rouge_l` is from 0 to 1. `loss` is the
+        mean negative log-likelihood (NLL) of the reference captions, in nats per token. `image_gain` is how
+        much the NLL of a caption grows, on average, if the model gets another image, in nats per caption.
     captions : list of str
         The captions, in the order of the split.
 
@@ -133,7 +138,8 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     FileNotFoundError
         If there is no checkpoint.
     ValueError
-        If the data is unknown or has no such split, or if a captioner is passed without data.
+        If the checkpoint is broken, if the data is unknown or has no such split, or if a `Captioner` is
+        passed without data.
 
     Examples
     --------
@@ -156,4 +162,5 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     encoded = encode_data(model.encoder, splits[split], progress='Encoding' if progress else '')
-    return evaluate_encoded(model, encoded, 'Writing' if progress else '', [Facts()])
+    measures = [Facts()] # adds scores for kinds, colours and places, if the data has such facts
+    return evaluate_encoded(model, encoded, 'Writing' if progress else '', measures)

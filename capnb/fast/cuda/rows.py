@@ -88,8 +88,8 @@ class FixedRows:
     def __init__(self,
         decoder, # Causal language model that `takes_fixed_cache` accepts
         rows:int, # Captions written at a time
-        prefix:int, # Vectors per prefix
-        room:int, # Maximum positions of a row, its prefix included
+        prefix:int, # Vectors of the prefix of a caption
+        room:int, # Maximum positions of a row: its prefix and its caption
         pool=None, # As for `record`; None for a new pool
         stream=None, # As for `record`; None for a new stream
     ):
@@ -143,8 +143,11 @@ class FixedRows:
         order, # (new,): row of each prefix, without duplicates
         comes, # (new,): which prefixes to write; the other rows stay unchanged
     ):
-        """Put prefixes into rows. One forward pass processes all vectors except the last, which is the input
-        of the next step."""
+        """Start captions in some rows: put their prefixes into the cache.
+
+        One forward pass processes all vectors of a prefix except the last, which is the input of the next
+        step.
+        """
         self.inputs[order] = torch.where(comes[:,None,None], vectors[:,-1:], self.inputs[order])
         self.position[order] = torch.where(comes, self.prefix-1, self.position[order])
         if self.prefix==1: return
@@ -210,7 +213,7 @@ def _compare_cache(decoder):
 
 def takes_fixed_cache(
     decoder, # Causal language model
-) -> int: # Bytes per position in the cache; 0 if it cannot
+) -> int: # Bytes per position in the cache; 0 if the decoder gives other logits, so it cannot be used
     """Test whether a decoder gives the same logits over a cache of fixed size, with rows at different
     positions; tested once per decoder."""
     if not takes_positions(decoder, 7): return 0

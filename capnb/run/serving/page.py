@@ -14,7 +14,7 @@ from jinja2 import Environment
 def page_file(
     name:str, # Such as 'page.html'
 ) -> str:
-    "Read a file of the pages, from the folder of this module."
+    "Return the text of a template, style or script, from the folder of this module."
     return files('capnb.run.serving').joinpath(name).read_text(encoding='utf-8')
 
 @cache
@@ -22,9 +22,11 @@ def _template(name):
     return Environment(autoescape=True, keep_trailing_newline=True).from_string(page_file(name))
 
 def whole_page(
-    notice:str=None, # Note on the captioner
-) -> str: # HTML
-    "Put style and script into the page, so that it is a single document."
+    # Plain text to show above the file chooser, such as a warning that the captioner is only a demonstration;
+    # None to show no notice
+    notice:str=None,
+) -> str: # HTML document
+    "Render the captioning page, `page.html`, with its style, its script and a notice."
     parts = dict(style=page_file('page.css'), script=page_file('page.js'), notice=notice)
     return _template('page.html').render(parts)
 
@@ -32,7 +34,7 @@ PAGE = whole_page()
 
 # %% ../../../nbs/37f_serving_page.ipynb #4ecb75fb
 def docs_page(
-    schema:dict, # OpenAPI
-) -> str: # HTML
+    schema:dict, # Description of the API in the OpenAPI format, from `app.openapi()`
+) -> str: # HTML document
     "Render the API's description as a page without scripts."
     return _template('docs.html').render(schema=schema)

@@ -19,6 +19,7 @@ from .limits import Limits, refuse
 
 # %% ../../../nbs/37c_serving_uploads.ipynb #0da12018
 def _json_image(body):
+    "The content of the image file in a JSON request; refuses a malformed request with 422."
     try:
         image = json.loads(body)
     except (ValueError, RecursionError) as e:
@@ -41,6 +42,7 @@ def _json_image(body):
 
 # %% ../../../nbs/37c_serving_uploads.ipynb #0da12118
 async def _form_image(headers, body):
+    "The content of the image file in a form; refuses a malformed form with 422."
     from python_multipart.exceptions import FormParserError
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.datastructures import UploadFile
@@ -57,10 +59,14 @@ async def _form_image(headers, body):
 
 # %% ../../../nbs/37c_serving_uploads.ipynb #0da12218
 async def image_of(
-    headers, # Of the request
-    body:bytes,
-) -> bytes: # Of the image
-    "Take the image out of a request; refuses other content types with 415, malformed requests with 422."
+    headers, # Headers of the request
+    body:bytes, # Body of the request
+) -> bytes: # Content of the image file, not decoded
+    """Take the image file out of a request.
+
+    Refuses (raises an `HTTPException`) with status 415 for a content type that is neither a form nor JSON,
+    and with 422 for a malformed request.
+    """
     kind = headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind=='application/json': return _json_image(body)
     if kind=='multipart/form-data': return await _form_image(headers, body)
@@ -72,9 +78,10 @@ async def image_of(
 
 # %% ../../../nbs/37c_serving_uploads.ipynb #0da1201a
 class Turns:
-    "Run a few jobs at a time, for each client in turn; one slot is kept free for other clients."
+    """Limit the number of jobs that run at a time. Clients take turns, and a client can have all slots except
+    one, which stays free for the others."""
     def __init__(self,
-        most:int, # Jobs at a time, at least 2
+        most:int, # Number of slots, which are jobs at a time; at least 2
     ):
         # by client; the client that has waited longest comes first
         self.most, self.at, self.waiting = most, Counter(), {}
@@ -121,13 +128,14 @@ class Opener:
             self.pool.submit(b'', 'nothing')
 
     async def open(self,
-        data:bytes,
+        data:bytes, # Content of the image file
         client:str, # From `client_of`
         whole:bool=True, # Return the whole image, not just the encoder's input
     ): # PIL image; without `whole`, an array of bytes if the encoder takes these
-        """Open an image; refuses a file that is no image with 415, too many pixels with 413.
+        """Open an image in a child process, when it is this client's turn.
 
-        If it is cancelled, it ends only when its child process is done.
+        Refuses a file that is no image with status 415, and an image with too many pixels with 413. Refuses
+        with 503 if the child process fails. A cancelled call ends only when its child process is done.
         """
         most = self.limits.pixels
         async with self.turns.turn(client):

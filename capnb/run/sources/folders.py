@@ -134,13 +134,20 @@ class Source(NamedTuple):
     tables: list = () # For a folder: the `ImageFolder`s of the rows
 
 def as_source(
-    parts:dict, # By name of split, or `None`: pairs of rows and an index
+    # Name of split, or None for rows without a split: list of pairs, each a sequence of rows and the index of
+    # one of its rows
+    parts:dict,
     name, # Name of the source, for errors
     bad=(), # As in `Source`
     tables=(), # As in `Source`
 ) -> Source:
-    """Make a `Source` from rows, some of which may have no split; raises a `ValueError` if there are too few
-    rows to split."""
+    """Make a `Source` from the rows of each split.
+
+    If no row has a split, the rows are divided into training, validation and test data. If only some rows
+    have a split, the others are not used. Missing validation data is taken from the training data.
+
+    Raises a `ValueError` if there are too few rows to divide.
+    """
     parts = {split: _Picked(rows) for split,rows in parts.items()}
     without_split = parts.pop(None, []) if len(parts) > 1 else []
     try:

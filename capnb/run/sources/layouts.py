@@ -18,7 +18,7 @@ _TABLE = (
     r'(captions|metadata)\.(csv|tsv|txt|jsonl|json)|results\.csv|.*\.token(\.txt)?'
     r'|(captions|dataset)_.*\.json'
 )
-_OTHER_TABLE = r'[^.].*\.(csv|tsv|jsonl|json)' # any name; taken if there is no other table
+_OTHER_TABLE = r'[^.].*\.(csv|tsv|jsonl|json)' # any name; used if no file has a usual name
 _NO_TABLE = r'.*_stats\.json|.*\.lemma\..*' # counts of img2dataset; lemmatized captions
 
 def _entries(folder):
@@ -31,7 +31,7 @@ def _entries(folder):
     return folders + [n for n in names if is_zip(folder/n)], [n for n in names if n not in set(folders)]
 
 def tables_in(folder, other=True):
-    "The tables of captions in a folder: those with usual names, else, with `other`, all possible tables."
+    "The tables of captions in a folder: files with usual names; if there is none, with `other` any table."
     names = _entries(folder)[1]
     # a file with the name of an image describes only that image
     images = {Path(n).stem for n in names if image_format(n)}
@@ -52,6 +52,8 @@ def _tables_below(folder, other):
     return []
 
 def only_table(folder):
+    """Return the path of the only table in a folder, or else in its sub-folders. Raise `FileNotFoundError`
+    with advice if there is none, or if there are several."""
     tables = tables_in(folder) or _tables_below(folder, True)
     if len(tables)==1: return tables[0]
     usual = 'one table of captions, such as captions.csv with the columns file_name and caption'
@@ -77,7 +79,11 @@ def folder_tables(
     folder,
     other:bool=True, # Whether a table may have any name
 ) -> list: # Split (None if unknown), folder of the images, and table of each; empty if there is no table
-    "Find the tables of captions of a folder: in sub-folders for the splits, one for each split, or just one."
+    """Find the tables of captions of a folder: in sub-folders for the splits, one per split, or just one.
+
+    Raises `FileNotFoundError` if it is not clear which table to use, and `ValueError` if the name of a table
+    does not give its split, or several.
+    """
     folder = Path(folder)
     split_folders = [folder/name for name in _entries(folder)[0] if name.lower() in SPLIT_NAMES]
     below = [(SPLIT_NAMES[f.name.lower()], f, only_table(f)) for f in split_folders if tables_in(f, other)]

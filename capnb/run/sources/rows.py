@@ -94,14 +94,19 @@ class NamedRows:
         return dict(rest, image=image, captions=texts, image_id=name)
 
 def named_rows(
-    rows, # A `datasets.Dataset`, or any sequence of rows
-    image_column:str=None, # As for `infer_columns`
-    caption_column:str=None, # As for `infer_columns`
-    # Function that maps the name of an image to its path; None to keep the name
+    rows, # A `datasets.Dataset`, or any sequence of dictionaries
+    # Name of the column with the image; None to infer it for a `datasets.Dataset`, and 'image' for other rows
+    image_column:str=None,
+    # Name of the caption column, or several separated by commas; None to infer it
+    caption_column:str=None,
+    # For a `datasets.Dataset`: function that maps the name of an image to its path; None to keep the name
     find=None,
-):
-    """Rename columns for `CaptionData`: always for a `datasets.Dataset`, and for other rows if a column is
-    named."""
+): # `NamedRows`; the unchanged `rows` if these are no `datasets.Dataset` and no column is named
+    """Give rows the columns `image`, `captions` and `image_id`, as `CaptionData` needs them.
+
+    Raises a `ValueError` if a named column does not exist, or if it is not clear which columns of a
+    `datasets.Dataset` hold the images and the captions.
+    """
     if hasattr(rows, 'cast_column'):
         from datasets import Image
         if rows.format['type'] not in (None, 'custom'):

@@ -47,7 +47,7 @@ def _sample_rows(text, separator):
     return [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
 
 def _has_header(first, rest, asked):
-    "Whether the first row names the columns; None if this may not be a table."
+    "Whether the first row names the columns; None if the text may not be a table."
     names = [n.lower() for n in first]
     if any(a.strip().lower() in names for a in asked): return True
     if any(map(looks_like_image, first)): return False
@@ -140,12 +140,15 @@ def _uneven(fields, layout):
 
 def read_columns(
     text:str, # Lines with fields separated by commas, tabs, semicolons or bars
-    image_column:str=None, # As for `infer_columns`
-    caption_column:str=None, # As for `infer_columns`
+    # Name of the column of file names, or its number from 1 if no line names the columns; None to infer it
+    image_column:str=None,
+    # Name or number of the caption column, or several separated by commas; None to infer it
+    caption_column:str=None,
 ) -> Table:
     """Read a table with one row per line.
 
-    Raises a `ValueError` if the columns are not clear, and during reading for unmatched quotes.
+    Raises a `ValueError` if it is not clear which columns hold the images and the captions. Iterating over
+    the table raises one for unmatched quotes, except in a table with tabs or bars.
     """
     # some spreadsheets write the separator into the first line
     start = re.match(r'(?:[ \t]*\n)*(?:sep=(.)\n)?', text, re.I)
@@ -264,12 +267,16 @@ def _is_mapping(found):
     return all(isinstance(said, (str, list)) for said in found.values()) and any(map(looks_like_image, found))
 
 def read_document(
-    found, # Content of a JSON document
-    image_column:str=None, # As for `infer_columns`
-    caption_column:str=None, # As for `infer_columns`
+    found, # Content of a JSON document, as Python data
+    image_column:str=None, # Name of the key with the file name of the image; None to infer it
+    caption_column:str=None, # Name of the key with captions, or several separated by commas; None to infer it
 ) -> Table:
-    """Read a JSON document: COCO, Karpathy, a list of objects (also with LLaVA's conversations), or captions
-    by name of image. Raises a `ValueError` for any other form."""
+    """Read a JSON document in one of the forms above.
+
+    It may be a COCO document, one of Karpathy's splits, a list of objects (also with LLaVA's conversations),
+    or an object that maps names of images to captions. Raises a `ValueError` for any other form, or if it is
+    not clear which keys hold the images and the captions.
+    """
     if isinstance(found, list):
         return _record_rows(enumerate(found), 'object', image_column, caption_column)
     if _is_mapping(found):
@@ -292,11 +299,11 @@ def read_document(
 
 def read_json(
     text:str, # A JSON document, or one object per line
-    image_column:str=None, # As for `infer_columns`
-    caption_column:str=None, # As for `infer_columns`
+    image_column:str=None, # Name of the key with the file name of the image; None to infer it
+    caption_column:str=None, # Name of the key with captions, or several separated by commas; None to infer it
     lines:bool=None, # Whether each line is an object; None to decide by the content
 ) -> Table:
-    "Read captions from JSON; raises a `ValueError` like `read_document`."
+    "Read captions from JSON; raises a `ValueError` if the text is not JSON, or as `read_document` does."
     if lines and not re.match(r'\s*\[', text) or _is_json_lines(text):
         return _record_rows(_json_lines(text), 'line', image_column, caption_column)
     try:
@@ -308,28 +315,33 @@ def read_json(
 # %% ../../../nbs/31b_tables.ipynb #7ab00026
 def unread_table(
     name:str, # Name of a file
-) -> str: # '' if the file can be read as it is
-    "Give advice for a table that is a spreadsheet file or is compressed."
+) -> str: # Advice on how to convert the file; '' if its suffix needs no advice
+    "Advise how to convert a table that is a spreadsheet or is compressed, judged by its suffix."
     if re.search(r'\.(xlsx?|xlsm|ods|numbers)$', name, re.I):
         return f"{name} is a spreadsheet; save it as CSV (UTF-8)"
     packed = re.search(r'\.(csv|tsv|txt|jsonl?|token)\.gz$', name, re.I)
     return f"{name} is compressed; unpack it first, as with gunzip" if packed else ''
 
 def read_table(
-    file, # `.json` or `.jsonl`; any other file is read as lines with fields
-    image_column:str=None, # As for `infer_columns`
-    caption_column:str=None, # As for `infer_columns`
-    encoding:str=None, # As for `capnb.files.read_text`
-) -> Table:
-    """Read a file with a table of captions.
+    # JSON (`.json`), one JSON object per line (`.jsonl`), or else text with one row per line, such as CSV
+    file,
+    # Name of the column of file names, or its number from 1 if no line names the columns; None to infer it
+    image_column:str=None,
+    # Name or number of the caption column, or several separated by commas; None to infer it
+    caption_column:str=None,
+    encoding:str=None, # Encoding of a file without a byte-order mark; None for UTF-8
+) -> Table: # Of the rows with image and captions; see `Table`
+    """Read a file with a table of images and captions.
 
-    Raises a `ValueError` if the file cannot be read or its columns are not clear.
+    The fields of a line are separated by commas, tabs, semicolons or bars. Raises a `ValueError` if the file
+    is a spreadsheet, compressed, no regular file (such as a pipe), or not in this encoding. Raises one, too,
+    if it is not clear which columns hold the images and the captions.
     """
     file = Path(file)
     if not is_regular(file):
         raise ValueError("it is no regular file") # opening a pipe would block forever
-    if told := unread_table(file.name): raise ValueError(told)
-    text = read_text(file, encoding, 'encoding')
+    if advice := unread_table(file.name): raise ValueError(advice)
+    text = read_text(file, encoding, setting='encoding') # an error names the setting `encoding`
     if file.suffix.lower() not in ('.json','.jsonl'):
         return read_columns(text, image_column, caption_column)
     return read_json(text, image_column, caption_column, lines=file.suffix.lower()=='.jsonl')
