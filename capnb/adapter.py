@@ -20,10 +20,10 @@ class Standardize(nn.Module):
         self.register_buffer('std', torch.ones(width))
 
     def measure(self,
-        features, # (images, width) or (images, patches, width): a tensor, or what gives slices as one
+        features, # (images, width) or (images, patches, width): a tensor, or an object sliced like one
         batch_size:int=256, # Images read at a time
     ):
-        "Take mean and deviation from training features; a feature that never changes is only shifted."
+        "Measure mean and deviation of training features; a feature that never changes is only shifted."
         total = squares = count = 0
         for at in range(0, len(features), batch_size):
             part = features[at:at+batch_size].double().flatten(0, -2)          # (vectors, width)
@@ -41,7 +41,7 @@ class Standardize(nn.Module):
 
 # %% ../nbs/03_adapter.ipynb #0ee2fa36
 def _input_stage(width, standardize, dropout):
-    "What features go through before the first layer."
+    "Make the two optional stages in front of the first layer: `Standardize` and dropout."
     return Standardize(width) if standardize else nn.Identity(), nn.Dropout(dropout)
 
 class Adapter(nn.Module):
@@ -54,7 +54,7 @@ class Adapter(nn.Module):
         hidden_width:int=1024, # Width between the two layers
         scale:float=1., # Size (root mean square) that the prefix vectors start with
         standardize:bool=False, # Begin with `Standardize`
-        dropout:float=0., # Share of the features that a training step leaves out
+        dropout:float=0., # Share of the features that a training step sets to zero
     ):
         super().__init__()
         self.prefix_length, self.out_width = prefix_length, out_width
@@ -85,12 +85,12 @@ class PatchAdapter(nn.Module):
         out_width:int=1024, # Width of the decoder's token embeddings, and between the two layers
         scale:float=1., # Size (root mean square) that the prefix vectors start with, for features of size 1
         standardize:bool=False, # Begin with `Standardize`
-        dropout:float=0., # Share of the features that a training step leaves out
+        dropout:float=0., # Share of the features that a training step sets to zero
     ):
         super().__init__()
         self.standardize, self.dropout = _input_stage(in_width, standardize, dropout)
         self.linear_1, self.linear_2 = nn.Linear(in_width, out_width), nn.Linear(out_width, out_width)
-        # GELU leaves 1/1.53 of the size of normal numbers
+        # GELU reduces normally distributed numbers to 1/1.53 of their size
         for layer,gain in ((self.linear_1, 1.), (self.linear_2, scale*1.53)):
             nn.init.normal_(layer.weight, std=gain*layer.in_features**-.5)
             nn.init.zeros_(layer.bias)
@@ -103,7 +103,7 @@ class PatchAdapter(nn.Module):
         return self.linear_2(nn.functional.gelu(self.linear_1(features)))
 
     def projector_state(self) -> dict: # Name: tensor, of `linear_1` and `linear_2`
-        "The two layers as LLaVA has them: what standardises the features is part of the first."
+        "Give the two layers in the form of LLaVA, with `Standardize` merged into the first."
         state = {name: t for name,t in self.state_dict().items() if name.startswith('linear_')}
         if isinstance(self.standardize, Standardize):
             weight = state['linear_1.weight']/self.standardize.std

@@ -17,8 +17,7 @@ from .hub import load_whole, model_config, read_model
 
 # %% ../nbs/04b_any_decoder.ipynb #a28c2adc
 def _settle_end(tokenizer, config):
-    """See to it that the tokenizer has an end-of-text token: its own, else the model's, else the end of a
-    line."""
+    "Give the tokenizer an end-of-text token: its own, else the model's, else a line end."
     if tokenizer.eos_token_id is not None: return
     ids = (
         [config.eos_token_id]
@@ -35,15 +34,14 @@ def _settle_end(tokenizer, config):
 def decoder_config(
     name:str, # As for `load_decoder`
 ): # A `transformers` configuration
-    """Read the configuration of a model that can write what follows a prefix; raises `ValueError` for one
-    that can't."""
+    "Read the configuration of a decoder; raises `ValueError` for a model that cannot write after a prefix."
     if name.endswith('.gguf') and not find_spec('gguf'):
         raise ValueError(f"to read {name!r}, install the package gguf: pip install 'capnb[gguf]'")
     config = model_config(name, 'decoder')
     check_decoder(name, config)
     return config
 
-# would write as it never read
+# these would write wrong captions without an error
 _PER_LAYER = 'adds what it knows of a token to each layer, and a vector is no token'
 _REFUSED = dict(gemma3n=_PER_LAYER, gemma3n_text=_PER_LAYER,
                 git='has an image encoder of its own', # its loss leaves out as many tokens as an image has
@@ -53,7 +51,7 @@ def check_decoder(
     name:str, # For the message
     config, # Its configuration
 ):
-    "Raise a `ValueError` unless a model of this kind can write what follows a prefix."
+    "Raise a `ValueError` unless a model of this kind can write after a prefix."
     kind = config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ValueError(f"decoder {name!r} is a {kind!r} model, which cannot write text")
@@ -88,7 +86,7 @@ def load_tokenizer(
     return tokenizer
 
 def _check_vocabulary(tokenizer, name, tokenizer_name, config):
-    "Raise a `ValueError` if the decoder has a tokenizer of its own in which a token has another number."
+    "Raise a `ValueError` if the decoder's own tokenizer, if any, gives a token another number."
     try:
         own = load_tokenizer(name, config).get_vocab()
     except (OSError, ValueError):
@@ -103,28 +101,28 @@ def _check_vocabulary(tokenizer, name, tokenizer_name, config):
 def alike(
     a, # A tensor
     b, # Another one
-    half:float=.02, # Difference allowed in half precision, of the largest number; in float32 it is 1e-4
+    half:float=.02, # Allowed difference in half precision, as a share of the largest number; 1e-4 in float32
 ) -> bool:
-    "Whether two tensors hold the same numbers, up to rounding."
+    "Check whether two tensors hold the same numbers, up to rounding."
     if a.shape!=b.shape: return False
     tolerance = 1e-4 if a.dtype==b.dtype==torch.float32 else half
     a, b = a.float(), b.float()
-    return bool((a-b).abs().max() <= tolerance*b.abs().max()) # false also for what is not a number
+    return bool((a-b).abs().max() <= tolerance*b.abs().max()) # also false for NaN
 
 def random_ids(
     decoder, # Causal language model
-    *shape:int, # Of what is given
+    *shape:int, # Shape of the result
 ) -> torch.Tensor:
-    "Random tokens of a decoder, always the same ones."
+    "Give random tokens of a decoder, always the same ones."
     rows = decoder.get_input_embeddings().num_embeddings
     return torch.randint(rows, shape, generator=torch.Generator().manual_seed(0)).to(decoder.device)
 
-# what models make of inputs that they don't know
+# errors of models that do not accept vectors
 _CANNOT_READ = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
 
 @torch.no_grad()
 def _check_reading(name, decoder):
-    "Raise a `ValueError` unless a decoder reads vectors, and each only with those before it."
+    "Raise a `ValueError` unless a decoder accepts vectors, and attends only to earlier positions."
     ids, who = random_ids(decoder, 2, 6), f"decoder {name!r} ({type(decoder).__name__})"
     ids[1,:3] = ids[0,:3]
     vectors = decoder.get_input_embeddings()(ids)
@@ -149,8 +147,7 @@ def load_decoder(
     device=None, # Where to put it; None for the best device
     dtype=None, # Number type of its weights; None for what suits the device
 ): # The frozen model, its tokenizer
-    """Load a causal language model (one that predicts the next token from those before it) to be read from
-    and written with; frozen."""
+    "Load a frozen causal language model (it predicts each token from those before it) and its tokenizer."
     config, device = decoder_config(name), device or default_device()
     tokenizer = load_tokenizer(tokenizer_name or name, config)
     model = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], name, 'decoder', device, dtype)
@@ -162,6 +159,6 @@ def load_decoder(
             f"tokenizer {tokenizer_name or name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}"
         )
     _check_reading(name, model)
-    # its makers' habits, such as a penalty for repeating, are not ours
+    # drop the generation settings of its makers, such as a penalty for repetition
     model.generation_config = GenerationConfig()
     return model, tokenizer

@@ -14,19 +14,19 @@ from .encoder import EncodedData
 # %% ../nbs/05e_batches.ipynb #487db40e
 @dataclass
 class EpochBatches:
-    "What an epoch shows, batch by batch."
+    "The batches of an epoch."
     data: EncodedData
-    captions: list # Those of each image for this epoch, a list
+    captions: list # For each image, the list of its captions in this epoch
     rows: list # Row numbers of each batch
 
     def __len__(self): return len(self.rows)
 
     def read(self, rows):
-        "Features (batch, ...) of some rows, and for each of them a list of captions."
+        "Give the features (batch, ...) of some rows, and for each of them a list of captions."
         return self.data.features[rows], [self.captions[i] for i in rows]
 
     def between(self, first, last):
-        "The batches from number `first` to the one before `last`."
+        "Give the batches from number `first` to the one before `last`."
         return map(self.read, self.rows[first:last])
 
     def __iter__(self): return self.between(0, len(self))
@@ -35,10 +35,10 @@ def epoch_batches(
     data:EncodedData,
     batch_size:int, # Images; the last batch may be smaller
     epoch:int, # Counted from 0
-    seed:int=0, # Fixes order and choice of captions
+    seed:int=0, # Fixes the order and the choice of captions
     captions_per_image:int=1, # All if an image has fewer
 ) -> EpochBatches: # Gives pairs: features (batch, width), for each row a list of captions
-    "Batches for one epoch, every image once, in an order that follows from `seed` and `epoch`."
+    "Make the batches of one epoch: every image once, in an order that follows from `seed` and `epoch`."
     captions = [
         captions_for_epoch(r['captions'], i, epoch, seed, captions_per_image) for i,r in enumerate(data.rows)
     ]

@@ -26,7 +26,7 @@ def new_adapter(
     width:int, # Of the decoder's embeddings
     size:float, # Of their numbers, from `embedding_size`
 ): # `Adapter` or `PatchAdapter`
-    "Make an adapter of the form that `h` asks for; its start follows from `h.seed`."
+    "Make the adapter that the settings `h` describe; its initial weights follow from `h.seed`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(h.seed)
         first = h.standardize_features, h.feature_dropout
@@ -37,13 +37,14 @@ def measure_features(
     model, # `Captioner`
     features, # Of the training images, as for `Standardize.measure`
 ):
-    "Let an adapter that standardises features know how they are over the training images."
+    "Measure the training features, for an adapter that standardises them."
     if isinstance(model.adapter.standardize, Standardize):
         model.adapter.standardize.measure(features)
 
 def _check_size(hidden, adapter_width, prefix_length, lora_rank):
-    """Raise a `ValueError` for an adapter (None where it is one of patches) or a LoRA larger than any that
-    makes sense beside a decoder `hidden` wide, before memory is taken for it."""
+    """Raise a `ValueError` for an adapter or a LoRA that is far too large for a decoder `hidden` wide.
+
+    This is checked before any memory is allocated; `adapter_width` is None for a patch adapter."""
     numbers = (adapter_width or 0)*prefix_length*hidden
     if numbers > 2**32:
         raise ValueError(f"adapter_width {adapter_width:,} and prefix_length {prefix_length:,} "
@@ -52,7 +53,7 @@ def _check_size(hidden, adapter_width, prefix_length, lora_rank):
         raise ValueError(f"lora_rank is {lora_rank:,}, but the decoder is only {hidden:,} wide")
 
 def _check_sight(encoder, name, image_size, features):
-    "The patches of an encoder's images; raises a `ValueError` if it does not see what the settings ask for."
+    "Give the encoder's patches per image; raises a `ValueError` if it does not fit the settings."
     if isinstance(encoder, OwnEncoder):
         check_own(encoder, name, image_size, features)
         return encoder.patches
@@ -63,7 +64,7 @@ def check_pair(
     encoder, # Configuration of the encoder, or an `OwnEncoder`
     decoder, # Configuration of the decoder
 ):
-    "Raise a `ValueError` if these two cannot do what `h` asks for."
+    "Raise a `ValueError` if these two do not fit the settings `h`."
     name, text = h.decoder_name or h.tokenizer_name, decoder.get_text_config()
     patches = _check_sight(encoder, h.encoder_name, h.image_size, h.features)
     check_decoder(name, decoder)
@@ -90,28 +91,28 @@ def check_pair(
         raise ValueError("set either lora_rank or unfreeze_layers, not both: they change the same layers")
 
 def _configurations(encoder, encoder_name, decoder_name):
-    "What `check_pair` looks at: the encoder that was passed, or else its configuration; the decoder's."
+    "Give the passed encoder, or else its configuration, and the configuration of the decoder."
     return own_encoder(encoder) or model_config(encoder_name, 'encoder'), decoder_config(decoder_name)
 
 def check_models(
     h:Hyperparameters,
     encoder=None, # As for `build_captioner`
 ):
-    "Read the configurations of the frozen pair, and nothing large, and check it as `check_pair` does."
+    "Check the frozen pair as `check_pair` does, from the small configuration files only."
     check_pair(h, *_configurations(encoder, h.encoder_name, h.decoder_name or h.tokenizer_name))
 
 def build_captioner(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     device=None, # None for the best device
     encoder=None, # One of your own, as for `OwnEncoder`; None for the one that `h` names
-) -> Captioner: # With an adapter that has learned nothing
-    """Load the frozen pair that `h` names and put a new adapter between; raises `ValueError` if the pair
-    cannot take what `h` asks for."""
+) -> Captioner: # With an untrained adapter
+    """Load the frozen pair that `h` names and put a new adapter between them; raises `ValueError` if
+    the pair does not fit `h`."""
     device, decoder_name = device or default_device(), h.decoder_name or h.tokenizer_name
     encoder = own_encoder(encoder, device)
     check_pair(h, *_configurations(encoder, h.encoder_name, decoder_name))
     encoder = encoder or load_encoder(h.encoder_name, device, h.image_size, h.features)
-    dtype = torch.float32 if h.unfreeze_layers else None # small corrections are lost in half precision
+    dtype = torch.float32 if h.unfreeze_layers else None # small updates are lost in half precision
     decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
     if h.lora_rank:
         decoder = add_lora(decoder, h)

@@ -16,8 +16,7 @@ _LIST_LIMIT = 100_000 # characters
 _VISIBLE = re.compile(r'[^\s\x00-\x1f\x7f-\x9f]')
 
 def _listed(text):
-    """The texts of a list that Python, NumPy or JSON has written as a text; raises `ValueError` if it is
-    something else."""
+    "Read a list of texts that Python, NumPy or JSON has printed; raises `ValueError` for anything else."
     refused = ValueError(f"{text!r:.60} looks like a list of captions but cannot be read as one")
     if len(text) > _LIST_LIMIT: raise refused
     try:
@@ -41,19 +40,19 @@ def _listed(text):
     return found
 
 def several_texts(
-    value, # What somebody gave as a caption or as several
+    value, # One caption, or several in a list, a tuple or an array
 ) -> list: # The elements of a list, a tuple or an array; the value itself if it is anything else
-    "Tell one caption from several."
+    "Make a list of one caption or of several."
     if hasattr(value, 'tolist'):
-        value = value.tolist() # an array, or a number of NumPy's
+        value = value.tolist() # an array or a number of NumPy
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 def caption_texts(
-    value, # A text, several in a list, tuple or array, or a list that is written as a text
+    value, # A text, several texts in a list, tuple or array, or a list printed as a text
 ) -> list: # Of one or more texts that are not empty
     """Read the captions of a cell.
 
-    Raises `ValueError` that says what is wrong: empty, `nan`, no text, half a list.
+    Raises a `ValueError` with the reason: empty, `nan`, not a text, or half a list.
     """
     if value is None: raise ValueError("it is empty")
     texts = several_texts(value)

@@ -12,8 +12,8 @@ from .decoder import text_ids
 def caption_lengths(
     tokenizer, # Of the decoder
     captions, # Texts
-) -> list: # Of whole numbers
-    "Count the tokens of captions as they are, end-of-text included."
+) -> list: # Lengths in tokens
+    "Count the tokens of whole captions, end-of-text included."
     different = list(dict.fromkeys(captions))
     parts = (text_ids(tokenizer, different[at:at+4096]) for at in range(0, len(different), 4096))
     lengths = dict(zip(different, (len(ids)+1 for part in parts for ids in part), strict=True))
@@ -35,7 +35,7 @@ def count_cut(
 def cut_text(
     found:dict, # From `count_cut`
 ) -> str: # One line
-    "Say how many captions are cut; more than one in a hundred are a warning, with the flag that helps."
+    "Report how many captions are cut; above 1 %, warn and name the flag that prevents it."
     cut, captions, most = found['cut'], found['captions'], found['max_caption_length']
     longest = f"the longest, of {found['image_id']}, has {found['longest']} tokens"
     if not cut:

@@ -21,7 +21,7 @@ def read_captions(
     features, # (batch, encoder width) or (batch, patches, encoder width)
     captions, # One per row, a text; or several, a list of texts
 ): # NLL of each token, nats (captions, n), and the mask of real tokens (captions, n)
-    "The readable way to say how surprising each token of each caption is, given its image."
+    "Compute the NLL of each token of each caption, given its image (the simple version)."
     ids, mask = model.tokenize(captions)
     return token_nll(model.decoder, model.prefix(features), ids, mask), mask
 
@@ -29,8 +29,8 @@ def write_captions(
     model, # `Captioner`
     features, # (batch, encoder width) or (batch, patches, encoder width)
     **options, # As for `Captioner.caption`
-) -> list: # For each row what `Captioner.caption` gives for an image
-    "The readable way to write captions."
+) -> list: # For each row the result of `Captioner.caption` for an image
+    "Write captions (the simple version)."
     prefix, most = model.prefix(features), model.max_caption_length
     return generate_captions(model.decoder, model.tokenizer, prefix, most, **options)
 
@@ -46,13 +46,13 @@ class Captioner(nn.Module):
     adapter : Adapter or PatchAdapter
         Turns features into prefix tokens.
     decoder : transformers.PreTrainedModel
-        A causal language model, which writes after the prefix.
+        A causal language model, which writes captions after a prefix.
     tokenizer : transformers.PreTrainedTokenizerBase
         Of the decoder.
     max_caption_length : int, default 128
         Most tokens of a caption, read or written.
     prompt : str, default ''
-        Text that stands between an image and its caption, such as 'A photo of'.
+        Text between an image and its caption, such as 'A photo of'.
 
     Attributes
     ----------
@@ -84,13 +84,13 @@ class Captioner(nn.Module):
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
         self.tokenizer, self.max_caption_length, self.prompt = tokenizer, max_caption_length, prompt
         self.reader, self.writer = read_captions, write_captions # the chapters on speed have others
-        self.most = None # captions written at a time, once memory has run out
+        self.most = None # images per call of `writer`; set when memory runs out
 
     @property
     def device(self): return next(self.adapter.parameters()).device
 
     def train(self, mode:bool=True):
-        """Set the mode of the adapter; encoder and decoder stay in evaluation mode, even where parts of the
+        """Set the mode of the adapter; encoder and decoder stay in evaluation mode, even if parts of the
         decoder learn."""
         super().train(mode)
         self.encoder.eval()
@@ -100,8 +100,7 @@ class Captioner(nn.Module):
     def prefix(self,
         features, # (batch, encoder width) or (batch, patches, encoder width)
     ) -> torch.Tensor: # (batch, prefix, decoder width)
-        """Say what stands before a caption: the token that a text begins with, if this decoder has one, then
-        the image, then the prompt."""
+        "Join the vectors in front of a caption: begin token (if this decoder has one), image, prompt."
         prefix = self.adapter(features.to(self.device))                      # (batch, image, width)
         def words(ids): # (batch, tokens, width)
             ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(len(prefix), -1)
@@ -111,7 +110,7 @@ class Captioner(nn.Module):
 
     def tokenize(self,
         captions, # One per image, a text; or several, a list of texts
-    ): # Tokens and mask of real tokens, (captions, n); as many captions for each image, some without a token
+    ): # Token ids and mask of real tokens, (captions, n); missing captions are rows without a real token
         "Turn captions into tokens, on the device."
         captions = [[c] if isinstance(c, str) else list(c) for c in captions]
         k = max(map(len, captions), default=0)
@@ -158,43 +157,42 @@ class Captioner(nn.Module):
         features, # (batch, encoder width) or (batch, patches, encoder width)
         scores:bool=False, # As for `caption`
         **kwargs, # As for `caption`
-    ) -> list: # For each row what `caption` gives for an image
-        """Write captions for encoded images, as many at a time as memory holds; raises `ValueError` if not
-        even one."""
+    ) -> list: # For each row the result of `caption` for an image
+        """Write captions for encoded images, as many at a time as fit into memory; raises `ValueError` if
+        none fits."""
         def remember(size):
             self.most = size
         def write(here):
             return self.writer(self, features[here], scores=scores, **kwargs)
         if 'streamer' in kwargs:
-            return write(slice(None)) # what it was sent cannot be taken back
+            return write(slice(None)) # tokens that were already sent cannot be taken back
         return [
             c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part
         ]
 
     def caption(self, images, scores: bool = False, **kwargs):
-        """Write a caption for each image, greedily unless the options say otherwise.
+        """Write a caption for each image, greedily by default.
 
         Parameters
         ----------
         images : PIL.Image.Image, str or Path, or a list of these
-            Images of any size and mode, or files of images, of which large ones are made smaller as they
-            are opened.
+            Images of any size and mode, or image files; large files are reduced as they are opened.
         scores : bool, default False
-            Give (text, score) for each text: the mean log-probability of its tokens, in nats per token,
-            nearer to 0 if surer.
+            Give (text, score) for each text. The score is the mean log-probability of its tokens, in nats
+            per token; nearer to 0 is more certain.
         **kwargs
-            For `generate` of transformers, such as `num_beams=3`; what `check_options` takes.
+            Options of `generate` of transformers, such as `num_beams=3`, checked by `check_options`.
 
         Returns
         -------
         str or list
-            A text; for a list of images a list of texts. With `num_return_sequences` above 1 each is a list
-            of texts, best first.
+            A text, or a list of texts for a list of images. With `num_return_sequences` above 1, each is a
+            list of texts, best first.
 
         Raises
         ------
         ValueError
-            For what is no image, and for an option that is unknown, out of range or without effect.
+            If an image cannot be read, or an option is unknown, out of range or without effect.
 
         Examples
         --------

@@ -16,7 +16,7 @@ from .words import one_line
 
 # %% ../nbs/01_data.ipynb #55ba50be
 def _captions(row, where):
-    "The captions of a row as a list, from `captions` or `caption`, one or several."
+    "List the captions of a row, from its `captions` or its `caption`."
     found = next((row[k] for k in ('captions','caption') if row.get(k) is not None), None)
     if found is None:
         raise ValueError(f"{where} has neither 'captions' nor 'caption', only {', '.join(map(str, row))}")
@@ -49,7 +49,7 @@ class CaptionData:
 
     def __len__(self): return len(self.order)
 
-    def parts(self, i): # the image as the data has it, the rest in the one schema, and a name for errors
+    def parts(self, i): # the image as stored, the rest in the schema, a name for error messages
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
@@ -64,12 +64,12 @@ class CaptionData:
         return image, dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
 
     def __getitem__(self, i:int) -> dict:
-        "Row `i` in the one schema; raises `ValueError` that names the row if it does not fit."
+        "Give row `i` in the schema; raises a `ValueError` that names the row if it does not fit."
         image, rest, where = self.parts(i)
         return dict(rest, image=image_of(image, where).open())
 
     def texts(self) -> list:
-        "All rows without their images, which are not decoded; raises `ValueError` as above."
+        "List all rows without their images, which are not decoded; raises `ValueError` as above."
         return [self.parts(i)[1] for i in range(len(self))]
 
 # %% ../nbs/01_data.ipynb #1baa6201
@@ -82,10 +82,10 @@ class _Rows:
 
 def split_rows(
     rows, # Data with a length and an index, 10 rows or more
-    seed:int=0, # Fixes who goes where
-    held:tuple=('validation','test'), # What is cut off
-) -> dict: # 'train' and what is in `held`; every row is in exactly one
-    "Cut a data set by a fixed shuffle: a tenth for each split that is held back, the rest for training."
+    seed:int=0, # Seed of the shuffle
+    held:tuple=('validation','test'), # Splits to cut off, with a tenth of the rows each
+) -> dict: # 'train' and each name in `held`; every row is in exactly one
+    "Divide a data set by a fixed shuffle: a tenth for each held-out split, the rest for training."
     check_rows(rows)
     if len(rows) < 10:
         raise ValueError(
@@ -105,8 +105,8 @@ def captions_for_epoch(
     i:int, # The image's number
     epoch:int, # Counted from 0
     seed:int=0, # Fixes the order for each image
-    k:int=1, # How many; all if there are fewer
-) -> list: # Of some of `captions`
+    k:int=1, # Captions per epoch; all if there are fewer
+) -> list: # `k` of the `captions`
     """Choose the captions that an image is shown with in an epoch; all are used once before any is used
     twice."""
     k, chosen = min(k, len(captions)), []

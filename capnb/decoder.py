@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 # %% ../nbs/04_qwen_decoder.ipynb #bf20139e
 def begin_ids(
     tokenizer, # Of the decoder
-) -> list: # Of no token or one
+) -> list: # Empty, or one token id
     """Give the token that every text begins with for this tokenizer: Llama and Gemma have one, Qwen3 and
     GPT-2 have none."""
     ids = tokenizer('')['input_ids']
@@ -22,18 +22,19 @@ def begin_ids(
 def text_ids(
     tokenizer, # Of the decoder
     texts, # List of texts
-) -> list: # Of lists of whole numbers
-    "Turn texts into tokens without marks at their ends; a special token that is written in a text is text."
+) -> list: # For each text a list of token ids
+    "Turn texts into token ids, without begin or end; a special token written in a text is plain text."
     if not texts: return []
     found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                      verbose=False) # which would warn of what is cut later
+                      verbose=False) # no warnings about long texts, which are cut later
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     return [ids if special.isdisjoint(ids) else _in_parts(tokenizer, text)
             for text,ids in zip(texts, found['input_ids'], strict=True)]
 
 def _in_parts(tokenizer, text):
-    """The tokens of a text that special tokens are written in, each of them in two parts: where they are
-    words of the vocabulary, as with Unigram, `split_special_tokens` does nothing."""
+    """Tokenize a text with special tokens written in it, each cut into two parts.
+
+    `split_special_tokens` has no effect where they are words of the vocabulary, as with Unigram."""
     written = '|'.join(map(re.escape, tokenizer.all_special_tokens))
     parts = re.sub(written, lambda token: f'{token[0][0]}\0{token[0][1:]}', text).split('\0')
     found = tokenizer(parts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
@@ -42,7 +43,7 @@ def _in_parts(tokenizer, text):
 def tokenize_captions(
     tokenizer, # Of the decoder
     captions, # List of texts
-    max_caption_length:int=128, # Most tokens per caption, its end included; what is longer has none
+    max_caption_length:int=128, # Most tokens per caption, its end included; longer ones are cut
 ): # `input_ids` and `attention_mask`, both (batch, longest); padded on the right
     "Turn captions into tokens, each closed by end-of-text unless it is cut."
     end = tokenizer.eos_token_id
@@ -52,11 +53,11 @@ def tokenize_captions(
 # %% ../nbs/04_qwen_decoder.ipynb #5a000052
 def token_nll(
     decoder, # Causal language model
-    prefix, # (images, prefix, width): what stands before a caption
+    prefix, # (images, prefix, width): the vectors in front of each caption
     input_ids, # (images*k, n), from `tokenize_captions`: `k` captions of each image in turn
-    attention_mask, # (images*k, n); a row without a token is no caption
+    attention_mask, # (images*k, n); 0 at padding, and in the whole row if there is no caption
 ) -> torch.Tensor: # (images*k, n), nats: minus the log-probability of each token, 0 at padding
-    "Say how surprised the decoder is by each token of each caption, given the prefix."
+    "Compute the negative log-likelihood of each token of each caption, given the prefix."
     (images, k, _), (captions, n) = prefix.shape, input_ids.shape
     prefix = prefix.repeat_interleave(captions//images, 0)                     # (captions, prefix, width)
     words = decoder.get_input_embeddings()(input_ids[:,:-1])                   # (captions, n-1, width)
@@ -77,9 +78,9 @@ def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # 
 def embedding_size(
     decoder, # Causal language model
 ) -> float: # Root mean square
-    "Say how large the numbers of the decoder's token embeddings are, as it reads them."
+    "Measure the size of the decoder's token embeddings, as it reads them."
     embed = decoder.get_input_embeddings()
-    # a whole table in float32 may be gigabytes
+    # in parts, because a whole table in float32 may take gigabytes
     parts = torch.arange(embed.num_embeddings, device=embed.weight.device).split(8192)
     return (
         sum(embed(part).float().pow(2).mean().item() * len(part) for part in parts) / embed.num_embeddings

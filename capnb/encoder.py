@@ -28,9 +28,9 @@ def prepare_images(
 # `pixel_values`, (batch, 3, image_size, image_size); of SigLIP2's free-size form (batch, patches, numbers per
 # patch)
 ) -> torch.Tensor:
-    "Scale and normalise images as the encoder was trained on."
+    "Scale and normalise images as in the training of the encoder."
     if hasattr(processor, 'max_num_patches'):
-        # square, as other encoders have it
+        # square, as for other encoders
         images = [im.convert('RGB').resize((image_size,)*2, Image.Resampling.BICUBIC) for im in images]
     return processor(images=list(images), return_tensors='pt')['pixel_values']
 
@@ -44,11 +44,11 @@ def byte_values(
     return torch.stack([look_up(pixels[..., c], numbers) for c,numbers in enumerate(table)], 1)
 
 def _as_patches(values, side):
-    "(batch, 3, height, width) as (batch, patches, numbers per patch), row by row."
+    "Reshape (batch, 3, height, width) to (batch, patches, numbers per patch), row by row."
     grid = values.unflatten(3, (-1, side)).unflatten(2, (-1, side)) # (batch, 3, rows, side, columns, side)
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-# an image file is made smaller as it is opened, but not below so many times what the encoder sees
+# a large image file is reduced as it is opened, to no less than this many times the encoder's image size
 OVERSIZE = 3
 
 class ImageEncoder(nn.Module):
@@ -58,33 +58,33 @@ class ImageEncoder(nn.Module):
         model, # Image half of any encoder, as from `load_tower`
         processor, # Its image processor
         features:str='pooled', # 'pooled': one vector per image; 'patch': one per patch
-        image_size:int=None, # Width and height of the images, pixels; None for what the model was made for
+        image_size:int=None, # Width and height of the images, pixels; None for the model's own
     ):
         super().__init__()
         self.model, self.processor, self.features = model.eval().requires_grad_(False), processor, features
         self.sight = sight = look(model.config, image_size, features)
         self.image_size, self.width, self.patches = sight.image_size, sight.width, sight.patches
         self.min_side = OVERSIZE*self.image_size
-        self.most = None # images at a time, once memory has run out
+        self.most = None # images per call; set when memory runs out
 
     @property
     def device(self): return self.model.device
 
     def train(self, mode=True):
-        return super().train(False) # what is frozen stays in evaluation mode
+        return super().train(False) # a frozen module stays in evaluation mode
 
     def prepare(self,
         images, # List of PIL images, or of bytes as `steps` makes them
-    ) -> torch.Tensor: # As of `prepare_images`; (batch, height, width, 3) bytes where bytes came
-        "Scale and normalise images for this encoder; what are bytes already is normalised when encoded."
+    ) -> torch.Tensor: # As from `prepare_images`; for bytes, (batch, height, width, 3) bytes
+        "Scale and normalise images for this encoder; bytes are normalised later, in `forward`."
         if any(isinstance(image, np.ndarray) for image in images):
             pixels = [image if isinstance(image, np.ndarray) else self.steps(image) for image in images]
             return torch.from_numpy(np.stack(pixels))
         return prepare_images(self.processor, images, self.image_size)
 
     @cached_property
-    def steps(self): # `PixelSteps`; None where the processor does more than that
-        "How any process makes bytes of an image, which then need but a look into a table."
+    def steps(self): # `PixelSteps`; None if the processor does more than that
+        "The steps by which any process turns an image into bytes; the rest is a table lookup."
         steps = describe_processor(self.processor, self.image_size)
         if steps:
             images = odd_images()
@@ -97,7 +97,7 @@ class ImageEncoder(nn.Module):
         )
 
     def _values(self, pixels, table):
-        "`pixel_values` of bytes."
+        "Turn bytes into `pixel_values`."
         values, config = byte_values(pixels, table), vision_part(self.model.config)
         return _as_patches(values, config.patch_size) if free_size(config) else values
 
@@ -117,7 +117,7 @@ class ImageEncoder(nn.Module):
     def forward(self,
         pixel_values, # From `prepare`
     ) -> torch.Tensor: # (batch, width) or (batch, patches, width), float32
-        "Encode prepared images, as many at a time as memory holds; raises `ValueError` where it holds none."
+        "Encode prepared images, as many at a time as fit into memory; raises `ValueError` if none fits."
         def remember(size):
             self.most = size
         n = len(pixel_values)
@@ -126,7 +126,7 @@ class ImageEncoder(nn.Module):
 
     def encode(self,
         images, # As for `prepare`
-    ) -> torch.Tensor: # As of `forward`
+    ) -> torch.Tensor: # As from `forward`
         "Encode images."
         return self(self.prepare(images))
 
@@ -136,7 +136,7 @@ def load_image_processor(
     image_size:int=None, # As for `load_encoder`
     features:str='pooled', # As for `load_encoder`
 ): # Image processor (PIL backend), the size that it makes, the configuration of the encoder
-    "Load what prepares images for an encoder; raises `ValueError` as `look` does."
+    "Load the image processor of an encoder; raises `ValueError` as `look` does."
     config = model_config(name, 'encoder')
     size = look(config, image_size, features, name).image_size
     return fit_processor(load_processor(name, config), size), size, config
@@ -144,7 +144,7 @@ def load_image_processor(
 def load_encoder(
     name:str, # A shipped model, a hub id or a folder, of any encoder that `look` can use
     device=None, # Where to put it; None for the best device
-    # Width and height of the images, pixels; None for what it was made for, or 224 where it takes any
+    # Width and height of the images, pixels; None for the encoder's own, or 224 if it takes any size
     image_size:int=None,
     features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
@@ -155,10 +155,9 @@ def load_encoder(
 
 # %% ../nbs/02_clip_encoder.ipynb #0788551f
 class EncodedData:
-    """Encoded images: row `i` is what the data set said about image `i`, with `features` in place of
-    `image`."""
+    "Encoded images: row `i` of the data set, with `features` in place of `image`."
     def __init__(self,
-        features, # (images, width) or (images, patches, width): a tensor, or what gives rows as one
+        features, # (images, width) or (images, patches, width): a tensor, or an object indexed like one
         rows:list, # One dictionary per image
         num_skipped:int=0, # Rows of the data set that could not be read
     ):

@@ -21,7 +21,7 @@ from .validation import validate
 
 # %% ../nbs/07_evaluation.ipynb #231199c9
 class _Words(Tokenizer):
-    "What `rouge_score` takes for words."
+    "Split text for `rouge_score` with `words`."
     def tokenize(self, text): return words(text)
 
 _scorer = RougeScorer(['rougeL'], tokenizer=_Words())
@@ -29,31 +29,31 @@ def rouge_l(
     references, # Texts to compare with
     caption:str,
 ) -> float: # F-measure of the best reference, 0 to 1
-    "ROUGE-L of a caption, the best over its references (`rouge_score`, Lin 2004)."
+    "Compute ROUGE-L of a caption, the best over its references (`rouge_score`, Lin 2004)."
     return _scorer.score_multi(list(references), caption)['rougeL'].fmeasure
 
 # %% ../nbs/07_evaluation.ipynb #4da62c45
 def _leave_one_out(scores):
-    "Mean over the best of all but one score, each left out once; of a single score that score."
+    "Omit each score once, take the best of the rest, and give the mean; a single score is returned."
     if len(scores)==1: return scores[0]
     return sum(max(scores[:i]+scores[i+1:]) for i in range(len(scores)))/len(scores)
 
 def _against(captions, references, n):
-    "ROUGE-L of each caption against the first `n` of its references, each left out once."
+    "Score each caption against the first `n` of its references, each omitted once."
     pairs = zip(captions, references, strict=True)
     return [_leave_one_out([rouge_l([r], c) for r in refs[:n]]) for c,refs in pairs]
 
 def _each_reference(refs, n):
-    "Mean ROUGE-L of the first `n` references, each against the others."
+    "Give the mean ROUGE-L of the first `n` references, each against the others."
     return sum(rouge_l(refs[:i]+refs[i+1:n], refs[i]) for i in range(n))/n
 
 def rouge_each(
     captions, # One generated caption per image
-    references, # For each image its references; the same number is used of each
+    references, # For each image its references; the same number of them is used for each
 ) -> dict: # For each image `rouge_l`, `rouge_l_floor`, `rouge_l_ceiling`; on all references `rouge_l_all`
-    """ROUGE-L of captions with the floor (another image's references) and the ceiling.
+    """Compute ROUGE-L of captions with the floor (another image's references) and the ceiling.
 
-    The ceiling is one reference against the others; None if there is one only."""
+    The ceiling is each reference against the others; None if there is only one."""
     count = len(captions)
     if len(references)!=count or not count:
         raise ValueError(f"{count} captions and references of {len(references)} images do not belong "
@@ -68,15 +68,15 @@ def rouge_each(
 def rouge_scores(
     captions, # As for `rouge_each`
     references, # As for `rouge_each`
-) -> dict: # The means of what `rouge_each` gives
-    "ROUGE-L over images, with floor and ceiling."
+) -> dict: # The means over the images, by the names of `rouge_each`
+    "Compute the mean ROUGE-L over images, with floor and ceiling."
     return {name: each and sum(each)/len(each) for name,each in rouge_each(captions, references).items()}
 
 # %% ../nbs/07_evaluation.ipynb #aae36a38
 def write_captions_for(
     model:Captioner,
     data:EncodedData,
-    batch_size:int=None, # Images at a time; None for 100, and for 1024 on a GPU, which writes many at once
+    batch_size:int=None, # Images at a time; None for 100, or 1024 on a GPU
     progress:str='', # Text before the progress bar; empty for no bar
     **kwargs, # For `transformers`' `generate`
 ) -> list: # One caption per image
@@ -94,9 +94,9 @@ def write_captions_for(
 def score_parts(
     captions, # One per image
     data, # `EncodedData`, or anything with its `rows`
-    measures=(), # What is measured besides ROUGE-L, see `score`
-) -> dict: # Name: `Parts`; those without a value left out
-    "ROUGE-L, with floor and ceiling, and what `measures` add."
+    measures=(), # Measures besides ROUGE-L, see `score`
+) -> dict: # Name: `Parts`, without the scores that have no value
+    "Compute ROUGE-L with floor and ceiling, and the scores of the `measures`."
     rouge = rouge_each(captions, [r['captions'] for r in data.rows])
     parts = {name: mean_parts(each) for name,each in rouge.items() if each}
     for measure in measures:
@@ -105,8 +105,8 @@ def score_parts(
 
 def text_statistics(
     captions, # Texts
-) -> dict: # `words` per caption, `vocabulary` (different words), `distinct` (share of captions said first)
-    "Say how long and how varied captions are."
+) -> dict: # `words` per caption, `vocabulary` (different words), `distinct` (share of different captions)
+    "Measure the length and the variety of captions."
     each = [words(c) for c in captions]
     return dict(words=sum(map(len, each))/len(each), vocabulary=len({w for ws in each for w in ws}),
                 distinct=len(set(captions))/len(captions))
@@ -117,7 +117,7 @@ def score(
     captions, # One per image
     data, # As for `score_parts`
     measures=(), # Objects with `parts(captions, data)` and `summary(parts)`, as `capnb.insight.facts.Facts`
-) -> dict: # Plain data; `by_character`: whether there is text whose characters count as words
+) -> dict: # Plain data; `by_character` is True if characters of some text count as words
     "Score captions: ROUGE-L with floor and ceiling, `measures`, 95% intervals, length and variety."
     parts = score_parts(captions, data, measures)
     scores = {name: parts[name].value if name in parts else None for name in ROUGE}
@@ -132,8 +132,8 @@ def evaluate(
     data:EncodedData,
     progress:str='', # Text before the progress bar; empty for no bar
     measures=(), # As for `score`
-): # Scores (plain data), the captions they are of
-    "Caption a data set and score the captions; also the loss and the image gain."
+): # Scores (plain data), the captions
+    "Caption a data set and score the captions; adds the loss and the image gain."
     was_training = model.training
     captions = write_captions_for(model.eval(), data, progress=progress)
     loss, gain = validate(model, data)
@@ -143,23 +143,23 @@ def evaluate(
 # %% ../nbs/07_evaluation.ipynb #jd080003
 def most_common_caption(
     captions, # All texts of the training data
-    sample:int=100, # Captions compared where several are the most common, and as many to compare them with
+    sample:int=100, # If several are the most common: how many to compare, and with how many
 ) -> str:
-    "The caption that is there most often; of several the one most like others, by its mean ROUGE-L."
+    "Find the most common caption; of several, the most similar to the others by mean ROUGE-L."
     counts = Counter(captions)
     most = max(counts.values())
     spread = lambda texts: texts[::-(-len(texts)//sample)] # evenly over all
     tied, others = spread([c for c,n in counts.items() if n==most]), spread(list(captions))
     return max(tied, key=lambda c: sum(rouge_l([o], c) for o in others))
 
-def _directions(features): # (images, width) of length 1; of patches their mean
+def _directions(features): # (images, width), of length 1; the mean of patches
     return torch.nn.functional.normalize(features.mean(1) if features.ndim==3 else features, dim=-1)
 
 def nearest_captions(
-    train:EncodedData, # Whose captions are taken
-    data:EncodedData, # Images that are looked for
+    train:EncodedData, # Training images, whose captions are taken
+    data:EncodedData, # Images to caption
 ) -> list: # One caption per image of `data`: the first one of the nearest image of `train`
-    "Caption images with what was said of the training image whose features are nearest by their cosine."
+    "Caption each image with a caption of the training image with the most similar features (by cosine)."
     wanted = _directions(data.features[:])
     best = torch.full((len(data),), -2.)
     found = torch.zeros(len(data), dtype=torch.long)
@@ -170,8 +170,8 @@ def nearest_captions(
     return [train.rows[i]['captions'][0] for i in found.tolist()]
 
 def floors(
-    train:EncodedData, # What training saw
-    data:EncodedData, # Images to caption; where their features are None, there is no 'nearest'
+    train:EncodedData, # Training images
+    data:EncodedData, # Images to caption; without features (None), there is no 'nearest'
     measures=(), # As for `score`
 ) -> dict: # 'common' and 'nearest': of each score its value and 95% interval; of 'common' also its 'caption'
     "Score two captioners that learn nothing: the most common caption, and that of the nearest neighbour."

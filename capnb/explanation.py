@@ -18,17 +18,16 @@ from .options import check_options
 # %% ../nbs/08b_explanations.ipynb #09ee0001
 @dataclass
 class Word:
-    "A word of a caption, and why it was said."
-    text: str # As it stands in the caption; a punctuation mark is a word of its own
-    probability: float # Of all its tokens, 0 to 1, given the image and what stands before
-    alternatives: list # Of (text, probability): other tokens that could stand at its beginning, best first
+    "A word of a caption, with its probability, alternatives and region."
+    text: str # As in the caption; a punctuation mark is a word of its own
+    probability: float # Of all its tokens, 0 to 1, given the image and the words before
+    alternatives: list # Of (text, probability): other tokens for its beginning, best first
     # numpy array (rows, columns): nats that the word loses when this part of the image is covered; None if
-    # nobody asked
+    # not asked for
     patches: object = None
 
 def _words(tokenizer, caption, most):
-    """Take a caption apart: of each word its text and the places of its tokens, of which there are at most
-    `most`."""
+    "Split a caption into words: for each its text and the positions of its tokens, `most` tokens in all."
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} does not tell where in a text its tokens stand, so its"
@@ -43,7 +42,7 @@ def _words(tokenizer, caption, most):
         start = min(end, start+len(caption[start:end])-len(caption[start:end].lstrip()))
         joins = words and (start < words[-1][1] or start==words[-1][1] and start in inside)
         if words and words[-1][0]==words[-1][1]:
-            words[-1] = [start, end, words[-1][2]+[i]] # a space alone goes with what follows
+            words[-1] = [start, end, words[-1][2]+[i]] # a space alone belongs to the next word
         elif joins:
             words[-1][1] = end
             words[-1][2].append(i)
@@ -54,8 +53,8 @@ def _words(tokenizer, caption, most):
 # %% ../nbs/08b_explanations.ipynb #09ee0002
 @torch.no_grad()
 def _next_tokens(model, image, caption):
-    """Logarithms of the probabilities of all tokens at each place of a caption, its end included, and the
-    tokens that stand there."""
+    """Give the log-probabilities of all tokens at each position of a caption, its end included, and the
+    caption's own tokens."""
     prefix, embed = model.prefix(model.encoder.encode([image])), model.decoder.get_input_embeddings()
     # (1, n)
     ids = tokenize_captions(model.tokenizer, [caption], model.max_caption_length)[0].to(model.device)
@@ -69,7 +68,7 @@ def _next_tokens(model, image, caption):
     return logits[0].float().log_softmax(-1).cpu(), ids[0].cpu()
 
 def _others(model, scores, said, n):
-    "The best `n` tokens beside the one that was said, as (text, probability)."
+    "Give the best `n` tokens besides the one in the caption, as (text, probability)."
     best = [i for i in scores.topk(min(n+1, len(scores))).indices.tolist() if i!=said][:n]
     return [
         (
@@ -81,8 +80,7 @@ def _others(model, scores, said, n):
 
 # %% ../nbs/08b_explanations.ipynb #09ee0003
 def _covered(image, cells, window):
-    """Copies of an image, one for each cell of a grid, in which a window around this cell has the image's
-    mean colour."""
+    "Yield a copy of an image for each cell of a grid, with its mean colour in a window around the cell."
     (width, height), colour = image.size, tuple(round(c) for c in ImageStat.Stat(image).mean)
     edge = lambda cell, size: (
         max(0, round((cell + 0.5 - window / 2) * size / cells)),
@@ -96,9 +94,8 @@ def _covered(image, cells, window):
 
 @torch.no_grad()
 def _relevance(model, image, caption, cells=8, window=3, batch_size=8, between=None):
-    """How many nats each token of a caption loses when a part of the image is covered: (tokens, cells,
-    cells)."""
-    # the encoder sees no more than this
+    "Compute the nats that each token loses when a part of the image is covered: (tokens, cells, cells)."
+    # reduce a large image: the encoder needs no more than this
     image, nats = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size))), []
     images = [image, *_covered(image, cells, window)]
     for at in range(0, len(images), batch_size):
@@ -119,32 +116,31 @@ def explain(
     between=None,
     **kwargs
 ) -> tuple:
-    """Say of each word of a caption how probable it is, what else could stand there and what it rests on.
+    """Give the probability of each word of a caption, its alternatives, and the region that supports it.
 
     The regions come from occlusion (Zeiler and Fergus 2014, https://arxiv.org/abs/1311.2901).
 
     Parameters
     ----------
     model : Captioner
-        Who writes and reads the caption.
+        Writes the caption and computes its probabilities.
     image : PIL.Image.Image, str or Path
-        Of any size and mode, or the file of one.
+        An image of any size and mode, or an image file.
     caption : str, optional
-        What to explain. Default: what the model writes.
+        Caption to explain. Default: the one that the model writes.
     alternatives : int, default 4
         Other tokens to name for each word.
     patches : bool, default True
-        Also find the regions that each word rests on; it takes 65 passes of encoder and decoder.
+        Also find the regions that support each word; this runs encoder and decoder for 65 more images.
     between : callable, optional
-        Called again and again in the course of the work, for whoever has something more urgent to do.
-        Default: nothing is called.
+        Called between batches, so that more urgent work can run. Default: nothing is called.
     **kwargs
-        For `generate` of transformers, where the model writes.
+        Options of `generate` of transformers, if the model writes the caption.
 
     Returns
     -------
     caption : str
-        What was explained.
+        The caption that was explained.
     words : list of Word
         Its words, each with `probability` from 0 to 1, `alternatives` and `patches`, the nats that it loses
         when a region is covered.
@@ -152,7 +148,7 @@ def explain(
     Raises
     ------
     ValueError
-        For what is no image, and for a tokenizer that does not tell where its tokens stand.
+        If the image cannot be read, or the tokenizer does not give the positions of its tokens in the text.
 
     Examples
     --------

@@ -14,7 +14,7 @@ from .decoder import token_nll
 
 # %% ../nbs/04c_generation.ipynb #5a00000a
 def _until_end(ids, ends):
-    "Each row of `ids` up to the first of the tokens `ends`, which it keeps."
+    "Cut each row of `ids` after its first token of `ends`."
     over = torch.isin(ids, torch.tensor(ends, device=ids.device))              # (rows, longest)
     lengths = torch.where(over.any(1), over.int().argmax(1)+1, ids.shape[1])
     return [row[:n] for row,n in zip(ids.cpu(), lengths.tolist(), strict=True)]
@@ -26,8 +26,8 @@ def generate_rows(
     most:int, # Most tokens per caption
     batch_size:int, # Images whose captions are written at a time
     options:dict, # As `check_options` gives them
-) -> list: # Of the tokens of each caption, (n,) each; first all captions of the first image
-    "Write captions by `generate` of `transformers`; each has its end."
+) -> list: # Token ids of each caption, (n,) each; all captions of the first image come first
+    "Write captions with `generate` of `transformers`; each keeps its end token."
     pad = tokenizer.eos_token_id
     end = options.get('eos_token_id', pad)
     plain = dict(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=most, eos_token_id=end)
@@ -42,7 +42,7 @@ def generate_rows(
     for part in prefix.split(batch_size):
         mask = part.new_ones(part.shape[:2], dtype=torch.long)
         with warnings.catch_warnings():
-            # as it should be
+            # expected here
             warnings.filterwarnings('ignore', 'Passing .* with `inputs_embeds` and without `input_ids`')
             ids = decoder.generate(inputs_embeds=part, attention_mask=mask, **options)
         rows += _until_end(ids, [pad, *([end] if isinstance(end, int) else end)])
@@ -52,11 +52,11 @@ def generate_rows(
 def score_ids(
     decoder, # Causal language model
     prefix, # (images, prefix, width)
-    rows, # List of the tokens of each caption, (n,) each; as many for each image, one after another
+    rows, # Token ids of each caption, (n,) each; the same number for each image, image by image
     length_penalty:float=1., # The sum is divided by the number of tokens to the power of this
     batch_size:int=32, # Images at a time
-    nll=token_nll, # How captions are read
-) -> list: # One number per caption, in nats; the closer to 0, the surer
+    nll=token_nll, # Function that computes the NLL of each token
+) -> list: # One number per caption, in nats; nearer to 0 is more certain
     "Score captions by the mean log-probability of their tokens."
     scores, k = [], len(rows)//max(1, len(prefix))
     for at in range(0, len(prefix), batch_size):
@@ -68,7 +68,7 @@ def score_ids(
     return scores
 
 def _check_room(decoder, prefix, most):
-    "Raise a `ValueError` if the decoder has not that many positions."
+    "Raise a `ValueError` if the decoder has too few positions for prefix and caption."
     room = getattr(decoder.config.get_text_config(), 'max_position_embeddings', None)
     if not room or prefix+most <= room: return
     why = f'the decoder has {room} positions and an image takes {prefix}'
@@ -81,13 +81,13 @@ def write_ids(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
     prefix, # (images, prefix, width)
-    most:int, # Most tokens per caption, unless an option says so
+    most:int, # Most tokens per caption, unless an option sets it
     batch_size:int, # Images whose captions are written at a time
     scores:bool, # Whether scores are asked for
     options:dict, # For `check_options`
-    generate=generate_rows, # How captions are written
-    nll=token_nll, # How captions are read, for their scores
-): # Of each caption the tokens, (n,); a list of scores or None
+    generate=generate_rows, # Function that writes the token ids of captions
+    nll=token_nll, # Function that computes the NLL of each token, for the scores
+): # Token ids of each caption, (n,) each; their scores, or None
     "Write captions and score them; the captions of an image come one after another, best first."
     options = check_options(options | dict(batch_size=batch_size))
     batch_size, n = options.pop('batch_size'), options.get('num_return_sequences', 1)
@@ -98,7 +98,7 @@ def write_ids(
     rows = generate(decoder, tokenizer, prefix, options.get('max_new_tokens', most), batch_size, options)
     if not scores and n==1: return rows, None
     values = score_ids(decoder, prefix, rows, options.get('length_penalty', 1.), batch_size, nll)
-    # beams may be in the order of other scores
+    # `generate` may have sorted beams by other scores
     order = sorted(range(len(rows)), key=lambda i: (i//n, -values[i]))
     return [rows[i] for i in order], [values[i] for i in order]
 
@@ -106,13 +106,13 @@ def generate_ids(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
     prefix, # (images, prefix, width)
-    /, # what comes is an option, whatever its name
+    /, # the rest are options, whatever their names
     max_caption_length:int=64, # Most tokens per caption
     batch_size:int=32, # Images whose captions are written at a time
-    write=write_ids, # How captions are written and scored
+    write=write_ids, # Function that writes and scores captions
     **kwargs, # For `transformers`' `generate`, such as `num_beams=3` or `do_sample=True`
-) -> torch.Tensor: # (images*num_return_sequences, longest), the tokens of each caption and its end
-    """Write what follows each prefix, as tokens; greedy unless `kwargs` say otherwise.
+) -> torch.Tensor: # (images*num_return_sequences, longest): token ids of each caption, with its end
+    """Write what follows each prefix, as token ids; greedily by default.
 
     Several captions of an image come one after another, best first. Raises `ValueError` as `check_options`
     does.
@@ -132,13 +132,13 @@ def generate_captions(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
     prefix, # (images, prefix, width)
-    /, # what comes is an option, whatever its name
+    /, # the rest are options, whatever their names
     max_caption_length:int=64, # Most tokens per caption
     batch_size:int=32, # Images whose captions are written at a time
     scores:bool=False, # Give (text, score) for each text, with the score of `score_ids`
-    write=write_ids, # How captions are written and scored
+    write=write_ids, # Function that writes and scores captions
     **kwargs, # As for `generate_ids`
-) -> list: # For each prefix a text; with `num_return_sequences` above 1 a list of texts, best first
+) -> list: # A text for each prefix; with `num_return_sequences` above 1, a list of texts, best first
     "Write what follows each prefix, as text. Raises `ValueError` as `check_options` does."
     rows, values = write(decoder, tokenizer, prefix, max_caption_length, batch_size, scores, kwargs)
     found = captions_of(tokenizer, [row.tolist() for row in rows])
@@ -148,7 +148,7 @@ def generate_captions(
     return found if n <= 1 else [found[i:i+n] for i in range(0, len(found), n)]
 
 def split_scores(
-    found, # What `scores=True` gives for an image: (text, score), or a list of them
+    found, # Result for an image with `scores=True`: (text, score), or a list of these
 ) -> tuple: # Text and score, or a list of texts and a list of scores
-    "Take the captions of an image and their scores apart."
+    "Separate the captions of an image from their scores."
     return found if isinstance(found, tuple) else tuple(map(list, zip(*found, strict=True)))

@@ -18,16 +18,16 @@ from .image_pool import open_images
 
 # %% ../nbs/08_inference.ipynb #2a86e315
 class CaptionStreamer:
-    "A streamer for `generate` that tells how far the captions of some rows have come."
+    "A streamer for `generate` that passes on the captions of some rows as they grow."
     def __init__(self,
         tokenizer, # Of the decoder
-        rows:list, # Those to tell of
-        tell, # Called with (row, text so far), when there is more of it
+        rows:list, # Rows of the batch to follow
+        tell, # Called with (row, text so far) when the text has grown
     ):
         self.tokenizer, self.rows, self.tell = tokenizer, rows, tell
         self.tokens, self.told = [], {}
 
-    def put(self, tokens): # (batch,); before the first ones comes the empty prompt, (batch, 0)
+    def put(self, tokens): # (batch,); the first call has the empty prompt, (batch, 0)
         if tokens.dim()!=1: return
         self.tokens.append(tokens[self.rows])
         texts = captions_of(self.tokenizer, torch.stack(self.tokens, 1))
@@ -41,7 +41,7 @@ class CaptionStreamer:
 
 # %% ../nbs/08_inference.ipynb #eaf8fb96
 def _fields(found, scores):
-    "What is said of an image, by name."
+    "Give the caption of an image and, if asked for, its score, by name."
     return (
         dict(zip(('caption', 'score'), split_scores(found), strict=True)) if scores else dict(caption=found)
     )
@@ -54,7 +54,7 @@ def caption_files(
     Parameters
     ----------
     model : Captioner
-        Who writes.
+        Writes the captions.
     files : iterable of str or Path
         Files of images.
     batch_size : int, default 32
@@ -64,7 +64,7 @@ def caption_files(
     scores : bool, default False
         Add a `score` to each caption, as `Captioner.caption` gives it, in nats per token.
     **kwargs
-        For `generate` of transformers; what `check_options` takes.
+        Options of `generate` of transformers, checked by `check_options`.
 
     Yields
     ------
@@ -75,7 +75,7 @@ def caption_files(
     Raises
     ------
     ValueError
-        For an option that is unknown, out of range or without effect, before anything is opened.
+        If an option is unknown, out of range or without effect; raised before any file is opened.
 
     Examples
     --------

@@ -12,7 +12,7 @@ import numpy as np
 # %% ../nbs/06b_intervals.ipynb #ca000002
 @dataclass
 class Parts:
-    "A score as what each image adds to some sums, and how the score follows from them."
+    "A score as a function of sums, with the amounts that each image adds to them."
     each: np.ndarray # (images, sums)
     score: object # Function of sums (..., sums) that gives scores (...)
 
@@ -20,16 +20,16 @@ class Parts:
     def value(self) -> float: return float(self.score(self.each.sum(0)))
 
 def mean_parts(each) -> Parts:
-    "The mean of one number per image."
+    "Give the `Parts` of the mean of one number per image."
     return Parts(np.array([(v, 1) for v in each], float), lambda s: s[...,0]/s[...,1])
 
 # %% ../nbs/06b_intervals.ipynb #ca000010
 def resampled(
     parts:Parts,
     times:int=1000, # Draws
-    seed:int=0, # The same seed and number of images, the same draws
+    seed:int=0, # The same seed and number of images give the same draws
 ) -> np.ndarray: # (times,)
-    "The score of selections of as many images, drawn with replacement."
+    "Score random draws of as many images, with replacement."
     n, chance = len(parts.each), np.random.default_rng(seed)
     sums = [
         chance.multinomial(n, np.full(n, 1 / n), size=min(50, times - at)) @ parts.each
@@ -40,26 +40,26 @@ def resampled(
 def interval(
     parts:Parts,
     **kwargs, # For `resampled`
-) -> list: # Two numbers
-    "Say between which two numbers a score lies in 95 of 100 selections of the images."
+) -> list: # Its lower and its upper end
+    "Give the range that holds the scores of 95 % of the draws."
     return np.percentile(resampled(parts, **kwargs), (2.5, 97.5)).tolist()
 
 def with_intervals(
     parts:dict, # Name: `Parts`
 ) -> dict: # Name: value, and the two numbers of its 95% interval
-    "Write scores down as plain data."
+    "Give scores with their intervals, as plain data."
     return {name: [p.value, *interval(p)] for name,p in parts.items()}
 
 def compare(
     parts:dict, # Name: `Parts` of one captioner
     other:dict, # The same of another, on the same images
-# Name, floor and ceiling left out: 'value', 'other', 'difference', its 'interval', and 'real', whether 0 lies
-# outside of that
+# Name, without floors and ceilings: 'value', 'other', 'difference', its 'interval', and 'real': whether 0 is
+# outside of the interval
 ) -> dict:
-    "Compare scores on selections that are the same for both (paired bootstrap)."
+    "Compare the scores of two captioners on the same draws (paired bootstrap)."
     out = {}
     for name in parts:
-        if name.endswith(('_floor','_ceiling')): continue # nobody wins by these
+        if name.endswith(('_floor','_ceiling')): continue # not of a captioner
         if len(parts[name].each)!=len(other[name].each):
             raise ValueError(
                 f"{len(parts[name].each)} and {len(other[name].each)} images cannot be compared; score both"

@@ -16,11 +16,11 @@ def make_optimizer(
     decoder_lr_scale:float=.1, # Learning rate of the group 'decoder', as a share of `learning_rate`
     decay:float=1., # Factor on the learning rates after every `decay_step` steps
     decay_step:int=1,
-    cosine_steps:int=None, # Steps of a run whose rates follow half a cosine instead
-    warmup_steps:int=0, # Steps over which those first rise from zero
+    cosine_steps:int=None, # Steps of the run, for a cosine; None for the step decay
+    warmup_steps:int=0, # Steps of warm-up before the cosine
     weight_decay:float=.01,
 ): # The optimizer; the scheduler, to be stepped once after each step
-    "AdamW (Adam with weight decay) over what learns, and the schedule of its rates: decayed, or a cosine."
+    "Make AdamW over groups of parameters, and the schedule of their learning rates: step decay or cosine."
     parameters = [
         dict(
             name=name,

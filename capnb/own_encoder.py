@@ -18,7 +18,7 @@ from .pixels import odd_images
 _MEMBERS = ('name', 'width', 'patches', 'image_size', 'prepare', 'forward')
 
 def _check_members(model):
-    "Raise a `ValueError` that names the first member that is missing or of another kind."
+    "Raise a `ValueError` that names a member that is missing or has a wrong type."
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"an encoder of your own is a torch.nn.Module, and {kind} is none")
@@ -32,7 +32,7 @@ def _check_members(model):
             raise ValueError(f"encoder {model.name!r}: {member} is {value!r}, not a whole number above 0")
 
 def _check_shape(model, what, found, shape):
-    "Raise a `ValueError` unless a member gave a tensor of such a shape; `...` stands for more dimensions."
+    "Raise a `ValueError` unless `found` is a tensor of this shape; `...` stands for more dimensions."
     shown = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
     if shape[-1] is ...:
         good = isinstance(shown, tuple) and shown[:1]==tuple(shape[:-1])
@@ -46,7 +46,7 @@ def _check_shape(model, what, found, shape):
 
 # %% ../nbs/02b_own_encoder.ipynb #dbd46e8e
 class OwnEncoder(ImageEncoder):
-    "A frozen encoder that was passed as a Python object, with what `ImageEncoder` has."
+    "A frozen encoder that was passed as a Python object, with the interface of `ImageEncoder`."
     def __init__(self,
         model, # `torch.nn.Module` with name, width, patches, image_size, prepare and forward
         device=None, # Where to put it; None for the best device
@@ -71,7 +71,7 @@ class OwnEncoder(ImageEncoder):
         return dict(encoder_name=self.name, features=self.features, image_size=self.image_size)
 
     def _try_out(self):
-        "Encode three images; gives plain facts that identify the encoder."
+        "Encode three images and check the shapes; gives plain data that identifies the encoder."
         images = odd_images()
         pixels = self.prepare(images)
         shape = [len(images), self.width] if self.patches is None else [len(images), self.patches, self.width]
@@ -91,8 +91,8 @@ class OwnEncoder(ImageEncoder):
 
     def prepare(self,
         images, # List of PIL images
-    ) -> torch.Tensor: # What `forward` takes
-        "Scale and normalise images as the encoder wants them."
+    ) -> torch.Tensor: # Input of `forward`
+        "Scale and normalise images as the encoder does."
         return self.model.prepare([image.convert('RGB') for image in images])
 
     def _encode(self, pixels):
@@ -110,7 +110,7 @@ def own_encoder(
 
 def check_own(
     encoder:OwnEncoder,
-    encoder_name:str, # That the settings name
+    encoder_name:str, # Name in the settings
     image_size:int, # As in the settings
     features:str, # As in the settings
 ):

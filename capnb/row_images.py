@@ -14,7 +14,7 @@ from .images import ImageFile
 
 # %% ../nbs/30q_row_images.ipynb #02b00001
 def _from_array(pixels):
-    "The image of an array; raises `ValueError` where it is not clear what its axes or numbers mean."
+    "Make an image of an array; raises `ValueError` if the meaning of its axes or numbers is unclear."
     first, last = (pixels.ndim==3 and pixels.shape[axis] in (1,3,4) for axis in (0,2))
     if not pixels.size or pixels.ndim!=2 and not (first or last):
         needed = '(height, width) is needed, with 1, 3 or 4 channels first or last'
@@ -38,8 +38,10 @@ def _from_array(pixels):
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 def image_of(image, where):
-    """The image of a row, not opened yet: PIL, the path or bytes of a file, both as `datasets` stores them,
-    or an array."""
+    """Wrap the image of a row as an `ImageFile`, which is not opened yet.
+
+    It may be a PIL image, the path or bytes of a file, the dictionary of both that `datasets` stores, an
+    array or a tensor."""
     if isinstance(image, ImageFile): return image
     if isinstance(image, Mapping):
         image = image['bytes'] if image.get('bytes') is not None else image.get('path')

@@ -22,8 +22,7 @@ from .unfreezing import unfreeze
 def frozen_fingerprint(
     model:Captioner,
 ) -> str: # 8 hexadecimal digits
-    """Identify the encoder's and the decoder's weights as they were in their files, whatever number type
-    they are held in."""
+    "Identify the weights of encoder and decoder as stored in their files, whatever their number type is now."
     parts = [
         getattr(m, 'stored', None) or weights_fingerprint(m) for m in (model.encoder.model, model.decoder)
     ]
@@ -31,24 +30,24 @@ def frozen_fingerprint(
 
 # %% ../nbs/05d_saving.ipynb #a00b2b76
 def _learned(model):
-    "What a checkpoint holds, by name."
+    "Give the tensors of a checkpoint, by name."
     learns = {n: p for n,p in model.named_parameters() if p.requires_grad}
     return learns | {f'adapter.{n}': b for n,b in model.adapter.named_buffers()}
 
 def trained_state(
     model:Captioner,
 ) -> dict: # Name: tensor, on the CPU
-    "The parameters that learn, and what the adapter knows of the training features, by name."
+    "Give the trained parameters and the buffers of the adapter, by name."
     return {n: t.detach().cpu() for n,t in _learned(model).items()}
 
 def save_checkpoint(
     model:Captioner,
-    folder, # Made if it is not there
+    folder, # Created if it is missing
     stamp:str, # Time of the run's start, YYYYmmdd_HHMMSS
     epoch:int, # Counted from 1
     metadata:dict, # Plain data; `hyperparameters` must be in it
 ) -> Path: # Of the weights
-    "Save what learned and its metadata, each file atomically."
+    "Save the trained parameters and the metadata, each file atomically."
     path = weights_path(folder, stamp, epoch)
     save_tensors(path, trained_state(model))
     save_metadata(path, metadata)
@@ -60,8 +59,9 @@ def check_trained(
     state:dict, # From `trained_state`
     source, # Named in the error
 ):
-    """Raise a `ValueError` if weights are not of the shapes that the hyperparameters ask for.
-    Nothing is built, so that no memory is taken for what does not fit."""
+    """Raise a `ValueError` if the shapes of weights do not fit the hyperparameters.
+
+    No model is built for this, so a wrong file takes no memory."""
     shapes = {name: t.shape for name,t in state.items()}
     first, last = ('linear_1', 'linear_2') if h.features=='patch' else ('layers.1', 'layers.3')
     names = f'adapter.{first}.weight', f'adapter.{last}.weight'
@@ -90,9 +90,9 @@ def load_trained(
     model:Captioner,
     state:dict, # From `trained_state`
     source='the checkpoint', # Named in the error
-    wanted:dict=None, # Name: tensor to lay one over; None for what a checkpoint of this model holds
+    wanted:dict=None, # Name: tensor to overwrite; None for all that a checkpoint of this model holds
 ):
-    "Lay trained parameters over a model; raises `ValueError` that names the first one that does not fit."
+    "Copy trained parameters into a model; raises a `ValueError` that names the first one that does not fit."
     if wanted is None:
         wanted = _learned(model)
     for name in sorted(wanted.keys() ^ state.keys()):
@@ -102,7 +102,7 @@ def load_trained(
 
 def check_frozen(
     model:Captioner,
-    fingerprint, # From `frozen_fingerprint` when it was trained; None where that is not known
+    fingerprint, # From `frozen_fingerprint` when it was trained; None if unknown
     source, # Named in the error
 ):
     "Raise a `ValueError` if the frozen weights are not those that the model was trained with."
@@ -122,7 +122,7 @@ def shipped_checkpoint() -> Path: # Of the weights
 def load_model_from_checkpoint(
     path, # File of weights, `model_state_dict_....pth`, or 'storybook' for the captioner that ships
     device=None, # None for the best device
-    encoder=None, # As for `build_captioner`, where the checkpoint was trained with such a one
+    encoder=None, # As for `build_captioner`, if the checkpoint was trained with an encoder of your own
 ): # The model in evaluation mode, its metadata, its hyperparameters
     """Build the captioner that a checkpoint describes, with the weights it learned; raises `ValueError` if
     something is broken, or if the frozen weights are not those it was trained with."""

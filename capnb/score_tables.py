@@ -11,21 +11,21 @@ from .files import atomic_write
 
 # %% ../nbs/07b_score_tables.ipynb #3c55e534
 FACTS = dict(pairs='colour and kind', kind='kind', colour='colour', size='size', count='number of things',
-             place='place', relation='relation') # what `capnb.insight.facts` may add
+             place='place', relation='relation') # added by `capnb.insight.facts`
 TOOLS = dict(bleu_1='BLEU-1', bleu_4='BLEU-4', meteor='METEOR', cider='CIDEr-D', clipscore='CLIPScore',
              clipscore_floor='  floor: another image ', clipscore_ceiling='  ceiling: a person ',
-             refclipscore='RefCLIPScore') # what `capnb.insight.report` may add
+             refclipscore='RefCLIPScore') # added by `capnb.insight.report`
 BY_CHARACTER = ('Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no spaces between words, '
                 'are scored by character.')
 FLOORS = dict(common='most common caption', nearest='nearest neighbour')
 
 def _way(s):
-    "How far a ROUGE-L is from the floor (0) to the ceiling (1); None where one of them is missing."
+    "Give the position of a ROUGE-L between floor (0) and ceiling (1); None if one of them is missing."
     low, high = s['rouge_l_floor'], s['rouge_l_ceiling']
     return None if None in (low, high) or low==high else (s['rouge_l']-low)/(high-low)
 
 def _table_rows(s):
-    "A column of the table: by row a number, a list of a number and its interval, or None."
+    "Make a column of the table: for each row a number, a list of a number and its interval, or None."
     between = s.get('intervals', {})
     def sure(name, value):
         return value if value is None else [value, *between.get(name, [])]
@@ -41,7 +41,7 @@ def _table_rows(s):
     return rows | {'image gain, nats per caption': s.get('image_gain')}
 
 def _cell(v):
-    "A number, or a number and its interval, as text."
+    "Format a number, or a number and its interval."
     value, *between = v if isinstance(v, list) else [v]
     short = [re.sub(r'^(-?)0\.', r'\1.', f'{x:.3f}') for x in between]
     return f"{'-' if value is None else f'{value:.3f}':>9} {'–'.join(short):<10}"
@@ -63,7 +63,7 @@ def score_table(
 def compare_table(
     compared:dict, # From `compare`
 ) -> str:
-    "Say of each score whether two captioners really differ in it."
+    "Show for each score whether two captioners really differ."
     lines = [f'{"":16}{"this":>8}{"other":>8}{"difference":>12}   95% interval']
     for name,c in compared.items():
         low, high = c['interval']

@@ -14,9 +14,9 @@ from .training import Callback, learning
 
 # %% ../nbs/07c_scores_in_training.ipynb #242b549c
 class Scores(Callback):
-    """Score validation after each epoch; at the end the splits that learning never looks at, with what was
-    learned and without."""
-    keeps = ('untrained',) # a run that goes on is no longer untrained
+    """Score validation after each epoch; at the end, score the held-out splits with the trained and the
+    untrained weights."""
+    keeps = ('untrained',) # a resumed run is no longer untrained
     def __init__(self,
         measures=(), # As for `score`
     ):

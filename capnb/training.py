@@ -18,42 +18,42 @@ from .validation import validate
 # %% ../nbs/06_training_loop.ipynb #9ed3c45f
 @dataclass
 class Run:
-    "Where a training is; callbacks read it, may add to `metadata` and may set `stop`."
+    "The state of a training; callbacks read it, may add to `metadata` and may set `stop`."
     model: nn.Module # `model(features, captions)` gives the loss, mean NLL in nats per token
     data: dict # Name of split: `EncodedData`
     optimizer: object = None
-    scheduler: object = None # Of the learning rates; None where they stay as they are
+    scheduler: object = None # Schedule of the learning rates; None for constant rates
     num_epochs: int = 1
     batch_size: int = 8
     seed: int = 0
     captions_per_image: int = 1
-    max_steps: int = None # Steps after which it ends, wherever the epoch is
+    max_steps: int = None # Steps after which the run ends, even within an epoch
     callbacks: list = field(default_factory=list)
     stepper: object = None # As for `fit`
-    validates: bool = False # Look at the split 'validation' after each epoch
-    resumed: bool = False # Goes on with what was begun before
-    batches: EpochBatches = None # Of the epoch that has begun
-    # Of every step; where a stepper leaves the newest ones on its device, those are tensors until `fetch`
+    validates: bool = False # Compute the loss on the split 'validation' after each epoch
+    resumed: bool = False # Whether it continues an earlier run
+    batches: EpochBatches = None # Batches of the current epoch
+    # Loss of every step; a stepper may leave the newest ones on its device, as tensors, until `fetch`
     losses: list = field(default_factory=list)
     rates: list = field(default_factory=list) # Learning rates of the last step, one per group
-    fetched: int = 0 # Losses that are numbers, and finite
-    fetch_every: float = 0. # Seconds that losses may stay there
+    fetched: int = 0 # How many losses are numbers, and finite
+    fetch_every: float = 0. # Seconds that losses may stay on the device
     fetched_at: float = -math.inf # Time of the last `fetch`
     epoch: int = 0 # Epochs done
-    step: int = 0 # Steps done in the epoch that has begun
-    steps: int = 0 # Steps that it has, or will have made where `max_steps` ends it
+    step: int = 0 # Steps done in the current epoch
+    steps: int = 0 # Steps of the current epoch; fewer if `max_steps` ends it
     validation: list = field(default_factory=list) # Validation loss of each epoch, or None
     metadata: dict = field(default_factory=dict) # Of the last epoch, plain data
     stop: bool = False # Set by a callback to end the run after this epoch
-    done: bool = False # Ended, with all that comes after the last epoch
+    done: bool = False # Whether it has ended normally, `on_train_end` included
 
     @property
     def mean_loss(self):
-        "Mean of the losses of the epoch that has begun."
+        "Mean loss of the current epoch."
         return sum(self.losses[-self.step:])/self.step
 
     def update(self):
-        "Clip the gradient, correct what learns, and clear the gradient."
+        "Clip the gradient, update the parameters, and clear the gradient."
         nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group['params']], 1.)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -75,12 +75,12 @@ class Run:
 def learning(
     run:Run,
 ) -> dict: # Name: parameter
-    "What learns now or will learn later, by name."
+    "Give the parameters that learn now or later, by name."
     learns = {id(p) for group in run.optimizer.param_groups for p in group['params']}
     return {n: p for n,p in run.model.named_parameters() if id(p) in learns}
 
 class Callback:
-    """Something that a run does besides learning.
+    """A task of a run besides training.
 
     A subclass overrides the moments that it needs: `on_train_begin`, `on_resume`, `on_epoch_begin`,
     `on_step_end`, `on_epoch_trained`, `on_epoch_end`, `on_train_end` and `on_close`. Each gets the `Run`.
@@ -88,7 +88,7 @@ class Callback:
     Attributes
     ----------
     keeps : tuple of str
-        Names of attributes that a run which goes on must find again: plain data and tensors. Default: none.
+        Names of the attributes to restore in a resumed run: plain data and tensors. Default: none.
 
     Examples
     --------
@@ -97,23 +97,23 @@ class Callback:
     ...     def on_epoch_end(self, run):
     ...         print(f'epoch {run.epoch}: {run.losses[-1]:.2f}')
     """
-    keeps = () # Names of attributes that a run which goes on must find again: plain data and tensors
+    keeps = () # Names of the attributes to restore in a resumed run: plain data and tensors
     def on_train_begin(self, run:Run):
-        "Called before the first step of all."
+        "Called before the first step of a run."
     def on_resume(self, run:Run):
-        "Called instead when a run goes on; what `keeps` names is there again."
+        "Called instead when a run is resumed; the attributes in `keeps` are restored."
     def on_epoch_begin(self, run:Run):
-        "Called before the first step of an epoch, or of what is left of it; may change `run.batches`."
+        "Called before the first step of an epoch, or of the rest of it; may change `run.batches`."
     def on_step_end(self, run:Run):
         "Called after each step."
     def on_epoch_trained(self, run:Run):
         "Called after the last step of an epoch, before validation."
     def on_epoch_end(self, run:Run):
-        "Called after validation; what it adds to `run.metadata` is saved where the run is saved."
+        "Called after validation; additions to `run.metadata` are saved with the run."
     def on_train_end(self, run:Run):
         "Called after the last epoch."
     def on_close(self, run:Run):
-        "Called last of all, also where an error ends the run; `run.done` tells whether it came to its end."
+        "Called last, also after an error; `run.done` is True if the run ended normally."
 
 # %% ../nbs/06_training_loop.ipynb #17fde226
 def step(
@@ -121,14 +121,14 @@ def step(
     features, # (batch, ...)
     captions, # For each row a caption or a list of captions
 ) -> float: # Mean NLL, nats per token
-    "Make the gradient of one batch."
+    "Compute the gradient of one batch."
     loss = model(features, captions)
     loss.backward()
     return loss.item()
 
 # %% ../nbs/06_training_loop.ipynb #7db54d0b
 def train_step(run:Run, features, captions):
-    "Make the gradient of one batch, clip it, and correct what learns."
+    "Compute the gradient of one batch, clip it, and update the parameters."
     loss = run.stepper(run.model, features, captions)
     run.update()
     if run.scheduler:
@@ -141,7 +141,7 @@ def train_step(run:Run, features, captions):
 
 # %% ../nbs/06_training_loop.ipynb #07b10011
 def train_epoch(run:Run):
-    "Show every image once, or those that are still to come, and correct what learns after each batch."
+    "Train on every image once, or on the rest of the epoch in a resumed run."
     data = run.data['train']
     run.batches = epoch_batches(data, run.batch_size, run.epoch, run.seed, run.captions_per_image)
     run.steps = len(run.batches)
@@ -160,7 +160,7 @@ def train_epoch(run:Run):
     bar.close()
 
 def close_epoch(run:Run):
-    "Look at images that it did not learn from, and let the callbacks score, save and report."
+    "Validate, and call the callbacks, which score, save and report."
     run.fetch()
     run.metadata = dict(training_loss=run.mean_loss, validation_loss=None, image_gain=None)
     run.epoch, run.step = run.epoch+1, 0
@@ -174,7 +174,7 @@ def close_epoch(run:Run):
 
 # %% ../nbs/06_training_loop.ipynb #6c6f0733
 def training_loop(run:Run) -> Run:
-    "Train until epochs or steps are used up or a callback says stop; call each callback at its moments."
+    "Train until epochs or steps are used up or a callback sets `stop`; call each callback at its moments."
     try:
         run.call('on_resume' if run.resumed else 'on_train_begin')
         more_steps = lambda: run.max_steps is None or len(run.losses) < run.max_steps
@@ -192,34 +192,34 @@ def fit(
     seed: int = 0, captions_per_image: int = 1, max_steps: int | None = None, optimizer=None, callbacks=(),
     stepper=step,
 ) -> Run:
-    """Train what is to learn; after each epoch look at unseen images and call the callbacks.
+    """Train all parameters that require a gradient; after each epoch, validate and call the callbacks.
 
     Parameters
     ----------
     model : torch.nn.Module
-        `model(features, captions)` gives the loss, in nats per token; a `Captioner`, say. With validation
-        data it has `nll`, too.
+        `model(features, captions)` gives the loss, in nats per token, as a `Captioner` does. For
+        validation it must have `nll`, too.
     data : dict of str to EncodedData
-        'train' and, if the run is to look at unseen images, 'validation'.
+        'train', and 'validation' for a loss on unseen images after each epoch.
     num_epochs : int, default 1
         Times each image is seen.
     batch_size : int, default 8
         Images in a step.
     learning_rate : float, default 0.0001
-        Of all that wants a gradient.
+        Of all parameters, if no `optimizer` is given.
     seed : int, default 0
-        Fixes the order of the data, the choice of captions and what is drawn at random.
+        Fixes the order of the data, the choice of captions and other random numbers.
     captions_per_image : int, default 1
-        Captions of each image that an epoch shows.
+        Captions of each image in an epoch.
     max_steps : int, optional
-        Stop after so many steps, wherever the epoch is. Default: no limit.
+        Stop after so many steps, even within an epoch. Default: no limit.
     optimizer : tuple, optional
         An optimizer and its schedule, from `make_optimizer`. Default: AdamW with `learning_rate`.
     callbacks : iterable of Callback, default ()
-        What the run does besides learning.
+        Tasks besides training, such as scores and files.
     stepper : callable, default `step`
-        `stepper(model, features, captions)` makes the gradient of a batch and returns its loss, a number or
-        a tensor of one number.
+        `stepper(model, features, captions)` computes the gradient of a batch and returns its loss, a number
+        or a tensor of one number.
 
     Returns
     -------

@@ -12,15 +12,15 @@ from .settings import Hyperparameters
 
 # %% ../nbs/05b_unfreezing.ipynb #0da7b051
 def last_layers(decoder, n):
-    "The last `n` transformer layers of a decoder."
+    "Give the last `n` transformer layers of a decoder."
     total = decoder.config.get_text_config().num_hidden_layers
     return next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)==total)[total-n:]
 
 def parameter_groups(
     model, # `Captioner`
     h:Hyperparameters,
-) -> dict: # 'adapter' and, if more than that is to learn, 'decoder': {name of parameter: parameter}
-    "Say what learns in the course of a run, in groups of one learning rate each."
+) -> dict: # 'adapter' and, if parts of it learn, 'decoder': {name of parameter: parameter}
+    "Group the parameters that learn in the course of a run; each group has its own learning rate."
     named = lambda prefix, module: {f'{prefix}.{n}': p for n,p in module.named_parameters()}
     groups, decoder = dict(adapter=named('adapter', model.adapter)), named('decoder', model.decoder)
     unfreezing = {
@@ -35,7 +35,7 @@ def unfreeze(
     h:Hyperparameters,
     epoch:int, # Counted from 1
 ):
-    "Let those parameters learn that `h` says should learn in this epoch."
+    "Make those decoder parameters trainable that learn in this epoch, by the settings `h`."
     for name,p in parameter_groups(model, h).get('decoder', {}).items():
         p.requires_grad_('.lora_' in name or epoch >= h.unfreeze_epoch)
 
@@ -43,7 +43,7 @@ def add_lora(
     decoder, # Causal language model; it is changed
     h:Hyperparameters,
 ): # The decoder
-    "Put low-rank additions into every linear layer of the decoder (`peft`); they begin as zero."
+    "Add low-rank matrices to every linear layer of the decoder (`peft`); their product starts at zero."
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -57,5 +57,5 @@ def add_lora(
         )
     for name,p in decoder.named_parameters():
         if '.lora_' in name:
-            p.data = p.data.float() # small corrections are lost in half precision
+            p.data = p.data.float() # small updates are lost in half precision
     return decoder

@@ -18,10 +18,10 @@ def validate(
     model:nn.Module, # A `Captioner`
     data:EncodedData, # Each image is taken with its first caption
     batch_size:int=64, # Images at a time
-): # Mean nats per token; image gain in nats per caption (None for a single image)
-    """The loss on unseen images, and how much it grows when every image is swapped for another.
+): # Mean NLL per token, in nats; image gain in nats per caption (None for a single image)
+    """Compute the loss on unseen images, and how much it grows when every image is swapped for another.
 
-    Raises `ValueError` where it is no number."""
+    Raises `ValueError` if the loss is not finite."""
     was_training = model.training
     model.eval()
     captions = [r['captions'][0] for r in data.rows]

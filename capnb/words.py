@@ -22,7 +22,7 @@ _LETTER = rf'[\p{{L}}\p{{Nd}}\p{{Nl}}]--[{_SCRIPTS}&&\p{{L}}\p{{Nl}}]' # or a di
 _WORD = regex.compile(rf'{_CHARACTER.pattern}|[{_LETTER}](?:[{_LETTER}]|[\p{{M}}\u200c\u200d])*')
 
 def word_spans(text:str) -> list: # Of (start, end)
-    "Say where the words of a text are: letters with their marks, digits; without spaces each character."
+    "Find the words of a text: runs of letters and digits; in scripts without spaces, each character."
     return [match.span() for match in _WORD.finditer(text)]
 
 def words(text:str) -> list: # Of texts
@@ -34,5 +34,5 @@ def space_characters(text:str) -> str:
     return one_line(_CHARACTER.sub(r' \g<0> ', text))
 
 def counts_characters(texts) -> bool:
-    "Whether any of some texts has characters of a script without spaces."
+    "Check whether any of the texts has characters of a script without spaces."
     return any(_CHARACTER.search(t) for t in texts)
