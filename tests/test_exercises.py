@@ -166,7 +166,7 @@ def script(path):
     "The exercises with their answers, as one script, after what they need."
     answer, steps, n = iter(answers(path)), [], None
     for kind,source in cells(path):
-        if kind != 'code' or 'nbdev_export(' in source: continue
+        if kind != 'code': continue
         n, code, check = asked(kind, source) or n, body(source), is_check(kind, source)
         if not check and SKIPPED & set(directives(source)): continue
         # with CAPNB_SLOW all of them

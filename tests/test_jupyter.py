@@ -23,9 +23,7 @@ def copied(path, to):
     nb['cells'] = [
         c | (dict(outputs=[], execution_count=None) if c['cell_type'] == 'code' else {})
         for c in nb['cells']
-        if not (
-            c['cell_type'] == 'code' and (flags(c) & LEFT_OUT or 'nbdev_export()' in ''.join(c['source']))
-        )
+        if not (c['cell_type'] == 'code' and flags(c) & LEFT_OUT)
     ]
     (to/path.name).write_text(json.dumps(nb), encoding='utf-8')
 
@@ -260,7 +258,7 @@ WIDGETS = ('17c_caption_widget', '17d_error_browser', '33d_live_training')
 def wanted(cell):
     "Whether a cell makes a widget, or something that one needs."
     source = ''.join(cell['source'])
-    needed = flags(cell) & {'export', 'hide'} and 'nbdev_export()' not in source
+    needed = flags(cell) & {'export', 'hide'}
     return cell['cell_type'] == 'code' and (needed or source.startswith(MADE))
 
 def small(to):

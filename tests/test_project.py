@@ -286,3 +286,12 @@ def test_commands_of_workflows_exist(path):
         assert shutil.which(first), f'{first} is no command of an environment with capnb[dev]'
         for file in (word for word in rest if word.startswith('.ci/')):
             assert (ROOT/file).is_file(), f'{file} does not exist'
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if number(p)], ids=lambda p: p.stem)
+def test_a_heading_carries_its_number(path):
+    wanted = '{}{}'.format(*number(path))
+    assert cells(path, 'markdown')[0]['source'].startswith(f'# {wanted}. ')
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_running_all_cells_exports_nothing(path):
+    assert not [c for c in cells(path, 'code') if 'nbdev_export(' in c['source']]

@@ -29,7 +29,7 @@ def train_command(
     ) = None,
     **hyperparameters,
 ):
-    """Train a captioner. Without any flag: the storybook, in about a minute on two cores.
+    """Train a captioner. Without any flag: the storybook, in about two minutes on two cores.
 
     Each flag below changes one hyperparameter of the preset.
     """

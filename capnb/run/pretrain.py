@@ -71,7 +71,7 @@ def make_adapter(
 def pretrain_command(
     folder:Param('Folder for the model folders', new_folder)='pretrained',
     scale:Number('Fraction of the full number of steps; 1 for the models of the package', float)=1.,
-    only:Param('Make only this model; the adapter uses the pair of the package, about a minute', str,
+    only:Param('Make only this model; the adapter uses the pair of the package, about two minutes', str,
                choices=['storybook-clip', 'storybook-qwen3', 'storybook-adapter'])=None,
 ):
     "Pretrain the storybook's CLIP and Qwen3 from scratch; about half an hour on two cores."
