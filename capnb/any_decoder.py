@@ -76,7 +76,8 @@ def load_tokenizer(
     name:str, # As for `load_decoder`
     config, # Of the decoder
 ): # With an end-of-text token
-    "Load the tokenizer of a decoder."
+    """Load the tokenizer of a decoder, and give it an end-of-text token if it has none. Raises `ValueError`
+    if there is no tokenizer, or no such token."""
     tokenizer = read_model(AutoTokenizer, name, f'tokenizer {name!r}')
     if not tokenizer('a', add_special_tokens=False)['input_ids']:
         raise ValueError(

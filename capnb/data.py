@@ -27,7 +27,10 @@ def _captions(row, where):
             f"{where}: captions must be one or more texts that are not empty, not {found!r:.80}: {e}"
         ) from None
 
-def check_rows(rows):
+def check_rows(
+    rows, # Data that somebody gave
+):
+    "Raise a `ValueError` unless data has a length and an index, and is no table of pandas."
     if hasattr(rows, 'iloc'):
         raise ValueError("a table of pandas is no list of rows; give df.to_dict('records')")
     if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')):

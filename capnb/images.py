@@ -287,6 +287,7 @@ def _named(do, source, name):
     )
 
 def unwrapped(source, name):
+    "Give what an `ImageFile` wraps, and its name for messages; anything else as it is."
     return (source.source, source.name or name) if isinstance(source, ImageFile) else (source, name)
 
 def _out_of_zip(source, name):

@@ -355,6 +355,7 @@ PRESETS = {
 }
 
 def one_of(what, name, names):
+    "Give a name if it is one of `names`; raise a `ValueError` that lists them if not."
     if name not in names:
         raise ValueError(f"{what} {name!r} is not known; there is {', '.join(names)}")
     return name

@@ -201,3 +201,9 @@ def test_the_course_is_an_afternoon(path):
     if number(path)[1]: return # a further part of a chapter
     shown = [out.get('data', {}) for c in everything[:5] for out in c.get('outputs', ())]
     assert any(kind.startswith('image/') for data in shown for kind in data), 'no early image'
+
+@pytest.mark.parametrize('module', MODULES)
+def test_what_is_public_has_a_docstring(module):
+    tree = ast.parse(FILES[module].read_text(encoding='utf-8'))
+    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != '_']
+    assert [n.name for n in public if not ast.get_docstring(n)] == []

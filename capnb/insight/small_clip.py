@@ -218,7 +218,8 @@ def is_true(
     said:dict, # From `read_facts`
     scene:Scene,
 ) -> bool:
-    "Check that all claims of a caption are true of a scene, and that it names all its things."
+    """Whether a caption is true of a scene: it names each thing with its colour, no other thing, and no
+    wrong place, relation or size."""
     facts = facts_of(scene)
     return (
         set(said['pairs']) == {t.pair for t in scene.things}

@@ -46,7 +46,9 @@ class Number(Param):
     def check(self, name, value):
         return value if value is None else check_value(name, value, self._kind, self._limits)
 
-def any_path(text): return os.path.expanduser(text)
+def any_path(text):
+    "Read a path from a command line; `~` is the home folder."
+    return os.path.expanduser(text)
 
 def new_file(text):
     """The path of a file that the command will write; raises an error at once if it cannot be written."""

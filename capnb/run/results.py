@@ -247,9 +247,9 @@ _CODE = re.compile(r'^```.*?^```', re.M | re.S)
 
 def find_figure(
     rows:list, # As from `read_results`
-    address:str, # Experiment, seed or 'mean', split and name of a number, separated by spaces
+    address:str, # Four words: experiment, seed or 'mean', split, and a key of `scores` or of the row
 ) -> float:
-    "Look up a number of an experiment; raises `ValueError` if no row has this address."
+    "Look up a number of an experiment, or its mean over seeds; raises `ValueError` if no row has it."
     experiment, seed, split, name = parts if len(parts := address.split())==4 else ['']*4
     found = [
         r['scores'][name][0] if name in r['scores'] else r.get(name) for r in rows

@@ -241,7 +241,9 @@ def _prefix_length(run): # Number of prefix vectors of an image
     features = run.data['train'].features[[0]]
     return features.shape[1] if features.dim()==3 else run.model.adapter.prefix_length
 
-def on_gpu(model): return model.device.type=='cuda'
+def on_gpu(model):
+    "Whether a captioner is on a CUDA device."
+    return model.device.type=='cuda'
 
 def stepper_for(run:SavedRun): # `StaticSteps` or `SharedStep`
     "Choose the stepper of a run."

@@ -24,6 +24,7 @@ def missing_splits(names):
     return ('validation','test') if len(names)==1 else ('validation',) if 'validation' not in known else ()
 
 def split_name(name):
+    "Give the standard name of a split, such as 'validation' for 'val'; None for an empty one."
     return SPLIT_NAMES.get(str(name).lower(), str(name)) if name else None # some rows have none
 
 def _assigned(rows, name, start, missing):
