@@ -295,3 +295,38 @@ def test_a_heading_carries_its_number(path):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_running_all_cells_exports_nothing(path):
     assert not [c for c in cells(path, 'code') if 'nbdev_export(' in c['source']]
+
+# Every address outside of this machine that a notebook, the README or a page of the package names, and why
+OUTSIDE = {
+    'https://arxiv.org/abs/1311.2901': 'the paper on occlusion',
+    'https://arxiv.org/abs/1608.00507': 'the paper on the pointing game',
+    'https://captum.ai': 'the library that attributions are compared with',
+    'https://docs.ray.io/en/latest/data/data.html': 'what captions at scale are built on',
+    'https://docs.ray.io/en/latest/serve/index.html': 'an alternative for serving',
+    'https://docs.vllm.ai': 'a server that runs a shared LLaVA',
+    'https://download.pytorch.org/whl/cpu': 'the small build of PyTorch',
+    'https://filesystem-spec.readthedocs.io': 'how files elsewhere are named',
+    'https://github.com/linkedin/Liger-Kernel': 'fused kernels, an extra',
+    'https://github.com/pytorch/pytorch/issues/81620': 'why a message means that memory ran out',
+    'https://html.spec.whatwg.org/multipage/server-sent-events.html': 'the format of a stream',
+    'https://ipywidgets.readthedocs.io': 'what widgets are built on',
+    'https://lightning.ai/docs/litserve': 'what serving is built on',
+    'https://mlflow.org': 'a tracker',
+    'https://optuna.org': 'samplers for sweeps',
+    'https://peps.python.org/pep-0562/': 'why a module may have a `__getattr__`',
+    'https://quarto.org': 'what makes the documentation site',
+    'https://wandb.ai': 'a tracker',
+}
+ADDRESS = re.compile(r'https?://[^\s)\'"`<>\\\\{}\]]+')
+MADE_UP = re.compile(r'https?://(127\.0\.0\.1|localhost|HOST|a\.org|example\.com|evil\.example|$)')
+
+def test_outside_links_have_a_purpose():
+    "Addresses of the project itself come from settings.ini."
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    ours = config['DEFAULT']['git_url'], config['DEFAULT']['doc_host']
+    texts = [c['source'] for p in NOTEBOOKS for c in cells(p)]
+    pages = [p for p in (ROOT/'capnb').rglob('*') if p.suffix in ('.html', '.css', '.js')] + [ROOT/'README.md']
+    texts += [p.read_text(encoding='utf-8') for p in pages]
+    found = {url.rstrip('.,;:') for text in texts for url in ADDRESS.findall(text)}
+    assert {url for url in found if not MADE_UP.match(url) and not url.startswith(ours)} == set(OUTSIDE)
