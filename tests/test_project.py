@@ -326,7 +326,7 @@ def test_outside_links_have_a_purpose():
     config.read(ROOT/'settings.ini', encoding='utf-8')
     ours = config['DEFAULT']['git_url'], config['DEFAULT']['doc_host']
     texts = [c['source'] for p in NOTEBOOKS for c in cells(p)]
-    pages = [p for p in (ROOT/'capnb').rglob('*') if p.suffix in ('.html', '.css', '.js')] + [ROOT/'README.md']
-    texts += [p.read_text(encoding='utf-8') for p in pages]
+    pages = [p for p in (ROOT/'capnb').rglob('*') if p.suffix in ('.html', '.css', '.js')]
+    texts += [p.read_text(encoding='utf-8') for p in (*pages, ROOT/'README.md')]
     found = {url.rstrip('.,;:') for text in texts for url in ADDRESS.findall(text)}
     assert {url for url in found if not MADE_UP.match(url) and not url.startswith(ours)} == set(OUTSIDE)
