@@ -221,21 +221,6 @@ def test_a_file_goes_to_one_worker(request):
     if 'PYTEST_XDIST_WORKER' in os.environ:
         assert request.node.nodeid.endswith('@test_project.py')
 
-@pytest.mark.slow
-def test_every_chapter_is_ready_for_the_site():
-    """All that comes before Quarto: nbdev runs what is exported and writes the chapters into _proc, with the
-    images that they show."""
-    done = subprocess.run(
-        [sys.executable, ROOT / '.ci' / 'docs.py', '--process'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    wanted = [*NOTEBOOKS, *(ROOT/'nbs'/'images').iterdir(), ROOT/'nbs'/'styles.css']
-    assert [p for p in wanted if not (ROOT/'_proc'/p.relative_to(ROOT/'nbs')).exists()] == []
-
 def test_the_changelog_names_what_is_there():
     text = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
     for row in re.findall(r'^\| .*? \| (.*) \|$', text, re.M):
@@ -314,7 +299,6 @@ OUTSIDE = {
     'https://mlflow.org': 'a tracker',
     'https://optuna.org': 'samplers for sweeps',
     'https://peps.python.org/pep-0562/': 'why a module may have a `__getattr__`',
-    'https://quarto.org': 'what makes the documentation site',
     'https://wandb.ai': 'a tracker',
 }
 ADDRESS = re.compile(r'https?://[^\s)\'"`<>\\\\{}\]]+')
