@@ -69,8 +69,13 @@ def token_nll(
     nll = F.cross_entropy(logits.float(), input_ids[real], reduction='none')
     return nll.new_zeros(input_ids.shape).masked_scatter(real, nll)
 
-def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
-    "Mean NLL per caption token, end-of-text included; the arguments are those of `token_nll`."
+def caption_loss(
+    decoder, # Causal language model
+    prefix, # (images, prefix, width): the vectors in front of each caption
+    input_ids, # (images*k, n): token ids of `k` captions of each image in turn
+    attention_mask, # (images*k, n): 1 at the tokens of a caption, 0 at padding; it does not cover the prefix
+) -> torch.Tensor: # One number, with gradient
+    "Compute the mean NLL per caption token in nats, end-of-text included."
     return token_nll(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
 
 # %% ../nbs/04_qwen_decoder.ipynb #0da7b035

@@ -303,7 +303,9 @@ def decode_image(source, name, min_side, pixels, ask=None):
     return _named(lambda: _check_size(source, pixels) or _as_rgb(source), source, name)
 
 def open_image(
-    source, # Path of a file, also through a zip, its bytes, an `ImageFile` or a PIL image
+    # Path of an image file, which may be inside a zip ('album.zip/1.jpg'); the bytes of the file; a PIL
+    # image; or a `capnb.images.ImageFile`, which holds one of these and a name
+    source,
     name=None, # What to call it in an error; None for the path, or "the image"
     # Minimum length of the shorter side in pixels: a file of twice that or more is reduced; None for full
     # size

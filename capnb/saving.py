@@ -22,7 +22,11 @@ from .unfreezing import unfreeze
 def frozen_fingerprint(
     model:Captioner,
 ) -> str: # 8 hexadecimal digits
-    "Identify the weights of encoder and decoder as stored in their files, whatever their number type is now."
+    """Identify the frozen weights of encoder and decoder, independent of their number type.
+
+    When a model is loaded, the fingerprint of the weights in its file is kept as `stored`, before they are
+    converted to another number type. A model without `stored` was not loaded from a file, so its
+    current weights are used."""
     parts = [
         getattr(m, 'stored', None) or weights_fingerprint(m) for m in (model.encoder.model, model.decoder)
     ]

@@ -160,15 +160,17 @@ def train_epoch(run:Run):
     bar.close()
 
 def close_epoch(run:Run):
-    "Validate, and call the callbacks, which score, save and report."
-    run.fetch()
+    """Finish an epoch: validate, and call the callbacks, which score, save and report.
+
+    Validation gives the loss and the image gain: how much the NLL of a caption grows with another image."""
+    run.fetch() # make the last losses numbers: a stepper may have left them on the GPU
     run.metadata = dict(training_loss=run.mean_loss, validation_loss=None, image_gain=None)
     run.epoch, run.step = run.epoch+1, 0
-    run.call('on_epoch_trained') # before anything that may fail
+    run.call('on_epoch_trained') # before validation: if that fails, the trained weights are already saved
     run.model.eval()
     if run.validates:
-        loss, gain = validate(run.model, run.data['validation'])
-        run.metadata.update(validation_loss=loss, image_gain=gain)
+        loss, image_gain = validate(run.model, run.data['validation'])
+        run.metadata.update(validation_loss=loss, image_gain=image_gain)
     run.validation.append(run.metadata['validation_loss'])
     run.call('on_epoch_end')
 

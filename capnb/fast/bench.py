@@ -114,7 +114,7 @@ def _trainer_round(model, texts, pixels):
 # %% ../../nbs/25_benchmark.ipynb #17a00033
 def patch_side(
     name:str, # 'unpacked', 'trainer' or 'packed'
-    **changes, # As for `training_side`
+    **changes, # Changed hyperparameters, such as smaller models
 ): # As from `training_side`
     """Create one side of the comparison with patch features: a round is one step of `IMAGES` images with
     `EACH` captions each."""
@@ -140,12 +140,14 @@ def patch_side(
 
 # %% ../../nbs/25_benchmark.ipynb #17a0000e
 def writing_side(
-    name:str, # 'transformers', 'eight' or 'rows'
-    captions:int=64, # Captions per round
-    **changes, # As for `training_side`
-): # Function without arguments that writes for one round; it returns the tokens of each caption
-    "Create one side of the writing comparison."
-    decoder, rows = random_captioner(changes)[0].decoder, 32 if name=='rows' else 8 # written at a time
+    # 'transformers': `generate` with batches of 8 captions; 'rows': `greedy_ids` with 32 captions at a time,
+    # as in the library; 'eight': `greedy_ids` with 8 at a time
+    name:str,
+    captions:int=64, # Captions to write in each timed round
+    **changes, # Changed hyperparameters, such as smaller models
+): # Function without arguments that writes all captions once; it returns a list of token ids per caption
+    "Create one side of the writing comparison: a decoder, prefixes, and the function to be timed."
+    decoder, at_a_time = random_captioner(changes)[0].decoder, 32 if name=='rows' else 8
     lengths, width = caption_lengths(captions), decoder.get_input_embeddings().embedding_dim
     prefix = torch.randn(captions, 1, width)*.03
     if name!='transformers':
@@ -162,10 +164,12 @@ def writing_side(
             inputs_embeds=part, attention_mask=torch.ones(part.shape[:2], dtype=torch.long), **options
         ).tolist()
         return [ids[:n] for ids,n in zip(written, lengths, strict=False)]
-    def round():
-        if name!='transformers': return greedy_ids(decoder, prefix, lengths, None, rows)
-        return sum((transformers(prefix[i:i+rows], lengths[i:i+rows]) for i in range(0, captions, rows)), [])
-    return round
+    def write_all():
+        if name!='transformers':
+            return greedy_ids(decoder, prefix, lengths, end=None, rows=at_a_time)
+        parts = (slice(at, at+at_a_time) for at in range(0, captions, at_a_time))
+        return sum((transformers(prefix[part], lengths[part]) for part in parts), [])
+    return write_all
 
 # %% ../../nbs/25_benchmark.ipynb #17a00011
 def _fastest(products, turns=4):

@@ -98,15 +98,23 @@ def token_nll(
     nll = nll_at(decoder, inputs, at.row, at.column, input_ids[at.caption,at.token])
     return nll.new_zeros(input_ids.shape).index_put((at.caption,at.token), nll)
 
-def caption_loss(decoder, prefix, input_ids, attention_mask) -> torch.Tensor: # One number, with gradient
-    "Compute the mean NLL per caption token, end-of-text included; same arguments as `token_nll`."
+def caption_loss(
+    decoder, # Causal language model
+    prefix, # (images, prefix, width): vectors before each caption
+    input_ids, # (images*k, n): token ids of `k` captions per image, image by image
+    attention_mask, # (images*k, n): 1 at the tokens of a caption, 0 at padding; it does not cover the prefix
+) -> torch.Tensor: # One number, with gradient
+    "Compute the mean NLL per caption token in nats, end-of-text included."
     return token_nll(decoder, prefix, input_ids, attention_mask).sum()/attention_mask.sum()
 
 def read_captions(
     model, # `Captioner`
-    features, # As for `capnb.captioner.read_captions`
-    captions, # As for `capnb.captioner.read_captions`
-): # As `capnb.captioner.read_captions` returns it
-    "Compute the NLL of captions the fast way; for `Captioner.reader`."
+    features, # Encoded images: (batch, encoder width) or (batch, patches, encoder width)
+    captions, # One per image, a text; or several, a list of texts
+): # NLL of each token, nats (captions, n), and the mask of real tokens (captions, n)
+    """Compute the same as `capnb.captioner.read_captions`, but faster: with packed rows, and without storing
+    all logits.
+
+    A captioner uses this function if it is set as `Captioner.reader`."""
     ids, mask = model.tokenize(captions)
     return token_nll(model.decoder, model.prefix(features), ids, mask), mask

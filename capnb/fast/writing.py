@@ -151,9 +151,15 @@ def write_ids(*args, **kwargs):
 
 def write_captions(
     model, # `Captioner`
-    features, # As for `capnb.captioner.write_captions`
-    **options, # As for `capnb.captioner.write_captions`
-) -> list: # As `capnb.captioner.write_captions` returns it
-    "Write captions the fast way; for `Captioner.writer`."
+    features, # Encoded images: (batch, encoder width) or (batch, patches, encoder width)
+    **options, # Options of `Captioner.caption`, such as `scores=True` or `num_beams=3`
+# For each image a text, or (text, score) with `scores=True`; with `num_return_sequences` above 1, a list of
+# these
+) -> list:
+    """Write the same captions as `capnb.captioner.write_captions`, but faster.
+
+    Greedy captions are written in rows, and a finished row takes the next image at once. With other options,
+    such as beams, or a decoder that cannot do this, only the scores are computed faster. A captioner uses
+    this function if it is set as `Captioner.writer`."""
     prefix, most = model.prefix(features), model.max_caption_length
     return generate_captions(model.decoder, model.tokenizer, prefix, most, write=write_ids, **options)

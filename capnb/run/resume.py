@@ -158,8 +158,17 @@ def before_closing(run:SavedRun) -> dict:
         {k: state[k] for k in _CLOSING} | dict(rates=[g['lr'] for g in state['optimizer']['param_groups']])
     )
 
-def reopened(state, h):
-    "The state before `max_steps` ended its epoch, if the run may now go further; else the unchanged state."
+def reopened(
+    state:dict, # From `read_state`
+    h, # Hyperparameters of the resumed run, perhaps with a larger `max_steps`
+) -> dict: # State from which the run continues
+    """Return the state in which an epoch that `max_steps` cut short can be trained to its end.
+
+    Such an epoch was closed early: validated, scored and saved. Closing changes the learning rates and the
+    parts of the state in `_CLOSING`. `state['cut']` holds these as they were before, from `before_closing`.
+    They are put back if the run may now make more steps. Otherwise, or if no epoch was cut short, `state` is
+    returned unchanged.
+    """
     more = h.max_steps is None or h.max_steps > len(state['position']['losses'])
     if not (state.get('cut') and more): return state
     groups = [

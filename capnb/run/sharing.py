@@ -50,8 +50,12 @@ def _last_name(text):
 
 def without_paths(
     value, # Plain data: text, numbers, lists and dictionaries
-): # The same, with each path replaced by its last component
-    "Remove local paths from a value."
+): # A copy, in which tuples become lists
+    """Replace each path by its last component, so that shared data does not name folders of this computer.
+
+    A text is a path if it begins as one does, with '/', '~', './' or 'C:/', or if it contains a slash and
+    names an existing file or folder. Other text, such as 'openai/clip', and the keys of dictionaries stay.
+    """
     if isinstance(value, dict): return {k: without_paths(v) for k,v in value.items()}
     if isinstance(value, (list, tuple)): return [without_paths(v) for v in value]
     return _last_name(value) if isinstance(value, str) else value

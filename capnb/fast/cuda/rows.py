@@ -213,10 +213,13 @@ def _compare_cache(decoder):
 
 def takes_fixed_cache(
     decoder, # Causal language model
-) -> int: # Bytes per position in the cache; 0 if the decoder gives other logits, so it cannot be used
-    """Test whether a decoder gives the same logits over a cache of fixed size, with rows at different
-    positions; tested once per decoder."""
-    if not takes_positions(decoder, 7): return 0
+) -> int: # Bytes that the cache needs for each position of a row; 0 if the decoder cannot use it
+    """Test whether a decoder can use a cache of fixed size, and return how much memory the cache needs.
+
+    A decoder can use it if its logits equal those of a forward pass without a cache, with rows at different
+    positions. They are compared once per decoder."""
+    length = 7 # positions of each text in `_compare_cache`
+    if not takes_positions(decoder, length): return 0
     if not hasattr(decoder, '_fixed_cache'):
         decoder._fixed_cache = _compare_cache(decoder)
     return decoder._fixed_cache
