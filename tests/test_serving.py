@@ -728,9 +728,9 @@ def test_the_oldest_of_very_many_goes(server, pages):
         while told.count(None) > 128 and time.monotonic() < end: # until all have arrived
             time.sleep(.1)
             told = [new or old for new,old in zip(go_on(), told, strict=True)]
-        assert (
-            120 <= told.count(None) <= 128 and told[-100:] == [None] * 100 and all(told[:10])
-        ), told
+        assert 120 <= told.count(None) <= 128 and told[-100:] == [None] * 100, told
+        # the answer of a closed connection is lost where its client was still sending
+        assert any(told[:10]) and set(told) <= {None, b'HTTP/1.1 408', b'closed'}, told
         assert server.caption(pages[0])[0] == 200
     finally:
         for s in made:
