@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = {'.gitignore', '.pre-commit-config.yaml'} # only a clone of the repository has a use for these
+NOT_SHIPPED = { # only a clone of the repository has a use for these
+    '.github/workflows/ci.yml', '.github/workflows/site.yml', '.gitignore', '.pre-commit-config.yaml',
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT/'.git').exists(), reason='this is no clone')]
 
