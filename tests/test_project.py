@@ -314,3 +314,9 @@ def test_outside_links_have_a_purpose():
     texts += [p.read_text(encoding='utf-8') for p in (*pages, ROOT/'README.md')]
     found = {url.rstrip('.,;:') for text in texts for url in ADDRESS.findall(text)}
     assert {url for url in found if not MADE_UP.match(url) and not url.startswith(ours)} == set(OUTSIDE)
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_output_names_a_machine(path):
+    "Not the home folder, an environment or a checkout of whoever executed it."
+    found = json.dumps([c.get('outputs', []) for c in cells(path, 'code')])
+    assert re.findall(r'/(?:root|home/\w+|Users/\w+)/|/site-packages/', found) == []
