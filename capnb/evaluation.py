@@ -132,10 +132,11 @@ def evaluate(
     data:EncodedData,
     progress:str='', # Text before the progress bar; empty for no bar
     measures=(), # As for `score`
+    **kwargs, # For `transformers`' `generate`, such as `num_beams=3`
 ): # Scores (plain data), the captions
     "Caption a data set and score the captions; adds the loss and the image gain."
     was_training = model.training
-    captions = write_captions_for(model.eval(), data, progress=progress)
+    captions = write_captions_for(model.eval(), data, progress=progress, **kwargs)
     loss, gain = validate(model, data)
     model.train(was_training)
     return dict(score(captions, data, measures), pictures=len(data), loss=loss, image_gain=gain), captions

@@ -343,8 +343,8 @@ PRESETS = {
         batch_size=32,
         num_epochs=6,
         learning_rate=3e-3,
-        learning_rate_decay=0.75,
-        learning_rate_decay_step=1,
+        lr_scheduler_type='cosine',
+        warmup_ratio=0.05,
     ),
     'flickr30k': dict(num_epochs=1, training_size_limit=500),
     'flickr30k-full': dict(num_epochs=5),
@@ -379,22 +379,27 @@ def _read_settings(path):
         for k, v in settings.items()
     }
 
+def _for_step_decay(settings):
+    "Whether settings ask for the step decay or a constant rate, by name or by a setting that only it has."
+    decays = any(key.startswith('learning_rate_') for key in settings)
+    return settings.get('lr_scheduler_type', 'step' if decays else None)=='step'
+
 def chosen_settings(
     settings=None, # Dictionary, path of a JSON or YAML file, `Hyperparameters`, or None
     preset:str=None, # Name of the preset that `settings` changes, one of `PRESETS`; None for no preset
     **changes, # Single settings by name; they override everything else
 ) -> dict: # Name: value, without defaults
-    """Merge a preset, then `settings`, then `changes`; the later ones win. Raises a `ValueError` for an
-    unknown name."""
+    """Merge a preset, then `settings`, then `changes`; the later ones win. Settings of the step decay, such
+    as `learning_rate_decay`, replace an earlier cosine. Raises a `ValueError` for an unknown name."""
     if isinstance(settings, Hyperparameters):
         settings = asdict(settings)
     elif isinstance(settings, (str, os.PathLike)):
         settings = _read_settings(settings)
-    chosen = {
-        **(PRESETS[one_of('preset', preset, PRESETS)] if preset else {}),
-        **with_new_names(settings or {}),
-        **with_new_names(changes),
-    }
+    chosen = dict(PRESETS[one_of('preset', preset, PRESETS)]) if preset else {}
+    for layer in (with_new_names(settings or {}), with_new_names(changes)):
+        if _for_step_decay(layer):
+            chosen = {k: v for k,v in chosen.items() if k not in ('lr_scheduler_type', 'warmup_ratio')}
+        chosen |= layer
     for key in chosen:
         one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
     return chosen

@@ -4,7 +4,7 @@ import numpy, pytest, torch
 from capnb.checkpoint import read_weights
 from capnb.insight.efficientnet import EfficientNetLite
 from capnb.run.experiments import (
-    EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, plan_steps, score_captions
+    EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, experiment_row, plan_steps, score_captions
 )
 from capnb.run.experiment_command import NAMES
 from capnb.run.results import FIELDS, read_results, results_table, write_row
@@ -95,16 +95,29 @@ def test_what_was_stopped_goes_on_with_the_same_steps(album, tmp_path, monkeypat
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_each_experiment_trains_what_it_says(name, album, tmp_path):
-    encoder = Tiny() if name=='pooled' else Grid()
+    encoder = Tiny() if name.startswith('pooled') else Grid()
     one = Experiment(name, album, folder=tmp_path, encoder=encoder, decoder='storybook-qwen3', limit=16)
     model, path = one.train(Plan(steps=3, epoch_steps=2, step_seconds=1.))
     learned = read_weights(path)
     in_decoder = {n for n in learned if n.startswith('decoder.')}
     lora = {n for n in in_decoder if '.lora_' in n}
-    assert bool(in_decoder)==(name in ('grid-lora', 'grid-unfrozen'))
-    assert bool(lora)==(name=='grid-lora') and (lora==in_decoder or name=='grid-unfrozen')
+    assert bool(in_decoder)==name.endswith(('-lora', '-unfrozen'))
+    assert bool(lora)==name.endswith('-lora') and (lora==in_decoder or name=='grid-unfrozen')
     assert ('adapter.standardize.mean' in learned)==one.settings.get('standardize_features', False)
-    assert model.prefix(one.encode('validation')[1].features[:2]).shape[1]==(10 if name=='pooled' else 4)
+    assert model.prefix(one.encode('validation')[1].features[:2]).shape[1]==(10 if name.startswith('pooled') else 4)
+
+@pytest.mark.parametrize('beams, title', [(1, 'pooled'), (3, 'pooled-beam3')])
+def test_beams_are_used_and_named(beams, title, album, tmp_path, monkeypatch):
+    "The same model may have a greedy row and one of a beam search."
+    one = experiment(album, tmp_path, limit=16, num_beams=beams)
+    plan = Plan(steps=3, epoch_steps=2, step_seconds=1.)
+    model, path = one.train(plan)
+    monkeypatch.setattr('capnb.run.experiments.score_captions', lambda *args: {})
+    row, captions = experiment_row(one, plan, model, path, 'here')
+    features = one.encode('validation')[1].features
+    expected = model.eval().caption_features(features, num_beams=beams)
+    assert [*captions.values()]==expected
+    assert (row['experiment'], 'num_beams' in row['settings'])==(title, beams > 1)
 
 def test_test_images_are_not_touched_by_training(album, tmp_path):
     seen = []
@@ -124,7 +137,7 @@ def test_a_split_that_is_not_there_is_told(album, tmp_path, wrong, told):
 def test_what_is_not_there_is_told(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='no-such does not exist'):
         Experiment('pooled', tmp_path/'no-such')
-    with pytest.raises(ValueError, match="experiment 'best' is not known; there is pooled, grid"):
+    with pytest.raises(ValueError, match="experiment 'best' is not known; there is pooled, pooled-lora, grid"):
         experiment_features('best')
     assert NAMES==list(EXPERIMENTS)
     with pytest.raises(ValueError, match='efficientnet-lite-pytorch efficientnet-lite9-pytorch-model'):

@@ -30,7 +30,7 @@ def save_curve(
     smooth = torch.tensor(run.losses).unfold(0, n, 1).mean(1)
     ax.plot(range(1, len(run.losses)+1), run.losses, color='#7a9', lw=.5, alpha=.6)
     ax.plot(range(n, len(run.losses)+1), smooth, color='#275')
-    ax.set(xlabel='step', ylabel='loss, nats per token', yscale='log')
+    ax.set(xlabel='step', ylabel='loss, nats per token')
     path = Path(run.h.output_dir)/f'loss_curve_{run.stamp}.png'
     with atomic_write(path, 'wb') as f:
         fig.savefig(f, format='png', dpi=110)

@@ -11,7 +11,7 @@ from ..files import say
 from .command_line import Number, any_path, command, new_file
 
 # %% ../../nbs/35g_experiment.ipynb #35g00005
-NAMES = ['pooled', 'grid-raw', 'grid', 'grid-lora', 'grid-unfrozen']
+NAMES = ['pooled', 'pooled-lora', 'grid-raw', 'grid', 'grid-lora', 'grid-unfrozen']
 
 @command
 def experiment_command(
@@ -22,6 +22,7 @@ def experiment_command(
     seed:Number('Seed for the initial adapter weights and the order of the data', lo=0)=0,
     minutes:Number('Time budget in minutes; an existing plan is kept')=120,
     limit:Number('Use only the first N images of each split, for a trial run')=None,
+    num_beams:Number('Beams that write the captions to score; 1 is greedy')=1,
     folder:Param('Folder for checkpoints, features and plans', any_path)='experiments',
     file:Param('JSON file of results; the table is written beside it', new_file)='results.json',
     hardware:Param('Hardware for the table, such as "2 CPU cores"; default: the number of cores', str)=None,
@@ -30,5 +31,5 @@ def experiment_command(
     add a row to the table of results. A stopped run resumes."""
     from capnb.run.experiments import Experiment, run_experiment
     from capnb.run.results import results_table
-    experiment = Experiment(name, photographs, split, seed, limit, folder)
+    experiment = Experiment(name, photographs, split, seed, limit, folder, num_beams=num_beams)
     say(results_table(run_experiment(experiment, minutes, file, hardware)))

@@ -42,6 +42,7 @@ COMMON = dict(
 GRID = dict(standardize_features=True, learning_rate=3e-3)
 EXPERIMENTS = {
     'pooled': dict(prefix_length=10),
+    'pooled-lora': dict(prefix_length=10, lora_rank=16),
     'grid-raw': {},
     'grid': GRID,
     'grid-lora': GRID | dict(lora_rank=16),
@@ -114,12 +115,14 @@ class Experiment:
         folder='experiments', # For checkpoints, features and plans
         encoder=None, # As for `train`; None for EfficientNet-Lite2
         decoder:str=None, # As `tokenizer_name`; None for SmolLM2
+        num_beams:int=1, # Beams that write the captions to score; 1 is greedy
     ):
         if not Path(photographs).exists():
             raise FileNotFoundError(f"{photographs} does not exist")
         self.name, self.split, self.seed = name, split, seed
         self.encoder = own_encoder(encoder or EfficientNetLite(features=experiment_features(name)))
         self.photographs, self.root, self.limit = Path(photographs), Path(folder), limit
+        self.num_beams, self.title = num_beams, name if num_beams==1 else f'{name}-beam{num_beams}'
         few = f'-{limit}' if limit else ''
         self.folder, self.plan_file = self.root/f"{name}-{seed}{few}", self.root/f"plan-{name}{few}.json"
         self.settings = dict(
@@ -233,13 +236,16 @@ def experiment_row(
     "Score the trained model of an experiment, and make its row."
     _, data = experiment.encode(experiment.split)
     _, train_data = experiment.encode('train')
-    plain, captions = evaluate(model, data, experiment.split)
+    plain, captions = evaluate(model, data, experiment.split, num_beams=experiment.num_beams)
     scores, row = score_captions(captions, data, train_data), result_row(path, hardware)
     by_id = dict(zip((r['image_id'] for r in data.rows), captions, strict=True))
-    recipe = ', '.join(f'{k} {v}' for k,v in (COMMON | EXPERIMENTS[experiment.name]).items())
+    recipe = COMMON | EXPERIMENTS[experiment.name]
+    if experiment.num_beams > 1:
+        recipe |= dict(num_beams=experiment.num_beams)
+    recipe = ', '.join(f'{k} {v}' for k,v in recipe.items())
     row |= dict(
         settings=recipe, encoder=experiment.encoder.model.name, decoder=Path(row['decoder']).name,
-        data=experiment.photographs.resolve().name, split=experiment.split, experiment=experiment.name,
+        data=experiment.photographs.resolve().name, split=experiment.split, experiment=experiment.title,
         seed=experiment.seed, epochs=round(plan.epochs, 3), scores=scores,
         losses=loss_curve(read_metadata(path)['losses']), captions=dict([*by_id.items()][:SHOWN]),
         **{k: plain[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')},
@@ -260,5 +266,5 @@ def run_experiment(
     log.info(f'🗓️ {plan.steps} steps, {plan.epochs:.2f} epochs, by {plan.step_seconds:.2f} s per step')
     model, path = experiment.train(plan)
     row, captions = experiment_row(experiment, plan, model, path, hardware or f'{os.cpu_count()} CPU cores')
-    write_json(experiment.folder/f'captions_{experiment.split}.json', captions)
+    write_json(experiment.folder/f'{experiment.title}_{experiment.split}.json', captions)
     return write_row(row, file)
