@@ -14,6 +14,7 @@ SMALL = dict(
     num_epochs=2,
     learning_rate=3e-4,
     adapter_width=32,
+    lr_scheduler_type='step', # a longer run then has the same rates
     prefix_length=2,
     max_caption_length=16,
     evaluation_enabled=False,

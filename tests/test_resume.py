@@ -1,6 +1,6 @@
 """A long run that is stopped, at whatever moment, goes on to the same weights, bit for bit; and what disk,
 neighbours and strangers do to it is told in one line."""
-import itertools, json, os, random, re, resource, shlex, signal, subprocess, time
+import itertools, json, math, os, random, re, resource, shlex, signal, subprocess, time
 from pathlib import Path
 import pytest, torch
 from capnb.saving import load_model_from_checkpoint
@@ -20,6 +20,7 @@ SMALL = dict(
     checkpoint_steps=2,
     keep_checkpoints=2,
     adapter_width=32,
+    lr_scheduler_type='step', # a longer run then has the same rates
     prefix_length=2,
     max_caption_length=8,
 )
@@ -284,6 +285,18 @@ def test_longer(args, through, tmp_path):
     # epoch 2 was an end once, and says so
     last = lambda run: (run[0], {k: v for k,v in run[1].items() if '-3' in k}, run[2])
     same(last(found), last(expected))
+
+def test_a_longer_cosine_is_told(args, tmp_path):
+    "It ends later, so its rate at the old end is not zero."
+    cosine = [*args, '--lr_scheduler_type', 'cosine']
+    ended(begin(tmp_path, *cosine, '--num_epochs', 1))
+    ended(begin(tmp_path, '--resume', '--num_epochs', 2))
+    log = (tmp_path/'log').read_text()
+    assert 'ℹ️ the cosine of the learning rate now spans 2 epochs instead of 1 epochs' in log
+    notes = sorted((tmp_path/'saved_models').glob('training_metadata_*-2.json'))
+    last = json.loads(notes[0].read_text())['learning_rate']
+    # of the twelfth step of twelve, of which the first is the warm-up
+    assert last == pytest.approx(3e-3*(.5+.5*math.cos(math.pi*10/11)))
 
 @pytest.mark.parametrize(
     'first,then', [(4, 10), *[pytest.param(*steps, marks=slow) for steps in ((6, 10), (4, 18), (10, 11))]]

@@ -16,6 +16,7 @@ from zlib import crc32
 import numpy, torch
 from ..saving import load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
+from ..log import log
 from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..training import Run, learning
@@ -355,6 +356,10 @@ def _nothing_left(state, saved, h):
     same = (h.num_epochs, h.max_steps, h.patience)==(saved.num_epochs, saved.max_steps, saved.patience)
     return f"{ended} patience" if same else None
 
+def _length(h):
+    "Name the length of a run."
+    return f'{h.num_epochs} epochs' + (f', at most {h.max_steps} steps' if h.max_steps else '')
+
 def resumed_hyperparameters(
     state:dict, # From `read_state`
     wanted:dict, # Settings given now, by name
@@ -363,13 +368,15 @@ def resumed_hyperparameters(
     if nothing is left to do."""
     path, saved = state['path'], as_hyperparameters(state['hyperparameters'], None)
     h = as_hyperparameters(saved, **{'output_dir': str(path.parent), **wanted})
-    for k in wanted.keys() - set(MAY_CHANGE):
-        if saved[k]!=h[k]:
+    for k in saved:
+        if k not in MAY_CHANGE and saved[k]!=h[k]:
             raise ValueError(
                 f"{k} cannot change when a run goes on: it began with {saved[k]!r}, not {h[k]!r}; what may"
                 f" change: {', '.join(MAY_CHANGE)}"
             )
     if why := _nothing_left(state, saved, h): raise ValueError(why)
+    if h.lr_scheduler_type=='cosine' and _length(h)!=_length(saved):
+        log.info(f'ℹ️ the cosine of the learning rate now spans {_length(h)} instead of {_length(saved)}')
     new = Path(h.output_dir)/path.name
     if new.exists() and not new.samefile(path):
         raise ValueError(f"{new} exists; going on from {path} would write over it")
