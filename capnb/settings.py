@@ -111,7 +111,8 @@ class Hyperparameters(Mapping):
         choices=('step', 'cosine'),
     )
     warmup_ratio: float = _setting(
-        0.0, 'Share of all steps for linear warmup from zero, with the cosine', lo=0, hi=0.5, closed=True
+        0.0, 'Share of all steps for linear warmup from zero, rounded down, with the cosine', lo=0, hi=0.5,
+        closed=True
     )
     weight_decay: float = _setting(0.01, 'Weight decay of AdamW', lo=0, hi=1, closed=True)
     max_steps: int = _setting(

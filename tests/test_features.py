@@ -56,6 +56,18 @@ def test_killed_pass_goes_on(encoder, count, tmp_path):
     assert count()==40
     torch.testing.assert_close(again.features[:], encode_data(encoder, data).features, atol=2e-3, rtol=1e-3)
 
+def test_a_part_that_another_process_completes_meanwhile(encoder, tmp_path):
+    "A file that is listed, but gone when it is looked at, as a link that leads nowhere is."
+    def encoded(number):
+        process = fork(encode_pages, tmp_path, number)
+        process.join()
+        assert process.exitcode == 0
+    encoded(32)
+    (folder,) = {shard.parent for shard in shards(tmp_path)}
+    (folder/'.other.npy.abc.part').symlink_to('nowhere')
+    encoded(64)
+    assert len(shards(tmp_path))==2
+
 def test_two_at_once(encoder, count, tmp_path):
     both = [fork(encode_pages, tmp_path, 128) for _ in range(2)]
     for process in both:

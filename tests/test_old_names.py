@@ -122,7 +122,8 @@ def test_a_shared_folder(before):
 def test_a_study_goes_on(before):
     "Only the trial that was not done yet is trained, and the study remains one of the same settings."
     settings = as_hyperparameters(
-        'config.yaml', batch_size=4, num_epochs=1, learning_rate=1e-3, bad_rows='skip', output_dir='sweep'
+        'config.yaml', batch_size=4, num_epochs=1, learning_rate=1e-3, bad_rows='skip', output_dir='sweep',
+        learning_rate_decay=.75, learning_rate_decay_step=1, # the schedule that the preset had
     )
     own = {k: v for k,v in asdict(settings).items() if v != as_hyperparameters()[k]}
     study = sweep(own, vary=['decoder_lr_scale=.1,.2,.3', 'captions_per_image=1'])

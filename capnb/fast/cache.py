@@ -10,7 +10,7 @@ import json, os, time
 import numpy as np, torch
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -173,8 +173,9 @@ class FeatureCache:
         path = self.folder/f"{_digest(shard['digests'].tobytes())}.npy"
         try:
             for part in self.folder.glob('.*.part'): # incomplete file of a killed process
-                if part.stat().st_mtime < time.time()-86400:
-                    part.unlink(missing_ok=True)
+                with suppress(FileNotFoundError): # another process may have completed it by now
+                    if part.stat().st_mtime < time.time()-86400:
+                        part.unlink()
             if not (about := self.folder/'about.json').exists():
                 with atomic_write(about) as f:
                     json.dump(self.about, f, indent=1)

@@ -375,7 +375,7 @@ def optimizer_for(
     "Make the optimizer and the schedule from the settings."
     decay = h.learning_rate_decay if h.learning_rate_scheduler_enabled else 1.
     steps = min(h.num_epochs*epoch_steps, h.max_steps or math.inf)
-    cosine = dict(cosine_steps=steps, warmup_steps=math.ceil(h.warmup_ratio*steps))
+    cosine = dict(cosine_steps=steps, warmup_steps=int(h.warmup_ratio*steps))
     return make_optimizer(
         parameter_groups(model, h), h.learning_rate, h.decoder_lr_scale, decay,
         h.learning_rate_decay_step*epoch_steps, weight_decay=h.weight_decay,
