@@ -98,7 +98,6 @@ FILES = {
 }
 SHORTER = { # the number of pages that the answers do not depend on, and what it is here
     '07_evaluation': ("('train', 2000)", "('train', 1000)"),
-    '10b_facts': ("('train', 2000)", "('train', 200)"),
     '18_reports': ("Storybook('test')", "Storybook('test', n=100)"),
     '35_commands': ('training_size_limit=1600', 'training_size_limit=160'),
     '39_sharing': ('training_size_limit=640', 'training_size_limit=64'),
