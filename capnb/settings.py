@@ -111,8 +111,7 @@ class Hyperparameters(Mapping):
         choices=('step', 'cosine'),
     )
     warmup_ratio: float = _setting(
-        0.0, 'Share of all steps for linear warmup from zero, rounded down, with the cosine', lo=0, hi=0.5,
-        closed=True
+        0.0, 'Share of all steps, rounded down, for linear warmup, with the cosine', lo=0, hi=0.5, closed=True
     )
     weight_decay: float = _setting(0.01, 'Weight decay of AdamW', lo=0, hi=1, closed=True)
     max_steps: int = _setting(
@@ -396,11 +395,10 @@ def chosen_settings(
         settings = asdict(settings)
     elif isinstance(settings, (str, os.PathLike)):
         settings = _read_settings(settings)
-    chosen = dict(PRESETS[one_of('preset', preset, PRESETS)]) if preset else {}
+    chosen = PRESETS[one_of('preset', preset, PRESETS)] if preset else {}
     for layer in (with_new_names(settings or {}), with_new_names(changes)):
-        if _for_step_decay(layer):
-            chosen = {k: v for k,v in chosen.items() if k not in ('lr_scheduler_type', 'warmup_ratio')}
-        chosen |= layer
+        dropped = ('lr_scheduler_type', 'warmup_ratio') if _for_step_decay(layer) else ()
+        chosen = {k: v for k,v in chosen.items() if k not in dropped} | layer
     for key in chosen:
         one_of('hyperparameter', key, [f.name for f in fields(Hyperparameters)])
     return chosen

@@ -150,7 +150,7 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tmp_path):
     assert run.optimizer.param_groups[0]['weight_decay']==.1
 
 def test_the_cosine_ends_where_max_steps_ends_the_run(tmp_path):
-    h = settings(tmp_path, lr_scheduler_type='cosine', warmup_ratio=0., num_epochs=3, max_steps=6)
+    h = settings(tmp_path, warmup_ratio=0., num_epochs=3, max_steps=6)
     rates = Rates()
     run_training(build_captioner(h, 'cpu'), made_data(h), h, [rates])
     assert rates.seen == pytest.approx([3e-3*(.5+.5*math.cos(math.pi*step/6)) for step in range(6)])
@@ -225,7 +225,7 @@ def test_fit_takes_a_cosine():
     assert rates.seen == pytest.approx([.5+.5*math.cos(math.pi*step/4) for step in range(4)])
 
 @pytest.mark.parametrize('wrong, told', [
-    (dict(lr_scheduler_type='step', warmup_ratio=.1), "warmup_ratio is 0.1; it needs lr_scheduler_type 'cosine'"),
+    (dict(lr_scheduler_type='step', warmup_ratio=.1), "is 0.1; it needs lr_scheduler_type 'cosine'"),
     (dict(lr_scheduler_type='cosine', learning_rate_scheduler_enabled=False), 'is false, but'),
     (dict(lr_scheduler_type='linear'), 'allowed: step or cosine'),
     (dict(feature_dropout=1.), 'feature_dropout is 1.0; allowed'),

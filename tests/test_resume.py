@@ -295,8 +295,7 @@ def test_a_longer_cosine_is_told(args, tmp_path):
     assert 'ℹ️ the cosine of the learning rate now spans 2 epochs instead of 1 epochs' in log
     notes = sorted((tmp_path/'saved_models').glob('training_metadata_*-2.json'))
     last = json.loads(notes[0].read_text())['learning_rate']
-    # of the twelfth step of twelve, of which the first is the warm-up
-    assert last == pytest.approx(3e-3*(.5+.5*math.cos(math.pi*10/11)))
+    assert last == pytest.approx(3e-3*(.5+.5*math.cos(math.pi*11/12))) # of the twelfth step of twelve
 
 @pytest.mark.parametrize(
     'first,then', [(4, 10), *[pytest.param(*steps, marks=slow) for steps in ((6, 10), (4, 18), (10, 11))]]
