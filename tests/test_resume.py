@@ -290,6 +290,9 @@ def test_a_longer_cosine_is_told(args, tmp_path):
     "It ends later, so its rate at the old end is not zero."
     cosine = [*args, '--lr_scheduler_type', 'cosine']
     ended(begin(tmp_path, *cosine, '--num_epochs', 1))
+    # the decay is the one that was saved, but asks for the other schedule
+    ended(begin(tmp_path, '--resume', '--num_epochs', 2, '--learning_rate_decay', .9), 1)
+    assert 'lr_scheduler_type cannot change when a run goes on' in said(tmp_path)[-1]
     ended(begin(tmp_path, '--resume', '--num_epochs', 2))
     log = (tmp_path/'log').read_text()
     assert 'ℹ️ the cosine of the learning rate now spans 2 epochs instead of 1 epochs' in log
