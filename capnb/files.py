@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'split_zip', 'is_zip', 'zip_files', 'is_regular',
-           'read_zipped', 'read_text', 'parse_json', 'atomic_write', 'check_writable', 'free_lock', 'shell_line',
-           'shown_path', 'write_json', 'say', 'error_line']
+           'read_zipped', 'read_text', 'parse_json', 'scratch_folder', 'atomic_write', 'check_writable', 'free_lock',
+           'shell_line', 'shown_path', 'write_json', 'say', 'error_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
-import errno, json, os, re, shlex, subprocess, sys, tempfile, unicodedata, zipfile, zlib
+import errno, json, os, re, shlex, shutil, subprocess, sys, tempfile, unicodedata, zipfile, zlib
 from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 # %% ../nbs/30_files.ipynb #7e870002
@@ -258,6 +259,13 @@ def parse_json(
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+# %% ../nbs/30_files.ipynb #5c7a7c02
+def scratch_folder() -> Path:
+    "Make an empty folder in the system's temporary folder; it is deleted when this process ends."
+    folder = tempfile.mkdtemp(prefix='capnb-')
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=0) # True: errors are ignored
+    return Path(folder)
 
 # %% ../nbs/30_files.ipynb #aa5720e0
 @contextmanager
