@@ -39,14 +39,18 @@ def flag(cell):
     found = cell.cell_type=='code' and FLAG.search(cell.source)
     return found[1] if found else None
 
+def on_card(cell):
+    "Whether a cell for a card can run here: one that names CAPNB_PHOTOS needs this folder of photographs."
+    return flag(cell)=='cuda' and ('CAPNB_PHOTOS' not in cell.source or 'CAPNB_PHOTOS' in os.environ)
+
 def execute_cells(notebook, folder, cuda):
-    "Execute a notebook in a kernel of its own, without the cells that are flagged."
+    "Execute a notebook in a kernel of its own, without the cells that are flagged; on a card with its cells."
     here = dict(metadata=dict(path=folder))
     client = NotebookClient(notebook, timeout=3600, kernel_name='python3', resources=here)
     client.reset_execution_trackers()
     with client.setup_kernel():
         for i,cell in enumerate(notebook.cells):
-            if cell.cell_type=='code' and (flag(cell) is None or cuda and flag(cell)=='cuda'):
+            if cell.cell_type=='code' and (flag(cell) is None or cuda and on_card(cell)):
                 client.execute_cell(cell, i)
 
 def store(path, notebook):
@@ -70,7 +74,7 @@ def execute_cuda(path, record):
     execute_cells(executed, path.parent, True)
     done = dict(record.get('cuda', {}))
     for old,new in zip(stored.cells, executed.cells, strict=True):
-        if flag(old)=='cuda':
+        if on_card(old):
             old.outputs = new.outputs
             done[old.id] = dict(date=now(), device=machine())
     store(path, stored)
@@ -84,11 +88,13 @@ def read_records():
 def write_records(records):
     "Write the records, a line for each chapter."
     lines = [f' {json.dumps(name)}: {json.dumps(how)}' for name,how in sorted(records.items())]
-    FILE.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
+    whole = FILE.with_suffix('.part')
+    whole.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
+    whole.replace(FILE)
 
 def wanted(path, records, cuda):
     "Whether a chapter is executed where none is named: its code or the package is new; on a card, its cells."
-    if cuda: return 'cuda' in map(flag, read_notebook(path).cells)
+    if cuda: return any(map(on_card, read_notebook(path).cells))
     how = records.get(path.stem, {})
     return (how.get('code'), how.get('package')) != (code_hash(read_notebook(path)), package_hash())
 

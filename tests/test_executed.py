@@ -47,6 +47,17 @@ def test_a_card_stores_its_own_cells_only(executed, chapter):
     assert outputs(chapter) == ['old\n', 'old\n', '3\n', 'old\n']
     assert record['code'] == 'before' and record['cuda']['cell2']['device'] == executed.machine()
 
+def test_a_cell_on_photographs_runs_where_there_are_some(executed, chapter, monkeypatch):
+    source = chapter.read_text().replace('print(x+2)', "import os\\nprint(os.environ['CAPNB_PHOTOS'])")
+    chapter.write_text(source)
+    monkeypatch.delenv('CAPNB_PHOTOS', raising=False)
+    assert executed.wanted(chapter, {}, True) is False
+    assert executed.execute_cuda(chapter, {}) == dict(cuda={}) and outputs(chapter)[2] == 'old\n'
+    monkeypatch.setenv('CAPNB_PHOTOS', '/photographs')
+    assert executed.wanted(chapter, {}, True) is True
+    record = executed.execute_cuda(chapter, {})
+    assert outputs(chapter)[2] == '/photographs\n' and record['cuda']['cell2']['device'] == executed.machine()
+
 def test_an_error_stores_nothing(executed, chapter):
     chapter.write_text(chapter.read_text().replace('print(x+1)', 'print(y)'))
     with pytest.raises(CellExecutionError, match="name 'y' is not defined"):
