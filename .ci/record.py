@@ -1,11 +1,12 @@
 """What the quick checks leave out, and what must not get less.
 
-`python .ci/record.py run`: run the slow tests and the chapters with slow cells, write down how each ended,
-count all tests, and commit both (`.ci/slow` calls this). What is stopped goes on from there in a second call,
-as long as the package is the same. `check`: fail where that record is missing or names a failure, say how
-old it is and whether the package is still the same, and fail where tests were lost.
+`python .ci/record.py run`: run the slow tests, write down how each ended, count all tests, and commit both
+(`.ci/slow` calls this). What is stopped goes on from there in a second call, as long as the package is the
+same. `check`: fail where that record is missing or names a failure, say how old it is and whether the package
+is still the same, and fail where tests were lost. `.ci/execute` executes the slow cells of chapters, with a
+record of its own.
 """
-import hashlib, json, re, subprocess, sys, tempfile, time
+import hashlib, json, re, subprocess, sys, tempfile
 import xml.etree.ElementTree as xml
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,23 +58,6 @@ def outcomes(report):
             found[name] = dict(outcome=outcome, seconds=round(float(case.get('time')), 1))
     return found
 
-def is_slow(path):
-    "Whether a chapter has cells that are flagged slow."
-    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    sources = [''.join(c['source']) for c in cells if c['cell_type']=='code']
-    return any(re.search(r'^#\s*\|\s*slow\s*$', source, re.M) for source in sources)
-
-def run_chapter(path):
-    "Run a chapter with its slow cells; how it ended and its seconds."
-    start = time.monotonic()
-    command = ['nbdev_test', '--path', str(path), '--flags', 'slow', '--n_workers', '0']
-    outcome = 'failed' if subprocess.run(command, cwd=ROOT).returncode else 'passed'
-    return dict(outcome=outcome, seconds=round(time.monotonic()-start, 1))
-
-def slow_chapters():
-    "The chapters with slow cells."
-    return [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if is_slow(path)]
-
 def write(package, tests):
     "Write down what has been run so far."
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
@@ -90,15 +74,11 @@ def run():
     there, and commit the record; gives the exit code."""
     package = package_hash()
     there, tests = collect('slow')[0], known(package)
-    tests = {name: how for name,how in tests.items() if name in there or name.startswith('nbs/')}
+    tests = {name: how for name,how in tests.items() if name in there}
     left = [name for name in there if name not in tests]
     for at in range(0, len(left), 12):
         tests |= run_tests(left[at:at+12])
         write(package, tests)
-    for path in slow_chapters():
-        if (name := f'nbs/{path.name}') not in tests:
-            tests[name] = run_chapter(path)
-            write(package, tests)
     COLLECTED.write_text(f'{collected()}\n', encoding='utf-8')
     failed = failures(dict(tests=tests))
     said = f"{len(tests)-len(failed)} of {len(tests)} passed" if failed else f'{len(tests)} passed'
@@ -133,15 +113,9 @@ def check_slow(file=SLOW, package=None, now=None):
         f"{took:.0f} s; the package is {'the same' if same else 'another'} since."
     )
 
-def check_chapters(file=SLOW):
-    "Which chapters with slow cells the record does not know, in a line."
-    known = json.loads(file.read_text(encoding='utf-8'))['tests']
-    missing = [path.name for path in slow_chapters() if f'nbs/{path.name}' not in known]
-    return f"Slow cells that the record does not know: {', '.join(missing) or 'none'}."
-
 def check_slow_tests(file=SLOW, there=None):
     "How many of the slow tests the record knows, in a line."
-    known = [name for name in json.loads(file.read_text(encoding='utf-8'))['tests'] if '::' in name]
+    known = json.loads(file.read_text(encoding='utf-8'))['tests']
     return f"The record knows {len(known)} of {collected('slow') if there is None else there} slow tests."
 
 def check_collected(file=COLLECTED, now=None):
@@ -158,5 +132,5 @@ if __name__ == '__main__':
         sys.exit(run())
     if sys.argv[1:] != ['check']:
         sys.exit(__doc__)
-    print(check_slow(), check_slow_tests(), check_chapters(), sep='\n')
+    print(check_slow(), check_slow_tests(), sep='\n')
     print(check_collected())

@@ -10,8 +10,7 @@ record = runpy.run_path(str(ROOT/'.ci/record.py'))
 NOW = datetime(2026, 5, 10, 12, tzinfo=timezone.utc)
 
 def written(folder, **change):
-    tests = {'tests/test_a.py::test_b': dict(outcome='passed', seconds=9.5),
-             'nbs/06_training_loop.ipynb': dict(outcome='passed', seconds=30.0)}
+    tests = {f'tests/test_a.py::test_{name}': dict(outcome='passed', seconds=9.5) for name in 'bc'}
     said = dict(date=(NOW-timedelta(days=2, hours=5)).isoformat(), package='abc', tests=tests) | change
     file = folder/'slow.json'
     file.write_text(record['as_text'](said), encoding='utf-8')
@@ -21,7 +20,7 @@ def test_age_and_package(tmp_path):
     file = written(tmp_path)
     assert len(file.read_text().splitlines()) == 4 and json.loads(file.read_text())['package'] == 'abc'
     said = record['check_slow'](file, 'abc', NOW)
-    assert said == 'The 2 slow tests passed 2 days and 5 hours ago, in 40 s; the package is the same since.'
+    assert said == 'The 2 slow tests passed 2 days and 5 hours ago, in 19 s; the package is the same since.'
     assert 'the package is another since' in record['check_slow'](file, 'abd', NOW)
 
 def test_missing_empty_or_failed(tmp_path):
@@ -57,20 +56,8 @@ def test_number_of_tests_never_falls(tmp_path):
     with pytest.raises(SystemExit, match='There are 1,190 tests, 10 fewer than the 1,200 that there were'):
         record['check_collected'](file, 1190)
 
-def test_slow_chapters_are_found(tmp_path):
-    for flag,slow in (('#| slow', True), ('#| slower', False), ('# slow', False)):
-        file = tmp_path/'x.ipynb'
-        file.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[f'{flag}\n', '1'])])))
-        assert record['is_slow'](file) == slow
-
-def test_chapters_that_were_not_run_are_named(tmp_path):
-    said = record['check_chapters'](written(tmp_path))
-    assert '25_benchmark.ipynb' in said and '06_training_loop.ipynb' not in said
-    all_ = {f'nbs/{path.name}': dict(outcome='passed', seconds=1) for path in record['slow_chapters']()}
-    assert record['check_chapters'](written(tmp_path, tests=all_)).endswith('does not know: none.')
-
 def test_slow_tests_that_were_not_run_are_counted(tmp_path):
-    assert record['check_slow_tests'](written(tmp_path), 7) == 'The record knows 1 of 7 slow tests.'
+    assert record['check_slow_tests'](written(tmp_path), 7) == 'The record knows 2 of 7 slow tests.'
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_b[x@y]@test_a.py" time="9.54"/>
@@ -88,7 +75,7 @@ def test_report_of_pytest_is_read():
 
 def test_what_passed_is_not_run_again_while_the_package_is_the_same(tmp_path):
     failed = dict(outcome='failed', seconds=1)
-    tests = {'tests/test_a.py::test_b': dict(outcome='passed', seconds=1), 'nbs/06.ipynb': failed}
+    tests = {'tests/test_a.py::test_b': dict(outcome='passed', seconds=1), 'tests/test_a.py::test_c': failed}
     file = written(tmp_path, tests=tests)
     assert list(record['known']('abc', file)) == ['tests/test_a.py::test_b']
     assert record['known']('abd', file) == record['known']('abc', tmp_path/'none.json') == {}
