@@ -1,7 +1,8 @@
 """A row of the table of real results: planned within a budget, stopped and taken up, written."""
-import csv, json, time
+import csv, json, os, shutil, time
 import numpy, pytest, torch
 from capnb.checkpoint import read_weights
+from capnb.evaluation import score
 from capnb.insight.efficientnet import EfficientNetLite
 from capnb.run.experiments import (
     EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, experiment_row, plan_steps, score_captions
@@ -114,11 +115,42 @@ def test_beams_are_used_and_named(beams, title, album, tmp_path, monkeypatch):
     plan = Plan(steps=3, epoch_steps=2, step_seconds=1.)
     model, path = one.train(plan)
     monkeypatch.setattr('capnb.run.experiments.score_captions', lambda *args: {})
-    row, captions = experiment_row(one, plan, model, path, 'here')
+    row, captions = experiment_row(one, plan, model, path, None)
+    assert row['device']==f'{os.cpu_count()} CPU cores'
     features = one.encode('validation')[1].features
-    expected = model.eval().caption_features(features, num_beams=beams)
+    summed = dict(num_beams=beams, length_penalty=0.) if beams > 1 else {}
+    expected = model.eval().caption_features(features, **summed)
     assert [*captions.values()]==expected
     assert (row['experiment'], 'num_beams' in row['settings'])==(title, beams > 1)
+
+def test_a_finished_run_is_used_for_its_own_data_and_settings_only(album, tmp_path, monkeypatch):
+    "Another folder of photographs of the same size, and another recipe under the same name."
+    plan = Plan(steps=2, epoch_steps=2, step_seconds=1.)
+    experiment(album, tmp_path, limit=16).train(plan)
+    other = tmp_path/'other'
+    shutil.copytree(album, other)
+    table = other/'captions.csv'
+    table.write_text(table.read_text().replace('A ', 'The '))
+    with pytest.raises(ValueError, match='holds a finished run that differs in photographs; pass another folder'):
+        experiment(other, tmp_path, limit=16).train(plan)
+    monkeypatch.setitem(EXPERIMENTS['pooled'], 'prefix_length', 6)
+    with pytest.raises(ValueError, match='that differs in prefix_length; pass'):
+        experiment(album, tmp_path, limit=16).train(plan)
+
+def test_a_plan_for_other_photographs_is_refused(album, tmp_path):
+    one = experiment(album, tmp_path)
+    one.plan_file.write_text(json.dumps(dict(steps=3, epoch_steps=750, step_seconds=1.)))
+    with pytest.raises(ValueError, match='plan-pooled.json is the plan for other photographs'):
+        one.plan(1, time.monotonic())
+
+def test_a_single_caption_is_told_before_training(album, tmp_path):
+    alone = tmp_path/'alone'
+    shutil.copytree(album, alone)
+    lines = (alone/'captions.csv').read_text().splitlines()
+    kept = {line.split(',')[0]: line for line in reversed(lines)}
+    (alone/'captions.csv').write_text('\n'.join(reversed(kept.values())))
+    with pytest.raises(ValueError, match="val0.png has a single caption; the images of 'validation' need two"):
+        experiment(alone, tmp_path).plan(1, time.monotonic())
 
 def test_test_images_are_not_touched_by_training(album, tmp_path):
     seen = []
@@ -150,6 +182,7 @@ def test_scores_have_floors_and_a_ceiling(album, tmp_path):
     (_, data), (_, train_data) = one.encode('validation'), one.encode('train')
     perfect = [r['captions'][0] for r in data.rows]
     scores = score_captions(perfect, data, train_data)
+    assert scores['rouge_l_ceiling'][0]==pytest.approx(score(perfect, data)['rouge_l_ceiling'], abs=1e-5)
     for name in ('bleu_1', 'bleu_4', 'meteor', 'cider', 'rouge_l'):
         value, low, high = scores[name]
         assert low <= value <= high

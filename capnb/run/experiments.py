@@ -29,7 +29,7 @@ from ..insight.word_kinds import word_kind_parts
 from ..log import log
 from ..own_encoder import own_encoder
 from .entry import train
-from .resume import find_state, read_state
+from .resume import data_fingerprint, find_state, read_state
 from .results import read_results, result_row, write_row
 from .sources.load import load_data
 from ..training import Callback
@@ -115,14 +115,16 @@ class Experiment:
         folder='experiments', # For checkpoints, features and plans
         encoder=None, # As for `train`; None for EfficientNet-Lite2
         decoder:str=None, # As `tokenizer_name`; None for SmolLM2
-        num_beams:int=1, # Beams that write the captions to score; 1 is greedy
+        num_beams:int=1, # Beams that write the captions to score, see below; 1 is greedy
     ):
         if not Path(photographs).exists():
             raise FileNotFoundError(f"{photographs} does not exist")
         self.name, self.split, self.seed = name, split, seed
         self.encoder = own_encoder(encoder or EfficientNetLite(features=experiment_features(name)))
         self.photographs, self.root, self.limit = Path(photographs), Path(folder), limit
-        self.num_beams, self.title = num_beams, name if num_beams==1 else f'{name}-beam{num_beams}'
+        self.title, self.writing = name, {} # options for writing captions
+        if num_beams > 1:
+            self.title, self.writing = f'{name}-beam{num_beams}', dict(num_beams=num_beams, length_penalty=0.)
         few = f'-{limit}' if limit else ''
         self.folder, self.plan_file = self.root/f"{name}-{seed}{few}", self.root/f"plan-{name}{few}.json"
         self.settings = dict(
@@ -137,7 +139,11 @@ class Experiment:
             raise ValueError(f"{self.photographs} has the splits {', '.join(found)}; 'train', 'validation'"
                              f" and {self.split!r} are needed")
         few = lambda rows: range(min(len(rows), self.limit or len(rows)))
-        return {s: [rows[i] for i in few(rows)] for s,rows in found.items()}
+        rows = {s: [rows[i] for i in few(rows)] for s,rows in found.items()}
+        if one := next((r['image_id'] for r in rows[self.split] if len(r['captions'])<2), None):
+            raise ValueError(f"{self.photographs}: {one} has a single caption; the images of {self.split!r}"
+                             " need two, as the score of a person compares them")
+        return rows
 
     def encode(self, split):
         "Encode a split, or load its features from the cache."
@@ -145,10 +151,13 @@ class Experiment:
         folder = self.settings['features_dir']
         return data, encode_data(self.encoder, data, progress=f'Encoding {split}', folder=folder)
 
+    @property
+    def _data(self): # For training
+        return dict(train=self.rows['train'], validation=self.rows['validation'][:WATCHED])
+
     def _train(self, output_dir, callbacks=(), resume=None, **changes):
-        data = dict(train=self.rows['train'], validation=self.rows['validation'][:WATCHED])
         changes = dict(self.settings, **changes, output_dir=str(output_dir))
-        return train(changes, data=data, encoder=self.encoder, callbacks=callbacks, resume=resume)
+        return train(changes, data=self._data, encoder=self.encoder, callbacks=callbacks, resume=resume)
 
     def measure_step(self, steps=6) -> float: # Seconds
         "Train for a few steps and return the median time of a step."
@@ -162,7 +171,11 @@ class Experiment:
         started:float, # Start of the row, from `time.monotonic`
     ) -> Plan:
         "Read the plan, which all seeds of the experiment share, or make one that fits the budget."
-        if self.plan_file.exists(): return Plan(**json.loads(read_text(self.plan_file)))
+        if self.plan_file.exists():
+            plan = Plan(**json.loads(read_text(self.plan_file)))
+            if plan.epoch_steps!=math.ceil(len(self.rows['train'])/COMMON['batch_size']):
+                raise ValueError(f"{self.plan_file} is the plan for other photographs; pass another folder")
+            return plan
         self.root.mkdir(parents=True, exist_ok=True)
         for split in {'train', 'validation', self.split}:
             self.encode(split)
@@ -172,16 +185,27 @@ class Experiment:
         write_json(self.plan_file, vars(plan))
         return plan
 
+    def _check_finished(self, state):
+        names = ('tokenizer_name', *COMMON, *EXPERIMENTS[self.name])
+        other = [k for k in names if state['hyperparameters'][k]!=self.settings[k]]
+        if state['identity']['data']!=data_fingerprint(load_data(self._data)):
+            other.append('photographs')
+        if other:
+            raise ValueError(f"{self.folder} holds a finished run that differs in {', '.join(other)};"
+                             " pass another folder")
+
     def train(self,
         plan:Plan,
     ): # The captioner, path of its weights
-        "Train as planned, resume a stopped run, or load a finished one."
+        """Train as planned, resume a stopped run, or load a finished one; raises a `ValueError` if the run
+        in the folder had other photographs or settings."""
         epochs = math.ceil(plan.epochs)
         try:
             state = read_state(find_state(self.folder))
         except FileNotFoundError:
             state = None
         if state and state['position']['done']:
+            self._check_finished(state)
             path = weights_path(self.folder, state['position']['stamp'], state['position']['epoch'])
             return make_fast(load_model_from_checkpoint(path, None, self.encoder)[0]), path
         how = dict(resume=state and state['path'], num_epochs=epochs, max_steps=plan.steps)
@@ -192,8 +216,16 @@ class Experiment:
 def _all_parts(captions, data):
     "Compute `Parts` of the COCO challenge's scores, of ROUGE-L, and of the words of each kind."
     references = [r['captions'] for r in data.rows]
-    rouge = dict(rouge_l=score_parts(captions, data)['rouge_l'])
-    return coco_parts(captions, references) | rouge | word_kind_parts(captions, references)
+    return coco_parts(captions, references) | word_kind_parts(captions, references) | dict(
+        rouge_l=score_parts(captions, data)['rouge_l']
+    )
+
+def _person_parts(data):
+    """The same for a caption that a person wrote, the first of each image, against the others. ROUGE-L leaves
+    out a reference itself."""
+    others = EncodedData(None, [dict(r, captions=r['captions'][1:]) for r in data.rows])
+    said = [r['captions'][0] for r in data.rows]
+    return _all_parts(said, others) | dict(rouge_l=score_parts(said, data)['rouge_l_ceiling'])
 
 def score_captions(
     captions, # One per image
@@ -202,17 +234,16 @@ def score_captions(
 ) -> dict: # Score: value and 95% interval; the baselines' names end in `_common`, `_nearest`, `_ceiling`
     "Score captions, two baselines, and the captions of a person."
     common = most_common_caption([c for r in train_data.rows for c in r['captions']])
-    others = EncodedData(None, [dict(r, captions=r['captions'][1:]) for r in data.rows])
-    said = {
-        '': (captions, data),
-        '_common': ([common]*len(data), data),
-        '_nearest': (nearest_captions(train_data, data), data),
-        '_ceiling': ([r['captions'][0] for r in data.rows], others), # scored against the remaining references
+    parts = {
+        '': _all_parts(captions, data),
+        '_common': _all_parts([common]*len(data), data),
+        '_nearest': _all_parts(nearest_captions(train_data, data), data),
+        '_ceiling': _person_parts(data),
     }
     return {
         f'{score}{name}': [round(v, 5) for v in numbers]
-        for name,(texts, of) in said.items()
-        for score,numbers in with_intervals(_all_parts(texts, of)).items()
+        for name,some in parts.items()
+        for score,numbers in with_intervals(some).items()
     }
 
 CURVE, SHOWN = 50, 20 # number of losses and of captions in a row
@@ -231,17 +262,17 @@ def experiment_row(
     plan:Plan,
     model, # `Captioner`
     path, # File with its weights
-    hardware:str, # Such as '2 CPU cores'
+    hardware:str, # Such as '2 CPU cores'; None for the number of CPU cores or the name of the GPU
 ): # Dictionary with the keys `FIELDS`; captions by the id of the image
     "Score the trained model of an experiment, and make its row."
     _, data = experiment.encode(experiment.split)
     _, train_data = experiment.encode('train')
-    plain, captions = evaluate(model, data, experiment.split, num_beams=experiment.num_beams)
+    plain, captions = evaluate(model, data, experiment.split, **experiment.writing)
+    if not hardware and model.device.type=='cpu':
+        hardware = f'{os.cpu_count()} CPU cores'
     scores, row = score_captions(captions, data, train_data), result_row(path, hardware)
     by_id = dict(zip((r['image_id'] for r in data.rows), captions, strict=True))
-    recipe = COMMON | EXPERIMENTS[experiment.name]
-    if experiment.num_beams > 1:
-        recipe |= dict(num_beams=experiment.num_beams)
+    recipe = COMMON | EXPERIMENTS[experiment.name] | experiment.writing
     recipe = ', '.join(f'{k} {v}' for k,v in recipe.items())
     row |= dict(
         settings=recipe, encoder=experiment.encoder.model.name, decoder=Path(row['decoder']).name,
@@ -256,7 +287,7 @@ def run_experiment(
     experiment:Experiment,
     minutes:float=120, # Time budget; a resumed run may take longer
     file='results.json', # JSON file of results; the table is written beside it
-    hardware:str=None, # Name of the hardware; None for the number of CPU cores
+    hardware:str=None, # As for `experiment_row`
 ) -> list: # All rows of the file
     "Make one row of the table of results, or resume a row that was started."
     started = time.monotonic()
@@ -265,6 +296,6 @@ def run_experiment(
     plan = experiment.plan(minutes, started)
     log.info(f'🗓️ {plan.steps} steps, {plan.epochs:.2f} epochs, by {plan.step_seconds:.2f} s per step')
     model, path = experiment.train(plan)
-    row, captions = experiment_row(experiment, plan, model, path, hardware or f'{os.cpu_count()} CPU cores')
+    row, captions = experiment_row(experiment, plan, model, path, hardware)
     write_json(experiment.folder/f'{experiment.title}_{experiment.split}.json', captions)
     return write_row(row, file)
