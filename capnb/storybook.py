@@ -301,7 +301,7 @@ def facts_of(
     "List what is true of a scene, as plain data."
     pairs = [(a, b) for a in scene.things for b in scene.things if a is not b]
     relations = [(*a.pair, r, *b.pair) for a,b in pairs for r in RELATIONS if relation_holds(a, r, b)]
-    return dict(things=[vars(t) for t in scene.things], place=scene.place, relations=relations)
+    return dict(things=[dict(vars(t)) for t in scene.things], place=scene.place, relations=relations)
 
 # %% ../nbs/10_storybook.ipynb #1370bcca
 class Storybook:

@@ -23,6 +23,8 @@ class EfficientNetLite(nn.Module):
         size:int=2, # 0 to 4; the package with its weights must be installed
     ):
         super().__init__()
+        if features not in ('pooled', 'patch'):
+            raise ValueError(f"features is {features!r}; it is 'pooled' or 'patch'")
         self.net, self.image_size = _with_weights(size, image_size), image_size
         self.name, self.patches = f'efficientnet-lite{size}', None
         if features=='patch':

@@ -30,9 +30,10 @@ def read_facts(
     text = caption.lower()
     nouns = list(_NOUN_RE.finditer(text))
     pairs = [(n[2], n[3]) for n in nouns]
+    elsewhere = _PLACE_RE.sub(lambda m: ' '*len(m[0]), text) # 'under the stars' is a place, not a relation
     relations = [(*a, _RELATION_OF[m[1]], *b)
                  for (n,after),(a,b) in zip(pairwise(nouns), pairwise(pairs), strict=True)
-                 for m in _RELATION_RE.finditer(text, n.end(), after.start())]
+                 for m in _RELATION_RE.finditer(elsewhere, n.end(), after.start())]
     return dict(pairs=pairs, sizes=[(_SIZE_OF[n[1]], *p) for n,p in zip(nouns, pairs, strict=True) if n[1]],
                 places=[_PLACE_OF[m[1]] for m in _PLACE_RE.finditer(text)], relations=relations)
 

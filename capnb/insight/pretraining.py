@@ -43,7 +43,7 @@ library_name: transformers
 
 {made}
 
-It took {minutes:.0f} minutes on two cores; the log is in `training_log.jsonl`.
+It took {minutes:.0f} minutes; the log is in `training_log.jsonl`.
 
 ## What was measured
 
@@ -63,7 +63,7 @@ _DECODER = 'A small Qwen3 that has read picture books: the frozen decoder of the
 _DECODER_MADE = (
     'Next-token prediction on text alone: pages of two lines on one drawn scene, the first a caption or a'
     ' note in key words, the second a caption; the embeddings of notes are added up, bleed into each'
-    ' other and are noisy; other words stand for some colours and kinds (capnb, notebook 10). It has'
+    ' other and are noisy; other words stand for some colours and kinds (capnb, notebook 10d). It has'
     ' never seen an image or a feature of one, nor any caption of the validation, test and compositional'
     ' splits.')
 
@@ -93,7 +93,7 @@ _ENCODER_MADE = (
     ' thing and of the other one, layout and place; on half of the images in colours without a name,'
     ' none of which resembles one held out for a kind in the image. Then both towers were trained by'
     ' contrast of drawn images and their captions, with three near misses of each scene in the batch'
-    ' (capnb, notebook 10). No image or caption of the validation, test and compositional splits was'
+    ' (capnb, notebook 10e). No image or caption of the validation, test and compositional splits was'
     ' used.')
 
 def describe_encoder(
@@ -120,7 +120,10 @@ def pretrain(
     scale:float=1., # Fraction of the full number of steps, and of the images of the linear probe
     names=('storybook-qwen3', 'storybook-clip'), # The models to train
 ) -> dict: # The measurements of each
-    "Train the storybook's Qwen3 and CLIP from scratch and save them with cards and logs."
+    """Train the storybook's Qwen3 and CLIP from scratch and save them with cards and logs; raises a
+    `ValueError` for another name."""
+    if other := set(names) - {'storybook-qwen3', 'storybook-clip'}:
+        raise ValueError(f"the names are 'storybook-qwen3' and 'storybook-clip', not {sorted(other)}")
     def n(steps): return max(1, round(scale*steps))
     measured = {}
     for path in (Path(folder)/name for name in names):

@@ -25,7 +25,7 @@ def experiment_command(
     num_beams:Number('Beams that write the captions to score; 1 is greedy')=1,
     folder:Param('Folder for checkpoints, features and plans', any_path)='experiments',
     file:Param('JSON file of results; the table is written beside it', new_file)='results.json',
-    hardware:Param('Hardware for the table, such as "2 CPU cores"; default: the number of cores, or the GPU', str)=None,
+    hardware:Param('Hardware for the table, such as "2 CPU cores"; default: what it runs on', str)=None,
 ):
     """Train a captioner of EfficientNet-Lite2 and SmolLM2-135M within a time budget, score its captions, and
     add a row to the table of results. A stopped run resumes."""

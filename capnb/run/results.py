@@ -73,6 +73,9 @@ def result_row(
         m.get('test') or dict(m, loss=m['validation_loss']),
         Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0],
     )
+    if not stamp[:8].isdigit():
+        raise ValueError(f"{checkpoint} was renamed; a row needs the date in its name,"
+                         " model_state_dict_DATE_TIME-EPOCH.pth")
     epochs = [Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth') for e in range(1, m['epoch']+1)]
     seconds = [read_metadata(p)['seconds'] for p in epochs if metadata_path(p).exists()]
     return dict(

@@ -59,7 +59,8 @@ def _clip_bars(clip):
     other, person = ('floor', 'another image'), ('ceiling', 'a person')
     ends = [_mark(*other, clip['clipscore_floor']), _mark(*person, clip['clipscore_ceiling'])]
     marks = dict(clipscore=ends, refclipscore=[_mark(*other, clip['refclipscore_floor'])])
-    top = max(1, *(clip[name][2] for name in marks))
+    ticks = [m['value'] for m in ends if m['value'] is not None]
+    top = max(1, *ticks, *(clip[name][2] for name in marks))
     return [_bar(TOOLS[name], clip[name], marks[name], top) for name in marks]
 
 def _bars(scores):

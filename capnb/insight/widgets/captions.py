@@ -181,7 +181,8 @@ class CaptionWidget(VBox):
     def write(self):
         "Caption the image with the current settings."
         if self.image is None: return
-        with errors_in(self.errors), torch.random.fork_rng(devices=[]):
+        gpu = [self.model.device] if self.model.device.type=='cuda' else []
+        with errors_in(self.errors), torch.random.fork_rng(devices=gpu):
             torch.manual_seed(self.decoding.seed.value)
             self.caption, self.words = '', []
             self._clear()

@@ -6,13 +6,13 @@
 __all__ = ['mistakes', 'listed', 'ErrorBrowser']
 
 # %% ../../../nbs/17d_error_browser.ipynb #0a802103
-import re
 from html import escape
 from ipywidgets import Button, Dropdown, HBox, HTML, Label, Layout, Text, VBox
 from ...captioner import Captioner
 from ...evaluation import rouge_each
 from ..facts import fact_counts
 from .parts import STYLE, card, errors_in
+from ...words import words
 
 # %% ../../../nbs/17d_error_browser.ipynb #0da23023
 _KINDS = dict(pairs='colour or kind', place='place', relation='relation')
@@ -35,6 +35,11 @@ def mistakes(
 def listed(lines):
     "Return texts as an HTML list."
     return '<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in lines) + '</ul>'
+
+def _says(text, asked):
+    "Whether a text contains a list of words, one after the other."
+    said, n = words(text), len(asked)
+    return any(said[i:i+n]==asked for i in range(len(said)-n+1))
 
 def _written(model, data, batch_size=32):
     "Caption all images of a data set, a batch at a time."
@@ -94,10 +99,9 @@ class ErrorBrowser(VBox):
 
     def found(self) -> list: # Indices of images, worst first
         "Find the images that match the controls."
-        score, word = self.scores[self.sort.value], self.word.value.strip()
+        score, asked = self.scores[self.sort.value], words(self.word.value)
         def fits(i):
-            texts = ' '.join([self.captions[i], *self.references[i]])
-            said = not word or re.search(rf'\b{re.escape(word)}\b', texts, re.I)
+            said = any(_says(text, asked) for text in (self.captions[i], *self.references[i]))
             return said and self.kind.value in ('any', *self.kinds[i])
         return sorted(filter(fits, range(len(score))), key=score.__getitem__)
 

@@ -30,7 +30,9 @@ def image_html(
     alt:str, # Alternative text for screen readers
     width:int=220, # Width on the page in pixels
 ) -> str:
-    "Return an image as HTML, with its data inside."
+    "Return an image as HTML, with its data inside; reduce a large one to twice its width on the page."
+    if image.width > 2*width:
+        image = ImageOps.contain(image, (2*width, image.height))
     return f'<img alt="{escape(alt)}" width="{width}" src="{_data_url(image)}">'
 
 # %% ../../../nbs/17b_widgets.ipynb #0da2300b
