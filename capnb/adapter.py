@@ -31,7 +31,7 @@ class Standardize(nn.Module):
         mean = total/count
         std = (squares/count - mean**2).clamp(min=0).sqrt()
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6, std, 1.))
+        self.std.copy_(torch.where(std > 1e-6*(1+mean.abs()), std, 1.)) # less is rounding
 
     def forward(self,
         features, # (..., width)

@@ -14,7 +14,7 @@ from .towers import look
 from .adapter import Adapter, PatchAdapter, Standardize
 from .encoder import load_encoder
 from .own_encoder import OwnEncoder, check_own, own_encoder
-from .decoder import embedding_size
+from .decoder import begin_ids, embedding_size, text_ids
 from .any_decoder import check_decoder, decoder_config, load_decoder
 from .captioner import Captioner
 from .unfreezing import add_lora
@@ -59,6 +59,14 @@ def _check_sight(encoder, name, image_size, features):
         return encoder.patches
     return look(encoder, image_size, features, name).patches
 
+def _check_positions(name, text, prefix, most):
+    longest = getattr(text, 'max_position_embeddings', None)
+    if longest and longest < prefix+most:
+        raise ValueError(
+            f"a prefix of {prefix} and max_caption_length {most} are more than the {longest} positions of"
+            f" decoder {name!r}"
+        )
+
 def check_pair(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     encoder, # Configuration of the encoder, or an `OwnEncoder`
@@ -69,12 +77,7 @@ def check_pair(
     patches = _check_sight(encoder, h.encoder_name, h.image_size, h.features)
     check_decoder(name, decoder)
     prefix = patches if h.features=='patch' else h.prefix_length
-    longest = getattr(text, 'max_position_embeddings', None)
-    if longest and longest < prefix+h.max_caption_length:
-        raise ValueError(
-            f"a prefix of {prefix} and max_caption_length {h.max_caption_length} are more than the {longest}"
-            f" positions of decoder {name!r}"
-        )
+    _check_positions(name, text, prefix, h.max_caption_length)
     if h.unfreeze_layers > text.num_hidden_layers:
         raise ValueError(
             f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers}"
@@ -116,6 +119,9 @@ def build_captioner(
     decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
     if h.lora_rank:
         decoder = add_lora(decoder, h)
+    words = begin_ids(tokenizer) + sum(text_ids(tokenizer, [h.prompt] if h.prompt else []), [])
+    prefix, text = (encoder.patches or h.prefix_length)+len(words), decoder.config.get_text_config()
+    _check_positions(decoder_name, text, prefix, h.max_caption_length)
     width = decoder.get_input_embeddings().embedding_dim
     adapter = new_adapter(h, encoder, width, embedding_size(decoder)).to(device)
     return Captioner(encoder, adapter, decoder, tokenizer, h.max_caption_length, h.prompt)

@@ -6,6 +6,9 @@
 __all__ = ['read_captions', 'write_captions', 'Captioner']
 
 # %% ../nbs/05_captioner.ipynb #0a81f544
+from collections.abc import Mapping
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 import torch
 from PIL import Image
@@ -192,7 +195,8 @@ class Captioner(nn.Module):
         Raises
         ------
         ValueError
-            If an image cannot be read, or an option is unknown, out of range or without effect.
+            If `images` is something else, an image cannot be read, or an option is unknown, out of range or
+            without effect.
 
         Examples
         --------
@@ -206,7 +210,13 @@ class Captioner(nn.Module):
         """
         if isinstance(images, (Image.Image, str, Path)):
             return self.caption([images], scores, **kwargs)[0]
-        opened = list(open_images(images, self.encoder.min_side, steps=self.encoder.steps))
-        if bad := [error for error in opened if isinstance(error, ValueError)]:
-            raise bad[0]
-        return self.caption_features(self.encoder.encode(opened), scores, **kwargs) if opened else []
+        if isinstance(images, (bytes, Mapping)) or hasattr(images, 'shape'):
+            needed = "a PIL image, an image file, or a list of these is needed"
+            raise ValueError(f"images is a {type(images).__name__}; {needed}")
+        features, opening = [], open_images(images, self.encoder.min_side, steps=self.encoder.steps)
+        with closing(opening):
+            while opened := list(islice(opening, 128)): # at a time
+                if bad := [error for error in opened if isinstance(error, ValueError)]:
+                    raise bad[0]
+                features.append(self.encoder.encode(opened))
+        return self.caption_features(torch.cat(features), scores, **kwargs) if features else []

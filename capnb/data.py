@@ -33,6 +33,9 @@ def check_rows(
     "Raise a `ValueError` unless data has a length and an index, and is no table of pandas."
     if hasattr(rows, 'iloc'):
         raise ValueError("a table of pandas is no list of rows; give df.to_dict('records')")
+    if isinstance(rows, Mapping):
+        names = ', '.join(map(str, rows))
+        raise ValueError(f"a dictionary is no list of rows; if it has splits, give one of {names:.200}")
     if not (hasattr(rows, '__len__') and hasattr(rows, '__getitem__')):
         raise ValueError(f"data must have a length and an index; {type(rows).__name__} has not")
 
@@ -64,7 +67,8 @@ class CaptionData:
         where = f"row {at} ({row['image_id']})" if 'image_id' in row else f"row {at}"
         rest = {k:v for k,v in row.items() if k not in ('caption','captions','image')}
         image = Path(row['image']) if isinstance(row.get('image'), str) else row.get('image')
-        return image, dict(rest, captions=_captions(row, where), image_id=str(row.get('image_id', at))), where
+        image_id = at if row.get('image_id') is None else row['image_id']
+        return image, dict(rest, captions=_captions(row, where), image_id=str(image_id)), where
 
     def __getitem__(self, i:int) -> dict:
         "Give row `i` in the schema; raises a `ValueError` that names the row if it does not fit."
@@ -103,6 +107,15 @@ def split_rows(
     )
 
 # %% ../nbs/01_data.ipynb #b697c41b
+def _turn(n, key, turn, k):
+    "An order of `n` captions. Those that its first epoch has from the turn before come last."
+    order = list(range(n))
+    Random(f'{key}/{turn}').shuffle(order)
+    if held := turn*n%k:
+        before = _turn(n, key, turn-1, k)[-held:]
+        order.sort(key=lambda j: j in before)
+    return order
+
 def captions_for_epoch(
     captions:list, # All captions of one image
     i:int, # The image's number
@@ -110,12 +123,9 @@ def captions_for_epoch(
     seed:int=0, # Fixes the order for each image
     k:int=1, # Captions per epoch; all if there are fewer
 ) -> list: # `k` of the `captions`
-    """Choose the captions that an image is shown with in an epoch; all are used once before any is used
-    twice."""
-    k, chosen = min(k, len(captions)), []
-    for turn,place in (divmod(n, len(captions)) for n in range(epoch*k, (epoch+1)*k)):
-        order = list(captions)
-        Random(f'{seed}/{i}/{turn}').shuffle(order)
-        chosen.append(order[place])
-    return chosen
+    """Choose the captions that an image is shown with in an epoch, each at most once; all are used once
+    before any is used twice."""
+    n, k = len(captions), min(k, len(captions))
+    places = [divmod(at, n) for at in range(epoch*k, (epoch+1)*k)]
+    return [captions[_turn(n, f'{seed}/{i}', turn, k)[place]] for turn,place in places]
 

@@ -8,8 +8,8 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'spl
            'shell_line', 'shown_path', 'write_json', 'say', 'error_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
-import errno, json, os, re, shlex, shutil, subprocess, sys, tempfile, unicodedata, zipfile, zlib
-from contextlib import contextmanager
+import errno, json, os, posixpath, re, shlex, shutil, subprocess, sys, tempfile, unicodedata, zipfile, zlib
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -147,7 +147,8 @@ def _opened_zip(file, size, changed, process): # a child process would share the
     # regular files, where the zip records the kind
     kept = lambda m: not m.is_dir() and m.external_attr >> 28 in (0, 8)
     hidden = lambda name: any(part.startswith('.') or part=='__MACOSX' for part in name.split('/'))
-    return archive, {m.filename: m for m in archive.infolist() if kept(m) and not hidden(m.filename)}
+    entries = {posixpath.normpath(m.filename): m for m in archive.infolist() if kept(m)}
+    return archive, {name: m for name,m in entries.items() if not hidden(name)}
 
 def _zip(file):
     "An open zip with its files, see `_opened_zip`."
@@ -289,7 +290,8 @@ def atomic_write(
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as e:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError): # an interrupt just after the renaming
+            os.unlink(temporary)
         if isinstance(e, OSError) and e.errno and e.filename in (None, temporary):
             raise OSError(e.errno, e.strerror, str(path)) from None # "no space left" names no file
         raise
@@ -304,7 +306,7 @@ def check_writable(
     if file and path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     place = path.absolute().parent if file else path.absolute()
-    while not place.exists():
+    while not place.exists() and place!=place.parent: # a drive that is not there is its own parent
         place = place.parent
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix='.', suffix='.part'):

@@ -19,6 +19,11 @@ def _until_end(ids, ends):
     lengths = torch.where(over.any(1), over.int().argmax(1)+1, ids.shape[1])
     return [row[:n] for row,n in zip(ids.cpu(), lengths.tolist(), strict=True)]
 
+def _without_pads(tokenizer, rows, stops):
+    "Drop the end token of rows that a stop string ended: it is padding, since nothing follows such a string."
+    stopped = lambda row: any(stop in tokenizer.decode(row) for stop in stops)
+    return [row[:-1] if stopped(row[:-1]) else row for row in rows]
+
 def generate_rows(
     decoder, # Causal language model
     tokenizer, # Its tokenizer
@@ -46,7 +51,8 @@ def generate_rows(
             warnings.filterwarnings('ignore', 'Passing .* with `inputs_embeds` and without `input_ids`')
             ids = decoder.generate(inputs_embeds=part, attention_mask=mask, **options)
         rows += _until_end(ids, [pad, *([end] if isinstance(end, int) else end)])
-    return rows
+    stops = options.get('stop_strings', [])
+    return _without_pads(tokenizer, rows, [stops] if isinstance(stops, str) else stops)
 
 @torch.no_grad()
 def score_ids(

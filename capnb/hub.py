@@ -21,6 +21,7 @@ def model_path(
     name:str, # A shipped model ('storybook-clip', 'storybook-qwen3'), a hub id, or a folder
 ) -> str: # The path of a shipped model; else `name`
     "Find a model that ships with the package by its name; return other names unchanged."
+    name = os.fspath(name)
     shipped = Path(__file__).parent/'models'/name
     return str(shipped) if re.fullmatch(r'[\w-]+', name) and shipped.is_dir() else name
 
@@ -43,7 +44,7 @@ def revision_of(
     "Return the commit of a hub repository that is on this machine under a name."
     from huggingface_hub import try_to_load_from_cache
     path, options = model_source(name)
-    if Path(path).exists() or name.startswith(OWN): return None
+    if Path(path).exists() or path.startswith(OWN): return None
     file = try_to_load_from_cache(
         path, options.get('gguf_file', 'config.json'), revision=options.get('revision')
     )
@@ -199,6 +200,7 @@ def model_config(
     """Read the configuration of a model, before anything large is read.
     Raises a `ValueError` or an `OSError` with the reason in one line."""
     from transformers import AutoConfig
+    name = os.fspath(name)
     if name.startswith(OWN):
         raise ValueError(
             f"encoder {name!r} was passed as a Python object; pass it again: train(encoder=...) or"

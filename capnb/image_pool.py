@@ -9,6 +9,7 @@ __all__ = ['decode_requests', 'open_pixels', 'DecodingPool', 'decoding_pool', 'i
 import atexit, json, os, queue, signal, struct, subprocess, sys, threading, time
 from collections import deque
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -134,6 +135,12 @@ _ENVIRONMENT = dict(
 )
 _KEPT = 2**24 # maximum bytes of the buffer that is kept for the next image
 
+def _enlarge(pipe):
+    "Let a pipe hold many lines of an image, if the system allows that."
+    with suppress(ImportError, AttributeError, OSError):
+        import fcntl
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)
+
 class _Decoder:
     "A child process that decodes one image at a time."
     def __init__(self, memory, seconds):
@@ -142,13 +149,14 @@ class _Decoder:
         self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
         self.process = subprocess.Popen(
             [sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments],
-            pipesize=2**20,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | _ENVIRONMENT,
             creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0),
         )
+        _enlarge(self.process.stdin)
+        _enlarge(self.process.stdout)
         try:
             self.limited = _receive(self.process.stdout, 0)[0]['limited']
         except (EOFError, ValueError, KeyError):
@@ -262,7 +270,8 @@ class DecodingPool:
         "Kill children that exceed the time limit."
         while not self.closed.wait(.2):
             for child in list(self.children):
-                if child.deadline and time.monotonic() > child.deadline:
+                deadline = child.deadline # read once: another thread sets it
+                if deadline and time.monotonic() > deadline:
                     child.late = True
                     child.process.kill()
 
@@ -325,6 +334,7 @@ class DecodingPool:
 
     def submit(self, *args, **kwargs): # `Future`
         "Open an image in the background, see `open`; it can be cancelled until a child starts on it."
+        if self.closed.is_set(): raise RuntimeError("the pool is closed")
         future = Future()
         self.waiting.put((future, args, kwargs))
         return future
@@ -367,9 +377,10 @@ class DecodingPool:
             self.waiting.put(None)
         for child in list(self.children):
             child.process.kill() # callers that wait for its answer get an error
-        for _ in range(self.idle.qsize()):
-            if child := self.idle.get():
-                child.kill()
+        idle = [self.idle.get() for _ in range(self.idle.qsize())]
+        for child in filter(None, idle):
+            child.kill()
+        for _ in idle:
             self.idle.put(None)
 
 def _result(future):

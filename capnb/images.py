@@ -387,7 +387,8 @@ def images_below(
 ) -> tuple: # Paths of images, and of other files
     "Find the images in a folder and its subfolders; print a line for each folder that cannot be read."
     told = lambda error: print(f'{error.filename} cannot be read: {error.strerror}', file=sys.stderr)
-    files = walk_files(folder, told)
+    hidden = lambda path: any(p.startswith('.') or p=='__MACOSX' for p in path.relative_to(folder).parts)
+    files = [path for path in walk_files(folder, told) if not hidden(path)] # also what a Mac adds
     found = [path for path in files if image_format(path) in image_formats() and not _no_file(path)]
     return found, sorted(set(files).difference(found))
 

@@ -9,6 +9,7 @@ __all__ = ['CaptionStreamer', 'caption_files']
 import torch
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 from .log import progress_bar
 from .captioner import Captioner
 from .generation import captions_of, split_scores
@@ -32,6 +33,7 @@ class CaptionStreamer:
         self.tokens.append(tokens[self.rows])
         texts = captions_of(self.tokenizer, torch.stack(self.tokens, 1))
         for row,text in zip(self.rows, texts, strict=True):
+            text = text.rstrip('\ufffd') # the first part of a character
             if text!=self.told.get(row, ''):
                 self.told[row] = text
                 self.tell(row, text)
@@ -55,7 +57,7 @@ def caption_files(
     ----------
     model : Captioner
         Writes the captions.
-    files : iterable of str or Path
+    files : str or Path, or an iterable of these
         Files of images.
     batch_size : int, default 32
         Images at a time.
@@ -85,7 +87,8 @@ def caption_files(
     page.png ['caption', 'file']
     lost.png ['error', 'file']
     """
-    files, kwargs = list(files), check_options(kwargs)
+    files = [files] if isinstance(files, (str, Path)) else list(files)
+    kwargs = check_options(kwargs)
     encoder = model.encoder
     images = open_images(files, encoder.min_side, ahead=batch_size, steps=encoder.steps)
     with closing(images), progress_bar(total=len(files), disable=not progress, unit='image') as bar:

@@ -36,7 +36,7 @@ def progress_bar(
 def quiet():
     "Show only warnings and draw no bars inside the `with`."
     level, hub = log.level, os.environ.get('HF_HUB_DISABLE_PROGRESS_BARS')
-    log.setLevel(logging.WARNING)
+    log.setLevel(max(level, logging.WARNING))
     os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1' # huggingface_hub reads it on import, after this
     try:
         yield

@@ -90,7 +90,7 @@ def check_options(
     if n > 1 and one:
         raise ValueError(f"num_return_sequences is {n}; allowed: 1, since {one}")
     if n > beams and not (sample and beams==1):
-        more = f'up to num_beams, which is {beams}, or any number with do_sample=True'
+        more = f'up to num_beams, which is {beams}, or any number with do_sample=True and num_beams=1'
         raise ValueError(f"num_return_sequences is {n}; allowed: {more}")
     if 'streamer' in found and max(beams, n) > 1:
         raise ValueError(

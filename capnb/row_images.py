@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
 from PIL import Image
+from .files import is_regular
 from .images import ImageFile
 
 # %% ../nbs/30q_row_images.ipynb #02b00001
@@ -53,7 +54,7 @@ def image_of(image, where):
         image = _from_array(image) if isinstance(image, np.ndarray) else image
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    if isinstance(image, Path) and not image.is_file():
+    if isinstance(image, Path) and not is_regular(image):
         raise ValueError(f"{where}: there is no image {str(image)!r}")
     if isinstance(image, (Image.Image, bytes, Path)):
         return ImageFile(image, f"{where}: the image")

@@ -46,13 +46,24 @@ def _cell(v):
     short = [re.sub(r'^(-?)0\.', r'\1.', f'{x:.3f}') for x in between]
     return f"{'-' if value is None else f'{value:.3f}':>9} {'–'.join(short):<10}"
 
+def _merged(columns):
+    "The labels of all columns, each after the one that it follows in its own column."
+    labels = []
+    for rows in columns:
+        at = 0
+        for label in rows:
+            if label not in labels:
+                labels.insert(at, label)
+            at = labels.index(label)+1
+    return labels
+
 def score_table(
     columns:dict, # Name of column: scores from `evaluate`
 ) -> str:
     "Lay scores out side by side as text, each with its 95% interval."
     found = [_table_rows(s) for s in columns.values()]
     lines = [f'{"":28}' + ''.join(f'{name:>19} ' for name in columns)]
-    for label in max(found, key=len):
+    for label in _merged(found):
         if any(rows.get(label) is not None for rows in found):
             lines.append(f'{label:28}' + ''.join(_cell(rows.get(label)) for rows in found))
     if any(s.get('by_character') for s in columns.values()):

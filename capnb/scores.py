@@ -36,7 +36,8 @@ class Scores(Callback):
         self.untrained = self._weights(run) if self._held_back(run) else {}
 
     def on_epoch_end(self, run):
-        validation = run.data['validation']
+        validation = run.data.get('validation')
+        if validation is None: return
         captions = write_captions_for(run.model, validation, progress='validation')
         run.metadata.update(score(captions, validation, self.measures))
 

@@ -363,21 +363,21 @@ def one_of(what, name, names):
 def _read_settings(path):
     "Read a dictionary from a JSON or YAML file."
     import yaml
-    path, read = Path(path).expanduser(), json.loads if str(path).endswith('.json') else yaml.safe_load
+    class Loader(yaml.SafeLoader): # reads 1e-4 as a number, which `SafeLoader` does not
+        pass
+    number = re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$')
+    Loader.add_implicit_resolver('tag:yaml.org,2002:float', number, list('-+0123456789'))
+    path, json_file = Path(path).expanduser(), str(path).endswith('.json')
     text = read_text(path, limit=SMALL_TEXT)
     try:
-        settings = read(text)
+        settings = json.loads(text) if json_file else yaml.load(text, Loader)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:
         raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings by name, but {settings!r:.60}")
-    # YAML reads 1e-4 as a string
-    return {
-        k: float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', v) else v
-        for k, v in settings.items()
-    }
+    return settings
 
 def _for_step_decay(settings):
     "Whether settings ask for the step decay or a constant rate, by name or by a setting that only it has."

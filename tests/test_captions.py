@@ -52,6 +52,15 @@ def nll(model, image, text):
 
 # --- Which caption belongs to which image
 
+def test_a_row_that_a_stop_string_ends_has_the_same_score_in_a_batch(model, images):
+    "`generate` pads it with the end token, which nobody wrote."
+    options = dict(scores=True, stop_strings=['cat', 'house', 'on'], max_new_tokens=20)
+    batch = model.caption(images, **options)
+    alone = [model.caption(image, **options) for image in images]
+    assert len({len(text) for text,_ in alone}) > 1 # some rows wait for others
+    assert [text for text,_ in batch]==[text for text,_ in alone]
+    assert [score for _,score in batch]==pytest.approx([score for _,score in alone], abs=1e-4)
+
 def test_one_caption_is_a_text(model, images):
     alone = model.caption(images[0])
     assert isinstance(alone, str) and model.caption(images[0], num_return_sequences=1) == alone

@@ -166,11 +166,14 @@ def test_what_waits_can_be_cancelled():
         assert first.exception() and second.cancelled()
 
 def test_a_closed_pool_has_no_children():
-    with DecodingPool(2) as pool:
-        children = [c.process for c in pool.children if list(pool.map(GOOD))]
-    with pytest.raises(RuntimeError, match='closed'):
-        pool.open(GOOD[0])
-    assert all(process.poll() is not None for process in children)
+    with DecodingPool(3) as pool:
+        assert list(pool.map(GOOD)) and until(lambda: len(pool.children)==3 or not list(pool.map(GOOD)))
+        children = [c.process for c in pool.children]
+    for ask in (pool.open, pool.submit):
+        with pytest.raises(RuntimeError, match='closed'):
+            ask(GOOD[0])
+    assert [process.returncode for process in children] == [-signal.SIGKILL]*3 # waited for, no zombies
+    assert all(process.stdin.closed and process.stdout.closed for process in children)
 
 SCRIPT = """
 print('main', flush=True)

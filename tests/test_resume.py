@@ -2,13 +2,15 @@
 neighbours and strangers do to it is told in one line."""
 import itertools, json, math, os, random, re, resource, shlex, signal, subprocess, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
+from capnb.optimizer import make_optimizer
 from capnb.saving import load_model_from_checkpoint
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.run.commands import train_command
 from capnb.storybook import Storybook
-from capnb.run.resume import find_state, read_state
+from capnb.run.resume import _set_schedule, find_state, read_state
 from forks import fork, write_to
 
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
@@ -314,6 +316,9 @@ def test_more_steps(args, through, tmp_path, first, then):
     )
     ended(begin(tmp_path/'parts', '--resume', '--max_steps', first-1), 1)
     assert f'max_steps is {first-1}, but the run of' in said(tmp_path/'parts')[-1]
+    goes_on_like_one_run(args, tmp_path, first, then)
+
+def goes_on_like_one_run(args, tmp_path, first, then):
     ended(begin(tmp_path/'parts', '--resume', '--max_steps', then))
     ended(begin(tmp_path/'whole', *args, '--max_steps', then))
     parts, whole = outcome(tmp_path/'parts'/'saved_models'), outcome(tmp_path/'whole'/'saved_models')
@@ -323,6 +328,26 @@ def test_more_steps(args, through, tmp_path, first, then):
         for notes in run[1].values():
             del notes['hyperparameters']['max_steps'] # what was asked for when it ended
     same(parts, whole)
+
+def test_more_steps_after_a_kill_at_the_end(args, tmp_path):
+    "Between the state of the last step, within an epoch, and the checkpoint that closes the epoch."
+    ended(begin(tmp_path/'parts', *args, '--max_steps', 4, die_at=(4, 'before')), -signal.SIGKILL)
+    assert position(tmp_path/'parts')==4 and not list(tmp_path.rglob('model_state_dict_*'))
+    ended(begin(tmp_path/'parts', '--resume'))
+    goes_on_like_one_run(args, tmp_path, 4, 10)
+
+def test_a_longer_cosine_has_the_rate_of_the_longer_one_at_once():
+    weights = torch.nn.Parameter(torch.ones(2))
+    groups = dict(adapter=dict(w=weights))
+    short, long, whole = (make_optimizer(groups, 3e-3, cosine_steps=n) for n in (3, 8, 8))
+    for _ in range(3):
+        for optimizer,scheduler in (short, whole):
+            optimizer.step()
+            scheduler.step()
+    assert short[0].param_groups[0]['lr'] == 0
+    long[0].load_state_dict(short[0].state_dict())
+    _set_schedule(SimpleNamespace(optimizer=long[0], scheduler=long[1]), 3, [0.])
+    assert long[0].param_groups[0]['lr'] == whole[0].param_groups[0]['lr'] > 0
 
 def test_more_steps_after_the_last_epoch(args, tmp_path):
     """The message names both settings, where both are needed; and a kill right after the new beginning

@@ -88,8 +88,8 @@ def own_rows(
     counts:list, # Tokens of each row of the data
     accelerator, # `accelerate.Accelerator`, or an object with `num_processes` and `process_index`
 ) -> list:
-    """Return the rows of a batch for this process, with about as many tokens as the others'; with more
-    processes than rows, some get the first row again."""
+    """Return the rows of a batch for this process. The processes of a large batch get about equally many
+    tokens; with more processes than rows, some get the first row again."""
     if accelerator.num_processes==1: return rows
     by_length = sorted(rows, key=counts.__getitem__)
     return by_length[accelerator.process_index::accelerator.num_processes] or rows[:1]

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from zlib import crc32
 import numpy, torch
+from torch.optim.lr_scheduler import LambdaLR
 from ..saving import load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
 from ..log import log
@@ -210,7 +211,7 @@ def find_state(
     where, # Folder with runs, for its newest run; or the training state, weights or metadata of a run
 ) -> Path: # Path of the training state
     "Find the run to resume; raises a `FileNotFoundError` if there is none."
-    where = Path(where)
+    where = Path(where).expanduser()
     stamp = re.search(r'_(\d{8}_\d{6})[-.]', where.name)
     path = (
         max(where.glob('training_state_*.pt'), default=None)
@@ -288,11 +289,16 @@ def _load_optimizer(optimizer, saved):
 # %% ../../nbs/32b_resume.ipynb #6c6f071ea
 def _set_schedule(run, steps, rates):
     """Set the schedule to `steps` steps and the `rates` of the last step. With `rates` None, recompute them:
-    old states counted epochs, and the optimizer's rates may be those of an unfinished epoch."""
-    groups, run.scheduler.last_epoch = run.optimizer.param_groups, steps
-    if rates is None:
-        for group,rate in zip(groups, run.scheduler._get_closed_form_lr(), strict=True):
-            group['lr'] = rate
+    old states counted epochs, and the optimizer's rates may be those of an unfinished epoch. A cosine is
+    always recomputed, since it may be longer now."""
+    scheduler, groups = run.scheduler, run.optimizer.param_groups
+    scheduler.last_epoch, now = steps, [g['lr'] for g in groups]
+    if isinstance(scheduler, LambdaLR):
+        now = [base*f(steps) for base,f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    elif rates is None:
+        now = scheduler._get_closed_form_lr()
+    for group,rate in zip(groups, now, strict=True):
+        group['lr'] = rate
     run.scheduler._last_lr = [g['lr'] for g in groups]
     run.rates = rates or run.scheduler._last_lr
 
@@ -329,6 +335,7 @@ def load_state(
         run.micro_batch_size = state['micro_batch_size']
     if run.epoch:
         run.checkpoint = weights_path(path.parent, run.stamp, run.epoch)
+        run.curve = path.parent/f'loss_curve_{run.stamp}.png'
 
 # %% ../../nbs/32b_resume.ipynb #6c6f071d
 MAY_CHANGE = (

@@ -308,10 +308,10 @@ class SaveState(Callback):
 
     def on_step_end(self, run):
         n, stop = run.h.checkpoint_steps, run.signal # read once: it may be set at any moment
+        if run.step==run.steps: # before saving: the run may be killed before the epoch is closed
+            run.cut = before_closing(run) if run.steps < run.whole else None
         if stop or run.step==run.steps or n and len(run.losses)%n==0:
             save_state(run)
-        if run.step==run.steps:
-            run.cut = before_closing(run) if run.steps < run.whole else None
         if stop:
             run.accelerator.wait_for_everyone()
             raise Interrupted(run)

@@ -107,7 +107,8 @@ class ImageFolder:
         if split not in (None, 'train', 'validation', 'test'):
             return f"{where}: split {split!r:.80} is none of train, validation, test"
         if self.splits.get(image, split)!=split:
-            return f"{where}: {image!r} is in {self.splits[image]} already, not in {split}"
+            before = self.splits[image] or 'no split'
+            return f"{where}: {image!r} is in {before} already, not in {split or 'no split'}"
         self.splits[image] = split
         self.where.setdefault(image, where)
         self.captions.setdefault(image, []).extend(captions)
