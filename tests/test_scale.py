@@ -3,12 +3,15 @@ once."""
 import ipaddress, os, signal, subprocess, sys, time
 from collections import Counter
 import psutil, pytest
-import pyarrow.parquet as pq
-from capnb.saving import load_model_from_checkpoint
+import pyarrow as pa, pyarrow.parquet as pq
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.entry import train
 from capnb.images import find_images
 from capnb.inference import caption_files
+from capnb.run.scale import jobs as jobs_module
 from capnb.run.scale.command import scale_command
+from capnb.run.scale.jobs import caption_images, encode_images
+from capnb.run.scale.sources import Source
 from capnb.storybook import Storybook
 
 N, SHARD = 200, 10
@@ -196,6 +199,28 @@ WRONG = {
     'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'),
     'no package for that storage': (['s3://bucket/pages'], 's3fs'),
 }
+
+def test_columns_of_parquet_files(tmp_path):
+    "Another type is refused at once; a first file without rows is no reason to stop."
+    def write(name, **columns):
+        pq.write_table(pa.table(columns), tmp_path/f'{name}.parquet')
+    write('b', image=[b'x'], number=[1], words=[['a']], place=[dict(path='a.png')])
+    for column,kind in (('number', 'int64'), ('words', 'list'), ('place', 'struct')):
+        with pytest.raises(ValueError, match=f"column '{column}' has the type {kind}"):
+            Source(str(tmp_path), column)
+    pq.write_table(pa.table(dict(image=pa.array([], pa.binary()))), tmp_path/'a.parquet')
+    source = Source(str(tmp_path))
+    assert [row['image'][0].as_py() for file in source.files for row in source.read(file)] == [b'x']
+
+def test_another_column_is_another_job(made, tmp_path, monkeypatch):
+    jobs = []
+    note = lambda source, out, worker, arguments, job, **more: jobs.append(job)
+    monkeypatch.setattr(jobs_module, 'run_job', note)
+    pq.write_table(pa.table(dict(left=[b'x'], right=[b'y'])), tmp_path/'p.parquet')
+    for column in ('left', 'right'):
+        caption_images(str(tmp_path), str(tmp_path/'out'), shipped_checkpoint(), column)
+        encode_images(str(tmp_path), str(tmp_path/'out'), 'storybook-clip', image_column=column)
+    assert jobs[0] != jobs[2] and jobs[1] != jobs[3]
 
 def one_line(capsys, *args):
     with pytest.raises(SystemExit) as stopped:

@@ -1,7 +1,7 @@
 """The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in
 a browser."""
-import base64, http.client, http.server, io, json, os, random, re, shutil, signal, socket, subprocess, sys
-import threading, time, warnings, zlib
+import asyncio, base64, http.client, http.server, io, json, os, random, re, shutil, signal, socket
+import subprocess, sys, tempfile, threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,12 +13,14 @@ from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from starlette.datastructures import Headers
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.images import open_image
 from capnb.run.serving.command import serve_command
 from capnb.run.serving.limits import client_of
 from capnb.run.serving.load import load_report, memory, send_load
 from capnb.run.serving.page import PAGE
+from capnb.run.serving.uploads import _form_image
 from capnb.run.serving.worker import Worker, answer_batch, gather, why
 from capnb.storybook import Storybook
 
@@ -517,6 +519,20 @@ def test_refused(server, case):
 def test_broken_picture_in_a_stream_has_its_status(server, pages):
     status, answer = server.caption(pages[0][:300], '/caption?stream=true')
     assert status == 415 and 'not a readable image' in answer['detail']
+
+def test_an_uploaded_form_stays_in_memory(monkeypatch):
+    on_disk = lambda self: pytest.fail('it is written to the disk')
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, 'rollover', on_disk)
+    large = bytes(3_000_000)
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+    headers = Headers({'content-type': 'multipart/form-data; boundary=x'})
+    assert asyncio.run(_form_image(headers, head + large + b'\r\n--x--\r\n')) == large
+
+def test_the_report_of_a_load_times_captions_only():
+    answers = [(0, 200, None, 2.)]*3 + [(0, 429, None, .001)]*90
+    report = load_report(dict(answers=answers, seconds=6.))
+    assert report == dict(requests=93, refused=90, rate=.5, p50=2., p99=2.)
+    assert load_report(dict(answers=answers[3:], seconds=6.))['p50'] is None
 
 def test_no_url_is_fetched(server):
     with socket.socket() as bait:

@@ -1,5 +1,6 @@
 "A captioner given away: over a hub to people with capnb, and as a LLaVA to programs without it."
 import json, os, shutil, socket, subprocess, sys, tempfile
+from dataclasses import asdict
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -7,13 +8,20 @@ from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.hub import model_path
-from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, share
+from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, config_of, share
+from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 from hub import Hub
 
 SHORT = dict(
     training_size_limit=64, num_epochs=1, evaluation_enabled=False, adapter_width=32, prefix_length=2
 )
+
+def test_only_paths_lose_their_folders():
+    "A prompt and the name of a column may begin with a slash, too."
+    h = as_hyperparameters(prompt='/no_think', image_column='/images/x', output_dir='/home/me/runs')
+    shared = config_of(dict(hyperparameters=asdict(h))).hyperparameters
+    assert [shared[k] for k in ('prompt', 'image_column', 'output_dir')] == ['/no_think', '/images/x', 'runs']
 
 @pytest.fixture(scope='module')
 def hub():

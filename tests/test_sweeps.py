@@ -165,6 +165,15 @@ def test_a_failure_is_a_result(settings, monkeypatch):
     # and it is not tried again
     assert states(sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])) == states(study)
 
+def test_values_that_do_not_fit_fail_alone(settings):
+    study = sweep(settings, vary=['unfreeze_layers=0,99'])
+    assert states(study) == ['COMPLETE', 'FAIL']
+    assert 'unfreeze_layers is 99' in study.trials[1].user_attrs['error']
+
+def test_the_classic_grid_has_the_own_learning_rate():
+    rates, _ = studies.classic_grid(as_hyperparameters(learning_rate=.00125))
+    assert rates == 'learning_rate=0.00042,0.00125,0.0037'
+
 def test_other_models_are_loaded_only_for_what_needs_them(settings):
     lab = TrialRunner()
     first = lab(as_hyperparameters(settings))

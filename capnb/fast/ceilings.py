@@ -31,6 +31,8 @@ def wait_for(
     "Wait until a device has finished all its work."
     if torch.device(device).type=='cuda':
         torch.cuda.synchronize(device)
+    elif torch.device(device).type=='mps':
+        torch.mps.synchronize()
 
 def seconds_of(
     do, # Function without arguments

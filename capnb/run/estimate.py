@@ -22,7 +22,9 @@ from ..generation import generate_captions
 from ..any_decoder import decoder_config, load_tokenizer
 from ..encoder import ImageEncoder
 from ..fast.cache import encode_data
-from ..fast.ceilings import count_work, measure_ceilings, recorded_work, work_seconds, writing_work
+from capnb.fast.ceilings import (
+    count_work, measure_ceilings, recorded_work, wait_for, work_seconds, writing_work,
+)
 from ..fast.cuda.layers import fuse_norms
 from ..fast.cuda.training import why_not
 from ..fast.parts import make_fast
@@ -34,7 +36,7 @@ from .sources.hub import held_back
 from .sources.load import load_for
 from ..settings import Hyperparameters
 from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
-from ..hub import model_path
+from ..hub import model_source
 from ..files import say
 from .training import optimizer_for
 from ..storybook import Storybook
@@ -87,18 +89,22 @@ def download_of(
 ): # GB still to be downloaded; the source of this number
     "Estimate how much of a model must be downloaded."
     from huggingface_hub import snapshot_download, try_to_load_from_cache
-    if Path(model_path(name)).is_dir(): return 0., 'is here'
+    path, options = model_source(name)
+    if Path(path).exists(): return 0., 'is here'
+    gguf, revision = options.get('gguf_file'), options.get('revision')
+    weights = [gguf] if gguf else ['*.safetensors', '*.bin']
     try:
         files = snapshot_download(
-            name,
+            path,
+            revision=revision,
             dry_run=True,
-            allow_patterns=['*.json', '*.txt', '*.jinja', '*.safetensors', '*.bin'],
+            allow_patterns=['*.json', '*.txt', '*.jinja', *weights],
             ignore_patterns=['*/*'],
         )
     except OSError: # no network; look into the cache
         if any(
-            isinstance(try_to_load_from_cache(name, f), str)
-            for f in ('model.safetensors', 'model.safetensors.index.json')
+            isinstance(try_to_load_from_cache(path, f, revision=revision), str)
+            for f in ([gguf] if gguf else ('model.safetensors', 'model.safetensors.index.json'))
         ):
             return 0., 'is in the cache'
         return (
@@ -217,8 +223,7 @@ def _seconds(do, device):
     while len(times) < 2 or len(times) < 6 and sum(times[1:]) < 1:
         start = time.perf_counter()
         do()
-        if device=='cuda':
-            torch.cuda.synchronize()
+        wait_for(device)
         times.append(time.perf_counter()-start)
     return sorted(times[1:])[len(times[1:])//2]
 

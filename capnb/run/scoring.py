@@ -45,7 +45,10 @@ def _asked(splits, split):
     "The names of the splits to score."
     if split and split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
-    return [split] if split else [s for s in splits if s not in ('train', 'validation')]
+    unseen = [split] if split else [s for s in splits if s not in ('train', 'validation')]
+    if not unseen:
+        raise ValueError(f"the data has only the splits {', '.join(splits)}; name one of them with --split")
+    return unseen
 
 def score_checkpoint(
     path, # File of weights

@@ -15,7 +15,7 @@ from ..files import say
 def _warn_of_folders(config):
     "Warn about frozen models that came from a local folder, because others do not have them."
     names = {config.hyperparameters[f'{part}_name'] for part in ('encoder', 'decoder', 'tokenizer')} - {None}
-    for name in sorted(n for n in names if '/' not in n and model_path(n)==n):
+    for name in sorted(n for n in names if not set('/@') & set(n) and model_path(n)==n):
         say(
             f"⚠️ {name} was a folder or file of this machine: put it into the shared folder under this name,"
             " or nobody can load the captioner"

@@ -8,7 +8,7 @@ __all__ = ['without_paths', 'CapnbConfig', 'config_of', 'CapnbForImageCaptioning
 
 # %% ../../nbs/39_sharing.ipynb #0da7c003
 import re, tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path, PureWindowsPath
 import torch
 from fastcore.basics import patch
@@ -101,7 +101,9 @@ def config_of(
         encoder=h.encoder_name, decoder=h.decoder_name or h.tokenizer_name, tokenizer=h.tokenizer_name
     )
     h = replace(h, **{f'{part}_name': _pinned(name, revisions.get(part)) for part,name in names.items()})
-    return CapnbConfig(without_paths(asdict(h)), metadata.get('frozen'), metadata.get('epoch', 1))
+    places = {f.name for f in fields(h) if f.metadata['path']}
+    settings = {k: without_paths(v) if k in places else v for k,v in asdict(h).items()}
+    return CapnbConfig(settings, metadata.get('frozen'), metadata.get('epoch', 1))
 
 _HUB = ('revision', 'token', 'cache_dir', 'local_files_only', 'force_download', 'subfolder')
 # arguments that the Auto classes add

@@ -87,7 +87,7 @@ def classic_grid(
     h:Hyperparameters,
 ) -> list: # Two texts for `read_vary`: learning rates and batch sizes
     "Return the grid of learning rates and batch sizes around those of `h`."
-    rates = ','.join(f'{h.learning_rate*by:.2g}' for by in (1/3, 1, 3))
+    rates = f'{h.learning_rate/3:.2g},{h.learning_rate!r},{h.learning_rate*3:.2g}'
     return [
         f'learning_rate={rates}',
         f"batch_size={','.join(map(str, sorted({max(1, h.batch_size//2), h.batch_size})))}",

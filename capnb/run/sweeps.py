@@ -110,9 +110,10 @@ def run_trial(
     h = as_hyperparameters(h, **trial.params, output_dir=str(place))
     place.mkdir(exist_ok=True)
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
-        model, prune, began = lab(h), Prune(trial), time.perf_counter()
+        prune, began = Prune(trial), time.perf_counter()
         try:
-            run = run_training(model, lab.data, h, [prune, *([Tracker(lab.images)] if h.report_to else [])])
+            callbacks = [prune, *([Tracker(lab.images)] if h.report_to else [])]
+            run = run_training(lab(h), lab.data, h, callbacks)
         except ValueError as e:
             trial.set_user_attr('error', str(e))
             study.tell(trial, state=state.FAIL)

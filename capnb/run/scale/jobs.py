@@ -309,6 +309,7 @@ def caption_images(
     job = dict(
         work='captions',
         source=str(source),
+        image_column=image_column,
         checkpoint=f'{path.name} {zlib.crc32(path.read_bytes()):08x}',
         options=options,
     )
@@ -325,5 +326,5 @@ def encode_images(
 ) -> dict: # As for `count_rows`
     "Encode every image of a source once; otherwise as `caption_images`."
     encoder = dict(name=encoder_name, image_size=image_size, features=features)
-    job = dict(work='features', source=str(source), **encoder)
+    job = dict(work='features', source=str(source), image_column=image_column, **encoder)
     return run_job(Source(source, image_column), out, FeatureWorker, (encoder,), job, **settings)

@@ -40,6 +40,11 @@ def _in_parquet(f, name, column):
     file, at = pq.ParquetFile(f), 0
     if column not in file.schema_arrow.names:
         raise ValueError(f"there is no column {column!r}; there is {', '.join(file.schema_arrow.names)}")
+    kind = file.schema_arrow.field(column).type
+    stored = pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0
+    inner = kind.field('bytes').type if stored else kind
+    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
+        raise ValueError(f"column {column!r} has the type {kind}; the bytes of images are needed")
     for batch in file.iter_batches(64, columns=[column]):
         for image in batch[column].to_pylist():
             # the package `datasets` stores bytes together with a path
@@ -87,9 +92,9 @@ class Source:
 
     def _check_column(self):
         if self.kind!='parquet files': return
-        first = next(self.read(next(iter(self.files))))
-        error = first['error'][0].as_py()
-        if error and 'no column' in error: raise ValueError(error)
+        first = next(self.read(next(iter(self.files))), None) # None: a file without rows
+        error = first and first['error'][0].as_py()
+        if error and ('no column' in error or 'has the type' in error): raise ValueError(error)
 
     def read(self,
         path:str, # One of `files`

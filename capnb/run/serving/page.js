@@ -110,12 +110,13 @@ async function caption(picture) {
   try {
     const headers = key.value ? {Authorization: 'Bearer ' + key.value} : {}
     const answer = await fetch('/caption?stream=true&explain=true', {method: 'POST', body, headers})
+    if (mine != asked) return answer.body?.cancel() // another image was chosen meanwhile
     get('ask').hidden = answer.status != 401 && !key.value
     if (!answer.ok) say((await answer.json()).detail, true)
     else for await (const told of events(answer.body)) if (mine == asked) tell(told)
     if (answer.status == 401) key.focus()
   } catch (error) {
-    say('The server does not answer: ' + error.message, true)
+    if (mine == asked) say('The server does not answer: ' + error.message, true)
   }
   if (mine == asked) out.removeAttribute('aria-busy')
 }

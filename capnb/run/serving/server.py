@@ -91,8 +91,9 @@ def _lit_server(litserve, worker, batch_size, limits):
     server.uvicorn_graceful_timeout = math.ceil(limits.seconds)
     return server
 
-def _run(server, host, port, limits, failure):
-    "Run a server until it is stopped, then end the processes that are left."
+def _run(server, host, port, limits, failure, on_signal):
+    """Run a server until it is stopped, then end the processes that are left. `on_signal` sets the signal
+    handlers; the old ones are restored. Returns its result."""
     http = dict(
         http=connection_class(limits),
         ws='none',
@@ -100,17 +101,23 @@ def _run(server, host, port, limits, failure):
         server_header=False,
         log_level='warning',
     )
+    others = set(multiprocessing.active_children())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    came = on_signal()
     try:
         server.run(host, port, num_api_servers=1, generate_client_file=False, **http)
     except RuntimeError:
-        if failure.empty():
-            raise RuntimeError('the worker died while it loaded the model') from None
-        raise ValueError(failure.get()) from None
+        raise ValueError(
+            'the worker died while it loaded the model' if failure.empty() else failure.get()
+        ) from None
     except KeyboardInterrupt:
         pass
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children())-others:
             process.terminate()
+        for number,handler in handlers.items():
+            signal.signal(number, handler)
+    return came
 
 def serve(
     checkpoint, # Weights, a file `model_state_dict_....pth`
@@ -144,10 +151,11 @@ def serve(
     # Our app in place of LitServe's own.
     def ready():
         state.value = SERVING
-        say(f"serving {checkpoint} at http://{host}:{port}, stop with Ctrl-C", flush=True)
+        at = {'0.0.0.0': '127.0.0.1', '::': '[::1]'}.get(host, host) # an address that a browser opens
+        say(f"serving {checkpoint} at http://{at}:{port}, stop with Ctrl-C", flush=True)
     server.app = make_app(Desk(server, limits, running, started, sight, notice), key, state, ready)
     server.app.add_middleware(Guard, ours=host_check(host, key, allowed_hosts), more=allowed_hosts)
 
-    came = _on_signal(server, running, state, limits)
-    _run(server, host, port, limits, failure)
+    on_signal = partial(_on_signal, server, running, state, limits)
+    came = _run(server, host, port, limits, failure, on_signal)
     if came.get('signal')==signal.SIGINT: raise KeyboardInterrupt

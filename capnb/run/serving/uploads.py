@@ -46,10 +46,12 @@ async def _form_image(headers, body):
     from python_multipart.exceptions import FormParserError
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.datastructures import UploadFile
+    class InMemory(MultiPartParser):
+        spool_max_size = 2**62 # never in a temporary file; the size of the body was checked before
     async def whole():
         yield body
     try:
-        form = await MultiPartParser(headers, whole(), max_files=1, max_fields=8, max_part_size=2**20).parse()
+        form = await InMemory(headers, whole(), max_files=1, max_fields=8, max_part_size=2**20).parse()
     except (MultiPartException, FormParserError, UnicodeError) as e:
         refuse(422, f'the form cannot be read: {e or type(e).__name__}; send one image as the file "file"')
     file = form.get('file')

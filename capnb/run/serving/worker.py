@@ -162,7 +162,7 @@ class Worker:
         logging.getLogger('litserve.loops').setLevel(logging.CRITICAL)
         try:
             self.model = make_fast(load_model_from_checkpoint(self.checkpoint, device, self.encoder)[0])
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, RuntimeError) as e: # such as no memory on a GPU
             self.failure.put(str(e))
             raise
         self.sight.tell(self.model.encoder)
