@@ -333,9 +333,19 @@ def test_without_the_hub_it_is_an_estimate(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError('no network')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', unreachable)
-    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *args: None)
+    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *args, **kwargs: None)
     size, how = download_of('openai/clip-vit-base-patch32')
     assert size == pytest.approx(.605, abs=.001) and 'estimated' in how # 605 MB is what the file has
+
+@pytest.mark.parametrize('name, where, revision, weights', [
+    ('a/b@3d74acf', 'a/b', '3d74acf', '*.safetensors'), ('a/b/c.gguf', 'a/b', None, 'c.gguf'),
+])
+def test_a_revision_and_a_gguf_file_are_part_of_a_name(monkeypatch, name, where, revision, weights):
+    def asked(path, revision, dry_run, allow_patterns, ignore_patterns):
+        asked.found = path, revision, weights in allow_patterns
+        return []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', asked)
+    assert download_of(name) == (0, 'is in the cache') and asked.found == (where, revision, True)
 
 # --- The commands
 

@@ -93,7 +93,7 @@ def _as_flags(words, known):
         name = match[0][2:].replace('-', '_')
         given[name] = OLD_NAMES[name] if OLD_NAMES.get(name) in known else name
         return f'--{given[name]}'
-    words = [re.sub(r'^--[^=]+', flag, word) for word in words]
+    words = [re.sub(r'^--[^=]+', flag, str(word)) for word in words] # a `Path` may be among them
     with_new_names(given) # raises an error if both names are given
     return words
 

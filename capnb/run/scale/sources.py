@@ -94,7 +94,8 @@ class Source:
         if self.kind!='parquet files': return
         first = next(self.read(next(iter(self.files))), None) # None: a file without rows
         error = first and first['error'][0].as_py()
-        if error and ('no column' in error or 'has the type' in error): raise ValueError(error)
+        if error and ('no column' in error or 'has the type' in error):
+            raise ValueError(error)
 
     def read(self,
         path:str, # One of `files`
