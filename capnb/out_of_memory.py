@@ -56,7 +56,7 @@ def release_memory() -> bool: # Whether any memory was released
     _keepers.difference_update(found)
     clear_device_cache(garbage_collection=True)
     if found:
-        log.warning('⚠️ Out of memory: what was kept to write captions is given back, for another try')
+        log.warning('⚠️ Out of memory: caches and recordings are freed, for another try')
     return bool(found)
 
 # %% ../nbs/30k_out_of_memory.ipynb #30d1000b

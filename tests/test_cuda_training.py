@@ -1,8 +1,11 @@
 """The training step of fixed shapes, unrecorded on a processor: the numbers of the readable step, whatever
 the layout; nothing of padding; the same run to the last bit after a stop; and a recording is used as it
 should be. What needs a GPU is in the chapters' cells flagged `cuda`."""
-import logging
-from types import SimpleNamespace
+import logging, pickle, sys, warnings
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 import pytest, torch
 from torch import nn
 from capnb.build import build_captioner
@@ -10,8 +13,11 @@ from capnb.unfreezing import parameter_groups, unfreeze
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
 from capnb.fast.cuda.batches import Layouts, room, views, waste
+from capnb.fast.cuda import training as recording
+from capnb.fast.cuda.layers import FusedGate, use_liger
 from capnb.fast.cuda.training import StaticStep, refusal, static_loss, why_not
 from capnb.fast.packing import Tokens
+from capnb.out_of_memory import release_memory
 from capnb.run import training
 from capnb.run.resume import find_state, read_state, resumed_hyperparameters
 from capnb.run.training import SharedStep, StaticSteps, run_training
@@ -339,15 +345,22 @@ class Recorder:
     def warm_up(self, work):
         work()
         work()
+    def forget(self):
+        pass
     def record(self, work):
-        if self.fails and len(self.made)>=self.after: raise self.fails
+        if self.fails and len(self.made)>=self.after:
+            with (patch('torch._amp_foreach_non_finite_check_and_unscale_'), # a recording does no work,
+                  patch('torch.nn.utils.clip_grad_norm_', side_effect=self.fails)): # and here it breaks off
+                work()
+            raise self.fails
         self.made.append(Played(work))
         return self.made[-1], self.made[-1].result
 
-def trained(model, h, batches, recorder):
+def trained(model, h, batches, recorder, scaler=None):
     optimizer = optimizer_of(model, h)
-    fixed = StaticStep(model, optimizer)
+    fixed = StaticStep(model, optimizer, scaler)
     fixed.recorder = recorder
+    torch.manual_seed(0)
     losses = [float(fixed(parts)) for parts in batches]
     return losses, torch.cat([p.detach().flatten() for p in learned(model)]), fixed
 
@@ -386,6 +399,124 @@ def test_what_cannot_be_recorded_runs_and_is_said_once(batches, caplog, error, a
         found = trained(build_captioner(h, 'cpu').train(), h, steps, Recorder(error, after))
     assert found[0]==expected[0] and torch.equal(found[1], expected[1])
     assert sum('launched one by one' in r.message for r in caplog.records)==1
+
+def test_recording_draws_no_random_numbers(batches):
+    "A run that was stopped and resumed records again; it must draw the numbers of the first."
+    h, steps = batches
+    expected, found = (trained(with_dropout(h).train(), h, steps, r) for r in (None, Recorder()))
+    assert found[0]==expected[0] and torch.equal(found[1], expected[1])
+
+def test_recordings_give_way_to_a_step(batches, monkeypatch, caplog):
+    "A shape that does not fit beside the recordings of others runs in its full size, without them."
+    h, steps = batches
+    expected, backward = trained(build_captioner(h, 'cpu').train(), h, steps, None), StaticStep._backward
+    def cramped(self, shape):
+        if self.recorded and shape not in self.recorded: raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    with caplog.at_level(logging.WARNING, 'capnb'):
+        found = trained(build_captioner(h, 'cpu').train(), h, steps, Recorder())
+    assert found[0]==expected[0] and torch.equal(found[1], expected[1]) and not found[2].recorded
+    assert sum('no memory for the recording' in r.message for r in caplog.records)==1
+
+def test_recordings_are_freed_when_memory_is_needed_elsewhere(batches, caplog):
+    h, steps = batches
+    recorder = Recorder()
+    _, _, fixed = trained(build_captioner(h, 'cpu').train(), h, steps, recorder)
+    assert fixed.recorded and release_memory() and not fixed.recorded and not release_memory()
+    fixed(steps[0])
+    assert set(fixed.recorded)=={steps[0][0].shape, 'update'} and release_memory()
+
+def test_a_run_that_is_over_holds_no_recordings(static, tmp_path, monkeypatch):
+    seen = []
+    class Recorded(StaticStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.recorder = Recorder()
+    class Watch(Callback):
+        def on_train_end(self, run):
+            seen.append(len(run.static.recorded))
+    monkeypatch.setattr(training, 'StaticStep', Recorded)
+    h = settings(tmp_path, num_epochs=1, evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), encoded(h), h, [Watch()])
+    assert seen[0] > 1 and not run.static.recorded and not run.static.places
+
+def test_an_update_that_cannot_be_recorded_leaves_the_scaler_as_it_was(batches):
+    h, steps = batches
+    scaler = lambda: torch.amp.GradScaler('cpu', init_scale=2.**10)
+    error = torch.OutOfMemoryError('CUDA out of memory')
+    expected = trained(build_captioner(h, 'cpu').train(), h, steps[:1]*4, None, scaler())
+    found = trained(build_captioner(h, 'cpu').train(), h, steps[:1]*4, Recorder(error, 1), scaler())
+    assert found[2].refused and found[0]==expected[0] and torch.equal(found[1], expected[1])
+
+def test_a_batch_is_laid_out_by_one_plan(static, tmp_path, monkeypatch):
+    "The reading thread is in the middle of a batch when the main thread halves it."
+    class Replan(Callback):
+        def on_epoch_begin(self, run):
+            read, steps = run.stepper.batches.read, run.stepper
+            def read_and_plan(rows):
+                if not run.micro_batch_size:
+                    run.micro_batch_size = 2
+                    steps.plan()
+                return read(rows)
+            monkeypatch.setattr(steps.batches, 'read', read_and_plan)
+    found = []
+    for callbacks in ([], [Replan()]):
+        h = settings(tmp_path/str(len(found)), num_epochs=1, evaluation_enabled=False)
+        found.append(run_training(build_captioner(h, 'cpu'), encoded(h), h, callbacks))
+    assert found[1].micro_batch_size==2 and found[1].losses==pytest.approx(found[0].losses, abs=1e-3)
+
+def test_the_stream_is_waited_for_after_an_error(monkeypatch):
+    "Else work that follows could read a gradient while the failed work still writes it."
+    waits = []
+    def stream(name):
+        return SimpleNamespace(wait_stream=lambda other: waits.append((name, other.name)), name=name)
+    recorder = object.__new__(recording.Recorder)
+    recorder.stream, recorder.device = stream('aside'), 'cuda'
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: stream('main'))
+    monkeypatch.setattr(torch.cuda, 'stream', lambda other: nullcontext())
+    with pytest.raises(ZeroDivisionError):
+        recorder.warm_up(lambda: 1/0)
+    assert waits==[('aside', 'main'), ('main', 'aside')]
+
+def test_watching_for_waits_is_no_warning(monkeypatch):
+    modes = ['default']
+    def set_mode(mode):
+        warnings.warn('Synchronization debug mode is a prototype feature', UserWarning, stacklevel=2)
+        modes.append(mode)
+    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', set_mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(KeyError), recording.no_waiting():
+            raise KeyError
+    assert modes==['default', 'error', 'default']
+
+def test_a_decoder_that_left_the_gpu_needs_no_liger(monkeypatch):
+    "On a CPU it computes as before, and its pickle can be read where Liger Kernel is not installed."
+    def refuse(*args, **kwargs): raise AssertionError('Triton does not run on a CPU')
+    package = ModuleType('liger_kernel')
+    package.__spec__ = ModuleSpec('liger_kernel', None)
+    parts = {'': package, '.transformers': ModuleType('transformers'),
+             '.transformers.rope': SimpleNamespace(liger_rotary_pos_emb=refuse),
+             '.transformers.swiglu': SimpleNamespace(LigerSwiGLUMLP=SimpleNamespace(forward=refuse))}
+    from transformers.models.qwen3 import modeling_qwen3
+    monkeypatch.setattr(modeling_qwen3, 'apply_rotary_pos_emb', modeling_qwen3.apply_rotary_pos_emb)
+    decoder = build_captioner(as_hyperparameters(), 'cpu').decoder
+    ids, names = torch.arange(40).view(2, 20), list(decoder.state_dict())
+    with torch.no_grad():
+        expected = decoder(ids).logits
+    with monkeypatch.context() as there:
+        for name, module in parts.items():
+            there.setitem(sys.modules, f'liger_kernel{name}', module)
+        assert use_liger(decoder)
+        rotate = modeling_qwen3.apply_rotary_pos_emb
+        assert use_liger(decoder) and modeling_qwen3.apply_rotary_pos_emb is rotate # once is enough
+    gates = [m for m in decoder.modules() if type(m) is FusedGate]
+    assert len(gates)==decoder.config.num_hidden_layers and list(decoder.state_dict())==names
+    for found in (decoder, pickle.loads(pickle.dumps(decoder))):
+        with torch.no_grad():
+            assert torch.equal(found(ids).logits, expected)
 
 def test_another_error_is_one(batches):
     h, steps = batches

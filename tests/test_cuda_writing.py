@@ -1,7 +1,6 @@
 "Writing by steps over a cache of fixed size: the same captions as the other ways, here without a recording."
 import copy, gc, pickle, weakref
 from collections import Counter
-from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
 from transformers import (
@@ -14,7 +13,7 @@ from capnb.generation import generate_captions, generate_rows as by_generate
 from capnb.fast import writing as chapter_21
 from capnb.fast.cuda import rows as cuda_rows, writing as cuda_writing
 from capnb.fast.cuda.rows import FixedRows, takes_fixed_cache
-from capnb.fast.cuda.training import why_not
+from capnb.fast.cuda.training import Recorder, why_not
 from capnb.fast.cuda.writing import CudaWriter, write_rows
 from capnb.fast.packing import takes_positions
 from capnb.fast.parts import is_fast, make_fast
@@ -239,12 +238,11 @@ def test_a_recording_that_does_not_fit_is_done_without_and_said_once(model, pref
     "Also where CUDA, once memory has run out, says no more than that the recording has failed."
     for error in (torch.OutOfMemoryError('CUDA out of memory'),
                   RuntimeError('CUDA error: operation failed due to a previous error during capture')):
-        def record(do, pool, stream, error=error):
+        def record(do, error=error):
             raise error
-        monkeypatch.setattr(cuda_rows, 'record', record)
-        monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
         writer, rows = CudaWriter(), FixedRows(model.decoder, 8, 1, 32)
-        rows.records, rows.pool, rows.stream = True, None, None # as on a GPU
+        rows.records = True # as on a GPU
+        rows.recorder = SimpleNamespace(warm_up=lambda do: do(), record=record)
         monkeypatch.setattr(writer, '_rows', lambda *args, rows=rows: rows)
         caplog.clear()
         for _ in range(2):
@@ -259,16 +257,13 @@ def test_other_errors_are_not_hidden(model, prefixes, monkeypatch):
 
 def test_few_rows_do_not_wait_for_a_recording(model, prefixes, monkeypatch):
     made = []
-    def record(do, pool, stream):
+    def warm_up(do):
         made.append(do)
-        do()
-        return None # as for a decoder that cannot be recorded
-    monkeypatch.setattr(cuda_rows, 'record', record)
-    monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
+        raise RuntimeError('called a synchronizing CUDA operation') # a decoder that cannot be recorded
     prefix = prefixes(1)
     def rows(width):
         found = FixedRows(model.decoder, width, 1, 32)
-        found.records, found.pool, found.stream = True, None, None # as on a GPU
+        found.records, found.recorder = True, SimpleNamespace(warm_up=warm_up) # as on a GPU
         return found
     alone = rows(1)
     write_rows(alone, prefix[:1], [24])
@@ -277,6 +272,21 @@ def test_few_rows_do_not_wait_for_a_recording(model, prefixes, monkeypatch):
     assert len(made)==1 and not alone.records
     write_rows(rows(4), prefix, [2]*10) # more images than rows
     assert len(made)==2
+
+def test_what_recordings_reserve_is_not_free(model, monkeypatch):
+    "Of what PyTorch holds, a new cache can take only what belongs to no recording, and on its own card."
+    part = lambda size, used, device=0, pool=(0,0): dict(
+        total_size=size, allocated_size=used, device=device, segment_pool_id=pool)
+    room = takes_fixed_cache(model.decoder)*32 + 12*model.decoder.config.vocab_size # bytes of a row
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (4*room, 0))
+    gpu = SimpleNamespace(device=torch.device('cuda', 0), config=model.decoder.config)
+    monkeypatch.setattr(cuda_writing, 'takes_fixed_cache', lambda decoder: takes_fixed_cache(model.decoder))
+    fits = lambda: CudaWriter()._fits(gpu, 1, 32)
+    held = [part(8*room, 0, 0, (0,1)), part(8*room, 0, 1), part(8*room, 5*room)]
+    monkeypatch.setattr(torch.cuda, 'memory_snapshot', lambda: held)
+    assert not fits()
+    held.append(part(room, 0))
+    assert fits()
 
 # --- Where it is put in
 
@@ -358,10 +368,11 @@ def test_a_captioner_on_a_gpu():
 @gpu
 def test_a_step_that_waits_is_not_recorded():
     numbers = torch.arange(3., device='cuda')
+    recorder = Recorder('cuda')
+    with torch.no_grad(), pytest.raises(RuntimeError, match='synchronizing'):
+        recorder.warm_up(lambda: numbers.sum().item())
     with torch.no_grad():
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        assert cuda_rows.record(lambda: numbers.sum().item(), pool, stream) is None
-        graph = cuda_rows.record(lambda: numbers.add_(1), pool, stream)
+        graph, _ = recorder.record(lambda: numbers.add_(1))
     before = numbers.clone()
     graph.replay()
     assert torch.equal(numbers, before+1)

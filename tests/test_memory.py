@@ -48,7 +48,7 @@ OTHERS = [
     RuntimeError('mat1 and mat2 shapes cannot be multiplied'),
 ]
 
-GIVEN = '⚠️ Out of memory: what was kept to write captions is given back, for another try'
+GIVEN = '⚠️ Out of memory: caches and recordings are freed, for another try'
 
 @pytest.fixture(scope='module')
 def model():

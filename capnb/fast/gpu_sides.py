@@ -82,13 +82,16 @@ class Bench:
         gc.collect()
 
     def measure(self, do, captions):
-        "Time a step; return captions per second, milliseconds, and peak memory in GB (None on a CPU)."
+        """Time a step; return captions per second, milliseconds, and peak memory in GB (None on a CPU).
+
+        It is the memory that PyTorch reserves, as only that counts what a recording keeps."""
         gpu = torch.device(self.device).type=='cuda'
         if gpu:
             gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds = seconds_of(do, self.device, self.sizes.seconds)
-        peak = torch.cuda.max_memory_allocated()/1e9 if gpu else None
+        peak = torch.cuda.max_memory_reserved()/1e9 if gpu else None
         return dict(captions_s=captions/seconds, ms=1e3*seconds, peak_gb=peak)
 
 # %% ../../nbs/25c_gpu_sides.ipynb #6a28dd80

@@ -215,9 +215,10 @@ class StaticSteps(SharedStep):
     def lay_out(self, rows):
         "Read rows and lay them out in parts."
         parts, total = [], sum(self.counts[i] for i in rows)
-        for at in range(0, len(rows), self.layouts.images):
-            features, captions = self.batches.read(rows[at:at+self.layouts.images])
-            batch = self.layouts.lay_out(features, *self.table.find(captions), total)
+        layouts = self.layouts # the main thread may replace it meanwhile
+        for at in range(0, len(rows), layouts.images):
+            features, captions = self.batches.read(rows[at:at+layouts.images])
+            batch = layouts.lay_out(features, *self.table.find(captions), total)
             parts.append(batch.pin_memory() if self.run.model.device.type=='cuda' else batch)
         return parts
 
@@ -232,10 +233,14 @@ class StaticSteps(SharedStep):
                 return loss
             except RuntimeError as e:
                 if not memory_ran_out(e, self.layouts.images==1): raise
-            run.static.forget()
-            if release_memory(): continue
+            had = run.static.release()
+            if release_memory() or had: continue
             _halve(run, len(rows))
             self.plan()
+
+    def on_close(self, run):
+        if run.static:
+            run.static.forget() # a run that is kept holds no memory for them
 
 def _prefix_length(run): # Number of prefix vectors of an image
     features = run.data['train'].features[[0]]

@@ -19,7 +19,7 @@ from ...generation import generate_captions, write_ids as readable_write
 from ..packing import takes_positions
 from ..loss import token_nll
 from ..writing import generate_rows, write_captions
-from .training import refusal
+from .training import Recorder, refusal
 from .rows import FixedRows, takes_fixed_cache
 
 # %% ../../../nbs/23e_writing_on_a_gpu.ipynb #23e00006
@@ -129,6 +129,13 @@ _OPTIONS = {
     'temperature', 'top_k', 'top_p', 'min_p'
 }
 
+def _unused(device):
+    "Bytes that PyTorch has reserved on a GPU and can give to any tensor; what recordings reserve is theirs."
+    return sum(
+        s['total_size']-s['allocated_size'] for s in torch.cuda.memory_snapshot()
+        if s['device']==device.index and s['segment_pool_id']==(0,0)
+    )
+
 class CudaWriter:
     """A writer for `Captioner.writer` with the decoder on a GPU. It uses recorded steps over a cache of fixed
     size, and keeps both for the next call.
@@ -152,7 +159,7 @@ class CudaWriter:
     def release(self) -> bool: # Whether there was any to free
         "Free the memory of cache and recordings."
         had = bool(self.held)
-        self.held, self.weights, self.shared, self.short = {}, None, {}, False
+        self.held, self.weights, self.recorder, self.short = {}, None, None, False
         return had
 
     def _tell(self, why):
@@ -175,8 +182,7 @@ class CudaWriter:
     def _fits(self, decoder, rows, room):
         "Whether a cache takes at most an eighth of the free memory."
         if decoder.device.type!='cuda': return True
-        free = torch.cuda.mem_get_info(decoder.device)[0] + torch.cuda.memory_reserved(decoder.device)
-        free -= torch.cuda.memory_allocated(decoder.device)
+        free = torch.cuda.mem_get_info(decoder.device)[0] + _unused(decoder.device)
         logits = 12*decoder.config.get_text_config().vocab_size # in their own dtype, and twice in float32
         return rows*(room*takes_fixed_cache(decoder)+logits) <= free/8
 
@@ -186,8 +192,8 @@ class CudaWriter:
         if weights!=self.weights: # recordings read the old addresses
             self.release()
             self.weights = weights
-        if decoder.device.type=='cuda' and not self.shared:
-            self.shared = dict(pool=torch.cuda.graph_pool_handle(), stream=torch.cuda.Stream(decoder.device))
+        if decoder.device.type=='cuda' and not self.recorder:
+            self.recorder = Recorder(decoder.device)
         images, k, _ = prefix.shape
         widths = [w for w in WIDTHS if w < min(images, asked or images)]
         widths = [*widths, *WIDTHS[len(widths):][:1]] # the last one holds all
@@ -195,7 +201,7 @@ class CudaWriter:
             widths.pop()
         held = self.held.get(widths[-1])
         if held is None or held.prefix!=k or held.room < k+longest:
-            self.held[widths[-1]] = held = FixedRows(decoder, widths[-1], k, k+longest, **self.shared)
+            self.held[widths[-1]] = held = FixedRows(decoder, widths[-1], k, k+longest, self.recorder)
         return held
 
     def __call__(self,
