@@ -266,13 +266,15 @@ Examples
 # %% ../nbs/30b_settings.ipynb #416ac924
 def _plain(value, kind, m):
     """A value as plain data: NumPy and PyTorch numbers as Python's, 8.0 as 8 where a whole number is needed,
-    a path as a string with its `~` expanded."""
+    a path as a string with its `~` expanded, False as 'no' where that is a choice."""
     if getattr(value, 'shape', None)==() and hasattr(value, 'item'):
         value = value.item()
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if value is False and 'no' in (m['choices'] or ()):
+        value = 'no' # YAML reads a bare no as False
     return os.path.expanduser(value) if m['path'] and isinstance(value, str) else value
 
 def _fits(value, kind, m):

@@ -104,6 +104,20 @@ def test_what_captions_and_scores_in_python_has_them_too(trained, pages, monkeyp
     use.caption(pages[0], trained.checkpoint)
     assert [is_fast(model) for model in seen] == [True, True]
 
+def test_other_data_is_not_read_with_the_settings_of_the_training_data(tmp_path, capsys):
+    for name, column in (('mine', 'sentence'), ('other', 'caption')):
+        rows = [f'file_name,{column},split']
+        (tmp_path/name).mkdir()
+        for i in range(6):
+            Storybook(n=6)[i]['image'].save(tmp_path/name/f'{i}.png')
+            split = ('train', 'validation', 'test')[i//2]
+            rows += [f'{i}.png,"{text}",{split}' for text in Storybook(n=6).captions(i)[:2]]
+        (tmp_path/name/'captions.csv').write_text('\n'.join(rows))
+    told = dict(SMALL, caption_column='sentence', evaluation_enabled=False, output_dir=str(tmp_path/'out'))
+    done = train(told, data=str(tmp_path/'mine'))
+    scores = use.evaluate(done.checkpoint)[0]
+    assert scores==use.evaluate(done.checkpoint, str(tmp_path/'other'))[0] and scores['pictures']==2
+
 # --- Both ways give the same numbers
 
 def test_the_course_alone_is_the_readable_way(trained):

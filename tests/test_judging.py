@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.run.entry import train
 from capnb.hub import model_path
+from capnb.saving import shipped_checkpoint
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
@@ -306,6 +307,13 @@ def test_predictions_against_a_checkpoint(written, made):
         next((made / 'saved_models').glob('*-2.pth')),
     )
     assert 'may be chance' in said and ' real' not in said # they are its own captions
+
+def test_another_checkpoint_is_looked_at_before_captions_are_written(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('capnb.run.scoring.judge_captions', lambda *args: pytest.fail('it was scored'))
+    said = refused(capsys, '--folder', made/'saved_models', '--against', tmp_path/'gone.pth')
+    assert 'gone.pth has no metadata' in said
+    said = refused(capsys, '--folder', made/'saved_models', '--against', shipped_checkpoint())
+    assert 'was trained on storybook, not on' in said
 
 # --- Slices
 

@@ -46,6 +46,15 @@ USES = {
 def test_works_as_a_dictionary(use):
     assert USES[use](H)
 
+def test_a_bare_no_in_yaml_is_the_word(tmp_path):
+    "YAML reads it as False."
+    (tmp_path/'my.yaml').write_text('mixed_precision: no\n')
+    assert as_hyperparameters(tmp_path/'my.yaml').mixed_precision=='no'
+    with pytest.raises(ValueError, match='mixed_precision is True'):
+        as_hyperparameters(mixed_precision=True)
+    with pytest.raises(ValueError, match='features is False'):
+        as_hyperparameters(features=False)
+
 def test_a_name_that_is_not_known():
     with pytest.raises(KeyError, match="there is no hyperparameter 'batch_sise'"):
         H['batch_sise']

@@ -118,7 +118,8 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
         checkpoint in `saved_models`.
     data : str, dict or dataset, optional
         Data as for `load_data`: a name, a folder, a data set or a dictionary of splits. Default: the data
-        that the checkpoint was trained for. There is no default if `model` is a `Captioner`.
+        that the checkpoint was trained for, read with the settings of its training, such as `image_column`.
+        There is no default if `model` is a `Captioner`.
     split : str, default 'test'
         Name of the split to score.
     progress : bool, default False
@@ -158,7 +159,7 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     else:
         model, _, h = load_model_from_checkpoint(_weights(model))
         make_fast(model)
-        splits = load_for(h, data)
+        splits = load_for(h) if data is None else load_data(data, image_size=h.image_size)
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     encoded = encode_data(model.encoder, splits[split], progress='Encoding' if progress else '')
