@@ -265,8 +265,8 @@ Examples
 
 # %% ../nbs/30b_settings.ipynb #416ac924
 def _plain(value, kind, m):
-    """A value as plain data: NumPy and PyTorch numbers as Python's, 8.0 as 8 where a whole number is needed,
-    a path as a string with its `~` expanded, False as 'no' where that is a choice."""
+    """A value as plain data: NumPy and PyTorch numbers as Python's, 8.0 as 8 where a whole number is needed.
+    A path is a string with its `~` expanded, and False is 'no' where that is a choice."""
     if getattr(value, 'shape', None)==() and hasattr(value, 'item'):
         value = value.item()
     if isinstance(value, os.PathLike):

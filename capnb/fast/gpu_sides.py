@@ -84,7 +84,7 @@ class Bench:
     def measure(self, do, captions):
         """Time a step; return captions per second, milliseconds, and peak memory in GB (None on a CPU).
 
-        It is the memory that PyTorch reserves, as only that counts what a recording keeps."""
+        Peak memory is what PyTorch reserved, because a recording keeps memory that is not allocated."""
         gpu = torch.device(self.device).type=='cuda'
         if gpu:
             gc.collect()

@@ -71,7 +71,8 @@ class FusedOperations(TorchFunctionMode):
 
 # %% ../../nbs/24d_memory.ipynb #13a00016
 TOKENS = 32 # assumed length of the longest caption in a batch
-ENCODED, READ, WRITTEN = 128, 64, 32 # images at a time in `encode_data`, `validate` and `generate_ids`
+# images counted at a time: encoding (up to four threads of 32), `validate` and `generate_ids`
+ENCODED, READ, WRITTEN = 128, 64, 32
 
 def phases(
     model:Captioner, # From `random_init_captioner`

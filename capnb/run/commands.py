@@ -233,9 +233,9 @@ def results_command(
 
 @command
 def bench_command(
-    quick:Param('One measured round instead of five: under ten minutes', store_true)=False,
+    quick:Param('One measured round instead of five', store_true)=False,
     json:Param('Write the figures to this file', new_file)=None,
-    device:Param('The processor, or a GPU in four minutes', str, choices=['cpu', 'cuda'])='cpu',
+    device:Param('The processor, or an NVIDIA GPU', str, choices=['cpu', 'cuda'])='cpu',
     full_run:Param('Time a whole run on a GPU: 29,000 made-up images, five epochs', store_true)=False,
 ):
     """Measure training and writing at real model size with random weights; the naive version and the

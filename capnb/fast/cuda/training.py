@@ -109,11 +109,11 @@ def why_not(
     model, # `Captioner`
     optimizer, # Its optimizer
     length:int, # Positions of the longest caption, its prefix included
-): # Text, or None if they can
+): # Text, or None if such steps can train it
     "Explain why steps of fixed shapes cannot train this model."
     if not isinstance(optimizer, torch.optim.AdamW):
         return f'the optimizer is {type(optimizer).__name__}, not AdamW'
-    if model.prompt: return 'a prompt stands between image and caption'
+    if model.prompt: return 'there is a prompt between image and caption'
     if not takes_positions(model.decoder, length):
         return 'captions cannot share rows in this decoder'
     return None

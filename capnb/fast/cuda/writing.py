@@ -130,7 +130,7 @@ _OPTIONS = {
 }
 
 def _unused(device):
-    "Bytes that PyTorch has reserved on a GPU and can give to any tensor; what recordings reserve is theirs."
+    "Bytes that PyTorch has reserved on a GPU for any tensor and does not use; not those of recordings."
     return sum(
         s['total_size']-s['allocated_size'] for s in torch.cuda.memory_snapshot()
         if s['device']==device.index and s['segment_pool_id']==(0,0)
@@ -145,8 +145,8 @@ class CudaWriter:
     For other options, such as beams, it falls back to `capnb.fast.writing`. It also falls back on a CPU,
     under autocast, with a decoder that `takes_fixed_cache` rejects, and if memory is short.
 
-    Without `batch_size`, the number of rows depends on the images and on an eighth of the free memory. With
-    `batch_size`, it is the next of `WIDTHS` that holds `batch_size`.
+    The number of rows is the next of `WIDTHS` that holds the images, or `batch_size` if that is smaller. It
+    is reduced if the cache would take more than an eighth of the free memory.
     """
     def __init__(self):
         self.lock, self.told, self.held = Lock(), set(), {}
@@ -174,7 +174,8 @@ class CudaWriter:
         if torch.is_autocast_enabled(decoder.device.type):
             self._tell('autocast makes copies of the weights, which a recording would outlive')
         elif not (takes_positions(decoder, length) and takes_fixed_cache(decoder)):
-            self._tell(f'{type(decoder).__name__} has no plain key-value cache, or one that forgets')
+            self._tell(f'{type(decoder).__name__} cannot use a cache of fixed size, or attends only to the'
+                       ' newest tokens')
         else:
             return True
         return False
