@@ -27,8 +27,9 @@ _PERHAPS_NO_MEMORY = (
 SHORT = 2e9 # bytes: with less free memory, a GPU's libraries cannot load their kernels
 
 def memory_is_short() -> bool:
-    "Whether the GPU in use has less than `SHORT` bytes free; always False without a GPU."
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < SHORT
+    "Whether a GPU in use has less than `SHORT` bytes free; always False without a GPU."
+    used = [i for i in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(i)]
+    return any(torch.cuda.mem_get_info(i)[0] < SHORT for i in used)
 
 def memory_ran_out(
     error, # The exception

@@ -1,13 +1,14 @@
 """The benchmark of a GPU, run in small on the processor, so that what runs on a card is known to work; and a
 whole run, clocked."""
 import json, time
+from statistics import mean
+from types import SimpleNamespace
 import pytest, torch
-from capnb.fast import gpu_bench
+from capnb.fast import gpu_bench, gpu_sides
 from capnb.fast.gpu_bench import GOALS, SECTIONS, bench_gpu, find_ratios, gpu_text
 from capnb.fast.gpu_sides import (
-    STEPS, Bench, Sizes, compiled_step, real_tokens, rows_seconds, static_step, training_difference
+    Bench, Sizes, compiled_step, real_tokens, rows_seconds, static_step, training_difference
 )
-from capnb.fast.synthetic import caption_lengths
 from capnb.run.commands import LEFT_OUT, bench_command
 from capnb.run.full_run import PhaseClock, full_run, full_run_settings
 
@@ -96,8 +97,32 @@ def test_a_speed_is_captions_over_seconds(bench):
     found = bench.measure(lambda: time.sleep(.001), 6)
     assert found['captions_s']*found['ms'] == pytest.approx(6000)
     assert rows_seconds(bench, 2)[2] == 2*SMALL.refills
-    tokens = sum(sum(caption_lengths(4, i)) for i in range(STEPS))/STEPS
-    assert real_tokens(bench, 4) == 4+tokens and real_tokens(bench, 2, 2) == 2*64+tokens # 64 patches
+    for n, each in (4, 1), (2, 2):
+        assert real_tokens(bench, n, each)==mean(b.read for b in static_step(bench, n, each)[2])
+
+def test_the_first_steps_do_not_count_the_making_of_the_model(bench, monkeypatch):
+    events, make = [], gpu_sides.random_captioner
+    monkeypatch.setattr(gpu_sides, 'random_captioner', lambda *args: events.append('model') or make(*args))
+    monkeypatch.setattr(gpu_bench, 'time', SimpleNamespace(perf_counter=lambda: events.append('clock') or 0))
+    monkeypatch.setattr(Bench, 'measure', lambda *args: dict(ms=1, captions_s=1))
+    bench.release()
+    gpu_bench._replayed(bench, 4, 1)
+    assert events==['model', 'clock', 'clock']
+    bench.release()
+    fast = lambda bench, n: bench.captioner(fast=True) and (lambda: 0)
+    monkeypatch.setattr(gpu_bench, 'compiled_step', fast)
+    gpu_bench._compiled(bench)
+    assert events[3:]==['model', 'clock', 'clock']
+
+def test_equal_captions_are_those_of_the_same_layers(bench, monkeypatch):
+    "Fused layers round differently, which is not what is compared here."
+    kinds, captioner = [], Bench.captioner
+    def noted(self, features='pooled', fast=False):
+        kinds.append(fast)
+        return captioner(self, features, fast)
+    monkeypatch.setattr(Bench, 'captioner', noted)
+    found = gpu_sides.same_captions(bench, 2)
+    assert set(kinds)=={True} and found['same']==found['of']
 
 def test_every_ratio_is_named(measured):
     text = gpu_text(measured[0])

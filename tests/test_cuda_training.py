@@ -1,8 +1,9 @@
 """The training step of fixed shapes, unrecorded on a processor: the numbers of the readable step, whatever
 the layout; nothing of padding; the same run to the last bit after a stop; and a recording is used as it
 should be. What needs a GPU is in the chapters' cells flagged `cuda`."""
-import logging, pickle, sys, warnings
-from contextlib import nullcontext
+import gc, logging, pickle, sys, time, warnings
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
 from capnb.fast.cuda.batches import Layouts, room, views, waste
 from capnb.fast.cuda import training as recording
-from capnb.fast.cuda.layers import FusedGate, use_liger
+from capnb.fast.cuda.layers import FusedGate, _fuse_rotation, use_liger
 from capnb.fast.cuda.training import StaticStep, refusal, static_loss, why_not
 from capnb.fast.packing import Tokens
 from capnb.out_of_memory import release_memory
@@ -479,6 +480,100 @@ def test_the_stream_is_waited_for_after_an_error(monkeypatch):
         recorder.warm_up(lambda: 1/0)
     assert waits==[('aside', 'main'), ('main', 'aside')]
 
+def test_recordings_are_deleted_all_at_once(monkeypatch):
+    "PyTorch frees the workspace of a stream with each recording made on it; the others would lose it."
+    class Graph:
+        def __del__(self): gone.append(self)
+    class Full(nullcontext):
+        def __exit__(self, *args): raise torch.OutOfMemoryError('CUDA out of memory')
+    gone, recorder = [], object.__new__(recording.Recorder)
+    recorder.stream = None
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+    recorder.forget()
+    monkeypatch.setattr(torch.cuda, 'graph', lambda *args, **how: nullcontext())
+    assert recorder.record(lambda: 5)[1]==5 and not gone # the caller drops it
+    monkeypatch.setattr(torch.cuda, 'graph', lambda *args, **how: Full())
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(lambda: 5)
+    gc.collect()
+    assert not gone
+    recorder.forget()
+    assert len(gone)==2
+
+class Cramped(Recorder):
+    "No memory is left to replay more than three images."
+    def __init__(self):
+        super().__init__()
+        self.tries = 0
+    def record(self, work):
+        found = super().record(work)
+        if isinstance(work, partial) and work.args[0].images > 3:
+            found[0].replay = self.refuse
+        return found
+    def refuse(self):
+        self.tries += 1
+        if self.tries > 4: pytest.fail('it tries again and again')
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+def test_recordings_are_given_up_once_for_a_batch(static, tmp_path, monkeypatch):
+    class Recorded(StaticStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.recorder = Cramped()
+    h = settings(tmp_path/'all', evaluation_enabled=False)
+    data = encoded(h)
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    monkeypatch.setattr(training, 'StaticStep', Recorded)
+    h = settings(tmp_path/'parts', evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert run.micro_batch_size==3 and run.losses==pytest.approx(whole.losses, abs=1e-3)
+
+def test_each_epoch_has_the_same_shapes_to_choose_from(static, tmp_path, monkeypatch):
+    "Else a GPU would record all steps again in each epoch, since each draws other captions."
+    seen = []
+    class Watched(Layouts):
+        def __init__(self, lengths, *args):
+            seen.append(lengths)
+            super().__init__(lengths, *args)
+    monkeypatch.setattr(training, 'Layouts', Watched)
+    h = settings(tmp_path, num_epochs=3, captions_per_image=1, evaluation_enabled=False)
+    run_training(build_captioner(h, 'cpu'), encoded(h), h)
+    assert len(seen)==3 and seen[0]==seen[1]==seen[2] and len({len(l) for l in seen[0]})==1
+
+def test_shapes_share_the_place_of_the_features(batches):
+    h, steps = batches
+    _, _, fixed = trained(build_captioner(h, 'cpu').train(), h, steps, None)
+    assert sum(place.is_floating_point() for place in fixed.places.values())==2 # for 4 and for 6 images
+
+def test_seconds_of_recording_include_the_warm_up(batches):
+    class Slow(Recorder):
+        def warm_up(self, work):
+            super().warm_up(work)
+            time.sleep(.05)
+    h, steps = batches
+    _, _, fixed = trained(build_captioner(h, 'cpu').train(), h, steps, Slow())
+    assert fixed.seconds > .15 # three shapes
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
+    devices = []
+    @contextmanager
+    def device(which):
+        devices.append(which)
+        yield
+        devices.append(None)
+    monkeypatch.setattr(torch.cuda, 'device', device)
+    on_second = SimpleNamespace(is_cuda=True, device='cuda:1')
+    kernel = lambda *args: devices.append('kernel')
+    for name, module in liger(kernel).items():
+        monkeypatch.setitem(sys.modules, f'liger_kernel{name}', module)
+    module = SimpleNamespace(apply_rotary_pos_emb=None)
+    _fuse_rotation(module)
+    module.apply_rotary_pos_emb(on_second, on_second)
+    FusedGate(nn.Module())(on_second)
+    assert devices==['cuda:1', 'kernel', None]*2
+
 def test_watching_for_waits_is_no_warning(monkeypatch):
     modes = ['default']
     def set_mode(mode):
@@ -492,14 +587,17 @@ def test_watching_for_waits_is_no_warning(monkeypatch):
             raise KeyError
     assert modes==['default', 'error', 'default']
 
+def liger(kernel):
+    "The parts of Liger Kernel that are used; each calls `kernel`."
+    package = ModuleType('liger_kernel')
+    package.__spec__ = ModuleSpec('liger_kernel', None)
+    return {'': package, '.transformers': ModuleType('transformers'),
+            '.transformers.rope': SimpleNamespace(liger_rotary_pos_emb=kernel),
+            '.transformers.swiglu': SimpleNamespace(LigerSwiGLUMLP=SimpleNamespace(forward=kernel))}
+
 def test_a_decoder_that_left_the_gpu_needs_no_liger(monkeypatch):
     "On a CPU it computes as before, and its pickle can be read where Liger Kernel is not installed."
     def refuse(*args, **kwargs): raise AssertionError('Triton does not run on a CPU')
-    package = ModuleType('liger_kernel')
-    package.__spec__ = ModuleSpec('liger_kernel', None)
-    parts = {'': package, '.transformers': ModuleType('transformers'),
-             '.transformers.rope': SimpleNamespace(liger_rotary_pos_emb=refuse),
-             '.transformers.swiglu': SimpleNamespace(LigerSwiGLUMLP=SimpleNamespace(forward=refuse))}
     from transformers.models.qwen3 import modeling_qwen3
     monkeypatch.setattr(modeling_qwen3, 'apply_rotary_pos_emb', modeling_qwen3.apply_rotary_pos_emb)
     decoder = build_captioner(as_hyperparameters(), 'cpu').decoder
@@ -507,7 +605,7 @@ def test_a_decoder_that_left_the_gpu_needs_no_liger(monkeypatch):
     with torch.no_grad():
         expected = decoder(ids).logits
     with monkeypatch.context() as there:
-        for name, module in parts.items():
+        for name, module in liger(refuse).items():
             there.setitem(sys.modules, f'liger_kernel{name}', module)
         assert use_liger(decoder)
         rotate = modeling_qwen3.apply_rotary_pos_emb

@@ -18,6 +18,7 @@ from capnb.fast.cuda.writing import CudaWriter, write_rows
 from capnb.fast.packing import takes_positions
 from capnb.fast.parts import is_fast, make_fast
 from capnb.options import check_options
+from capnb.out_of_memory import release_memory
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 
@@ -194,7 +195,8 @@ def test_rows_are_kept_until_weights_change(model, prefixes):
         return dict(writer.held)
     first = write(1)
     assert list(first) == [1] and write(1) == first and list(write(5)) == [1, 8] and write(1)[1] is first[1]
-    assert write(1, 3)[1] is not first[1] # other prefixes
+    other = write(1, 3)
+    assert list(other)==[1] and other[1] is not first[1] # other prefixes: all recordings go together
     kept = write(1)[1]
     prefix = lm.get_input_embeddings()(torch.ones(1, 1).long())
     [ids] = writer.generate_rows(lm, model.tokenizer, prefix, 40, 32, check_options(dict(eos_token_id=599)))
@@ -287,6 +289,15 @@ def test_what_recordings_reserve_is_not_free(model, monkeypatch):
     assert not fits()
     held.append(part(room, 0))
     assert fits()
+
+def test_a_writer_can_be_asked_for_memory_again(monkeypatch):
+    "It fills its cache in each epoch."
+    writer, on_gpu = CudaWriter(), SimpleNamespace(device=torch.device('cuda'))
+    captioner = SimpleNamespace(decoder=on_gpu, tokenizer=None, prefix=lambda x: x, max_caption_length=8)
+    monkeypatch.setattr(cuda_writing, 'generate_captions', lambda *args, **options: writer.held.update(a=1))
+    for _ in range(2):
+        writer(captioner, None)
+        assert release_memory() and not writer.held and not release_memory()
 
 # --- Where it is put in
 

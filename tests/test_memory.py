@@ -87,7 +87,9 @@ def card(monkeypatch):
     "Say that there is a GPU with so many bytes free."
     def card(free):
         monkeypatch.setattr('torch.cuda.is_available', lambda: True)
-        monkeypatch.setattr('torch.cuda.mem_get_info', lambda: (int(free), 80_000_000_000))
+        monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+        monkeypatch.setattr('torch.cuda.memory_reserved', lambda i: i) # the second one is in use
+        monkeypatch.setattr('torch.cuda.mem_get_info', lambda i: (int(free) if i else 0, 80_000_000_000))
     return card
 
 @pytest.mark.parametrize('error', PERHAPS, ids=str)

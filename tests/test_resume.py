@@ -10,7 +10,7 @@ from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.run.commands import train_command
 from capnb.storybook import Storybook
-from capnb.run.resume import _set_schedule, find_state, read_state
+from capnb.run.resume import _set_schedule, find_state, random_state, read_state, set_random_state
 from forks import fork, write_to
 
 slow = pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
@@ -26,6 +26,14 @@ SMALL = dict(
     prefix_length=2,
     max_caption_length=8,
 )
+
+def test_random_numbers_of_another_gpu_are_kept(monkeypatch):
+    "A model on the second GPU draws from its generator, not from that of the current one."
+    kept, place = {}, torch.device('cuda:1')
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda device='cuda': f'state of {device}')
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda state, at='cuda': kept.update({at: state}))
+    set_random_state(random_state(place), place)
+    assert kept=={place: 'state of cuda:1'}
 
 # --- Processes
 

@@ -10,11 +10,10 @@ import json, os, time
 import numpy as np, torch
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 from zlib import crc32
 from PIL import Image
 from ..log import log, progress_bar
@@ -253,7 +252,18 @@ def _looked_at(encoder, data, i, cache, opener, steps):
     return row, digest, encoder.prepare([image])[0]
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70015
-def _encoded(encoder, data, which, cache, taken, alone, opener, steps):
+@contextmanager
+def _encodes(encoder):
+    """Yield a function that encodes prepared images. A GPU takes one batch at a time, always from the same
+    thread, because its libraries need a workspace for each thread."""
+    def encode(pixels): return encoder(pixels).half().cpu().numpy()
+    if encoder.device.type!='cuda':
+        yield encode
+        return
+    with ThreadPoolExecutor(1) as turn:
+        yield lambda pixels: turn.submit(encode, pixels).result()
+
+def _encoded(encode, encoder, data, which, cache, taken, opener, steps):
     """Encode the images of some rows.
 
     Return the rows without their images, the digests of the images, and new features by digest, in half
@@ -271,8 +281,7 @@ def _encoded(encoder, data, which, cache, taken, alone, opener, steps):
     together = torch.stack([p for _,p in new.values()])
     if encoder.device.type=='cuda':
         together = together.pin_memory() # for asynchronous transfer to the GPU
-    with alone:
-        features = encoder(together).half().cpu().numpy()
+    features = encode(together)
     for (row,_),f in zip(new.values(), features, strict=True):
         if not np.isfinite(f).all():
             raise ValueError(
@@ -307,12 +316,12 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     "Encode images that are not cached; return the rows without their images, and the images' digests."
     rows, digests, taken, opener = [], [], {}, image_opener(len(data))
     steps = encoder.steps # read once, before the threads start
-    alone = nullcontext() if encoder.device.type=='cpu' else Lock() # a GPU takes one batch at a time
     batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
     def encoded(i):
-        return _encoded(encoder, data, batches[i], cache, taken, alone, opener, steps)
+        return _encoded(encode, encoder, data, batches[i], cache, taken, opener, steps)
     bar = progress_bar(desc=progress, disable=not progress, unit='image', total=len(data))
-    with bar, closing(_ahead(encoded, len(batches), threads or os.cpu_count())) as done:
+    workers = threads or os.cpu_count()
+    with bar, _encodes(encoder) as encode, closing(_ahead(encoded, len(batches), workers)) as done:
         for some, theirs, new in done:
             rows += some
             digests += theirs

@@ -136,5 +136,4 @@ def recording_seconds(
     run, # From `run_training`
 ) -> float: # Seconds, part of the first epoch
     "Return the seconds that it took to record the steps of a run; 0 if none were recorded."
-    recorder = run.static and run.static.recorder
-    return recorder.seconds if recorder else 0.
+    return run.static.seconds if run.static else 0.

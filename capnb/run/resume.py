@@ -73,7 +73,11 @@ class SavedRun(Run):
 def random_state(device):
     "The states of all random generators that training may use, as plain data and tensors."
     name, keys, *rest = numpy.random.get_state()
-    of_device = getattr(torch, device.type).get_rng_state() if device.type in ('cuda','mps') else None
+    of_device = None
+    if device.type=='cuda':
+        of_device = torch.cuda.get_rng_state(device)
+    elif device.type=='mps':
+        of_device = torch.mps.get_rng_state()
     return dict(
         python=random.getstate(),
         numpy=(name, keys.tolist(), *rest),
@@ -86,8 +90,10 @@ def set_random_state(state, device):
     random.setstate(state['python'])
     numpy.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
-    if state['device'] is not None and device.type in ('cuda','mps'):
-        getattr(torch, device.type).set_rng_state(state['device'])
+    if state['device'] is not None and device.type=='cuda':
+        torch.cuda.set_rng_state(state['device'], device)
+    if state['device'] is not None and device.type=='mps':
+        torch.mps.set_rng_state(state['device'])
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0717
 _POSITION = dict(

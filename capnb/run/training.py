@@ -207,10 +207,12 @@ class StaticSteps(SharedStep):
         run.batches = LaidOut(self.batches.data, self.batches.captions, self.rows, self.lay_out)
 
     def plan(self):
-        "Choose shapes for parts that fit into memory."
+        "Choose shapes for parts that fit into memory; they are the same in each epoch."
         run = self.run
         size, begin = run.micro_batch_size or run.batch_size, begin_ids(run.model.tokenizer)
-        self.layouts = Layouts(self.lengths, min(size, run.batch_size), _prefix_length(run), begin)
+        some = [row['captions'][:run.captions_per_image] for row in run.data['train'].rows]
+        size = min(size, run.batch_size)
+        self.layouts = Layouts(self.table.lengths(some), size, _prefix_length(run), begin)
 
     def lay_out(self, rows):
         "Read rows and lay them out in parts."
@@ -223,7 +225,7 @@ class StaticSteps(SharedStep):
         return parts
 
     def __call__(self, model, rows, parts): # Mean NLL of the batch, nats per token, on the device
-        run = self.run
+        run, freed = self.run, False
         while True:
             if parts[0].shape.images > self.layouts.images:
                 parts = self.lay_out(rows) # read ahead before memory ran out
@@ -234,7 +236,9 @@ class StaticSteps(SharedStep):
             except RuntimeError as e:
                 if not memory_ran_out(e, self.layouts.images==1): raise
             had = run.static.release()
-            if release_memory() or had: continue
+            if release_memory() or had and not freed:
+                freed = True
+                continue
             _halve(run, len(rows))
             self.plan()
 

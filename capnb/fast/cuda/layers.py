@@ -63,7 +63,8 @@ class FusedGate(nn.Module):
     def forward(self, x):
         if x.is_cuda:
             from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
-            return LigerSwiGLUMLP.forward(self, x)
+            with torch.cuda.device(x.device): # Triton starts its kernels on the current device
+                return LigerSwiGLUMLP.forward(self, x)
         return self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))
 
 def _fuse_rotation(module):
@@ -72,7 +73,9 @@ def _fuse_rotation(module):
     rotate = module.apply_rotary_pos_emb
     if hasattr(rotate, 'fused'): return
     def rotate_where_it_is(q, k, *args, **kwargs):
-        return (liger_rotary_pos_emb if q.is_cuda else rotate)(q, k, *args, **kwargs)
+        if not q.is_cuda: return rotate(q, k, *args, **kwargs)
+        with torch.cuda.device(q.device):
+            return liger_rotary_pos_emb(q, k, *args, **kwargs)
     rotate_where_it_is.fused = True
     module.apply_rotary_pos_emb = rotate_where_it_is
 

@@ -58,13 +58,13 @@ def no_waiting():
 class Recorder:
     "Record work in CUDA graphs that share one memory pool and one stream."
     def __init__(self, device):
-        self.device, self.seconds = torch.device(device), 0.
-        self.stream = torch.cuda.Stream(device)
+        self.device, self.stream = torch.device(device), torch.cuda.Stream(device)
         self.forget()
 
     def forget(self):
-        "Start a new memory pool; call this when the earlier recordings are deleted."
-        self.pool = torch.cuda.graph_pool_handle()
+        "Delete all recordings, and start a new memory pool."
+        # all at once: with a single one, PyTorch would free the cuBLAS workspace of the others, too
+        self.graphs, self.pool = [], torch.cuda.graph_pool_handle()
 
     def warm_up(self, work):
         "Run the work twice, the second time with `no_waiting`; its side effects remain."
@@ -80,12 +80,12 @@ class Recorder:
 
     def record(self, work): # A `torch.cuda.CUDAGraph`; the result of the work, overwritten by each replay
         "Record the work without running it."
-        start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        self.graphs.append(graph)
         # thread_local: other threads may use the device meanwhile
         recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local')
         with torch.cuda.stream(self.stream), recording: # if it fails, the outer one restores the stream
             result = work()
-        self.seconds += time.perf_counter()-start
         return graph, result
 
 # %% ../../../nbs/23c_gpu_training.ipynb #23c00012
@@ -168,21 +168,21 @@ class StaticStep:
         self.recorder = Recorder(self.device) if (on_gpu if records is None else records) else None
         self.on_device = _OnDevice(optimizer, self.device) if on_gpu else None
         self.places, self.recorded, self.refused, self.corrected = {}, {}, None, False
+        self.seconds = 0. # spent on recording steps
         self.parameters = [p for g in optimizer.param_groups for p in g['params'] if p.requires_grad]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
 
     def _place(self, batch):
         "Copy a batch to the addresses that the step reads."
-        if batch.shape not in self.places:
-            new = (batch.features, batch.numbers)
-            self.places[batch.shape] = [torch.empty_like(t, device=self.device) for t in new]
-        features, numbers = self.places[batch.shape]
-        features.copy_(batch.features, non_blocking=True)
-        numbers.copy_(batch.numbers, non_blocking=True)
+        # all shapes with the same number of images share the place of the features
+        for key, new in (batch.shape.images, batch.features), (batch.shape, batch.numbers):
+            if key not in self.places:
+                self.places[key] = torch.empty_like(new, device=self.device)
+            self.places[key].copy_(new, non_blocking=True)
 
     def _backward(self, shape):
-        features, numbers = self.places[shape]
+        features, numbers = self.places[shape.images], self.places[shape]
         with self.precision():
             loss = static_loss(self.model, features, views(shape, numbers))
         (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -220,10 +220,11 @@ class StaticStep:
         else:
             may_release(self)
 
-    def _fits(self, work):
-        "Run work; return whether there is memory for it besides the recordings."
+    def _fits(self, batch):
+        "Compute a gradient; return whether there is memory for it besides the recordings."
         try:
-            work()
+            self._place(batch)
+            self._backward(batch.shape)
         except RuntimeError as e:
             if not self.recorded: raise # the batch itself is too large
             self.refuse(e)
@@ -232,15 +233,15 @@ class StaticStep:
     def prepare(self, batch):
         "Record the step for the shape of a batch, if the shape is new; this clears the gradients."
         if not self.recorder or self.refused or batch.shape in self.recorded: return
-        self._place(batch)
-        work = partial(self._backward, batch.shape)
+        start = time.perf_counter()
         devices = [self.device] if self.device.type=='cuda' else []
         with torch.random.fork_rng(devices): # so that a resumed run draws the same random numbers
-            if self._fits(work):
-                self._record(batch.shape, work, warm_up=True)
+            if self._fits(batch):
+                self._record(batch.shape, partial(self._backward, batch.shape), warm_up=True)
             else:
                 self.forget()
         self.optimizer.zero_grad(set_to_none=False)
+        self.seconds += time.perf_counter()-start
 
     def gradient(self,
         parts, # The micro-batches of a batch, each a `Batch`

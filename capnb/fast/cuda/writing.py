@@ -190,20 +190,20 @@ class CudaWriter:
     def _rows(self, decoder, prefix, longest, asked):
         "Return the rows for some prefixes, from an earlier call or new."
         weights = tuple((t.data_ptr(), t.dtype) for t in chain(decoder.parameters(), decoder.buffers()))
-        if weights!=self.weights: # recordings read the old addresses
+        images, k, _ = prefix.shape
+        few = any(rows.prefix!=k or rows.room < k+longest for rows in self.held.values())
+        if few or weights!=self.weights: # recordings read the old addresses
             self.release()
             self.weights = weights
         if decoder.device.type=='cuda' and not self.recorder:
             self.recorder = Recorder(decoder.device)
-        images, k, _ = prefix.shape
         widths = [w for w in WIDTHS if w < min(images, asked or images)]
         widths = [*widths, *WIDTHS[len(widths):][:1]] # the last one holds all
         while widths[1:] and widths[-1] not in self.held and not self._fits(decoder, widths[-1], k+longest):
             widths.pop()
-        held = self.held.get(widths[-1])
-        if held is None or held.prefix!=k or held.room < k+longest:
-            self.held[widths[-1]] = held = FixedRows(decoder, widths[-1], k, k+longest, self.recorder)
-        return held
+        if widths[-1] not in self.held:
+            self.held[widths[-1]] = FixedRows(decoder, widths[-1], k, k+longest, self.recorder)
+        return self.held[widths[-1]]
 
     def __call__(self,
         model, # `Captioner`
@@ -214,6 +214,7 @@ class CudaWriter:
         if model.decoder.device.type!='cuda':
             self.release()
             return write_captions(model, features, **options)
+        may_release(self) # again, after an earlier release
         prefix, most = model.prefix(features), model.max_caption_length
         write = partial(self.write_ids, asked=options.get('batch_size'), longest=most)
         if options.get('batch_size') is None:
