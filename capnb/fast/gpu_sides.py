@@ -348,6 +348,7 @@ def step_costs(
 ) -> dict: # Milliseconds per step on the device, their share of the wall-clock time, and the largest costs
     "Profile a step: how long the device is busy, and with which operations most."
     from torch.profiler import ProfilerActivity, profile
+    os.environ.setdefault('KINETO_LOG_LEVEL', '6') # else the profiler prints each start and stop
     gpu = torch.device(bench.device).type=='cuda'
     kind = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
     step()
