@@ -3,6 +3,7 @@ and the form of the table of results."""
 import copy, json, os, re, shutil, subprocess
 from functools import cache
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import huggingface_hub, pytest, torch
@@ -215,6 +216,20 @@ def test_half_the_bytes_on_a_gpu():
 def test_a_larger_batch_needs_more():
     step = [count_phases(as_hyperparameters(batch_size=b))['step']['bytes'] for b in (32, 64, 128)]
     assert (step[2]-step[1])/(step[1]-step[0]) == pytest.approx(2, rel=.05) # a straight line
+
+def test_what_a_run_writes_is_planned(tmp_path):
+    h = as_hyperparameters(
+        training_size_limit=64, num_epochs=3, features='patch', evaluation_enabled=False,
+        output_dir=str(tmp_path/'runs'), features_dir=str(tmp_path/'features'),
+    )
+    plan = Plan(h)
+    train(h)
+    gb = lambda folder, *kinds: sum(f.stat().st_size for k in kinds for f in (tmp_path/folder).rglob(k))/1e9
+    assert gb('runs', '*.pth', '*.pt')==pytest.approx(plan.checkpoints, rel=.05)
+    assert gb('features', '*.npy')==pytest.approx(plan.features, rel=.05)
+    kept = Plan(replace(h, keep_checkpoints=1)).checkpoints
+    assert kept==pytest.approx(plan.checkpoints*5/6) # the last one, the best one, and a training state
+    assert f"MB of features in {tmp_path/'features'}" in plan_text(plan)
 
 def test_time_is_multiplied_out():
     plan = plan_of('experiment') # 100 images, 25 steps, no evaluation

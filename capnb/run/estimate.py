@@ -21,7 +21,7 @@ from ..caption_lengths import count_cut, cut_text
 from ..generation import generate_captions
 from ..any_decoder import decoder_config, load_tokenizer
 from ..encoder import ImageEncoder
-from ..fast.cache import encode_data
+from ..fast.cache import encode_data, features_folder
 from capnb.fast.ceilings import (
     count_work, measure_ceilings, recorded_work, wait_for, work_seconds, writing_work,
 )
@@ -37,7 +37,7 @@ from .sources.load import load_for
 from ..settings import Hyperparameters
 from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
 from ..hub import model_source
-from ..files import say
+from ..files import say, shown_path
 from .training import optimizer_for
 from ..storybook import Storybook
 
@@ -134,6 +134,8 @@ class Plan:
         self.images, self.counts = image_counts(h, self.splits), count_phases(h, self.dtype)
         self.parameters = {part: count(getattr(model, part)) for part in ('encoder', 'decoder', 'adapter')}
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        vectors = model.encoder.patches if h.features=='patch' else 1
+        self.feature_size = vectors*model.encoder.width # numbers per image
         self.downloads = {name: download_of(name) for name in names}
         if h.data in KNOWN_DATA:
             self.downloads[h.data] = data_gb(h.data, self.images), 'about, unless it is in the cache'
@@ -159,7 +161,13 @@ class Plan:
         return sum(v for k,v in self.memory.items() if k not in self.counts) + max(rest)
 
     @property
-    def checkpoints(self): return self.epochs*4*self.trained/1e9 # GB
+    def checkpoints(self): # GB, with the training state: weights and two averages of AdamW
+        kept = min(self.epochs, 1+self.h.keep_checkpoints) if self.h.keep_checkpoints else self.epochs
+        return (kept+3)*4*self.trained/1e9
+
+    @property
+    def features(self): # GB
+        return 2*self.feature_size*sum(self.images.values())/1e9
 
 # %% ../../nbs/34_planning.ipynb #13a00023
 def free_memory(
@@ -177,6 +185,7 @@ def plan_text(plan:Plan) -> str:
     "Format a plan as text."
     h, hw, m = plan.h, plan.hardware, plan.parameters
     gb = lambda v: f'{v:.2f} GB' if v >= .1 else f'{1000*v:.1f} MB'
+    folder = features_folder(h)
     lines = [
         f"Plan: {h.encoder_name} and {h.decoder_name or h.tokenizer_name} on {h.data}",
         '',
@@ -200,6 +209,7 @@ def plan_text(plan:Plan) -> str:
     lines += [
         (
             f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads,"
+            f" {gb(plan.features)} of features in {shown_path(folder) if folder else 'a temporary folder'},"
             f" {gb(plan.checkpoints)} of checkpoints in {h.output_dir};"
             f" {gb(shutil.disk_usage(_existing(h.output_dir)).free/1e9)} are free there"
         ),
