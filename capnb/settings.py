@@ -133,8 +133,7 @@ class Hyperparameters(Mapping):
         None,
         'Compute in half precision where it is safe: no, bf16 or fp16; if not set, chosen for the'
         ' device',
-        choices=('no', 'bf16', 'fp16'),
-        optional=True,
+        choices=('no', 'bf16', 'fp16'), optional=True,
     )
     checkpoint_steps: int = _setting(
         None, 'Also save the training state after every N steps; if not set, only after each epoch',
@@ -269,12 +268,11 @@ def _plain(value, kind, m):
     A path is a string with its `~` expanded, and False is 'no' where that is a choice."""
     if getattr(value, 'shape', None)==() and hasattr(value, 'item'):
         value = value.item()
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is False and 'no' in (m['choices'] or ()):
         value = 'no' # YAML reads a bare no as False
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     return os.path.expanduser(value) if m['path'] and isinstance(value, str) else value
 
 def _fits(value, kind, m):

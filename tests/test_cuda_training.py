@@ -412,7 +412,8 @@ def test_recordings_give_way_to_a_step(batches, monkeypatch, caplog):
     h, steps = batches
     expected, backward = trained(build_captioner(h, 'cpu').train(), h, steps, None), StaticStep._backward
     def cramped(self, shape):
-        if self.recorded and shape not in self.recorded: raise torch.OutOfMemoryError('CUDA out of memory')
+        if self.recorded and shape not in self.recorded:
+            raise torch.OutOfMemoryError('CUDA out of memory')
         return backward(self, shape)
     monkeypatch.setattr(StaticStep, '_backward', cramped)
     with caplog.at_level(logging.WARNING, 'capnb'):
@@ -483,9 +484,11 @@ def test_the_stream_is_waited_for_after_an_error(monkeypatch):
 def test_recordings_are_deleted_all_at_once(monkeypatch):
     "PyTorch frees the workspace of a stream with each recording made on it; the others would lose it."
     class Graph:
-        def __del__(self): gone.append(self)
+        def __del__(self):
+            gone.append(self)
     class Full(nullcontext):
-        def __exit__(self, *args): raise torch.OutOfMemoryError('CUDA out of memory')
+        def __exit__(self, *args):
+            raise torch.OutOfMemoryError('CUDA out of memory')
     gone, recorder = [], object.__new__(recording.Recorder)
     recorder.stream = None
     monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: (0, 1))
@@ -514,7 +517,8 @@ class Cramped(Recorder):
         return found
     def refuse(self):
         self.tries += 1
-        if self.tries > 4: pytest.fail('it tries again and again')
+        if self.tries > 4:
+            pytest.fail('it tries again and again')
         raise torch.OutOfMemoryError('CUDA out of memory')
 
 def test_recordings_are_given_up_once_for_a_batch(static, tmp_path, monkeypatch):
@@ -597,7 +601,8 @@ def liger(kernel):
 
 def test_a_decoder_that_left_the_gpu_needs_no_liger(monkeypatch):
     "On a CPU it computes as before, and its pickle can be read where Liger Kernel is not installed."
-    def refuse(*args, **kwargs): raise AssertionError('Triton does not run on a CPU')
+    def refuse(*args, **kwargs):
+        raise AssertionError('Triton does not run on a CPU')
     from transformers.models.qwen3 import modeling_qwen3
     monkeypatch.setattr(modeling_qwen3, 'apply_rotary_pos_emb', modeling_qwen3.apply_rotary_pos_emb)
     decoder = build_captioner(as_hyperparameters(), 'cpu').decoder

@@ -25,6 +25,13 @@ def _settings(predictions, checkpoint, preset, about):
     own = 'storybook' if about.get('data')=='storybook' else None
     return as_hyperparameters(preset=preset or own, **about)
 
+def _check_rival(path, against, h):
+    "Before captions are written, check that a checkpoint to compare with exists and has the same data."
+    from capnb.checkpoint import read_metadata
+    from capnb.run.scoring import check_comparable
+    if against:
+        check_comparable(against, h.data if h else read_metadata(path)['hyperparameters']['data'])
+
 def _print(judged, compared, against):
     "Print the scores, and their comparison with those of another checkpoint."
     from capnb.score_tables import compare_table, score_table
@@ -80,12 +87,10 @@ def eval_command(
                  outside_files=outside_files or None)
     h = _settings(predictions, checkpoint, preset, {k: v for k,v in about.items() if v is not None})
     from capnb.insight.report.judged import write_csv
-    from capnb.checkpoint import read_metadata
     from capnb.run.entry import find_checkpoint
-    from capnb.run.scoring import check_comparable, judge_captions, plain_scores, write_report
+    from capnb.run.scoring import judge_captions, plain_scores, write_report
     path = predictions or find_checkpoint(checkpoint, folder, best)
-    if against: # before captions are written
-        check_comparable(against, h.data if h else read_metadata(path)['hyperparameters']['data'])
+    _check_rival(path, against, h)
     found = judge_captions(path, h, split, coco, clipscore, int8)
     compared = found.against(against, split) if against else {}
     _print(found.judged, compared, against)
