@@ -105,8 +105,7 @@ class ImageEncoder(nn.Module):
         "Encode prepared images together."
         if pixel_values.dtype==torch.uint8:
             table = torch.from_numpy(self.steps.table()).to(self.model.device, self.model.dtype)
-            pixels = pixel_values.to(self.model.device, non_blocking=pixel_values.is_pinned())
-            pixel_values = self._values(pixels, table)
+            pixel_values = self._values(pixel_values.to(self.model.device), table)
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         side = self.sight.grid and self.sight.grid[0]
         inputs = tower_inputs(vision_part(self.model.config), pixel_values, side)

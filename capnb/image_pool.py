@@ -10,7 +10,6 @@ import atexit, json, os, queue, signal, struct, subprocess, sys, threading, time
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 import capnb
@@ -317,7 +316,7 @@ class DecodingPool:
             raise RuntimeError("the pool is closed, or belongs to another process")
         name = str(name or (source if isinstance(source, (str, Path)) else 'the image'))
         request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), b''
-        request['steps'] = steps and asdict(steps)
+        request['steps'] = steps and vars(steps)
         if isinstance(source, bytes):
             body = source
         else:

@@ -1,9 +1,9 @@
 """The feature cache from outside: killed passes, two at once, changed images, damaged shards, folders that
 cannot be written, and what half precision does to the loss."""
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import get_ident
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from damage import saved
@@ -25,17 +25,15 @@ def encode_pages(folder, number):
 
 shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 
-def test_a_gpu_encodes_in_one_thread():
-    "Its libraries take memory for each thread that calls them."
-    class Encoder:
-        device = torch.device('cuda')
-        def __call__(self, pixels):
-            threads.append(get_ident())
-            return pixels
-    threads = []
-    with enc._encodes(Encoder()) as encode, ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: encode(torch.tensor([float(i)])).item(), range(12)))
-    assert found==list(range(12)) and len(set(threads))==1 and threads[0]!=get_ident()
+def test_a_gpu_encodes_many_at_a_time_in_one_thread():
+    "Its libraries take memory for each thread that calls them; and starting its work costs the readers time."
+    encoder, threads = SimpleNamespace(device=torch.device('cuda')), []
+    def encode(seen):
+        threads.append(get_ident())
+        return seen
+    found = list(enc._passes(encoder, lambda i: [2*i, 2*i+1], encode, 2*enc.TOGETHER+1, 4))
+    assert [len(together) for together in found]==[2*enc.TOGETHER]*2 + [2]
+    assert sum(found, []) == list(range(4*enc.TOGETHER+2)) and set(threads)=={get_ident()}
 
 @pytest.fixture(scope='module')
 def encoder(): return load_encoder('storybook-clip', 'cpu', 64)
