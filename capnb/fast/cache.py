@@ -218,8 +218,8 @@ class Features:
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70013
 def _ahead(do, n, threads, ahead=None):
-    """Yield `do(i)` for 0 to n-1, in order. The threads share PyTorch's cores, and are at most `ahead` results
-    before the consumer; None for one per thread."""
+    """Yield `do(i)` for 0 to n-1, in order. The threads share PyTorch's cores, and are at most `ahead`
+    results before the consumer; None for one per thread."""
     cores = torch.get_num_threads()
     with ThreadPoolExecutor(
         threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)
@@ -283,8 +283,8 @@ def _encoded(encoder, cache, taken, steps, seen):
 TOGETHER = 8 # batches that a GPU encodes at a time
 
 def _passes(encoder, read, encode, n, threads):
-    """Yield the result of `encode` for what `read` returns for each of `n` batches. On a CPU, the threads also
-    encode; for a GPU, they only read, and it encodes `TOGETHER` batches at a time."""
+    """Yield the result of `encode` for what `read` returns for each of `n` batches. On a CPU, the threads
+    also encode; for a GPU, they only read, and it encodes `TOGETHER` batches at a time."""
     if encoder.device.type!='cuda':
         with closing(_ahead(lambda i: encode(read(i)), n, threads)) as done:
             yield from done

@@ -13,8 +13,8 @@ import capnb
 from .ceilings import measure_ceilings
 from .cuda.batches import waste
 from capnb.fast.gpu_sides import (
-    Bench, compiled_step, eager_step, encoding_speeds, features_for, generate_seconds, guide_step, llava_step,
-    real_tokens, replayed_step, rows_seconds, same_captions, step_costs, training_difference
+    STEPS, Bench, compiled_step, eager_step, encoding_speeds, features_for, generate_seconds, guide_step,
+    llava_step, real_tokens, replayed_step, rows_seconds, same_captions, step_costs, training_difference
 )
 from .random_models import count
 from ..files import say, write_json
@@ -60,9 +60,15 @@ def _replayed(bench, n, each):
         tflops=4*parameters*real_tokens(bench, n, each)/replayed['ms']/1e9,
     )
 
+def _eager(bench, n, each):
+    step = eager_step(bench, n, each)
+    for _ in range(STEPS): # every batch once: a new shape takes longer
+        step()
+    return bench.measure(step, n*each)
+
 def _steps(bench, sizes, each=1):
     "Measure steps of several sizes: first all eager ones, then all replayed ones."
-    eager = {n: bench.measure(eager_step(bench, n, each), n*each) for n in sizes}
+    eager = {n: _eager(bench, n, each) for n in sizes}
     name = '{0} x {1}' if each > 1 else '{0}'
     return {name.format(n, each): dict(eager=eager[n], **_replayed(bench, n, each)) for n in sizes}
 
@@ -83,7 +89,7 @@ def _profile(bench):
 def _compiled(bench):
     found = {}
     for size in bench.sizes.compiled:
-        bench.captioner(fast=True)
+        bench.captioner()
         start = time.perf_counter()
         try:
             step = compiled_step(bench, size)

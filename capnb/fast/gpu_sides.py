@@ -224,7 +224,7 @@ def compiled_step(
     each:int=1, # Captions per image; with more than one, features are patches
 ): # As from `guide_step`
     "Create the step of fixed shapes, compiled by PyTorch, for one shape; on a GPU, PyTorch also records it."
-    model = bench.captioner(features_for(each), fast=True)[0]
+    model = bench.captioner(features_for(each))[0] # the compiler fuses the layers itself
     first, optimizer = laid_batches(bench, model, n, each)[0], _optimizer(model)
     features, numbers = first.features.to(bench.device), views(first.shape, first.numbers.to(bench.device))
     static_loss(model, features, numbers) # run one-time tests outside of the compiler
@@ -331,8 +331,9 @@ def encoding_speeds(bench:Bench) -> dict: # Images per second of each side
     with TemporaryDirectory() as folder, torch.no_grad():
         paths = write_photographs(folder, n)
         rows = CaptionData([dict(image=path, captions=['a photograph']) for path in paths])
-        encode_data(encoder, CaptionData([dict(image=p, captions=['one']) for p in write_photographs(
-            Path(folder)/'first', min(n, 64), 1)])) # warm-up
+        others = write_photographs(Path(folder)/'first', min(n, 32*os.cpu_count()), 1)
+        # a warm-up that starts every process of the pool
+        encode_data(encoder, CaptionData([dict(image=path, captions=['one']) for path in others]))
         return dict(
             encode_data=n/_once(lambda: encode_data(encoder, rows), bench),
             processor=_per_second(bench, lambda path: processor(opened(path), return_tensors='pt'), paths),

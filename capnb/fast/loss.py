@@ -9,7 +9,9 @@ __all__ = ['head_is_plain', 'nll_at', 'token_nll', 'caption_loss', 'read_caption
 import torch
 from torch import nn
 from torch.nn import functional as F
+from functools import partial
 from ..any_decoder import alike, random_ids
+from .cuda.layers import large_nll
 from .packing import packed_inputs, takes_positions
 
 # %% ../../nbs/20b_the_loss.ipynb #5a000004
@@ -47,22 +49,31 @@ def head_is_plain(
     return decoder._head_is_plain and not head.weight.requires_grad
 
 # %% ../../nbs/20b_the_loss.ipynb #5a000014
+def _nll_and_gradient(logits, labels, learns=True):
+    "NLL of each token, and its gradient by the logits if it is needed."
+    p = logits.float().log_softmax(-1)
+    nll = -p.gather(1, labels[:,None])[:,0]
+    if not learns: return nll, None
+    p.exp_()[torch.arange(len(labels), device=p.device), labels] -= 1
+    return nll, p.to(logits.dtype)
+
 class _HeadNLL(torch.autograd.Function):
-    """NLL of tokens for a frozen head, 256 tokens at a time; the gradient is computed while the logits
-    exist."""
+    "NLL of tokens for a frozen head, some at a time; the gradient is computed while the logits exist."
     @staticmethod
     def forward(ctx, hidden, head, labels): # (tokens, width), layer, (tokens,)
         learns, nll, gradients = ctx.needs_input_grad[0], [], []
-        for states, wanted in zip(hidden.split(256), labels.split(256), strict=True):
+        compute, n = partial(_nll_and_gradient, learns=learns), 256
+        if learns and large_nll.pays(hidden): # compiled, so it needs less memory per token
+            compute, n = large_nll, 1024
+        for states, wanted in zip(hidden.split(n), labels.split(n), strict=True):
             states = states.detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
-                logits = head(states)                                          # (256, vocabulary)
-            p = logits.detach().float().log_softmax(-1)
-            nll.append(-p.gather(1, wanted[:,None])[:,0])
-            if not learns: continue
-            p.exp_()[torch.arange(len(wanted), device=p.device), wanted] -= 1  # gradient of the logits
-            logits.backward(p.to(logits.dtype))
-            gradients.append(states.grad)
+                logits = head(states)                                          # (n, vocabulary)
+            of_each, gradient = compute(logits.detach(), wanted)
+            nll.append(of_each)
+            if learns:
+                logits.backward(gradient)
+                gradients.append(states.grad)
         if learns:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(nll)

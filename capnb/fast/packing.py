@@ -11,6 +11,7 @@ import inspect, numpy, torch
 from dataclasses import dataclass, fields
 from torch.nn import functional as F
 from ..decoder import text_ids
+from .cuda.layers import SHARED_HEADS
 from ..any_decoder import alike, random_ids
 
 # %% ../../nbs/20_packing.ipynb #5a000001
@@ -167,7 +168,7 @@ def takes_positions(
     if getattr(config, 'alibi', False): return False # ALiBi counts positions itself
     if 'local' in (getattr(config, 'attention_layers', None) or ()):
         return False # GPT-Neo's local attention counts columns
-    if config._attn_implementation not in ('eager','sdpa'): return False
+    if config._attn_implementation not in ('eager','sdpa',SHARED_HEADS): return False
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and reads_rows(decoder)
 

@@ -9,6 +9,7 @@ __all__ = ['END', 'caption_lengths', 'random_captions', 'padded', 'random_tokeni
 # %% ../../nbs/24e_synthetic.ipynb #95f16eeb
 import random
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
@@ -88,15 +89,21 @@ def write_photographs(
     seed:int=0, # Random seed
     size=(500, 375), # Width and height in pixels
     threads:int=None, # Number of threads; None for one per core
+    drawn:int=None, # Number of different ones, the others repeat them in a file of their own; None for all
 ) -> list: # Paths
-    "Write generated photographs as JPEG files."
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    "Write generated photographs as JPEG files, each with its number as a comment."
+    folder, drawn = Path(folder), drawn or n
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder/f'{seed}-{i:05}.jpg' for i in range(n)]
     def write(i):
-        path = Path(folder)/f'{seed}-{i:05}.jpg'
-        random_photograph((seed, i), size).save(path, quality=85)
-        return path
+        file = BytesIO()
+        random_photograph((seed, i), size).save(file, 'JPEG', quality=85, comment='number')
+        before, after = file.getvalue().split(b'number', 1)
+        for k in range(i, n, drawn):
+            paths[k].write_bytes(before + f'{k:06}'.encode() + after)
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(write, range(n)))
+        list(pool.map(write, range(min(n, drawn))))
+    return paths
 
 # %% ../../nbs/24e_synthetic.ipynb #52f35c2e
 def random_captioner(

@@ -79,7 +79,7 @@ class _Scored(Callback):
 
 # %% ../../nbs/34e_full_run.ipynb #2bd323eb
 def _made_data(folder, n, seed):
-    paths, texts = write_photographs(folder, n, seed), random_texts(5*n, seed)
+    paths, texts = write_photographs(folder, n, seed, drawn=2048), random_texts(5*n, seed)
     return CaptionData([dict(image=p, captions=texts[5*i:5*i+5]) for i, p in enumerate(paths)])
 
 def _made_captioner(h, device):

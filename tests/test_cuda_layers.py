@@ -1,0 +1,150 @@
+"""Layers for a GPU, called on a processor: what is compiled or given to cuDNN computes what PyTorch's own
+layers do, and where it cannot be, that is said once."""
+import copy, logging
+from contextlib import nullcontext
+from types import SimpleNamespace
+import pytest, torch
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from capnb.build import build_captioner
+from capnb.fast import loss
+from capnb.fast.cuda import layers
+from capnb.fast.cuda.layers import Compiled, FusedNorm, large_nll, large_norm, shared_heads_attention
+from capnb.fast.packing import takes_positions
+from capnb.settings import as_hyperparameters
+
+def as_if_large(monkeypatch, compiled):
+    "Let everything that requires gradients count as large and on a GPU; note what is called."
+    called = []
+    def note(args):
+        called.append(compiled.do.__name__)
+        return compiled.do(*args)
+    monkeypatch.setattr(compiled, 'pays', lambda x: True)
+    monkeypatch.setattr(compiled, 'compiled', lambda *args: note(args))
+    return called
+
+# --- What is compiled
+
+def test_only_large_tensors_on_a_gpu_are_compiled():
+    large = Compiled(torch.sum)
+    of = lambda n, is_cuda=True: SimpleNamespace(is_cuda=is_cuda, numel=lambda: n)
+    assert [large.pays(x) for x in (of(2**20), of(2**20-1), of(2**20, False))]==[True, False, False]
+    large.refused = True
+    assert not large.pays(of(2**20))
+
+class CompilerMissing(RuntimeError):
+    "As the compiler raises it."
+CompilerMissing.__module__ = 'torch._inductor.exc'
+
+def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, caplog):
+    def refuse(*args):
+        raise CompilerMissing('Failed to find C compiler.\nMore lines')
+    monkeypatch.setattr(torch, 'compile', lambda do, **how: refuse)
+    def double(x): return 2*x
+    doubled = Compiled(double)
+    with caplog.at_level(logging.WARNING, 'capnb'):
+        assert doubled(torch.ones(1)).item()==2 and doubled.refused
+    assert [r.getMessage() for r in caplog.records] == [
+        '🐢 PyTorch cannot compile double here: Failed to find C compiler.'
+    ]
+
+def test_another_error_of_a_compiled_function_is_raised(monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(torch, 'compile', lambda do, **how: fail)
+    full = Compiled(torch.sum)
+    with pytest.raises(torch.OutOfMemoryError):
+        full(torch.ones(1))
+    assert not full.refused
+
+def test_a_large_norm_is_the_norm(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8)
+    norm = FusedNorm(SimpleNamespace(weight=torch.randn(8), variance_epsilon=1e-6))
+    expected = F.rms_norm(x, (8,), norm.weight, 1e-6)
+    called = as_if_large(monkeypatch, large_norm)
+    torch.testing.assert_close(norm(x), expected)
+    assert not called # nothing is learned
+    torch.testing.assert_close(norm(x.requires_grad_()), expected)
+    assert called==['_norm']
+
+@pytest.mark.parametrize('tokens', [3, 1024, 2500])
+def test_a_large_loss_is_the_loss(monkeypatch, tokens):
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(6, 30, bias=False).requires_grad_(False), torch.randint(30, (tokens,))
+    found = []
+    for large in (False, True):
+        states = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        called = as_if_large(monkeypatch, large_nll) if large else []
+        nll = loss._HeadNLL.apply(states, head, labels)
+        weights = torch.arange(tokens)/tokens # the gradient of each token has its own factor
+        found += [nll.detach(), torch.autograd.grad((nll*weights).sum(), states)[0]]
+    assert len(called)==-(-tokens//1024)
+    plain = F.cross_entropy(head(states), labels, reduction='none')
+    expected = [plain.detach(), torch.autograd.grad((plain*weights).sum(), states)[0]]
+    for one, other in zip(found, expected*2, strict=True):
+        torch.testing.assert_close(one, other)
+
+def test_a_loss_without_gradient_computes_none(monkeypatch):
+    called = as_if_large(monkeypatch, large_nll)
+    head = torch.nn.Linear(6, 30, bias=False).requires_grad_(False)
+    loss._HeadNLL.apply(torch.randn(4, 6), head, torch.arange(4))
+    assert not called
+
+@pytest.mark.slow
+def test_a_compiler_keeps_the_numbers():
+    "With the compiler itself, which wants half a minute."
+    x, weight = torch.randn(50, 16, requires_grad=True), torch.randn(16)
+    found, expected = large_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6)
+    torch.testing.assert_close(found, expected)
+    both = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*both)
+    logits, labels = torch.randn(50, 40), torch.arange(50) % 40
+    for one, other in zip(large_nll(logits, labels), loss._nll_and_gradient(logits, labels), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not (large_norm.refused or large_nll.refused)
+
+# --- Shared heads
+
+def attend(attention, **changes):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (4, 2, 2))
+    mask = torch.full((2, 1, 5, 5), -1e9).triu(1)
+    layer = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    given = dict(query=query, key=key, value=value, attention_mask=mask, scaling=.3) | changes
+    out, _ = attention(layer, **given)
+    return [out, *torch.autograd.grad(out.square().sum(), (query, key, value))]
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    "As if cuDNN were there; gives the backends that were asked for."
+    asked = []
+    monkeypatch.setattr(layers, '_cudnn_can', lambda *args: True)
+    monkeypatch.setattr(layers, 'sdpa_kernel', lambda backend: asked.append(backend.name) or nullcontext())
+    return asked
+
+def test_shared_heads_attend_as_copies_do(cudnn):
+    for one, other in zip(attend(shared_heads_attention), attend(sdpa_attention_forward), strict=True):
+        torch.testing.assert_close(one, other)
+    assert cudnn==['CUDNN_ATTENTION']
+
+@pytest.mark.parametrize('change', [
+    dict(attention_mask=None), dict(position_bias=torch.randn(1, 4, 5, 5)),
+], ids=['causal', 'bias'])
+def test_what_the_kernel_does_not_know_is_left_to_transformers(cudnn, change):
+    found, expected = (attend(a, **change) for a in (shared_heads_attention, sdpa_attention_forward))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not cudnn
+
+def test_a_decoder_with_shared_heads_still_packs():
+    decoder = build_captioner(as_hyperparameters(), 'cpu').decoder
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        expected = decoder(ids).logits
+        assert layers.use_shared_heads(decoder) and not layers.use_shared_heads(decoder) # once is enough
+        assert takes_positions(decoder, 40) and torch.equal(decoder(ids).logits, expected)
+        copied = copy.deepcopy(decoder)
+        assert torch.equal(copied(ids).logits, expected)
+    decoder.set_attn_implementation('eager')
+    assert not layers.use_shared_heads(decoder)
