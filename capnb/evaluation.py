@@ -8,6 +8,7 @@ __all__ = ['ROUGE', 'rouge_l', 'rouge_each', 'rouge_scores', 'write_captions_for
 
 # %% ../nbs/07_evaluation.ipynb #687b1382
 from collections import Counter
+from functools import lru_cache
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
@@ -43,8 +44,9 @@ def _against(captions, references, n):
     pairs = zip(captions, references, strict=True)
     return [_leave_one_out([rouge_l([r], c) for r in refs[:n]]) for c,refs in pairs]
 
+@lru_cache(2**16) # the same images are scored after each epoch
 def _each_reference(refs, n):
-    "Give the mean ROUGE-L of the first `n` references, each against the others."
+    "Give the mean ROUGE-L of the first `n` references, a tuple, each against the others."
     return sum(rouge_l(refs[:i]+refs[i+1:n], refs[i]) for i in range(n))/n
 
 def rouge_each(
@@ -62,7 +64,7 @@ def rouge_each(
     own = [[rouge_l([r], c) for r in refs] for c,refs in zip(captions, references, strict=True)]
     return dict(rouge_l=[_leave_one_out(scores[:n]) for scores in own],
                 rouge_l_floor=_against(captions, references[1:]+references[:1], n) if count>1 else None,
-                rouge_l_ceiling=[_each_reference(refs, n) for refs in references] if n>1 else None,
+                rouge_l_ceiling=[_each_reference(tuple(refs), n) for refs in references] if n>1 else None,
                 rouge_l_all=[max(scores) for scores in own])
 
 def rouge_scores(

@@ -27,7 +27,7 @@ def as_if_large(monkeypatch, compiled):
 
 def test_only_large_tensors_on_a_gpu_are_compiled():
     large = Compiled(torch.sum)
-    of = lambda n, is_cuda=True: SimpleNamespace(is_cuda=is_cuda, numel=lambda: n)
+    of = lambda n, is_cuda=True: SimpleNamespace(is_cuda=is_cuda, is_meta=False, numel=lambda: n)
     assert [large.pays(x) for x in (of(2**20), of(2**20-1), of(2**20, False))]==[True, False, False]
     large.refused = True
     assert not large.pays(of(2**20))

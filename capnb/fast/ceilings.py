@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from .cuda.batches import Layouts, views
-from .cuda.layers import fuse_norms
+from .cuda.layers import fuse_norms, large_nll
 from .cuda.training import static_loss
 from .loss import caption_loss
 from .memory import FusedOperations
@@ -188,7 +188,8 @@ def recorded_work(
     h, # `Hyperparameters`
     dtype=torch.bfloat16, # dtype of the frozen models
 ) -> list: # As from `count_work`
-    "Count the work of the step that a GPU records, with fixed shapes and one kernel per norm."
+    """Count the work of the step that a GPU records: with fixed shapes, one kernel per norm, and one pass over
+    the logits of large batches."""
     model = random_init_captioner(h, 'meta', dtype)
     fuse_norms(model.decoder)
     images, k = h.batch_size, h.captions_per_image
@@ -199,7 +200,8 @@ def recorded_work(
     ids = torch.zeros(images*k, int(lengths.max()), dtype=torch.long)
     batch = Layouts(lengths.tolist(), images, prefix).lay_out(torch.zeros(images, *seen), ids, lengths)
     features, numbers = batch.features.to('meta'), views(batch.shape, batch.numbers.to('meta'))
-    return count_work(lambda: static_loss(model, features, numbers).backward())
+    with large_nll.count_on_meta():
+        return count_work(lambda: static_loss(model, features, numbers).backward())
 
 @torch.no_grad()
 def writing_work(

@@ -8,6 +8,7 @@ __all__ = ['large_norm', 'large_nll', 'SHARED_HEADS', 'Compiled', 'FusedNorm', '
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00003
 import copy, logging, torch
+from contextlib import contextmanager
 from importlib.util import find_spec
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
@@ -26,18 +27,31 @@ class Compiled:
     def __init__(self,
         do, # Function of tensors
         dynamic:bool=None, # As for `torch.compile`
+        counted=None, # Function with results of the same shape by one operation, for `count_on_meta`
         least:int=2**20, # Numbers in a tensor from which compiling pays
     ):
-        self.do, self.dynamic, self.least, self.compiled, self.refused = do, dynamic, least, None, False
+        self.do, self.dynamic, self.counted, self.least = do, dynamic, counted, least
+        self.compiled, self.refused, self.on_meta = None, False, False
 
     def pays(self,
         x, # The largest argument, or one of its size
     ) -> bool:
         "Whether to call the compiled function."
-        return x.is_cuda and x.numel() >= self.least and not self.refused
+        there = x.is_cuda or x.is_meta and self.on_meta
+        return there and x.numel() >= self.least and not self.refused
+
+    @contextmanager
+    def count_on_meta(self):
+        "Inside the `with`, the meta device stands for a GPU, and each call is one operation."
+        self.on_meta = True
+        try:
+            yield
+        finally:
+            self.on_meta = False
 
     def __call__(self, *args):
         "Call the function, compiled if that is possible."
+        if args[0].is_meta: return self.counted(*args)
         if not self.compiled:
             self.compiled = torch.compile(self.do, dynamic=self.dynamic)
         try:
@@ -60,7 +74,11 @@ def _nll_and_gradient(logits, labels):
     nll = log_sum - torch.where(wanted, numbers, 0.).sum(-1)
     return nll, ((numbers-log_sum[:,None]).exp()-wanted.float()).to(logits.dtype)
 
-large_norm, large_nll = Compiled(_norm), Compiled(_nll_and_gradient, dynamic=True)
+def _one_pass(logits, labels):
+    return logits[:,0].float(), -logits
+
+large_norm = Compiled(_norm)
+large_nll = Compiled(_nll_and_gradient, dynamic=True, counted=_one_pass)
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00008
 class FusedNorm(nn.Module):
