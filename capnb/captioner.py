@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from .image_pool import open_images
+from .many_images import open_images
 from .out_of_memory import in_slices
 from .decoder import begin_ids, token_nll, tokenize_captions, text_ids
 from .generation import generate_captions

@@ -15,7 +15,7 @@ from .captioner import Captioner
 from .generation import captions_of, split_scores
 from .options import check_options
 from .images import find_images # scripts import it from here
-from .image_pool import open_images
+from .many_images import open_images
 
 # %% ../nbs/08_inference.ipynb #2a86e315
 class CaptionStreamer:

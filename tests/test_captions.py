@@ -11,7 +11,7 @@ from capnb.encoder import EncodedData
 from capnb.evaluation import write_captions_for
 from capnb.score_tables import draw_samples
 from capnb.insight.facts import fact_counts, facts_scores
-from capnb.image_pool import open_images
+from capnb.many_images import open_images
 from capnb.inference import caption_files
 from capnb.explanation import explain
 from capnb.insight.report.clipscore import clip_scores

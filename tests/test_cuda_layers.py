@@ -9,7 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from capnb.build import build_captioner
 from capnb.fast import loss
 from capnb.fast.cuda import layers
-from capnb.fast.cuda.layers import Compiled, FusedNorm, large_nll, large_norm, shared_heads_attention
+from capnb.fast.cuda.layers import FusedNorm, large_norm, shared_heads_attention
+from capnb.fast.loss import Compiled, large_nll
 from capnb.fast.packing import takes_positions
 from capnb.settings import as_hyperparameters
 

@@ -1,13 +1,15 @@
 "The pool of child processes that decode images, and what may go wrong in them."
-import io, os, random, signal, subprocess, sys, time
+import io, os, random, signal, struct, subprocess, sys, time
 from functools import partial
 from pathlib import Path
-import psutil, pytest
+import numpy as np, psutil, pytest
 from PIL import Image
 from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged, saved, scene
 from capnb import image_pool
-from capnb.image_pool import DecodingPool, open_images
+from capnb.image_pool import DecodingPool
+from capnb.many_images import open_images
+from capnb.pixels import PixelSteps
 from capnb.images import ImageFile, TooManyPixels, measure_image, open_image
 
 GOOD = [saved(scene(random.Random(i)), 'PNG') for i in range(10)]
@@ -158,6 +160,68 @@ def test_a_child_cannot_send_what_is_no_answer():
                 lied.open(GOOD[0])
             assert same(lied.open(GOOD[1]), GOOD[1])
 
+STEPS = PixelSteps(32, int(Image.Resampling.BICUBIC), (32, 32))
+
+@pytest.fixture
+def asked(monkeypatch):
+    "How many files each message to a child had."
+    sizes, ask = [], image_pool._Decoder.ask
+    def note(self, request, *others):
+        sizes.append(len(request.get('sizes', [0])))
+        return ask(self, request, *others)
+    monkeypatch.setattr(image_pool._Decoder, 'ask', note)
+    return sizes
+
+def as_bytes(files): return [ImageFile(file, f'file {i}') for i, file in enumerate(files)]
+
+def check_each(found, files):
+    for array, file in zip(found, files, strict=True):
+        np.testing.assert_array_equal(array, STEPS(open_image(file)))
+
+def test_many_files_are_one_message(pool, asked):
+    check_each(pool.open_many(as_bytes(GOOD), steps=STEPS), GOOD)
+    assert asked==[10]
+    assert pool.open_many([], steps=STEPS)==[]
+    assert all(same(image, file) for image, file in zip(pool.open_many(GOOD), GOOD, strict=True))
+    assert asked[-10:]==[1]*10 # whole images come one by one
+
+def test_files_that_are_too_many_come_one_by_one(pool, asked, monkeypatch):
+    monkeypatch.setattr(image_pool, 'TOGETHER', sum(map(len, GOOD))-1)
+    check_each(pool.open_many(as_bytes(GOOD), steps=STEPS), GOOD)
+    assert asked==[1]*10
+
+def test_a_bad_one_among_many_is_named(pool):
+    files = [*GOOD[:3], b'no image', *GOOD[3:5]]
+    with pytest.raises(ValueError, match='file 3 is not a readable image: its content is of no known format'):
+        pool.open_many(as_bytes(files), steps=STEPS)
+
+def test_a_large_one_among_many_waits_for_its_turn(asked, monkeypatch):
+    monkeypatch.setattr(image_pool, '_FREE', 1000)
+    small = saved(scene(random.Random(0), (20, 20)), 'PNG')
+    with DecodingPool(1) as pool:
+        check_each(pool.open_many(as_bytes([small, GOOD[0], small]), steps=STEPS), [small, GOOD[0], small])
+    assert asked==[3, 1]
+
+def test_one_among_many_that_hangs_costs_one_image(asked):
+    files = [GOOD[0], scan_bomb(), GOOD[1]]
+    with DecodingPool(1, seconds=1.) as pool:
+        with pytest.raises(ValueError, match='file 1 is not a readable image: decoding it took longer'):
+            pool.open_many(as_bytes(files), steps=STEPS)
+        check_each(pool.open_many(as_bytes(GOOD), steps=STEPS), GOOD)
+    assert asked==[3, 1, 1, 10]
+
+@pytest.mark.parametrize('head', [
+    b'{"size": [32, 32]}', b'{"has": [true]}', b'{"has": [true, true]}', b'{"has": 3}', b'{"error": "no"}',
+], ids=bytes.decode)
+def test_a_child_cannot_send_other_pixels_for_many(head):
+    with DecodingPool(1) as lied:
+        lied.open(GOOD[0])
+        child = next(iter(lied.children))
+        child.process.stdout.close()
+        answer = struct.pack('>IQ', len(head), 3072) + head + bytes(3072)
+        child.process.stdout = io.BufferedReader(io.BytesIO(answer))
+        check_each(lied.open_many(as_bytes(GOOD[:2]), steps=STEPS), GOOD[:2])
+
 def test_what_waits_can_be_cancelled():
     with DecodingPool(1, seconds=2.) as pool:
         first, second = pool.submit(scan_bomb()), pool.submit(GOOD[0])
@@ -169,7 +233,7 @@ def test_a_closed_pool_has_no_children():
     with DecodingPool(3) as pool:
         assert list(pool.map(GOOD)) and until(lambda: len(pool.children)==3 or not list(pool.map(GOOD)))
         children = [c.process for c in pool.children]
-    for ask in (pool.open, pool.submit):
+    for ask in (pool.open, pool.submit, lambda file: pool.open_many([file], steps=STEPS)):
         with pytest.raises(RuntimeError, match='closed'):
             ask(GOOD[0])
     assert [process.returncode for process in children] == [-signal.SIGKILL]*3 # waited for, no zombies
@@ -181,7 +245,7 @@ import random, sys, threading, time
 sys.path[:0] = [{tests!r}]
 from bombs import scan_bomb
 from damage import saved, scene
-from capnb.image_pool import decoding_pool, open_images
+from capnb.many_images import decoding_pool, open_images
 files = [saved(scene(random.Random(i)), 'PNG') for i in range(20)]
 print(sum(not isinstance(image, ValueError) for image in open_images(files)), flush=True)
 if len(sys.argv) > 1:

@@ -216,7 +216,7 @@ def test_many_large_images_are_never_held_whole(tmp_path):
     code = f"""
 import psutil, threading
 from pathlib import Path
-from capnb.image_pool import open_images
+from capnb.many_images import open_images
 me, peak, done = psutil.Process(), 0, threading.Event()
 def watch():
     global peak

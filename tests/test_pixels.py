@@ -23,7 +23,8 @@ from capnb.build import build_captioner
 from capnb.data import CaptionData
 from capnb.encoder import ImageEncoder, encode_data as encode_in_turn, load_encoder
 from capnb.fast.cache import encode_data, features_key
-from capnb.image_pool import DecodingPool, open_images
+from capnb.image_pool import DecodingPool
+from capnb.many_images import open_images
 from capnb.images import open_image
 from capnb.inference import caption_files
 from capnb.pixels import PixelSteps

@@ -22,7 +22,8 @@ from ..log import log, progress_bar
 from ..settings import Hyperparameters
 from ..files import atomic_write, check_writable, read_zipped, shown_path, split_zip
 from ..images import ImageFile, MOST_FILE
-from ..image_pool import image_opener
+from ..image_pool import TOGETHER as MOST_TOGETHER
+from ..many_images import image_opener
 from ..row_images import image_of
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
 from ..own_encoder import OwnEncoder
@@ -236,26 +237,44 @@ def _ahead(do, n, threads, ahead=None):
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(cores)
 
-def _looked_at(encoder, data, i, cache, opener, steps):
-    """Return row `i` without its image, the image's digest, and, if it is not cached, the image as bytes from
-    `steps`, or as the encoder's input if there are none."""
+def _looked_at(encoder, data, i, cache, opener):
+    """Return row `i` without its image, the image's digest, and, if it is not cached, the image, with its
+    file read."""
     image, row, where = data.parts(i)
     image = image_of(image, where)
-    content, known = _file_bytes(image), lambda digest: cache.find([digest])[0] >= 0
-    digest = content and _digest(content)
-    if digest and known(digest): return row, digest, None # no decoding needed
+    content = _file_bytes(image)
     if content: # do not read the file twice
-        image = opener(ImageFile(content, image.name), min_side=encoder.min_side, steps=steps)
+        digest, image = _digest(content), ImageFile(content, image.name)
     else:
-        image = opener(image, min_side=encoder.min_side)
+        image, = opener([image], min_side=encoder.min_side)
         digest = _digest_pixels(image)
-        if known(digest): return row, digest, None
-        image = steps(image) if steps else image
-    return row, digest, image if steps else encoder.prepare([image])[0]
+    return row, digest, None if cache.find([digest])[0] >= 0 else image
+
+def _read(encoder, data, which, cache, opener, steps):
+    """Read some rows. Return each without its image, the image's digest, and, if it is not cached, the image
+    as bytes from `steps`, or as the encoder's input if there are none."""
+    seen, waiting, size = [], [], 0
+    def opened():
+        images = opener([image for *_, image in waiting], min_side=encoder.min_side, steps=steps)
+        for one, image in zip(waiting, images, strict=True):
+            one[2] = image if steps else encoder.prepare([image])[0]
+        waiting.clear()
+    for i in which:
+        row, digest, image = _looked_at(encoder, data, i, cache, opener)
+        seen.append([row, digest, image])
+        if image is None: continue # no decoding needed
+        content = image.source if isinstance(image, ImageFile) else b''
+        if waiting and size+len(content) > MOST_TOGETHER: # large files do not fill the memory
+            opened()
+            size = 0
+        waiting.append(seen[-1])
+        size += len(content)
+    opened()
+    return seen
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70015
 def _encoded(encoder, cache, taken, steps, seen):
-    """Encode images, each from `_looked_at`.
+    """Encode images from `_read`.
 
     Return the rows without their images, the digests of the images, and new features by digest, in half
     precision. Features are new if they are not cached and no other batch has `taken` them. Raise
@@ -320,7 +339,7 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     rows, digests, taken, opener = [], [], {}, image_opener(len(data))
     steps = encoder.steps # read once, before the threads start
     batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
-    def read(i): return [_looked_at(encoder, data, row, cache, opener, steps) for row in batches[i]]
+    def read(i): return _read(encoder, data, batches[i], cache, opener, steps)
     encode = partial(_encoded, encoder, cache, taken, steps)
     bar = progress_bar(desc=progress, disable=not progress, unit='image', total=len(data))
     passes = _passes(encoder, read, encode, len(batches), threads or os.cpu_count())

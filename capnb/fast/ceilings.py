@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from .cuda.batches import Layouts, views
-from .cuda.layers import fuse_norms, large_nll
+from .cuda.layers import fuse_norms
 from .cuda.training import static_loss
-from .loss import caption_loss
+from .loss import caption_loss, large_nll
 from .memory import FusedOperations
 from .random_models import random_init_captioner
 from .synthetic import caption_lengths
@@ -188,8 +188,8 @@ def recorded_work(
     h, # `Hyperparameters`
     dtype=torch.bfloat16, # dtype of the frozen models
 ) -> list: # As from `count_work`
-    """Count the work of the step that a GPU records: with fixed shapes, one kernel per norm, and one pass over
-    the logits of large batches."""
+    """Count the work of the step that a GPU records: with fixed shapes, one kernel per norm, and one pass
+    over the logits of large batches."""
     model = random_init_captioner(h, 'meta', dtype)
     fuse_norms(model.decoder)
     images, k = h.batch_size, h.captions_per_image

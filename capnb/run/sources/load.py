@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from ...data import CaptionData, split_rows
 from ...row_images import image_of
-from ...image_pool import decoding_pool
+from ...many_images import decoding_pool
 from ...log import log, progress_bar
 from .archives import from_datasets, read_path
 from .folders import Source
