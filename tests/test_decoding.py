@@ -6,7 +6,7 @@ import numpy as np, psutil, pytest
 from PIL import Image
 from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged, saved, scene
-from capnb import image_pool
+from capnb import image_pool, many_images
 from capnb.image_pool import DecodingPool
 from capnb.many_images import open_images
 from capnb.pixels import PixelSteps
@@ -285,7 +285,7 @@ def test_children_end_with_a_parent_that_was_killed(script):
     assert until(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
 
 def test_few_images_start_no_process(monkeypatch):
-    monkeypatch.setattr(image_pool, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
+    monkeypatch.setattr(many_images, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
     assert all(same(image, source) for image, source in zip(open_images(GOOD[:7]), GOOD[:7], strict=True))
     opened = open_images([open_image(b) for b in GOOD])
     assert all(same(image, source) for image, source in zip(opened, GOOD, strict=True))

@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from damage import saved
-from capnb import image_pool
+from capnb import image_pool, many_images
 from capnb.saving import load_model_from_checkpoint, save_checkpoint
 from capnb.build import build_captioner
 from capnb.data import CaptionData
@@ -196,7 +196,7 @@ def test_many_files_never_reach_the_processor(storybook, monkeypatch):
     assert torch.equal(encode_data(storybook, data).features, expected.half().float())
 
 def test_a_few_images_start_no_process(storybook, monkeypatch):
-    monkeypatch.setattr(image_pool, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
+    monkeypatch.setattr(many_images, 'decoding_pool', lambda: pytest.fail('a pool was asked for'))
     few = list(FILES.values())[:7]
     encode_data(storybook, CaptionData([dict(image=file, caption='A rug.') for file in few]))
     opened = open_images(few, steps=storybook.steps)

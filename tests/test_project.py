@@ -47,8 +47,8 @@ def python(code, *words):
 
 # Layers, from the bottom: imports go down only, or to a lower number of the same layer. Understand and Fast
 # stand side by side.
-BASE = """settings files log options checkpoint hardware hub images pixels image_pool out_of_memory towers
-image_processors words caption_cells row_images""".split()
+BASE = """settings files log options checkpoint hardware hub images pixels image_pool many_images
+out_of_memory towers image_processors words caption_cells row_images""".split()
 COURSE = '''data encoder own_encoder adapter decoder any_decoder generation caption_lengths captioner
 unfreezing build saving batches optimizer validation training intervals evaluation score_tables scores
 inference explanation'''.split()

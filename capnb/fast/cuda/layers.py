@@ -72,7 +72,8 @@ def fuse_norms(
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00110
 def _cudnn_can(query, key, value, mask, dropout):
     "Whether cuDNN has a kernel for these tensors, on a card where PyTorch prefers it."
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (9, 0): return False
+    if not query.is_cuda: return False
+    if torch.cuda.get_device_capability(query.device) < (9, 0): return False
     return can_use_cudnn_attention(SDPAParams(query, key, value, mask, dropout, False, True))
 
 def shared_heads_attention(
@@ -108,7 +109,8 @@ def use_shared_heads(
     "Let a decoder attend without copies of shared heads, if it has such heads and uses PyTorch's attention."
     config = decoder.config.get_text_config()
     fewer = getattr(config, 'num_key_value_heads', None)
-    if config._attn_implementation!='sdpa' or not fewer or fewer==config.num_attention_heads: return False
+    shares = fewer and fewer!=config.num_attention_heads
+    if not shares or config._attn_implementation!='sdpa': return False
     decoder.set_attn_implementation(SHARED_HEADS)
     return True
 
