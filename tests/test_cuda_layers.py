@@ -1,7 +1,6 @@
 """Layers for a GPU, called on a processor: what is compiled or given to cuDNN computes what PyTorch's own
 layers do, and where it cannot be, that is said once."""
 import copy, logging
-from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
 from torch.nn import functional as F
@@ -44,7 +43,7 @@ def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, caplog):
     def double(x): return 2*x
     doubled = Compiled(double)
     with caplog.at_level(logging.WARNING, 'capnb'):
-        assert doubled(torch.ones(1)).item()==2 and doubled.refused
+        assert [doubled(torch.ones(1)).item() for _ in range(2)]==[2, 2] and doubled.refused
     assert [r.getMessage() for r in caplog.records] == [
         '🐢 PyTorch cannot compile double here: Failed to find C compiler.'
     ]
@@ -105,6 +104,20 @@ def test_a_compiler_keeps_the_numbers():
         torch.testing.assert_close(one, other)
     assert not (large_norm.refused or large_nll.refused)
 
+def test_a_norm_with_a_gate_stays_as_it_is():
+    "Mamba's norms have the same names, and a second argument."
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(4)), 1e-6
+        def forward(self, hidden_states, gate=None):
+            gated = hidden_states if gate is None else hidden_states*gate
+            return F.rms_norm(gated, (4,), self.weight, 1e-6)
+    class Plain(Gated):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)
+    assert layers.fuse_norms(torch.nn.ModuleList([Gated(), Plain()]))==1
+
 # --- Shared heads
 
 def attend(attention, **changes):
@@ -118,16 +131,19 @@ def attend(attention, **changes):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    "As if cuDNN were there; gives the backends that were asked for."
-    asked = []
+    "As if cuDNN were there; gives whether heads were shared, for each call of PyTorch's attention."
+    asked, attention = [], F.scaled_dot_product_attention
+    def note(*args, enable_gqa=False, **how):
+        asked.append(enable_gqa)
+        return attention(*args, enable_gqa=enable_gqa, **how)
     monkeypatch.setattr(layers, '_cudnn_can', lambda *args: True)
-    monkeypatch.setattr(layers, 'sdpa_kernel', lambda backend: asked.append(backend.name) or nullcontext())
+    monkeypatch.setattr(layers.F, 'scaled_dot_product_attention', note)
     return asked
 
 def test_shared_heads_attend_as_copies_do(cudnn):
     for one, other in zip(attend(shared_heads_attention), attend(sdpa_attention_forward), strict=True):
         torch.testing.assert_close(one, other)
-    assert cudnn==['CUDNN_ATTENTION']
+    assert cudnn==[True, False] # transformers copies them
 
 @pytest.mark.parametrize('change', [
     dict(attention_mask=None), dict(position_bias=torch.randn(1, 4, 5, 5)),
@@ -136,7 +152,7 @@ def test_what_the_kernel_does_not_know_is_left_to_transformers(cudnn, change):
     found, expected = (attend(a, **change) for a in (shared_heads_attention, sdpa_attention_forward))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-    assert not cudnn
+    assert cudnn[0]==cudnn[1] # both by transformers
 
 def test_a_decoder_with_shared_heads_still_packs():
     decoder = build_captioner(as_hyperparameters(), 'cpu').decoder

@@ -13,6 +13,7 @@ from capnb.build import build_captioner
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.data import CaptionData
 from capnb.run.sources.load import load_data
+from capnb.image_pool import DecodingPool
 from capnb.images import open_image
 from capnb.encoder import load_encoder
 from capnb.fast.cache import FeatureCache, encode_data, features_folder
@@ -106,6 +107,27 @@ def test_order_subsets_and_changes(encoder, pages, plain, count, tmp_path):
     pages[40]['image'].putpixel((0,0), (255,0,0))
     changed = encode_data(encoder, CaptionData(pages), folder=tmp_path).features[:]
     assert count()==97 and (changed!=plain).any(1).nonzero().flatten().tolist()==[40]
+
+def test_a_cached_pass_asks_no_child(encoder, tmp_path, monkeypatch):
+    files = [saved(image, 'PNG') for image in (Image.new('RGB', (20, 20), (i, 0, 0)) for i in range(10))]
+    data = CaptionData([dict(image=file, captions=['one']) for file in files])
+    expected = encode_data(encoder, data, folder=tmp_path).features[:]
+    monkeypatch.setattr(DecodingPool, '_ask', lambda *args: pytest.fail('a child was asked'))
+    assert torch.equal(encode_data(encoder, data, folder=tmp_path).features[:], expected)
+
+def test_large_images_do_not_wait_for_the_end_of_a_batch(encoder, plain, pages, tmp_path, monkeypatch):
+    together, make = [], enc.image_opener
+    def noting(n):
+        def opened(images, **how):
+            together.append(len(images))
+            return opener(images, **how)
+        opener = make(n)
+        return opened
+    monkeypatch.setattr(enc, 'image_opener', noting)
+    monkeypatch.setattr(enc, 'MOST_BYTES', 3*3*64*64-1) # three pages
+    features = encode_data(encoder, CaptionData(pages[:9]), 9, folder=tmp_path, threads=1).features[:]
+    torch.testing.assert_close(features, plain[:9])
+    assert [n for n in together if n > 1]==[3, 3, 3]
 
 def test_repeated_pictures_are_encoded_once(encoder, pages, plain, count, tmp_path):
     twice = encode_data(encoder, CaptionData(pages[:20]*3), 8, folder=tmp_path).features

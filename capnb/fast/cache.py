@@ -22,7 +22,7 @@ from ..log import log, progress_bar
 from ..settings import Hyperparameters
 from ..files import atomic_write, check_writable, read_zipped, shown_path, split_zip
 from ..images import ImageFile, MOST_FILE
-from ..image_pool import TOGETHER as MOST_TOGETHER
+from ..image_pool import MOST_BYTES
 from ..many_images import image_opener
 from ..row_images import image_of
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
@@ -263,13 +263,14 @@ def _read(encoder, data, which, cache, opener, steps):
         row, digest, image = _looked_at(encoder, data, i, cache, opener)
         seen.append([row, digest, image])
         if image is None: continue # no decoding needed
-        content = image.source if isinstance(image, ImageFile) else b''
-        if waiting and size+len(content) > MOST_TOGETHER: # large files do not fill the memory
+        waiting.append(seen[-1])
+        # large images do not fill the memory
+        size += len(image.source) if isinstance(image, ImageFile) else 3*image.width*image.height
+        if size > MOST_BYTES:
             opened()
             size = 0
-        waiting.append(seen[-1])
-        size += len(content)
-    opened()
+    if waiting:
+        opened()
     return seen
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70015

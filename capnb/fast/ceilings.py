@@ -188,7 +188,7 @@ def recorded_work(
     h, # `Hyperparameters`
     dtype=torch.bfloat16, # dtype of the frozen models
 ) -> list: # As from `count_work`
-    """Count the work of the step that a GPU records: with fixed shapes, one kernel per norm, and one pass
+    """Count the work of the step that a GPU records: with fixed shapes, one kernel per norm, and two passes
     over the logits of large batches."""
     model = random_init_captioner(h, 'meta', dtype)
     fuse_norms(model.decoder)

@@ -15,6 +15,15 @@ from ..any_decoder import alike, random_ids
 from ..log import log
 from .packing import packed_inputs, takes_positions
 
+# %% ../../nbs/20b_the_loss.ipynb #5a0000c4
+def _nll_and_gradient(logits, labels, learns=True):
+    "NLL of each token, and its gradient by the logits if it is needed."
+    p = logits.float().log_softmax(-1)
+    nll = -p.gather(1, labels[:,None])[:,0]
+    if not learns: return nll, None
+    p.exp_()[torch.arange(len(labels), device=p.device), labels] -= 1
+    return nll, p.to(logits.dtype)
+
 # %% ../../nbs/20b_the_loss.ipynb #5a000004
 @torch.no_grad()
 def _compare_head(decoder):
@@ -55,7 +64,7 @@ class Compiled:
     def __init__(self,
         do, # Function of tensors
         dynamic:bool=None, # As for `torch.compile`
-        counted=None, # Function with results of the same shape by one operation, for `count_on_meta`
+        counted=None, # Function with results of the same shapes by few operations, for `count_on_meta`
         least:int=2**20, # Numbers in a tensor from which compiling pays
     ):
         self.do, self.dynamic, self.counted, self.least = do, dynamic, counted, least
@@ -70,7 +79,7 @@ class Compiled:
 
     @contextmanager
     def count_on_meta(self):
-        "Inside the `with`, the meta device stands for a GPU, and each call is one operation."
+        "Inside the `with`, the meta device stands for a GPU, and each call is counted by `counted`."
         self.on_meta = True
         try:
             yield
@@ -80,6 +89,7 @@ class Compiled:
     def __call__(self, *args):
         "Call the function, compiled if that is possible."
         if args[0].is_meta: return self.counted(*args)
+        if self.refused: return self.do(*args)
         if not self.compiled:
             self.compiled = torch.compile(self.do, dynamic=self.dynamic)
         try:
@@ -99,20 +109,12 @@ def _whole_nll(logits, labels):
     nll = log_sum - torch.where(wanted, numbers, 0.).sum(-1)
     return nll, ((numbers-log_sum[:,None]).exp()-wanted.float()).to(logits.dtype)
 
-def _one_pass(logits, labels):
-    return logits[:,0].float(), -logits
+def _counted_nll(logits, labels):
+    return logits.sum(1).float(), -logits # two passes
 
-large_nll = Compiled(_whole_nll, dynamic=True, counted=_one_pass)
+large_nll = Compiled(_whole_nll, dynamic=True, counted=_counted_nll)
 
 # %% ../../nbs/20b_the_loss.ipynb #5a000014
-def _nll_and_gradient(logits, labels, learns=True):
-    "NLL of each token, and its gradient by the logits if it is needed."
-    p = logits.float().log_softmax(-1)
-    nll = -p.gather(1, labels[:,None])[:,0]
-    if not learns: return nll, None
-    p.exp_()[torch.arange(len(labels), device=p.device), labels] -= 1
-    return nll, p.to(logits.dtype)
-
 class _HeadNLL(torch.autograd.Function):
     "NLL of tokens for a frozen head, some at a time; the gradient is computed while the logits exist."
     @staticmethod

@@ -7,12 +7,11 @@ __all__ = ['large_norm', 'FusedNorm', 'fuse_norms', 'shared_heads_attention', 'u
            'use_fused', 'use_masked_attention']
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00003
-import copy, logging, torch
+import copy, inspect, logging, torch
 from importlib.util import find_spec
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -51,6 +50,7 @@ def _is_plain_norm(module):
     if not hasattr(module, 'variance_epsilon') or not isinstance(weight, nn.Parameter) or weight.dim()!=1:
         return False
     if list(module.children()) or len(list(module.parameters())) > 1: return False
+    if len(inspect.signature(module.forward).parameters) > 1: return False # it may take a gate, too
     if weight.is_meta: # meta tensors have no values, so test a copy with random weights
         module = copy.deepcopy(module).to_empty(device='cpu')
         weight = module.weight.normal_()
@@ -70,10 +70,13 @@ def fuse_norms(
     return len(found)
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00110
+def _prefers_cudnn(device):
+    "Whether PyTorch prefers cuDNN's attention on a card: on Hopper and newer."
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
 def _cudnn_can(query, key, value, mask, dropout):
-    "Whether cuDNN has a kernel for these tensors, on a card where PyTorch prefers it."
-    if not query.is_cuda: return False
-    if torch.cuda.get_device_capability(query.device) < (9, 0): return False
+    "Whether PyTorch will use a kernel of cuDNN for these tensors."
+    if not (query.is_cuda and _prefers_cudnn(query.device)): return False
     return can_use_cudnn_attention(SDPAParams(query, key, value, mask, dropout, False, True))
 
 def shared_heads_attention(
@@ -94,10 +97,9 @@ def shared_heads_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        found = F.scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
-        )
+    found = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
+    )
     return found.transpose(1, 2).contiguous(), None
 
 AttentionInterface.register(SHARED_HEADS, shared_heads_attention)
@@ -162,7 +164,9 @@ def use_fused(
 ) -> str: # Description of what is fused
     "Fuse the layers of a decoder on a GPU; on other devices do nothing."
     if decoder.device.type!='cuda': return ''
-    norms, liger, shares = fuse_norms(decoder), use_liger(decoder), use_shared_heads(decoder)
+    norms, liger = fuse_norms(decoder), use_liger(decoder)
+    half = decoder.dtype in (torch.float16, torch.bfloat16)
+    shares = half and _prefers_cudnn(decoder.device) and use_shared_heads(decoder)
     return ', '.join(
         [f'{norms} norms (PyTorch)']*(norms > 0) + ['rotations and gates (Liger Kernel)']*liger
         + ['attention with shared heads (cuDNN)']*shares
