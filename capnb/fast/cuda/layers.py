@@ -50,7 +50,8 @@ def _is_plain_norm(module):
     if not hasattr(module, 'variance_epsilon') or not isinstance(weight, nn.Parameter) or weight.dim()!=1:
         return False
     if list(module.children()) or len(list(module.parameters())) > 1: return False
-    if len(inspect.signature(module.forward).parameters) > 1: return False # it may take a gate, too
+    takes_more = len(inspect.signature(module.forward).parameters) > 1 # such as a gate
+    if takes_more: return False
     if weight.is_meta: # meta tensors have no values, so test a copy with random weights
         module = copy.deepcopy(module).to_empty(device='cpu')
         weight = module.weight.normal_()
