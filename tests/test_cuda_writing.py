@@ -328,7 +328,8 @@ def test_where_flash_attention_is_installed_another_is_put_in(flash, model, capl
 
 def test_it_is_put_in_on_a_gpu_only(model):
     class OnGpu:
-        device, text = torch.device('cuda'), SimpleNamespace(_attn_implementation='sdpa')
+        device, dtype = torch.device('cuda'), torch.float32
+        text = SimpleNamespace(_attn_implementation='sdpa')
         config = SimpleNamespace(model_type='gpt2', get_text_config=lambda: OnGpu.text)
         def modules(self): return []
     fast, there = make_fast(copy.copy(model)), copy.copy(model)
