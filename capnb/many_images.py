@@ -18,8 +18,11 @@ _pools = {} # by process, because a fork cannot use the pool of its parent
 def decoding_pool() -> DecodingPool:
     "Return the pool of this process, which ends with it."
     if os.getpid() not in _pools:
-        _pools[os.getpid()] = DecodingPool()
-        atexit.register(_pools[os.getpid()].close)
+        mine = DecodingPool()
+        if _pools.setdefault(os.getpid(), mine) is mine:
+            atexit.register(mine.close)
+        else:
+            mine.close() # another thread was faster
     return _pools[os.getpid()]
 
 def image_opener(

@@ -1,5 +1,5 @@
 "The pool of child processes that decode images, and what may go wrong in them."
-import io, os, random, signal, struct, subprocess, sys, time
+import atexit, io, os, random, signal, struct, subprocess, sys, threading, time
 from functools import partial
 from pathlib import Path
 import numpy as np, psutil, pytest
@@ -8,7 +8,7 @@ from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged, saved, scene
 from capnb import image_pool, many_images
 from capnb.image_pool import DecodingPool
-from capnb.many_images import open_images
+from capnb.many_images import decoding_pool, open_images
 from capnb.pixels import PixelSteps
 from capnb.images import ImageFile, TooManyPixels, measure_image, open_image
 
@@ -302,3 +302,21 @@ def test_a_child_that_is_stopped_is_replaced():
         with pytest.raises(ValueError, match='bomb is not a readable image: decoding it took longer'):
             bomb.result(timeout=20)
         assert same(pool.open(GOOD[0]), GOOD[0])
+
+def test_two_threads_get_one_pool(monkeypatch):
+    "Both ask before there is one."
+    both_wait, closed = threading.Barrier(2), []
+    class Slow:
+        def __init__(self):
+            both_wait.wait(10)
+        def close(self):
+            closed.append(self)
+    monkeypatch.setattr(many_images, 'DecodingPool', Slow)
+    monkeypatch.setattr(many_images, '_pools', {})
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(decoding_pool())) for _ in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(10)
+    assert len(found)==2 and found[0] is found[1]
+    assert len(closed)==1 and closed[0] is not found[0]
+    atexit.unregister(found[0].close)

@@ -183,7 +183,7 @@ def test_no_stored_error(path):
 @each_notebook
 def test_title_and_subtitle(path):
     first = cells(path, 'markdown')[0]['source']
-    assert re.match(r'# \S.*\n+> \S', first), 'the first text must be an H1 title and a `>` subtitle'
+    assert re.match(r'# \S.*\n+> \S.*\.$', first, re.M), 'first an H1 title and a sentence after `>`'
 
 @each_notebook
 def test_imports_only_from_lower_numbers(path):
