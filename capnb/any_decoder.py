@@ -19,11 +19,10 @@ from .hub import load_whole, model_config, read_model
 def _settle_end(tokenizer, config):
     "Give the tokenizer an end-of-text token: its own, else the model's, else a line end."
     if tokenizer.eos_token_id is not None: return
-    ids = (
-        [config.eos_token_id]
-        if isinstance(config.eos_token_id, int) and config.eos_token_id < len(tokenizer)
-        else tokenizer('\n', add_special_tokens=False)['input_ids']
-    )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = [i for i in ends if i is not None and i < len(tokenizer)][:1]
+    if not ids:
+        ids = tokenizer('\n', add_special_tokens=False)['input_ids']
     if len(ids)!=1:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, and none for the end of a line"
@@ -62,14 +61,14 @@ def check_decoder(
         inspect.signature(getattr(cls, method)).parameters
         for method in ('forward', 'prepare_inputs_for_generation')
     )
-    if 'inputs_embeds' in reads and not ('inputs_embeds' in writes and 'logits_to_keep' in reads):
-        raise ValueError(
-            f"decoder {name!r} ({cls.__name__}) cannot write from vectors; take a model for text only"
-        )
     if 'inputs_embeds' not in reads:
         raise ValueError(
             f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a"
             " prefix made of an image"
+        )
+    if 'inputs_embeds' not in writes or 'logits_to_keep' not in reads:
+        raise ValueError(
+            f"decoder {name!r} ({cls.__name__}) cannot write from vectors; take a model for text only"
         )
 
 def load_tokenizer(

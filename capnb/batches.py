@@ -39,6 +39,8 @@ def epoch_batches(
     captions_per_image:int=1, # All if an image has fewer
 ) -> EpochBatches: # Gives pairs: features (batch, width), for each row a list of captions
     "Make the batches of one epoch: every image once, in an order that follows from `seed` and `epoch`."
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, but it must be 1 or more")
     captions = [
         captions_for_epoch(r['captions'], i, epoch, seed, captions_per_image) for i,r in enumerate(data.rows)
     ]

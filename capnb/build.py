@@ -119,9 +119,9 @@ def build_captioner(
     decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
     if h.lora_rank:
         decoder = add_lora(decoder, h)
-    words = begin_ids(tokenizer) + sum(text_ids(tokenizer, [h.prompt] if h.prompt else []), [])
-    prefix, text = (encoder.patches or h.prefix_length)+len(words), decoder.config.get_text_config()
-    _check_positions(decoder_name, text, prefix, h.max_caption_length)
+    prompt = text_ids(tokenizer, [h.prompt])[0] if h.prompt else []
+    prefix = len(begin_ids(tokenizer)) + (encoder.patches or h.prefix_length) + len(prompt)
+    _check_positions(decoder_name, decoder.config.get_text_config(), prefix, h.max_caption_length)
     width = decoder.get_input_embeddings().embedding_dim
     adapter = new_adapter(h, encoder, width, embedding_size(decoder)).to(device)
     return Captioner(encoder, adapter, decoder, tokenizer, h.max_caption_length, h.prompt)

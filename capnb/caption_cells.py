@@ -56,12 +56,9 @@ def caption_texts(
     """
     if value is None: raise ValueError("it is empty")
     texts = several_texts(value)
-    if any(isinstance(t, str) and t.lstrip()[:1] in ('[', '(', '{') and _LISTS.fullmatch(t) for t in texts):
-        texts = [
-            found
-            for t in texts
-            for found in (_listed(t) if isinstance(t, str) and _LISTS.fullmatch(t) else [t])
-        ]
+    is_list = lambda t: isinstance(t, str) and t.lstrip()[:1] in ('[', '(', '{') and _LISTS.fullmatch(t)
+    if any(map(is_list, texts)):
+        texts = [found for t in texts for found in (_listed(t) if is_list(t) else [t])]
     if not texts: raise ValueError("it is empty")
     for t in texts:
         if isinstance(t, (Mapping, Set)):

@@ -58,11 +58,12 @@ def token_nll(
     attention_mask, # (images*k, n); 0 at padding, and in the whole row if there is no caption
 ) -> torch.Tensor: # (images*k, n), nats: minus the log-probability of each token, 0 at padding
     "Compute the negative log-likelihood of each token of each caption, given the prefix."
-    (images, k, _), (captions, n) = prefix.shape, input_ids.shape
+    images, length, _ = prefix.shape
+    captions, n = input_ids.shape
     prefix = prefix.repeat_interleave(captions//images, 0)                     # (captions, prefix, width)
     words = decoder.get_input_embeddings()(input_ids[:,:-1])                   # (captions, n-1, width)
     joined = torch.cat([prefix.to(words.dtype), words], 1)                     # (captions, prefix+n-1, width)
-    mask = F.pad(attention_mask[:,:-1], (k,0), value=1)
+    mask = F.pad(attention_mask[:,:-1], (length,0), value=1)
     outputs = decoder(inputs_embeds=joined, attention_mask=mask, use_cache=False, logits_to_keep=n)
     real = attention_mask.bool()
     logits = outputs.logits[:,-n:][real]                                       # (tokens, vocabulary)
@@ -87,6 +88,5 @@ def embedding_size(
     embed = decoder.get_input_embeddings()
     # in parts, because a whole table in float32 may take gigabytes
     parts = torch.arange(embed.num_embeddings, device=embed.weight.device).split(8192)
-    return (
-        sum(embed(part).float().pow(2).mean().item() * len(part) for part in parts) / embed.num_embeddings
-    ) ** 0.5
+    total = sum(embed(part).float().pow(2).mean().item()*len(part) for part in parts)
+    return (total/embed.num_embeddings)**.5

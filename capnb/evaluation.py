@@ -151,8 +151,11 @@ def most_common_caption(
     "Find the most common caption; of several, the most similar to the others by mean ROUGE-L."
     counts = Counter(captions)
     most = max(counts.values())
-    spread = lambda texts: texts[::-(-len(texts)//sample)] # evenly over all
-    tied, others = spread([c for c,n in counts.items() if n==most]), spread(list(captions))
+    def spread(texts): # at most `sample` of them, evenly over all
+        step = -(-len(texts)//sample)
+        return texts[::step]
+    tied = spread([c for c,n in counts.items() if n==most])
+    others = spread(list(captions))
     return max(tied, key=lambda c: sum(rouge_l([o], c) for o in others))
 
 def _directions(features): # (images, width), of length 1; the mean of patches

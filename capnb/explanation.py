@@ -55,40 +55,34 @@ def _words(tokenizer, caption, most):
 def _next_tokens(model, image, caption):
     """Give the log-probabilities of all tokens at each position of a caption, its end included, and the
     caption's own tokens."""
-    prefix, embed = model.prefix(model.encoder.encode([image])), model.decoder.get_input_embeddings()
-    # (1, n)
-    ids = tokenize_captions(model.tokenizer, [caption], model.max_caption_length)[0].to(model.device)
-    seen = embed(ids[:,:-1])
-    logits = model.decoder(
-        inputs_embeds=torch.cat([prefix.to(seen.dtype), seen], 1),
-        use_cache=False,
-        logits_to_keep=ids.shape[1],
-    ).logits
-    # (n, vocabulary), (n,)
-    return logits[0].float().log_softmax(-1).cpu(), ids[0].cpu()
+    prefix = model.prefix(model.encoder.encode([image]))
+    ids,_ = tokenize_captions(model.tokenizer, [caption], model.max_caption_length)
+    ids = ids.to(model.device)                                                # (1, n)
+    words = model.decoder.get_input_embeddings()(ids[:,:-1])                  # (1, n-1, width)
+    joined = torch.cat([prefix.to(words.dtype), words], 1)
+    logits = model.decoder(inputs_embeds=joined, use_cache=False, logits_to_keep=ids.shape[1]).logits
+    return logits[0].float().log_softmax(-1).cpu(), ids[0].cpu()              # (n, vocabulary), (n,)
 
 def _others(model, scores, said, n):
     "Give the best `n` tokens besides the one in the caption, as (text, probability)."
+    def text(i):
+        return '(end)' if i==model.tokenizer.eos_token_id else model.tokenizer.decode([i]).strip()
     best = [i for i in scores.topk(min(n+1, len(scores))).indices.tolist() if i!=said][:n]
-    return [
-        (
-            '(end)' if i == model.tokenizer.eos_token_id else model.tokenizer.decode([i]).strip(),
-            scores[i].exp().item(),
-        )
-        for i in best
-    ]
+    return [(text(i), scores[i].exp().item()) for i in best]
 
 # %% ../nbs/08b_explanations.ipynb #09ee0003
 def _covered(image, cells, window):
     "Yield a copy of an image for each cell of a grid, with its mean colour in a window around the cell."
-    (width, height), colour = image.size, tuple(round(c) for c in ImageStat.Stat(image).mean)
-    edge = lambda cell, size: (
-        max(0, round((cell + 0.5 - window / 2) * size / cells)),
-        min(size, round((cell + 0.5 + window / 2) * size / cells)),
-    )
+    width, height = image.size
+    colour = tuple(round(c) for c in ImageStat.Stat(image).mean)
+    def edges(cell, size): # of the window around a cell, in pixels
+        first, last = cell+.5-window/2, cell+.5+window/2
+        return max(0, round(first*size/cells)), min(size, round(last*size/cells))
     for row in range(cells):
+        top, bottom = edges(row, height)
         for column in range(cells):
-            (left, right), (top, bottom), copy = edge(column, width), edge(row, height), image.copy()
+            left, right = edges(column, width)
+            copy = image.copy()
             copy.paste(colour, (left, top, right, bottom))
             yield copy
 
@@ -96,8 +90,9 @@ def _covered(image, cells, window):
 def _relevance(model, image, caption, cells=8, window=3, batch_size=8, between=None):
     "Compute the nats that each token loses when a part of the image is covered: (tokens, cells, cells)."
     # reduce a large image: the encoder needs no more than this
-    image, nats = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size))), []
+    image = image.reduce(max(1, min(image.size)//(2*model.encoder.image_size)))
     images = [image, *_covered(image, cells, window)]
+    nats = []
     for at in range(0, len(images), batch_size):
         if between:
             between()
@@ -161,16 +156,13 @@ def explain(
     kwargs = check_options(kwargs, one='an explanation is of one caption')
     caption = model.caption(image, **kwargs) if caption is None else one_line(caption)
     words = _words(model.tokenizer, caption, model.max_caption_length)
-    (scores, ids), relevance = _next_tokens(model, image, caption), (
-        _relevance(model, image, caption, between=between) if patches else None
-    )
-    sure = scores.gather(1, ids[:,None])[:,0]
-    return caption, [
-        Word(
-            text,
-            sure[tokens].sum().exp().item(),
-            _others(model, scores[tokens[0]], ids[tokens[0]].item(), alternatives),
-            relevance[tokens].sum(0) if patches else None,
-        )
-        for text, tokens in words
-    ]
+    scores, ids = _next_tokens(model, image, caption)
+    sure = scores.gather(1, ids[:,None])[:,0] # log-probabilities of the caption's own tokens, (n,)
+    relevance = _relevance(model, image, caption, between=between) if patches else None
+    found = []
+    for text,tokens in words:
+        first = tokens[0]
+        others = _others(model, scores[first], ids[first].item(), alternatives)
+        region = relevance[tokens].sum(0) if patches else None
+        found.append(Word(text, sure[tokens].sum().exp().item(), others, region))
+    return caption, found

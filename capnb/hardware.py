@@ -57,16 +57,12 @@ def describe_hardware(
     import platform, psutil, torch
     from transformers.utils import is_flash_attn_2_available
     device = torch.device(device or default_device())
-    attention = ('sdpa',) * hasattr(torch.nn.functional, 'scaled_dot_product_attention') + (
-        'flash_attention_2',
-    ) * is_flash_attn_2_available()
+    installed = dict(sdpa=hasattr(torch.nn.functional, 'scaled_dot_product_attention'),
+                     flash_attention_2=is_flash_attn_2_available())
+    attention = tuple(name for name,there in installed.items() if there)
     if device.type!='cuda':
-        return Hardware(
-            device.type,
-            platform.processor() or platform.machine(),
-            psutil.virtual_memory().total / 1e9,
-            attention=attention,
-        )
+        name = platform.processor() or platform.machine()
+        return Hardware(device.type, name, psutil.virtual_memory().total/1e9, attention=attention)
     gpu = torch.cuda.get_device_properties(device)
     with torch.cuda.device(device):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

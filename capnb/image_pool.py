@@ -98,7 +98,7 @@ def _requests(file):
     return waiting.get
 
 def _take_over_output():
-    "Return a file for messages to the parent; redirect all other output."
+    "Redirect the standard output; return a file for the parent, and a function that redirects errors, too."
     replies, nowhere = os.fdopen(os.dup(1), 'wb'), os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
     return replies, lambda: os.dup2(nowhere, 2)
@@ -116,17 +116,25 @@ def decode_requests(
     hush() # the parent reads errors only up to here
     next_request = _requests(os.fdopen(0, 'rb'))
     set_timer = lambda s: hasattr(signal, 'setitimer') and signal.setitimer(signal.ITIMER_REAL, s)
-    while True:
-        request, body = next_request()
-        def ask(pixels, free=request['free']):
-            "Wait until there is room for a large image."
+    def asker(free):
+        "Return a function that waits for room, once for all attempts to decode a large image."
+        def ask(pixels):
+            nonlocal free
             if pixels <= free: return
             set_timer(0)
             _send(replies, dict(wait=pixels))
             next_request()
+            free = float('inf') # until this image is answered
             set_timer(2*seconds)
+        return ask
+    while True:
+        request, body = next_request()
         set_timer(2*seconds*len(request.get('sizes', '1')))
-        _send(replies, *(_answer_many(request, body) if 'sizes' in request else _answer(request, body, ask)))
+        if 'sizes' in request:
+            answer = _answer_many(request, body)
+        else:
+            answer = _answer(request, body, asker(request['free']))
+        _send(replies, *answer)
         set_timer(0)
 
 # %% ../nbs/30l_image_pool.ipynb #1b000035
@@ -137,13 +145,8 @@ _CHILD = (
 )
 
 # one thread per child, and memory that is reused
-_ENVIRONMENT = dict(
-    OMP_NUM_THREADS='1',
-    OPENBLAS_NUM_THREADS='1',
-    PILLOW_BLOCKS_MAX='4',
-    MALLOC_MMAP_THRESHOLD_=str(2**26),
-    MALLOC_TRIM_THRESHOLD_=str(2**27),
-)
+_ENVIRONMENT = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', PILLOW_BLOCKS_MAX='4',
+                    MALLOC_MMAP_THRESHOLD_=str(2**26), MALLOC_TRIM_THRESHOLD_=str(2**27))
 _KEPT = 2**24 # maximum bytes of the buffer that is kept for the next image
 
 def _enlarge(pipe):
@@ -160,9 +163,7 @@ class _Decoder:
         self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
         self.process = subprocess.Popen(
             [sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            **dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE),
             env=os.environ | _ENVIRONMENT,
             creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0),
         )
@@ -203,7 +204,9 @@ class _Decoder:
             with large:
                 self.deadline = time.monotonic() + self.seconds
                 _send(self.process.stdin, {})
-                return self._answer(request)
+                head, image = self._answer(request)
+            if 'wait' in head: raise ValueError("it waits twice")
+            return head, image
         except (EOFError, OSError, ValueError, KeyError, TypeError):
             self.kill()
             raise ValueError(
@@ -259,11 +262,8 @@ MOST_BYTES, MOST_FILES = 2**24, 64 # of the files that a child gets at a time
 
 @cache
 def _say_unlimited():
-    print(
-        "this system sets no limit to the memory of a process; what is decoded is limited by its pixels and"
-        " bytes only",
-        file=sys.stderr,
-    )
+    print("this system sets no limit to the memory of a process; what is decoded is limited by its pixels and"
+          " bytes only", file=sys.stderr)
 
 class DecodingPool:
     """Child processes that decode images, each with a time and a memory limit. A child that hangs or dies is

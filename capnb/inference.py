@@ -44,9 +44,9 @@ class CaptionStreamer:
 # %% ../nbs/08_inference.ipynb #eaf8fb96
 def _fields(found, scores):
     "Give the caption of an image and, if asked for, its score, by name."
-    return (
-        dict(zip(('caption', 'score'), split_scores(found), strict=True)) if scores else dict(caption=found)
-    )
+    if not scores: return dict(caption=found)
+    caption, score = split_scores(found)
+    return dict(caption=caption, score=score)
 
 def caption_files(
     model: Captioner, files, batch_size: int = 32, progress: bool = False, scores: bool = False, **kwargs
@@ -88,7 +88,8 @@ def caption_files(
     lost.png ['error', 'file']
     """
     files = [files] if isinstance(files, (str, Path)) else list(files)
-    kwargs = check_options(kwargs)
+    kwargs = check_options(dict(kwargs, batch_size=batch_size))
+    del kwargs['batch_size'] # checked with the others; this function makes the batches
     encoder = model.encoder
     images = open_images(files, encoder.min_side, ahead=batch_size, steps=encoder.steps)
     with closing(images), progress_bar(total=len(files), disable=not progress, unit='image') as bar:

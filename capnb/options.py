@@ -13,39 +13,12 @@ from .settings import check_value, limits
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'top_h', 'typical_p', 'epsilon_cutoff', 'eta_cutoff')
 _BEAMS = ('length_penalty', 'early_stopping')
 _OPTIONS = (
-    'batch_size',
-    'do_sample',
-    'num_beams',
-    'num_return_sequences',
-    'max_new_tokens',
-    'min_new_tokens',
-    'max_time',
-    'stop_strings',
-    'eos_token_id',
-    'repetition_penalty',
-    'no_repeat_ngram_size',
-    'bad_words_ids',
-    'sequence_bias',
-    'suppress_tokens',
-    'begin_suppress_tokens',
-    'forced_bos_token_id',
-    'forced_eos_token_id',
-    'exponential_decay_length_penalty',
-    'renormalize_logits',
-    'remove_invalid_values',
-    'watermarking_config',
-    'logits_processor',
-    'stopping_criteria',
-    'streamer',
-    'use_cache',
-    'cache_implementation',
-    'cache_config',
-    'compile_config',
-    'disable_compile',
-    'synced_gpus',
-    *_SAMPLING,
-    *_BEAMS,
-)
+    'batch_size', 'do_sample', 'num_beams', 'num_return_sequences', 'max_new_tokens', 'min_new_tokens',
+    'max_time', 'stop_strings', 'eos_token_id', 'repetition_penalty', 'no_repeat_ngram_size', 'bad_words_ids',
+    'sequence_bias', 'suppress_tokens', 'begin_suppress_tokens', 'forced_bos_token_id', 'forced_eos_token_id',
+    'exponential_decay_length_penalty', 'renormalize_logits', 'remove_invalid_values', 'watermarking_config',
+    'logits_processor', 'stopping_criteria', 'streamer', 'use_cache', 'cache_implementation', 'cache_config',
+    'compile_config', 'disable_compile', 'synced_gpus', *_SAMPLING, *_BEAMS)
 _FORM = 'it would change the form of the answer; with scores=True each caption comes with its score'
 _INSTEAD = dict(
     return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
@@ -80,9 +53,8 @@ def check_options(
     for name in options:
         _check_name(name)
     found = {name: _checked_option(name, value) for name,value in options.items() if value is not None}
-    sample, beams, n = (
-        found.get(k, v) for k, v in dict(do_sample=False, num_beams=1, num_return_sequences=1).items()
-    )
+    sample, beams = found.get('do_sample', False), found.get('num_beams', 1)
+    n = found.get('num_return_sequences', 1)
     for names,met,need in (_SAMPLING, sample, 'do_sample=True'), (_BEAMS, beams > 1, 'num_beams above 1'):
         idle = [name for name in names if name in found and not met]
         if idle:

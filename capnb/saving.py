@@ -80,15 +80,13 @@ def check_trained(
             raise ValueError(
                 f"{source}: prefix_length is {h.prefix_length:,}, and the weights are of {rows:,} rows"
             )
-    ranks = {
-        shape[-1 if '.lora_B.' in name else 0] for name, shape in shapes.items() if '.lora_' in name and shape
-    }
-    if ranks!={h.lora_rank}-{None}:
-        asked, found = (
-            ', '.join(f'{rank:,}' for rank in some if rank) or 'none'
-            for some in ([h.lora_rank], sorted(ranks))
-        )
-        raise ValueError(f"{source}: lora_rank is {asked}, the weights' is {found}")
+    ranks = {shape[-1 if '.lora_B.' in name else 0]
+             for name,shape in shapes.items() if '.lora_' in name and shape}
+    asked = set() if h.lora_rank is None else {h.lora_rank}
+    if ranks!=asked:
+        def text(some):
+            return ', '.join(f'{rank:,}' for rank in sorted(some) if rank) or 'none'
+        raise ValueError(f"{source}: lora_rank is {text(asked)}, the weights' is {text(ranks)}")
 
 def load_trained(
     model:Captioner,

@@ -33,7 +33,7 @@ def _setting(default, help, **allowed):
 class Hyperparameters(Mapping):
     """All settings of a training run, by attribute and as a dictionary.
 
-    They are immutable. The first eleven have the names that classic training scripts use.
+    They are immutable. The first twelve, except `prompt`, have the names that classic training scripts use.
     """
     batch_size: int = _setting(8, 'Captions per optimizer step', lo=1)
     num_epochs: int = _setting(5, 'Times each image is seen', lo=1)

@@ -105,9 +105,9 @@ def split_of(
     return {0:'validation', 1:'test'}.get(crc32(f'split {pairs}'.encode()) % 10, 'train')
 
 # %% ../nbs/10_storybook.ipynb #37438838
-def _oval(cx, cy, rx, ry, a0=0, a1=360, n=20):
-    "Return points on an ellipse or its arc from angle `a0` to `a1`, in degrees clockwise from the right."
-    angles = [math.radians(a0 + (a1-a0)*i/n) for i in range(n+1)]
+def _oval(cx, cy, rx, ry, n=20):
+    "Return points on an ellipse, clockwise from the right."
+    angles = [math.radians(360*i/n) for i in range(n+1)]
     return [(cx+rx*math.cos(a), cy+ry*math.sin(a)) for a in angles]
 
 def _petal(angle):
@@ -264,7 +264,7 @@ def _place_first(place, a, verb, rel, b):
 def _listed(place, a, b):
     return _sentence('here are', a, 'and', b, place) if b else _sentence('here is', a, place)
 
-def _writers(rng, place, verb, maybe):
+def _writers(place, verb, maybe):
     """Return five ways to write a caption; the flag of each tells whether it names sizes.
 
     `a` and `b` are noun phrases, and `rel` is the phrase for a relation. `b` and `rel` may be empty."""
@@ -279,7 +279,7 @@ def _write(rng, scene, writer):
     "Write a caption of a scene as one of the five writers."
     things = scene.things if rng.random()<.75 else scene.things[::-1]
     place, verb = _pick(rng, PLACE_WORDS[scene.place]), _VERBS[things[0].kind]
-    sized, say = _writers(rng, place, verb, rng.random()<.4)[writer]
+    sized, say = _writers(place, verb, rng.random()<.4)[writer]
     nouns = [_noun(rng, t, sized) for t in things]
     if len(things)==1: return say(nouns[0], '', '')
     true = [r for r in RELATIONS if relation_holds(things[0], r, things[1])]

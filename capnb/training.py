@@ -179,8 +179,11 @@ def training_loop(run:Run) -> Run:
     "Train until epochs or steps are used up or a callback sets `stop`; call each callback at its moments."
     try:
         run.call('on_resume' if run.resumed else 'on_train_begin')
-        more_steps = lambda: run.max_steps is None or len(run.losses) < run.max_steps
-        while run.step or run.epoch < run.num_epochs and not run.stop and more_steps():
+        def goes_on():
+            if run.step: return True # in the middle of an epoch, in a resumed run
+            steps_left = run.max_steps is None or len(run.losses) < run.max_steps
+            return run.epoch < run.num_epochs and not run.stop and steps_left
+        while goes_on():
             train_epoch(run)
             close_epoch(run)
         run.call('on_train_end')

@@ -21,11 +21,11 @@ def parameter_groups(
     h:Hyperparameters,
 ) -> dict: # 'adapter' and, if parts of it learn, 'decoder': {name of parameter: parameter}
     "Group the parameters that learn in the course of a run; each group has its own learning rate."
-    named = lambda prefix, module: {f'{prefix}.{n}': p for n,p in module.named_parameters()}
-    groups, decoder = dict(adapter=named('adapter', model.adapter)), named('decoder', model.decoder)
-    unfreezing = {
-        id(p) for layer in last_layers(model.decoder, h.unfreeze_layers) for p in layer.parameters()
-    }
+    def named(prefix, module):
+        return {f'{prefix}.{n}': p for n,p in module.named_parameters()}
+    groups = dict(adapter=named('adapter', model.adapter))
+    unfreezing = {id(p) for p in last_layers(model.decoder, h.unfreeze_layers).parameters()}
+    decoder = named('decoder', model.decoder)
     if learns := {n: p for n,p in decoder.items() if id(p) in unfreezing or '.lora_' in n}:
         groups['decoder'] = learns
     return groups

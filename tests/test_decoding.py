@@ -315,8 +315,21 @@ def test_two_threads_get_one_pool(monkeypatch):
     monkeypatch.setattr(many_images, '_pools', {})
     found = []
     threads = [threading.Thread(target=lambda: found.append(decoding_pool())) for _ in range(2)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join(10)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
     assert len(found)==2 and found[0] is found[1]
     assert len(closed)==1 and closed[0] is not found[0]
     atexit.unregister(found[0].close)
+
+def test_a_large_damaged_image_leaves_the_next_one_alone(monkeypatch):
+    "It is decoded twice, the second time without metadata; the child waits for room once."
+    monkeypatch.setattr(image_pool, '_FREE', 1000)
+    whole = saved(scene(random.Random(11)), 'PNG')
+    half = whole[:len(whole)//2]
+    with DecodingPool(1) as pool:
+        for _ in range(2):
+            with pytest.raises(ValueError, match='the image is not a readable image'):
+                pool.open(half)
+            assert same(pool.open(GOOD[0]), GOOD[0])

@@ -48,14 +48,15 @@ def training_side(
             return caption_loss(model.decoder, model.adapter(features[rows]), ids, mask)
         return usual_loss(model, model.encoder(pixels[rows]), ids, mask)
     def round():
-        total, _ = 0., model.zero_grad()
-        for rows in (slice(at, at+BATCH) for at in range(0, captions, BATCH)):
+        model.zero_grad()
+        total = 0.
+        for at in range(0, captions, BATCH):
+            rows = slice(at, at+BATCH)
             part = loss(rows)*sum(map(len, texts[rows]))
             part.backward()
             total += part.item()
         return total, gradient_of(model.adapter)
     return round
-
 
 # %% ../../nbs/25_benchmark.ipynb #17a00031
 IMAGES, EACH = 2, 5 # images per step, captions per image
@@ -147,23 +148,20 @@ def writing_side(
     **changes, # Changed hyperparameters, such as smaller models
 ): # Function without arguments that writes all captions once; it returns a list of token ids per caption
     "Create one side of the writing comparison: a decoder, prefixes, and the function to be timed."
-    decoder, at_a_time = random_captioner(changes)[0].decoder, 32 if name=='rows' else 8
-    lengths, width = caption_lengths(captions), decoder.get_input_embeddings().embedding_dim
-    prefix = torch.randn(captions, 1, width)*.03
+    decoder = random_captioner(changes)[0].decoder
+    at_a_time = 32 if name=='rows' else 8
+    lengths = caption_lengths(captions)
+    prefix = torch.randn(captions, 1, decoder.get_input_embeddings().embedding_dim)*.03
     if name!='transformers':
         use_onednn(decoder)
     def transformers(part, lengths):
-        options = dict(
-            do_sample=False,
-            max_new_tokens=max(lengths),
-            min_new_tokens=max(lengths),
-            pad_token_id=0,
-            eos_token_id=0,
-        )
+        most = max(lengths)
+        mask = torch.ones(part.shape[:2], dtype=torch.long)
         written = decoder.generate(
-            inputs_embeds=part, attention_mask=torch.ones(part.shape[:2], dtype=torch.long), **options
-        ).tolist()
-        return [ids[:n] for ids,n in zip(written, lengths, strict=False)]
+            inputs_embeds=part, attention_mask=mask, do_sample=False, max_new_tokens=most,
+            min_new_tokens=most, pad_token_id=0, eos_token_id=0,
+        )
+        return [ids[:n] for ids,n in zip(written.tolist(), lengths, strict=False)]
     def write_all():
         if name!='transformers':
             return greedy_ids(decoder, prefix, lengths, end=None, rows=at_a_time)
@@ -203,60 +201,50 @@ def products_seconds(
         operations += 4*tokens*width_out*width_in*len(layers)
     return seconds, operations
 
-# Returns a function without arguments that returns the seconds of the products of a round of `training_side`,
-# and their floating point operations
-def bound_side(captions:int=12):
+def bound_side(
+    captions:int=12, # Captions per round
+): # Function without arguments: seconds of the products of a round, and their floating point operations
     "Create the side that gives the upper bound of the speed."
     decoder = random_captioner({})[0].decoder
     use_onednn(decoder)
+    texts = random_captions(captions)
     def round():
-        steps = [
-            products_seconds(decoder, sum(map(len, part)))
-            for part in zip(*[iter(random_captions(captions))] * BATCH, strict=False)
-        ]
-        return [sum(s) for s in zip(*steps, strict=False)]
+        seconds = operations = 0
+        for at in range(0, captions, BATCH):
+            took, counted = products_seconds(decoder, sum(map(len, texts[at:at+BATCH])))
+            seconds += took
+            operations += counted
+        return seconds, operations
     return round
-
 
 # %% ../../nbs/25_benchmark.ipynb #17a00013
 def _peak_gb():
     "Return the peak memory of this process in GB; None if the system does not report it."
     status = Path('/proc/self/status')
-    return int(status.read_text().split('VmHWM:')[1].split()[0])/1e6 if status.exists() else None
+    return int(status.read_text().split('VmHWM:')[1].split()[0])*1024/1e9 if status.exists() else None
+
+def _as_dict(kind, name, out):
+    "Name what a round of a side returned; for the bound, this includes the seconds of its products."
+    if name=='bound': return dict(zip(('seconds', 'operations'), out, strict=True))
+    if kind=='write': return dict(tokens=out)
+    return dict(loss=out[0], gradient=out[1].norm().item())
 
 def _serve(side):
     "Run one round of a side for each input line; print its time and memory as JSON."
     kind, name = side.split()
-    round = (
-        bound_side()
-        if name == 'bound'
-        else dict(train=training_side, patch=patch_side, write=writing_side)[kind](name)
-    )
-    if Path('/proc/self/clear_refs').exists():
-        # reset the peak: creating random weights is not part of a step
-        Path('/proc/self/clear_refs').write_text('5')
+    make = dict(train=training_side, patch=patch_side, write=writing_side)[kind]
+    round = bound_side() if name=='bound' else make(name)
+    peak = Path('/proc/self/clear_refs')
+    if peak.exists():
+        peak.write_text('5') # reset the peak: creating random weights is not part of a step
     print('ready', flush=True)
     for _ in sys.stdin:
         start, used = time.perf_counter(), psutil.Process().cpu_times()
         out = round()
         seconds, now = time.perf_counter()-start, psutil.Process().cpu_times()
-        result = (
-            dict(zip(('seconds', 'operations'), out, strict=False))
-            if name == 'bound'
-            else dict(tokens=out) if kind == 'write' else dict(loss=out[0], gradient=out[1].norm().item())
-        )
-        print(
-            dumps(
-                dict(
-                    seconds=seconds,
-                    user=now.user - used.user,
-                    system=now.system - used.system,
-                    peak_gb=_peak_gb(),
-                )
-                | result
-            ),
-            flush=True,
-        )
+        spent = dict(seconds=seconds, user=now.user-used.user, system=now.system-used.system)
+        result = _as_dict(kind, name, out)
+        print(dumps(spent | dict(peak_gb=_peak_gb()) | result), flush=True)
 
 def take_turns(
     sides, # Names, such as 'train guide'
@@ -292,7 +280,6 @@ def take_turns(
             process.kill()
             process.wait()
 
-
 # %% ../../nbs/25_benchmark.ipynb #17a00014
 SIDES = dict(
     train=('guide', 'dynamic', 'capnb', 'bound'),
@@ -313,10 +300,12 @@ def _check_same(results):
     "Raise a `ValueError` unless all sides of a comparison compute the same result."
     for kind,names in SIDES.items():
         first, *others = (f'{kind} {name}' for name in names if name!='bound')
+        compared = ('tokens',) if kind=='write' else ('loss', 'gradient')
         for other in others:
-            for what in ('tokens',) if kind=='write' else ('loss','gradient'):
+            for what in compared:
                 a, b = results[first][0][what], results[other][0][what]
-                if a!=b if kind=='write' else abs(b/a-1) > 1e-3:
+                same = a==b if what=='tokens' else abs(b/a-1) <= 1e-3
+                if not same: # a NaN is not the same
                     raise ValueError(f'{other!r} and {first!r} differ in their {what}: {b} and {a}')
 
 def bench(
@@ -324,36 +313,27 @@ def bench(
 ) -> dict: # Results, ready for JSON
     """Measure training and writing at real size on all sides. Raise `ValueError` if results that should be
     equal differ."""
-    results = {
-        side: r
-        for kind, names in SIDES.items()
-        for side, r in take_turns([f'{kind} {name}' for name in names], rounds).items()
-    }
+    results = {}
+    for kind,names in SIDES.items():
+        results |= take_turns([f'{kind} {name}' for name in names], rounds)
     _check_same(results)
-    ratios = {
-        name: sorted(a['seconds'] / b['seconds'] for a, b in zip(results[slow], results[fast], strict=False))
-        for name, (slow, fast) in RATIOS.items()
-    }
-    captions, ours, products, peaks = (
-        dict(train=12, patch=IMAGES * EACH, write=64),
-        results['train capnb'],
-        results['train bound'],
-        {side: r[-1].get('peak_gb') for side, r in results.items()},
-    )
+    seconds = {side: [r['seconds'] for r in found] for side,found in results.items()}
+    ratios = {}
+    for name,(slow,fast) in RATIOS.items():
+        ratios[name] = sorted(a/b for a,b in zip(seconds[slow], seconds[fast], strict=False))
+    captions = dict(train=12, patch=IMAGES*EACH, write=64) # per round
+    speeds = {side: captions[side.split()[0]]/median(each) for side,each in seconds.items()}
+    peaks = {side: found[-1].get('peak_gb') for side,found in results.items()}
+    ours = results['train capnb']
     return dict(
-        rounds=rounds,
-        threads=torch.get_num_threads(),
-        captions_per_second={
-            side: captions[side.split()[0]] / median(x['seconds'] for x in r) for side, r in results.items()
-        },
-        matmul_gflops=median(r['operations'] / r['seconds'] for r in products) / 1e9,
+        rounds=rounds, threads=torch.get_num_threads(), captions_per_second=speeds,
+        matmul_gflops=median(r['operations']/r['seconds'] for r in results['train bound'])/1e9,
         peak_gb=peaks,
-        system_over_user=sum(r['system'] for r in ours) / sum(r['user'] for r in ours),
-        **{name: median(r) for name, r in ratios.items()},
-        memory_over_guide=peaks['train guide'] and peaks['train capnb'] / peaks['train guide'],
-        spread={name: [r[0], r[-1]] for name, r in ratios.items()}
+        system_over_user=sum(r['system'] for r in ours)/sum(r['user'] for r in ours),
+        **{name: median(each) for name,each in ratios.items()},
+        memory_over_guide=peaks['train guide'] and peaks['train capnb']/peaks['train guide'],
+        spread={name: [each[0], each[-1]] for name,each in ratios.items()},
     )
-
 
 # %% ../../nbs/25_benchmark.ipynb #17a00015
 def bench_text(

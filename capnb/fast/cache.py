@@ -29,24 +29,17 @@ from ..encoder import OVERSIZE, EncodedData, ImageEncoder
 from ..own_encoder import OwnEncoder
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70003
+def _plain(settings):
+    "Return settings without those that do not affect features, such as the model's path."
+    no_matter = ('_name_or_path', '_commit_hash', 'transformers_version', 'dtype')
+    return {k: v for k,v in sorted(settings.items()) if k not in no_matter}
+
 def _model_facts(encoder):
     "Collect what the features of a `transformers` model depend on, besides its weights."
-    config = encoder.model.config
-    # the model's path does not affect its features
-    plain = lambda d: {
-        k: v
-        for k, v in sorted(d.items())
-        if k not in ('_name_or_path', '_commit_hash', 'transformers_version', 'dtype')
-    }
-    return dict(
-        dtype=str(encoder.model.dtype),
-        revision=getattr(config, '_commit_hash', None),
-        features=encoder.features,
-        image_size=encoder.image_size,
-        model=plain(config.to_dict()),
-        processor=plain(encoder.processor.to_dict()),
-        backend=type(encoder.processor).__name__,
-    )
+    config, processor = encoder.model.config, encoder.processor
+    return dict(dtype=str(encoder.model.dtype), revision=getattr(config, '_commit_hash', None),
+                features=encoder.features, image_size=encoder.image_size, model=_plain(config.to_dict()),
+                processor=_plain(processor.to_dict()), backend=type(processor).__name__)
 
 def features_key(
     encoder:ImageEncoder,
@@ -96,6 +89,8 @@ class FeatureCache:
             damaged = None
             try:
                 self._open(path)
+            except FileNotFoundError: # another process has just deleted it as damaged
+                continue
             except ValueError as e:
                 damaged = str(e)
             if damaged:
@@ -105,8 +100,9 @@ class FeatureCache:
 
     def check_writable(self):
         "Raise an `OSError` if the folder is not writable; checked once."
+        if self.writable: return
         try:
-            self.writable or check_writable(self.folder)
+            check_writable(self.folder)
         except OSError as e:
             raise self._advised(e) from None
         self.writable = True

@@ -178,7 +178,8 @@ def training_work(
     model = random_init_captioner(h, 'meta', dtype)
     lengths = torch.tensor(caption_lengths(h.batch_size*h.captions_per_image))
     mask = (torch.arange(int(lengths.max()))[None] < lengths[:,None]).long()
-    seen = (model.encoder.patches, model.encoder.width)[h.features!='patch':]
+    encoder = model.encoder
+    seen = (encoder.patches, encoder.width) if h.features=='patch' else (encoder.width,)
     features = torch.ones(h.batch_size, *seen, device='meta')
     def step():
         loss(model.decoder, model.adapter(features).to(dtype), mask.to('meta'), mask).backward()
@@ -194,9 +195,10 @@ def recorded_work(
     fuse_norms(model.decoder)
     images, k = h.batch_size, h.captions_per_image
     lengths = torch.tensor(caption_lengths(images*k)).view(images, k)
-    patches = h.features=='patch'
-    prefix = model.encoder.patches if patches else h.prefix_length
-    seen = (prefix, model.encoder.width)[not patches:]
+    encoder = model.encoder
+    patch = h.features=='patch'
+    prefix = encoder.patches if patch else h.prefix_length
+    seen = (encoder.patches, encoder.width) if patch else (encoder.width,)
     ids = torch.zeros(images*k, int(lengths.max()), dtype=torch.long)
     batch = Layouts(lengths.tolist(), images, prefix).lay_out(torch.zeros(images, *seen), ids, lengths)
     features, numbers = batch.features.to('meta'), views(batch.shape, batch.numbers.to('meta'))

@@ -228,11 +228,11 @@ class _Child:
     def ask(self, kind, seconds):
         if self.process is None:
             self.start()
-        self.pipe.send(kind)
         try:
+            self.pipe.send(kind)
             if self.pipe.poll(seconds): return self.pipe.recv()
             lost = f'no answer within {seconds} s'
-        except EOFError:
+        except (EOFError, OSError):
             lost = 'its process was lost'
         self.stop()
         return dict(failed=lost)

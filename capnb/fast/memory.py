@@ -82,30 +82,29 @@ def phases(
 # counted
 ) -> dict:
     "Return functions that run each phase of a run once, on made-up data."
-    n, device, e, patch = min(TOKENS, h.max_caption_length), model.device, model.encoder, h.features=='patch'
-    seen = (e.patches, e.width) if patch else (e.width,)
-    pixels = (
-        (e.patches, 3 * e.model.config.patch_size**2)
-        if e.model.config.model_type.startswith('siglip2')
-        else (3, h.image_size, h.image_size)
-    )
+    encoder, device = model.encoder, model.device
+    n = min(TOKENS, h.max_caption_length)
+    patch = h.features=='patch'
+    seen = (encoder.patches, encoder.width) if patch else (encoder.width,)
+    pixels = (3, h.image_size, h.image_size)
+    if encoder.model.config.model_type.startswith('siglip2'): # it takes images in patches
+        pixels = (encoder.patches, 3*encoder.model.config.patch_size**2)
     # tokens and mask; the mask has values even on the meta device, because the layout depends on it
     def captions(n_captions):
         mask = torch.ones(n_captions, n, dtype=torch.long)
         return mask.to(device), mask
     def prefix(batch): return model.adapter(torch.ones(batch, *seen, device=device))
     @torch.no_grad()
-    def encode(): return model.encoder(torch.zeros(encoded, *pixels, device=device))
+    def encode(): return encoder(torch.zeros(encoded, *pixels, device=device))
     def step():
-        caption_loss(
-            model.decoder, prefix(h.batch_size), *captions(h.batch_size * h.captions_per_image)
-        ).backward()
+        n_captions = h.batch_size*h.captions_per_image
+        caption_loss(model.decoder, prefix(h.batch_size), *captions(n_captions)).backward()
     @torch.no_grad()
     def validate(): return token_nll(model.decoder, prefix(READ), *captions(READ))
     # worst case: captions of maximum length fill the cache, which is kept until all captions are finished
     @torch.no_grad()
     def write():
-        longest = (e.patches if patch else h.prefix_length) + h.max_caption_length
+        longest = (encoder.patches if patch else h.prefix_length) + h.max_caption_length
         width = model.decoder.get_input_embeddings().embedding_dim
         whole = torch.zeros(WRITTEN, longest, width, device=device, dtype=model.decoder.dtype)
         return model.decoder(inputs_embeds=whole, use_cache=True, logits_to_keep=1)

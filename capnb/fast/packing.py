@@ -31,10 +31,10 @@ def rows_for(
 ): # (row, first column) of each image; positions of the longest row
     "Assign images to rows of about 128 to 256 positions; choose the number of rows with the least padding."
     fewest, most = (min(len(sizes), -(-sum(sizes)//room)) for room in (256, 128))
-    return min(
-        (share_out(sizes, rows) for rows in range(fewest, most + 1)),
-        key=lambda found: len({row for row, _ in found[0]}) * found[1],
-    )
+    def allocated(shared): # positions of all rows that are used
+        places, longest = shared
+        return len({row for row,_ in places})*longest
+    return min((share_out(sizes, rows) for rows in range(fewest, most+1)), key=allocated)
 
 @dataclass
 class Vectors:
@@ -106,9 +106,11 @@ def packed_inputs(
     "Lay out a batch, embed its captions, and build mask and position ids."
     if not shared:
         prefix = prefix.repeat_interleave(len(input_ids)//len(prefix), 0)
-    (images, k, width), captions, device = prefix.shape, len(input_ids)//len(prefix), prefix.device
+    images, before, width = prefix.shape
+    k = len(input_ids)//images # captions of each image
+    device = prefix.device
     places = None if shared else [(i,0) for i in range(images)] # one row per caption
-    laid, targets = lay_out(lengths.view(images, captions), k, places)
+    laid, targets = lay_out(lengths.view(images, k), before, places)
     shape = int(laid.row.max())+1, int(laid.column.max())+1                    # rows, positions
     def these(which, *values): # select on the CPU: a boolean mask on the GPU makes the host wait
         return [v[which].to(device) for v in values]
@@ -117,7 +119,7 @@ def packed_inputs(
     of_image = these(laid.piece==0, laid.row, laid.column)
     of_token = these(laid.piece>0, laid.row, laid.column)
     image, piece, place = these(laid.piece>0, laid.image, laid.piece, laid.place)
-    embedded = decoder.get_input_embeddings()(input_ids[image*captions+piece-1,place])
+    embedded = decoder.get_input_embeddings()(input_ids[image*k+piece-1,place])
     vectors = embedded.new_zeros(*shape, width)                                # (rows, positions, width)
     vectors = vectors.index_put(of_image, prefix.flatten(0,1).to(embedded.dtype))
     vectors = vectors.index_put(of_token, embedded)
@@ -131,7 +133,7 @@ def packed_inputs(
         # (rows, 1, positions, positions)
         mask = vectors.new_zeros(hidden.shape)
         inputs['attention_mask'] = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-        inputs['position_ids'] = spread(laid.place + k*(laid.piece>0), 0)
+        inputs['position_ids'] = spread(laid.place + before*(laid.piece>0), 0)
     return inputs, targets.to(device)
 
 # %% ../../nbs/20_packing.ipynb #20000008

@@ -17,66 +17,27 @@ from ..hub import model_config
 from ..towers import tower_class
 
 # %% ../../nbs/24c_random_models.ipynb #13a00008
-_QWEN3 = dict(
-    model_type='qwen3',
-    dtype='bfloat16',
-    vocab_size=151936,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
-)
+_QWEN3 = dict(model_type='qwen3', dtype='bfloat16', vocab_size=151936, num_hidden_layers=28,
+              num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+_SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
 # Values of their `config.json` that differ from the defaults of `transformers`; dtype is that of the file of
 # weights
 KNOWN_MODELS = {
     'openai/clip-vit-base-patch32': dict(model_type='clip', dtype='float32'),
     'openai/clip-vit-large-patch14': dict(
-        model_type='clip',
-        dtype='float32',
-        projection_dim=768,
+        model_type='clip', dtype='float32', projection_dim=768,
         text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
-        vision_config=dict(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            patch_size=14,
-            projection_dim=768,
-        ),
-    ),
+        vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                           num_attention_heads=16, patch_size=14, projection_dim=768)),
     'google/siglip2-so400m-patch14-384': dict(
-        model_type='siglip',
-        dtype='float32',
-        text_config=dict(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            vocab_size=256000,
-        ),
-        vision_config=dict(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            patch_size=14,
-            image_size=384,
-        ),
-    ),
+        model_type='siglip', dtype='float32', text_config=dict(_SO400M, vocab_size=256000),
+        vision_config=dict(_SO400M, patch_size=14, image_size=384)),
     'Qwen/Qwen3-0.6B-Base': dict(_QWEN3, hidden_size=1024, intermediate_size=3072),
     'Qwen/Qwen3-1.7B-Base': dict(_QWEN3, hidden_size=2048, intermediate_size=6144),
-    'Qwen/Qwen3-4B-Base': dict(
-        _QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32
-    ),
-    'Qwen/Qwen3-8B-Base': dict(
-        _QWEN3,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        tie_word_embeddings=False,
-    ),
+    'Qwen/Qwen3-4B-Base': dict(_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                               num_attention_heads=32),
+    'Qwen/Qwen3-8B-Base': dict(_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                               num_attention_heads=32, tie_word_embeddings=False),
 }
 
 def planned_config(

@@ -138,7 +138,7 @@ def generate_rows(
     options:dict, # As `check_options` returns them
 ) -> list: # Token ids of each caption, (n,) each
     "Write captions: plain greedy ones with refilled rows, all others as the course does."
-    end = options.get('eos_token_id', tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id
     plain = dict(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=most, eos_token_id=end)
     greedy = all(name in plain and plain[name]==value for name, value in options.items())
     if not (greedy and isinstance(end, int) and takes_positions(decoder, prefix.shape[1]+most)):

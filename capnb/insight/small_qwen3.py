@@ -210,8 +210,11 @@ def retell_f1(
     split:str='validation', # Or 'compositional'
 ) -> float: # F1 of colour-kind pairs
     "Prompt the model with a caption of each unseen scene and score the next line against the facts."
-    book, was_training, lm = Storybook(split, seed=1, n=n), lm.training, lm.eval()
-    prompts, said = [book.captions(i)[0]+'\n' for i in range(n)], []
+    book = Storybook(split, seed=1, n=n)
+    prompts = [book.captions(i)[0]+'\n' for i in range(n)]
+    said = []
+    was_training = lm.training
+    lm.eval()
     for at in range(0, n, 50):
         batch = tokenizer(prompts[at:at+50], padding=True, padding_side='left', return_tensors='pt')
         ids = lm.generate(**batch, do_sample=False, max_new_tokens=32, pad_token_id=tokenizer.pad_token_id)

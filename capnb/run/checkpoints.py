@@ -39,7 +39,8 @@ def best_checkpoint(
 ) -> Path: # Path of the weights
     """Find the checkpoint with the lowest validation loss of the newest run. Raises a `FileNotFoundError` if
     there is no checkpoint, and a `ValueError` if none of that run has a validation loss."""
-    *_, (run, _, _) = found = _checkpoints(folder)
+    found = _checkpoints(folder)
+    run = found[-1][0] # of the newest checkpoint
     losses = [(read_metadata(path).get('validation_loss'), path) for stamp,_,path in found if stamp==run]
     known = [(loss, path) for loss,path in losses if loss is not None]
     if not known:

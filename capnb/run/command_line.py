@@ -66,9 +66,13 @@ def new_folder(text):
 # %% ../../nbs/30h_command_line.ipynb #a8996a52
 def _flag(h):
     "The flag of a hyperparameter, with its default and the allowed values."
-    kind, default, preset = h.type, h.default, PRESETS['storybook'].get(h.name, h.default)
-    read = {int: _number, float: _number, bool: _yes_or_no}.get(kind, any_path if h.metadata['path'] else str)
-    usual = 'not set' if default is None else str(default).lower() if kind is bool else default
+    kind, default = h.type, h.default
+    preset = PRESETS['storybook'].get(h.name, default)
+    text = any_path if h.metadata['path'] else str
+    read = {int: _number, float: _number, bool: _yes_or_no}.get(kind, text)
+    usual = str(default).lower() if kind is bool else default
+    if default is None:
+        usual = 'not set'
     usual = f'default: {usual}' + (f', in the storybook {preset}' if preset!=default else '')
     takes = '' if kind is str else f'; {allowed(kind, dict(h.metadata, optional=False))}'
     alone = dict(nargs='?', const=True) if kind is bool else {} # the flag without a value is true

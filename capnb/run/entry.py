@@ -66,28 +66,19 @@ def prepare(
     "Load what a run needs: the frozen models, the data, and each image encoded once."
     check_models(h, encoder) # before images are downloaded for a model that does not exist
     check_precision(h, device or default_device())
-    splits = {
-        split: d
-        for split, d in load_for(h, data).items()
-        if (only is None or split in only) and (h.evaluation_enabled or split == 'train')
-    }
+    wanted = lambda split: (only is None or split in only) and (h.evaluation_enabled or split=='train')
+    splits = {split: d for split,d in load_for(h, data).items() if wanted(split)}
     device = join_processes(device)
-    model = (
-        shard_decoder(make_fast(build_captioner(h, 'cpu', encoder)), h, device)
-        if sharding_asked()
-        else make_fast(build_captioner(h, device, encoder))
-    )
+    model = make_fast(build_captioner(h, 'cpu' if sharding_asked() else device, encoder))
+    if sharding_asked():
+        model = shard_decoder(model, h, device)
     if h.init_from:
         start_from(model, h.init_from, h)
+    folder = features_folder(h)
     with main_process_first():
-        return (
-            model,
-            splits,
-            {
-                split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=features_folder(h))
-                for split, d in splits.items()
-            },
-        )
+        encoded = {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=folder)
+                   for split,d in splits.items()}
+    return model, splits, encoded
 
 # %% ../../nbs/33b_train_and_load.ipynb #3e515e54
 def _resumed(resume, wanted, has_data):
@@ -174,17 +165,10 @@ def train(
     check_writable(h.output_dir) # before images are encoded for a run that cannot be saved
     trackers = tracker_names(h) # before images are encoded for a tracker that is not installed
     model, splits, encoded = prepare(h, data, device, encoder=encoder)
-    run = run_training(
-        model,
-        encoded,
-        h,
-        [
-            *([Scores([Facts()]), Samples(splits)] if h.evaluation_enabled else []),
-            *([Tracker(splits)] if trackers else []),
-            *callbacks,
-        ],
-        state,
-    )
+    usual = [Scores([Facts()]), Samples(splits)] if h.evaluation_enabled else []
+    if trackers:
+        usual.append(Tracker(splits))
+    run = run_training(model, encoded, h, [*usual, *callbacks], state)
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)
 
 # %% ../../nbs/33b_train_and_load.ipynb #7d78dd50

@@ -120,19 +120,17 @@ def best_epoch(
     run:SavedRun,
 ) -> int: # Counted from 1; None if there is no validation loss
     "Return the epoch with the best validation loss."
-    return min(
-        ((loss, e) for e, loss in enumerate(run.validation, 1) if loss is not None), default=(None, None)
-    )[1]
+    known = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None]
+    return min(known)[1] if known else None
 
 def report_best(run:SavedRun):
     "Report the existing checkpoint with the best validation loss."
     path = lambda epoch: weights_path(run.h.output_dir, run.stamp, epoch)
     there = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None and path(e).exists()]
     if there:
-        log.info(
-            f'🏆 Best by validation loss: epoch {min(there)[1]}, {min(there)[0]:.4f}, {path(min(there)[1])};'
-            ' other commands take it with --best'
-        )
+        loss, epoch = min(there)
+        log.info(f'🏆 Best by validation loss: epoch {epoch}, {loss:.4f}, {path(epoch)};'
+                 ' other commands take it with --best')
 
 class KeepCheckpoints(Callback):
     "Keep the last `keep_checkpoints` checkpoints of the run and the best one."

@@ -93,24 +93,17 @@ def download_of(
     if Path(path).exists(): return 0., 'is here'
     gguf, revision = options.get('gguf_file'), options.get('revision')
     weights = [gguf] if gguf else ['*.safetensors', '*.bin']
+    wanted = ['*.json', '*.txt', '*.jinja', *weights]
     try:
-        files = snapshot_download(
-            path,
-            revision=revision,
-            dry_run=True,
-            allow_patterns=['*.json', '*.txt', '*.jinja', *weights],
-            ignore_patterns=['*/*'],
-        )
+        files = snapshot_download(path, revision=revision, dry_run=True, allow_patterns=wanted,
+                                  ignore_patterns=['*/*'])
     except OSError: # no network; look into the cache
-        if any(
-            isinstance(try_to_load_from_cache(path, f, revision=revision), str)
-            for f in ([gguf] if gguf else ('model.safetensors', 'model.safetensors.index.json'))
-        ):
-            return 0., 'is in the cache'
-        return (
-            _stored_gb(planned_config(name, 'model')),
-            'estimated from its parameters, as the hub cannot be reached',
-        )
+        kinds = ('model.safetensors', 'pytorch_model.bin')
+        stored = [gguf] if gguf else [name+end for name in kinds for end in ('', '.index.json')]
+        found = (try_to_load_from_cache(path, f, revision=revision) for f in stored)
+        if any(isinstance(file, str) for file in found): return 0., 'is in the cache'
+        size = _stored_gb(planned_config(name, 'model'))
+        return size, 'estimated from its parameters, as the hub cannot be reached'
     if any(f.filename.endswith('.safetensors') for f in files):
         files = [f for f in files if not f.filename.endswith('.bin')]
     size = sum(f.file_size for f in files if f.will_download)/1e9
@@ -126,9 +119,8 @@ class Plan:
         hardware=None, # `Hardware` to plan for; None for the best device of this machine
     ):
         self.h, self.hardware = h, hardware or describe_hardware()
-        self.dtype, names = getattr(torch, choose_dtype(self.hardware)), dict.fromkeys(
-            (h.encoder_name, h.decoder_name or h.tokenizer_name)
-        )
+        self.dtype = getattr(torch, choose_dtype(self.hardware))
+        names = dict.fromkeys((h.encoder_name, h.decoder_name or h.tokenizer_name)) # each once, in this order
         model = random_init_captioner(h, 'meta', self.dtype)
         self.splits = planned_data(h)
         self.images, self.counts = image_counts(h, self.splits), count_phases(h, self.dtype)
@@ -143,17 +135,9 @@ class Plan:
         self.steps = min(h.num_epochs*per_epoch, h.max_steps or h.num_epochs*per_epoch)
         self.epochs = -(-self.steps//per_epoch)
         held = sum(p.nbytes for p in model.parameters())
-        busy = {
-            name: c['bytes']
-            for name, c in self.counts.items()
-            if h.evaluation_enabled or name in ('encode', 'step')
-        }
-        self.memory = {
-            'process': PROCESS_GB,
-            'weights': held / 1e9,
-            'AdamW': 8 * self.trained / 1e9,
-            **{k: v / 1e9 for k, v in busy.items()},
-        }
+        busy = {name: c['bytes']/1e9 for name,c in self.counts.items()
+                if h.evaluation_enabled or name in ('encode', 'step')}
+        self.memory = {'process': PROCESS_GB, 'weights': held/1e9, 'AdamW': 8*self.trained/1e9, **busy}
 
     @property
     def memory_needed(self): # GB; the phases run one after the other, so the largest counts
@@ -185,40 +169,27 @@ def plan_text(plan:Plan) -> str:
     "Format a plan as text."
     h, hw, m = plan.h, plan.hardware, plan.parameters
     gb = lambda v: f'{v:.2f} GB' if v >= .1 else f'{1000*v:.1f} MB'
+    def sizes(of_phases):
+        return ', '.join(f'{k} {gb(v)}' for k,v in plan.memory.items() if (k in plan.counts)==of_phases)
     folder = features_folder(h)
-    lines = [
+    free = shutil.disk_usage(_existing(h.output_dir)).free/1e9
+    return '\n'.join([
         f"Plan: {h.encoder_name} and {h.decoder_name or h.tokenizer_name} on {h.data}",
         '',
-        (
-            f"device       {hw.name} ({hw.device}, {hw.memory:.0f} GB), frozen models in {choose_dtype(hw)},"
-            f" mixed precision {choose_mixed_precision(hw)}, attention {choose_attention(hw)}"
-        ),
-        (
-            f"data         {', '.join(f'{n} {split}' for split,n in plan.images.items())} images;"
-            f" {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}"
-        ),
-        (
-            f"parameters   encoder {m['encoder']/1e6:.1f} million, adapter {m['adapter']/1e6:.2f} million,"
-            f" decoder {m['decoder']/1e6:.1f} million; {plan.trained/1e6:.2f} million of them learn"
-        ),
-    ]
-    lines += [
-        f"download     {gb(size) if size else 'nothing'}: {name} ({how})"
-        for name, (size, how) in plan.downloads.items()
-    ]
-    lines += [
-        (
-            f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads,"
-            f" {gb(plan.features)} of features in {shown_path(folder) if folder else 'a temporary folder'},"
-            f" {gb(plan.checkpoints)} of checkpoints in {h.output_dir};"
-            f" {gb(shutil.disk_usage(_existing(h.output_dir)).free/1e9)} are free there"
-        ),
-        f"memory       {gb(plan.memory_needed)} expected: "
-        + ', '.join(f'{name} {gb(v)}' for name, v in plan.memory.items() if name not in plan.counts)
-        + ', and the largest of '
-        + ', '.join(f'{name} {gb(v)}' for name, v in plan.memory.items() if name in plan.counts),
-    ]
-    return '\n'.join(lines)
+        f"device       {hw.name} ({hw.device}, {hw.memory:.0f} GB), frozen models in {choose_dtype(hw)},"
+        f" mixed precision {choose_mixed_precision(hw)}, attention {choose_attention(hw)}",
+        f"data         {', '.join(f'{n} {split}' for split,n in plan.images.items())} images;"
+        f" {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}",
+        f"parameters   encoder {m['encoder']/1e6:.1f} million, adapter {m['adapter']/1e6:.2f} million,"
+        f" decoder {m['decoder']/1e6:.1f} million; {plan.trained/1e6:.2f} million of them learn",
+        *(f"download     {gb(size) if size else 'nothing'}: {name} ({how})"
+          for name,(size, how) in plan.downloads.items()),
+        f"disk         {gb(sum(size for size,_ in plan.downloads.values()))} of downloads,"
+        f" {gb(plan.features)} of features in {shown_path(folder) if folder else 'a temporary folder'},"
+        f" {gb(plan.checkpoints)} of checkpoints in {h.output_dir}; {gb(free)} are free there",
+        f"memory       {gb(plan.memory_needed)} expected: {sizes(of_phases=False)},"
+        f" and the largest of {sizes(of_phases=True)}",
+    ])
 
 # %% ../../nbs/34_planning.ipynb #13a0002a
 class _Wordless:
@@ -300,18 +271,18 @@ def run_seconds(
     read = seconds.get('read') or seconds['step']*counts['validate']['flops']/counts['step']['flops']
     def score(n, tokens): # both readings of `validate`, then writing
         return 2*n*read/READ + -(-n//rows)*tokens*seconds['token']*min(n, rows)/rows
-    tokens, held_back = min(TOKENS, plan.h.max_caption_length), [
-        n for split, n in plan.images.items() if split not in ('train', 'validation')
-    ]
     parts = dict(
-        encoding=sum(plan.images.values()) * (seconds['prepare'] + seconds['encode']),
-        training=plan.steps * seconds['step'],
+        encoding=sum(plan.images.values())*(seconds['prepare']+seconds['encode']),
+        training=plan.steps*seconds['step'],
     )
     if not plan.h.evaluation_enabled: return parts
+    longest = plan.h.max_caption_length
+    tokens = min(TOKENS, longest)
+    tests = [n for split,n in plan.images.items() if split not in ('train', 'validation')]
     return dict(
         parts,
-        validation=plan.epochs * score(plan.images['validation'], tokens),
-        test=sum(score(n, tokens) + score(n, plan.h.max_caption_length) for n in held_back),
+        validation=plan.epochs*score(plan.images['validation'], tokens),
+        test=sum(score(n, tokens)+score(n, longest) for n in tests),
     )
 
 # %% ../../nbs/34_planning.ipynb #13a0006b
@@ -342,11 +313,9 @@ def predict_phases(
 # %% ../../nbs/34_planning.ipynb #13a0002e
 def _clock(seconds):
     "Format seconds, minutes or hours."
-    return (
-        f'{seconds:.0f} s'
-        if seconds < 120
-        else f'{seconds/60:.0f} minutes' if seconds < 7200 else f'{seconds/3600:.1f} hours'
-    )
+    if seconds < 120: return f'{seconds:.0f} s'
+    if seconds < 7200: return f'{seconds/60:.0f} minutes'
+    return f'{seconds/3600:.1f} hours'
 
 def captions_text(plan:Plan) -> str:
     "Report how many training captions will be cut, unless data or tokenizer must still be downloaded."
@@ -379,7 +348,9 @@ def dry_run(
     plan = Plan(h)
     say(plan_text(plan))
     say(f'captions     {captions_text(plan)}', flush=True)
-    free, wanted = free_memory(plan.hardware.device) if free is None else free, plan.memory_needed-PROCESS_GB
+    if free is None:
+        free = free_memory(plan.hardware.device)
+    wanted = plan.memory_needed-PROCESS_GB
     if wanted > free:
         say(
             f"time         not measured: the run needs {wanted:.2f} GB more than this process has now, and"

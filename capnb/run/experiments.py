@@ -23,6 +23,7 @@ from ..intervals import with_intervals
 from ..fast.cache import encode_data
 from ..fast.parts import make_fast
 from ..files import read_text, write_json
+from ..hardware import describe_hardware
 from ..insight.coco import coco_parts, coco_tools
 from ..insight.efficientnet import EfficientNetLite
 from ..insight.word_kinds import word_kind_parts
@@ -268,8 +269,9 @@ def experiment_row(
     _, data = experiment.encode(experiment.split)
     _, train_data = experiment.encode('train')
     plain, captions = evaluate(model, data, experiment.split, **experiment.writing)
-    if not hardware and model.device.type=='cpu':
-        hardware = f'{os.cpu_count()} CPU cores'
+    if not hardware:
+        on_cpu = model.device.type=='cpu'
+        hardware = f'{os.cpu_count()} CPU cores' if on_cpu else describe_hardware(model.device).name
     scores, row = score_captions(captions, data, train_data), result_row(path, hardware)
     by_id = dict(zip((r['image_id'] for r in data.rows), captions, strict=True))
     recipe = COMMON | EXPERIMENTS[experiment.name] | experiment.writing

@@ -69,36 +69,21 @@ def result_row(
     m = read_metadata(checkpoint)
     h, losses = as_hyperparameters(m['hyperparameters']), m['losses']
     split = 'test' if 'test' in m else 'validation'
-    scores, stamp = (
-        m.get('test') or dict(m, loss=m['validation_loss']),
-        Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0],
-    )
+    scores = m.get('test') or m # those of validation have no dictionary of their own
+    stamp = Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0]
     if not stamp[:8].isdigit():
         raise ValueError(f"{checkpoint} was renamed; a row needs the date in its name,"
                          " model_state_dict_DATE_TIME-EPOCH.pth")
     epochs = [Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth') for e in range(1, m['epoch']+1)]
     seconds = [read_metadata(p)['seconds'] for p in epochs if metadata_path(p).exists()]
-    return dict(
-        zip(
-            FIELDS,
-            (
-                settings_name(h),
-                m['encoder'],
-                m['decoder'],
-                m['data']['name'],
-                m['data']['train'],
-                sum(losses[:10]) / len(losses[:10]),
-                m['training_loss'],
-                m['validation_loss'],
-                split,
-                *(scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')),
-                sum(seconds)/len(seconds)*len(epochs), # some checkpoints may have been deleted
-                hardware or m['device'],
-                f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}',
-                *[None]*6,
-            ),
-            strict=True,
-        )
+    return dict.fromkeys(FIELDS) | dict(
+        settings=settings_name(h), encoder=m['encoder'], decoder=m['decoder'],
+        data=m['data']['name'], training_images=m['data']['train'],
+        first_loss=sum(losses[:10])/len(losses[:10]), last_loss=m['training_loss'],
+        validation_loss=m['validation_loss'], split=split,
+        seconds=sum(seconds)/len(seconds)*len(epochs), # some checkpoints may have been deleted
+        device=hardware or m['device'], date=f'{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}',
+        **{k: scores[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')},
     )
 
 # %% ../../nbs/34b_results.ipynb #13a0003a
@@ -122,34 +107,23 @@ def add_row(
 def _num(value, digits=3): return '-' if value is None else f'{value:.{digits}f}'
 
 def _table_of_runs(rows):
-    num = _num
     lines = [
-        (
-            '| preset | models | data | loss, first → last | ROUGE-L (floor – ceiling) | image gain | time |'
-            ' device | date |'
-        ),
-        '|---|---|---|---|---|---|---|---|---|',
+        '| preset | models | data | loss, first → last | ROUGE-L (floor – ceiling) | image gain | time |'
+        ' device | date |',
+        '|---'*9+'|',
     ]
     for r in rows:
-        models, data = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder')), r['data'] + (
-            f", {r['training_images']} images" if r['training_images'] else ''
-        )
-        done = (
-            ['not run yet'] + [''] * 5
-            if r['date'] is None
-            else [
-                f"{num(r['first_loss'],2)} → {num(r['last_loss'],2)}",
-                (
-                    f"{num(r['rouge_l'])} ({num(r['rouge_l_floor'])} – {num(r['rouge_l_ceiling'])}),"
-                    f" {r['split']}"
-                ),
-                num(r['image_gain'], 2),
-                f"{r['seconds']/60:.1f} min",
-                r['device'],
-                r['date'],
-            ]
-        )
-        lines.append('| ' + ' | '.join([r['settings'], models, data, *done]) + ' |')
+        models = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder'))
+        images = f", {r['training_images']} images" if r['training_images'] else ''
+        cells = [r['settings'], models, r['data']+images]
+        if r['date'] is None:
+            cells += ['not run yet'] + ['']*5
+        else:
+            losses = f"{_num(r['first_loss'], 2)} → {_num(r['last_loss'], 2)}"
+            score = f"{_num(r['rouge_l'])} ({_num(r['rouge_l_floor'])} – {_num(r['rouge_l_ceiling'])})"
+            cells += [losses, f"{score}, {r['split']}", _num(r['image_gain'], 2),
+                      f"{r['seconds']/60:.1f} min", r['device'], r['date']]
+        lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 # %% ../../nbs/34b_results.ipynb #34b00001
@@ -253,7 +227,8 @@ def find_figure(
     address:str, # Four words: experiment, seed or 'mean', split, and a key of `scores` or of the row
 ) -> float:
     "Look up a number of an experiment, or its mean over seeds; raises `ValueError` if no row has it."
-    experiment, seed, split, name = parts if len(parts := address.split())==4 else ['']*4
+    words = address.split()
+    experiment, seed, split, name = words if len(words)==4 else ['']*4 # no row has an empty name
     found = [
         r['scores'][name][0] if name in r['scores'] else r.get(name) for r in rows
         if (r['experiment'], r['split'])==(experiment, split) and seed in (str(r['seed']), 'mean')

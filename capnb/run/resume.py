@@ -244,12 +244,13 @@ def read_state(
 
     Raises a `ValueError` or `FileNotFoundError` that names the file.
     """
-    path, state = Path(path), read_tensors(path)
+    path = Path(path)
+    state = read_tensors(path)
     kinds, cut = _kinds(state), state.get('cut')
     if isinstance(cut, dict):
-        kinds += [(f'cut: {k}', v, kind) for k, v, kind in _kinds(state | cut)] + [
-            ('cut: rates', cut.get('rates'), list)
-        ]
+        own = {k: cut.get(k) for k in _CLOSING}
+        kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | own)]
+        kinds.append(('cut: rates', cut.get('rates'), list))
     kinds += [(k, state.get(k), (kind, type(None))) for k,kind in dict(cut=dict, rates=list).items()]
     for name,value,kind in kinds:
         if not isinstance(value, kind):
@@ -298,7 +299,8 @@ def _set_schedule(run, steps, rates):
     old states counted epochs, and the optimizer's rates may be those of an unfinished epoch. A cosine is
     always recomputed, since it may be longer now."""
     scheduler, groups = run.scheduler, run.optimizer.param_groups
-    scheduler.last_epoch, now = steps, [g['lr'] for g in groups]
+    scheduler.last_epoch = steps
+    now = [g['lr'] for g in groups]
     if isinstance(scheduler, LambdaLR):
         now = [base*f(steps) for base,f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     elif rates is None:

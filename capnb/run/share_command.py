@@ -43,10 +43,13 @@ def share_command(
     from capnb.run.llava import save_llava
     from capnb.run.sharing import share
     model = share(find_checkpoint(checkpoint, best=best), 'cpu')
-    if not llava:
-        _warn_of_folders(model.config)
+    place = folder
     if llava:
         save_llava(model.captioner, folder)
-    elif folder:
-        model.save_pretrained(folder)
-    say(f"🤝 {model.push_to_hub(push) if push else folder}")
+    else:
+        _warn_of_folders(model.config)
+        if push:
+            place = model.push_to_hub(push)
+        elif folder:
+            model.save_pretrained(folder)
+    say(f"🤝 {place}")

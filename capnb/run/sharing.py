@@ -40,13 +40,11 @@ from ..fast.writing import write_ids
 # %% ../../nbs/39_sharing.ipynb #9f62d761
 def _last_name(text):
     "The last component of a path of any operating system; other text is unchanged."
-    path = (
-        re.match(r'[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]', text)
-        or ('/' in text or '\\' in text)
-        and Path(text).exists()
-    )
-    # `PureWindowsPath` splits at both kinds of slashes
-    return PureWindowsPath(text).name or text if path else text
+    is_path = bool(re.match(r'[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]', text))
+    if not is_path and ('/' in text or '\\' in text):
+        is_path = Path(text).exists()
+    if not is_path: return text
+    return PureWindowsPath(text).name or text # it splits at both kinds of slashes
 
 def without_paths(
     value, # Plain data: text, numbers, lists and dictionaries

@@ -32,25 +32,27 @@ _FIXED = ('evaluation_enabled', 'output_dir', 'features_dir', 'report_to') # the
 
 def _read(f, text):
     "Read a value of the dataclass field `f`; raises `ValueError` with the allowed values."
-    words = dict(null=None) if f.type is not bool else dict(null=None, true=True, false=False)
-    try:
-        value = words[text] if text in words else f.type(text) if f.type is not bool else text
-    except ValueError:
-        value = text
+    words = dict(null=None, true=True, false=False) if f.type is bool else dict(null=None)
+    value = words.get(text, text)
+    if text not in words and f.type is not bool:
+        try:
+            value = f.type(text)
+        except ValueError:
+            pass # `check_value` says what is allowed
     return check_value(f.name, value, f.type, f.metadata)
 
 def _range(f, text, what):
     "A distribution from LOW:HIGH or log:LOW:HIGH."
-    optuna, parts = import_optuna(), what.split(':')
-    log = parts[0]=='log'
-    if len(ends := parts[log:])!=2:
+    kinds, parts = import_optuna().distributions, what.split(':')
+    is_log = parts[0]=='log'
+    ends = parts[1:] if is_log else parts
+    if len(ends)!=2:
         raise ValueError(f"vary {text}: a range is {f.name}=LOW:HIGH or {f.name}=log:LOW:HIGH")
     low, high = (_read(f, end) for end in ends)
     if None in (low, high) or low>=high:
         raise ValueError(f"vary {text}: the range is empty, {ends[0]} is not below {ends[1]}")
-    return (
-        optuna.distributions.IntDistribution if f.type is int else optuna.distributions.FloatDistribution
-    )(low, high, log=log)
+    kind = kinds.IntDistribution if f.type is int else kinds.FloatDistribution
+    return kind(low, high, log=is_log)
 
 # %% ../../nbs/35d_studies.ipynb #19a00009
 def read_vary(
@@ -61,11 +63,9 @@ def read_vary(
     Raises `ValueError` for an unknown or repeated name, a value that is not allowed or repeated, or an empty
     range.
     """
-    optuna, known, space = (
-        import_optuna(),
-        {f.name: f for f in fields(Hyperparameters) if f.name not in _FIXED},
-        {},
-    )
+    optuna = import_optuna()
+    known = {f.name: f for f in fields(Hyperparameters) if f.name not in _FIXED}
+    space = {}
     for text in texts:
         name, _, what = text.partition('=')
         f = known[one_of('hyperparameter to vary', name, known)]
@@ -225,30 +225,22 @@ def sweep_table(
     study, # From `open_study`
 ) -> str:
     "Format the trials of a study as a table, the best first and pruned trials last."
-    done, failed = _done(study), [t for t in study.get_trials(deepcopy=False) if 'error' in t.user_attrs]
+    failed = [t for t in study.get_trials(deepcopy=False) if 'error' in t.user_attrs]
     names = list(study.user_attrs['job']['vary'])
     show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
+    def row(t, *rest): return [str(t.number), *(show(t.params[n]) for n in names), *rest]
     rows = [['trial', *names, 'validation loss', 'epochs', 'seconds', '']]
-    rows += [
-        [
-            str(t.number),
-            *(show(t.params[n]) for n in names),
-            f'{t.value:.4f}',
-            str(t.user_attrs['epochs']),
-            f"{t.user_attrs['seconds']:.0f}",
-            'stopped early' if t.state.name == 'PRUNED' else '',
-        ]
-        for t in done
-    ]
-    rows += [
-        [str(t.number), *(show(t.params[n]) for n in names), '-', '-', '-', t.user_attrs['error']]
-        for t in failed
-    ]
+    for t in _done(study):
+        note = 'stopped early' if t.state.name=='PRUNED' else ''
+        attrs = t.user_attrs
+        rows.append(row(t, f'{t.value:.4f}', str(attrs['epochs']), f"{attrs['seconds']:.0f}", note))
+    rows += [row(t, '-', '-', '-', t.user_attrs['error']) for t in failed]
     widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
-    return '\n'.join(
-        '  '.join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) + f'  {row[-1]}'.rstrip()
-        for row in rows
-    )
+    lines = []
+    for *cells, note in rows:
+        aligned = '  '.join(cell.rjust(w) for cell,w in zip(cells, widths, strict=False))
+        lines.append(aligned + f'  {note}'.rstrip())
+    return '\n'.join(lines)
 
 def best_settings(
     study, # From `open_study`

@@ -59,31 +59,27 @@ class TrialRunner:
     ) -> Captioner: # Not trained yet
         "Make a captioner for a trial; loads models and images only if their settings have changed."
         check_models(h)
-        learns, key = h.unfreeze_layers or h.lora_rank or h.init_from, [h[k] for k in _SHARED]
-        if key==self.key and self.frozen and not learns:
-            f = self.frozen
-            return make_fast(Captioner(
-                f.encoder,
-                new_adapter(
-                    h, f.encoder, f.decoder.get_input_embeddings().embedding_dim, embedding_size(f.decoder)
-                ).to(f.device),
-                f.decoder,
-                f.tokenizer,
-                h.max_caption_length,
-                h.prompt,
-            ))
+        learns = h.unfreeze_layers or h.lora_rank or h.init_from
+        key = [h[k] for k in _SHARED]
+        if key==self.key and self.frozen and not learns: return self._with_new_adapter(h)
         if key==self.key:
             model = make_fast(build_captioner(h))
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
-            self.frozen, (model, self.images, self.data) = None, prepare(
-                h, self.own, only=('train', 'validation')
-            )
+            self.frozen = None # frees its memory
+            model, self.images, self.data = prepare(h, self.own, only=('train', 'validation'))
             self.key = key
         if not learns:
             self.frozen = model
         return model
+
+    def _with_new_adapter(self, h):
+        encoder, decoder = self.frozen.encoder, self.frozen.decoder
+        width = decoder.get_input_embeddings().embedding_dim
+        adapter = new_adapter(h, encoder, width, embedding_size(decoder)).to(self.frozen.device)
+        settings = h.max_caption_length, h.prompt
+        return make_fast(Captioner(encoder, adapter, decoder, self.frozen.tokenizer, *settings))
 
 # %% ../../nbs/36_sweeps.ipynb #19a00013
 class Prune(Callback):
@@ -112,19 +108,17 @@ def run_trial(
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         prune, began = Prune(trial), time.perf_counter()
         try:
-            callbacks = [prune, *([Tracker(lab.images)] if h.report_to else [])]
-            run = run_training(lab(h), lab.data, h, callbacks)
+            model = lab(h) # loads the images, too
+            callbacks = [prune, Tracker(lab.images)] if h.report_to else [prune]
+            run = run_training(model, lab.data, h, callbacks)
         except ValueError as e:
             trial.set_user_attr('error', str(e))
             study.tell(trial, state=state.FAIL)
             return
     loss = run.metadata['validation_loss']
-    for k, v in dict(
-        epochs=run.epoch,
-        seconds=round(time.perf_counter() - began, 1),
-        image_gain=run.metadata['image_gain'],
-        checkpoint=str(run.checkpoint),
-    ).items():
+    seconds, gain = round(time.perf_counter()-began, 1), run.metadata['image_gain']
+    attrs = dict(epochs=run.epoch, seconds=seconds, image_gain=gain, checkpoint=str(run.checkpoint))
+    for k,v in attrs.items():
         trial.set_user_attr(k, v)
     study.tell(trial, None if prune.pruned else loss, state=state.PRUNED if prune.pruned else state.COMPLETE)
 
@@ -157,15 +151,12 @@ def _settings(settings, preset, vary, sampler, trials, changes):
 
 def _told(t):
     "The result of a trial, in one line."
-    values, a = (
-        ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in t.params.items()),
-        t.user_attrs,
-    )
-    if 'error' in a: return f"⚠️ Trial {t.number}: {values}: {a['error']}"
-    return (
-        f"{'✂️' if t.state.name=='PRUNED' else '✅'} Trial {t.number}: {values}: validation loss"
-        f" {t.value:.4f} after {a['epochs']} epoch{'s'*(a['epochs']>1)}, {a['seconds']:.0f} s"
-    )
+    values = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in t.params.items())
+    attrs = t.user_attrs
+    if 'error' in attrs: return f"⚠️ Trial {t.number}: {values}: {attrs['error']}"
+    mark, epochs = '✂️' if t.state.name=='PRUNED' else '✅', attrs['epochs']
+    return (f"{mark} Trial {t.number}: {values}: validation loss {t.value:.4f} after {epochs}"
+            f" epoch{'s'*(epochs>1)}, {attrs['seconds']:.0f} s")
 
 # %% ../../nbs/36_sweeps.ipynb #19a00023
 def sweep(

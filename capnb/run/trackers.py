@@ -151,9 +151,13 @@ class Tracker(Callback):
                 tell(tracker)
 
     def _log(self, run, values, step=None):
-        step, first = step or len(run.losses), next(iter(values))
+        step = step or len(run.losses)
+        first = next(iter(values))
         def tell(tracker): # skip values that were logged before the run was stopped
-            if step > self.known.setdefault((tracker.name, first), _told(tracker, first)):
+            key = tracker.name, first
+            if key not in self.known:
+                self.known[key] = _told(tracker, first)
+            if step > self.known[key]:
                 tracker.log(values, step=step)
         self._each(run, tell)
 

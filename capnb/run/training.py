@@ -144,7 +144,9 @@ def read_ahead(
     memory."""
     def read(rows):
         features, captions = batches.read(rows)
-        return features.pin_memory() if torch.device(device).type=='cuda' else features, captions
+        if torch.device(device).type=='cuda':
+            features = features.pin_memory()
+        return features, captions
     for features,captions in one_ahead(read, rows):
         yield features.to(device, non_blocking=True), captions
 

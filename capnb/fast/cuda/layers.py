@@ -165,13 +165,14 @@ def use_fused(
 ) -> str: # Description of what is fused
     "Fuse the layers of a decoder on a GPU; on other devices do nothing."
     if decoder.device.type!='cuda': return ''
-    norms, liger = fuse_norms(decoder), use_liger(decoder)
+    norms = fuse_norms(decoder)
+    fused = [f'{norms} norms (PyTorch)'] if norms else []
+    if use_liger(decoder):
+        fused.append('rotations and gates (Liger Kernel)')
     half = decoder.dtype in (torch.float16, torch.bfloat16)
-    shares = half and _prefers_cudnn(decoder.device) and use_shared_heads(decoder)
-    return ', '.join(
-        [f'{norms} norms (PyTorch)']*(norms > 0) + ['rotations and gates (Liger Kernel)']*liger
-        + ['attention with shared heads (cuDNN)']*shares
-    )
+    if half and _prefers_cudnn(decoder.device) and use_shared_heads(decoder):
+        fused.append('attention with shared heads (cuDNN)')
+    return ', '.join(fused)
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #acd4c979
 def use_masked_attention(

@@ -59,18 +59,21 @@ class FixedRows:
         room:int, # Maximum positions of a row: its prefix and its caption
         recorder:Recorder=None, # To share memory with other rows; None for a new one
     ):
-        weight, n = decoder.get_input_embeddings().weight, prefix-1
-        self.decoder, self.rows, self.prefix, self.room = decoder, rows, prefix, -(-room//16)*16
-        self.device, self.new = weight.device, rows if prefix==1 else max(1, rows//8)
-        self.graphs, self.eager, self.hurry = {}, {}, False
+        weight = decoder.get_input_embeddings().weight
+        self.decoder, self.rows, self.prefix, self.device = decoder, rows, prefix, weight.device
+        self.room = -(-room//16)*16 # a multiple of 16
+        self.new = rows if prefix==1 else max(1, rows//8) # prefixes that are taken in at a time
+        self.graphs, self.eager = {}, {} # by shape: its recording, and how often it ran
+        self.hurry = False
         self.records = self.device.type=='cuda'
         self.recorder = recorder or (Recorder(self.device) if self.records else None)
         with torch.inference_mode(False): # the tensors must also work outside of inference mode
             whole = partial(torch.zeros, dtype=torch.long, device=self.device)
             self.inputs = weight.new_zeros(rows, 1, weight.shape[1])           # (rows, 1, width)
-            self.begins = weight.new_zeros(self.new, n, weight.shape[1])       # (new, prefix-1, width)
+            self.begins = weight.new_zeros(self.new, prefix-1, weight.shape[1]) # (new, prefix-1, width)
             self.order, self.comes = whole(self.new), whole(self.new).bool()   # (new,)
-            self.position, self.logits = whole(rows), None                     # (rows,)
+            self.position = whole(rows)                                        # (rows,)
+        self.logits = None # of the last step, (rows, vocabulary)
         self.place = _Place(self.position, self.room)
         layers = decoder.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[_FixedLayer(self.place) for _ in range(layers)])
@@ -159,11 +162,11 @@ class FixedRows:
 def _compare_cache(decoder):
     """Compare the logits of rows at different positions, one of them refilled, with those of a plain forward
     pass."""
-    ids, vectors = random_ids(decoder, 3, 7), decoder.get_input_embeddings()
-    vectors = vectors(ids)                                                     # (3, 7, width)
+    vectors = decoder.get_input_embeddings()(random_ids(decoder, 3, 7))        # (3, 7, width)
     expected = decoder(inputs_embeds=vectors, use_cache=False).logits
-    rows, agree = FixedRows(decoder, 3, 3, 7), True
+    rows = FixedRows(decoder, 3, 3, 7)
     rows.records = False
+    agree = True
     said = [0, 1, 0] # index of the text in each row
     def begin(row, text):
         at = torch.tensor([row], device=rows.device)
@@ -179,8 +182,8 @@ def _compare_cache(decoder):
         plain = torch.stack([expected[text,i] for text, i in zip(said, at, strict=True)])
         agree = agree and alike(rows.step(max(at)+1), plain, half=.1)
         rows.position += 1
-    each = sum(t[0,:,0].numel()*t.element_size() for layer in rows.cache.layers if layer.is_initialized
-               for t in (layer.keys, layer.values))
+    layers = [layer for layer in rows.cache.layers if layer.is_initialized]
+    each = sum(t[0,:,0].nbytes for layer in layers for t in (layer.keys, layer.values))
     return each if agree else 0
 
 def takes_fixed_cache(

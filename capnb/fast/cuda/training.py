@@ -25,18 +25,19 @@ def static_loss(
     "Compute the batch's share of the mean NLL per token, without data-dependent operations."
     words = model.decoder.get_input_embeddings()(numbers.ids)                  # (rows, positions, width)
     prefix = model.adapter(features).flatten(0,1).to(words.dtype)              # (images*prefix, width)
-    (rows, positions, width), n = words.shape, numbers
+    rows, positions, width = words.shape
 
     # write each image vector to its position; vectors of missing images go behind the last position
     vectors = torch.cat([words.view(-1, width), words.new_zeros(1, width)])
-    vectors = vectors.index_put((n.prefix,), prefix)[:-1].view(rows, positions, width)
+    vectors = vectors.index_put((numbers.prefix,), prefix)[:-1].view(rows, positions, width)
 
     # masked positions get the smallest value of the dtype
-    hidden = ~attention(n.image, n.piece)[:,None]                    # (rows, 1, positions, positions)
+    hidden = ~attention(numbers.image, numbers.piece)[:,None]        # (rows, 1, positions, positions)
     mask = vectors.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(vectors.dtype).min)
-    inputs = dict(inputs_embeds=vectors, attention_mask=mask, position_ids=n.position, use_cache=False)
-    nll = nll_at(model.decoder, inputs, n.target//positions, n.target%positions, n.label.clamp(min=0))
-    return (nll*(n.label>=0)).sum()/n.total[0]
+    inputs = dict(inputs_embeds=vectors, attention_mask=mask, position_ids=numbers.position, use_cache=False)
+    row, column = numbers.target//positions, numbers.target%positions
+    nll = nll_at(model.decoder, inputs, row, column, numbers.label.clamp(min=0))
+    return (nll*(numbers.label>=0)).sum()/numbers.total[0]
 
 # %% ../../../nbs/23c_gpu_training.ipynb #23c00010
 def _report_waiting(mode):

@@ -171,14 +171,15 @@ class CudaWriter:
         "Whether recorded steps can serve a call."
         if self.short or options.get('num_beams', 1) > 1 or options.keys()-_OPTIONS:
             return False
+        why = ''
         if torch.is_autocast_enabled(decoder.device.type):
-            self._tell('autocast makes copies of the weights, which a recording would outlive')
+            why = 'autocast makes copies of the weights, which a recording would outlive'
         elif not (takes_positions(decoder, length) and takes_fixed_cache(decoder)):
-            self._tell(f'{type(decoder).__name__} cannot use a cache of fixed size, or attends only to the'
-                       ' newest tokens')
-        else:
-            return True
-        return False
+            name = type(decoder).__name__
+            why = f'{name} cannot use a cache of fixed size, or attends only to the newest tokens'
+        if why:
+            self._tell(why)
+        return not why
 
     def _fits(self, decoder, rows, room):
         "Whether a cache takes at most an eighth of the free memory."
@@ -197,13 +198,15 @@ class CudaWriter:
             self.weights = weights
         if decoder.device.type=='cuda' and not self.recorder:
             self.recorder = Recorder(decoder.device)
-        widths = [w for w in WIDTHS if w < min(images, asked or images)]
-        widths = [*widths, *WIDTHS[len(widths):][:1]] # the last one holds all
+        most = min(images, asked or images)
+        smaller = sum(width < most for width in WIDTHS)
+        widths = list(WIDTHS[:smaller+1]) # the last one holds all
         while widths[1:] and widths[-1] not in self.held and not self._fits(decoder, widths[-1], k+longest):
             widths.pop()
-        if widths[-1] not in self.held:
-            self.held[widths[-1]] = FixedRows(decoder, widths[-1], k, k+longest, self.recorder)
-        return self.held[widths[-1]]
+        rows = self.held.get(widths[-1])
+        if rows is None:
+            rows = self.held[widths[-1]] = FixedRows(decoder, widths[-1], k, k+longest, self.recorder)
+        return rows
 
     def __call__(self,
         model, # `Captioner`

@@ -41,8 +41,10 @@ def judge(
     scorer:ClipScorer=None, # Also compute CLIPScore and RefCLIPScore with this model
 ) -> Judged:
     "Score captions with all requested metrics."
-    references, parts = [r['captions'] for r in data.rows], score_parts(captions, data, [Facts()])
-    scores, more = dict(scores or dict(score(captions, data, [Facts()]), pictures=len(data))), {}
+    references = [r['captions'] for r in data.rows]
+    parts = score_parts(captions, data, [Facts()])
+    scores = dict(scores) if scores else dict(score(captions, data, [Facts()]), pictures=len(data))
+    more = {}
     if coco:
         more['coco'] = coco_parts(captions, references)
     if scorer:

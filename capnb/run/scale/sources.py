@@ -87,7 +87,8 @@ class Source:
             raise ValueError(
                 f"{str(place)!r} holds {' and '.join(sorted(found))}; name a folder with only one of them"
             )
-        (self.kind, self.files), self.image_column = *found.items(), image_column
+        self.image_column = image_column
+        self.kind, self.files = found.popitem() # the only kind
         self._check_column()
 
     def _check_column(self):

@@ -16,24 +16,14 @@ from .limits import read_body, refuse
 from .page import docs_page, whole_page
 
 # %% ../../../nbs/37g_serving_app.ipynb #0da1201f
-_HEALTH = {
-    status: dict(
-        description=what,
-        content={
-            'application/json': dict(
-                schema=dict(
-                    type='object',
-                    required=['status'],
-                    properties=dict(status=dict(enum=states), notice=dict(type='string')),
-                )
-            )
-        },
-    )
-    for status, what, states in (
-        (200, 'Ready', ['ready']),
-        (503, 'Not available now', ['not ready', 'overloaded', 'stopping']),
-    )
-}
+def _health(description, states):
+    "Describe an answer of `/health` with one of these states."
+    properties = dict(status=dict(enum=states), notice=dict(type='string'))
+    schema = dict(type='object', required=['status'], properties=properties)
+    return dict(description=description, content={'application/json': dict(schema=schema)})
+
+_HEALTH = {200: _health('Ready', ['ready']),
+           503: _health('Not available now', ['not ready', 'overloaded', 'stopping'])}
 
 async def as_events(first, rest):
     "Write answers as server-sent events."
@@ -74,7 +64,8 @@ _ERRORS = {
     503: 'The server is stopping',
     504: 'The answer took too long',
 }
-_number, _list = dict(type='number'), lambda items, **more: dict(type='array', items=items, **more)
+_number = dict(type='number')
+def _list(items, **more): return dict(type='array', items=items, **more)
 _WORD = dict(
     type='object',
     required=['text', 'probability', 'alternatives', 'patches'],

@@ -48,7 +48,7 @@ def serve_command(
     from capnb.run.entry import find_captioner
     from capnb.run.serving.server import serve
     key = os.environ.get('CAPNB_API_KEY') if api_key is None else api_key
-    names = tuple(name.strip().lower() for name in allowed_hosts.split(',') if name.strip())
+    names = tuple(name.strip() for name in allowed_hosts.split(',') if name.strip())
     limits = Limits(max_upload, max_pixels, max_waiting, timeout, max_per_client)
     options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)
     checkpoint, notice = find_captioner(checkpoint, folder, best, model)

@@ -138,6 +138,7 @@ def serve(
     check_key(key, host, without_key)
     options = check_options(options or {})
     litserve, limits = _litserve(), limits or Limits()
+    allowed_hosts = tuple(name.lower() for name in allowed_hosts)
     read_metadata(checkpoint)
     _check_port(host, port)
 

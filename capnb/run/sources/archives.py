@@ -327,7 +327,6 @@ def read_path(
     folder = path.parent if path.is_file() else path
     files = [path] if path.is_file() else []
     suffix = path.suffix.lower() if files else ''
-    is_tar = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
     if is_zip(path): return read_folder(path, bad_rows, *columns, encoding, outside)
     if suffix in ('.gz', '.tgz'):
         _refuse_packed(path, files)
@@ -337,7 +336,8 @@ def read_path(
         if suffix=='.parquet' or not files and (files := _rows_of_images(path, image_column)):
             return _read_rows(_load_parquet(files, folder), path, folder, columns, outside)
         if suffix=='.tar' or not files and (files := _below(path, '.tar')):
-            return read_tars(files, folder, bad_rows, **is_tar)
+            how = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
+            return read_tars(files, folder, bad_rows, **how)
     if path.is_dir():
         has_table = bool(folder_tables(path))
         has_texts = not has_table and _has_texts_beside(path)

@@ -147,9 +147,8 @@ def caption_groups(
     "Find the columns whose names suggest captions."
     texts = [p for p in free if kinds[p] in ('sentence','word')]
     groups = [(0, [p]) for p in free if names[p].lower() in CAPTION_COLUMNS[:2]] # even if it holds numbers
-    for sure, known, among in [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [
-        (3, k, texts) for k in CAPTION_COLUMNS[2:]
-    ]:
+    tried = [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [(3, k, texts) for k in CAPTION_COLUMNS[2:]]
+    for sure,known,among in tried:
         found = [names.index(n) for n in named_like(known, [names[p] for p in among])]
         if found and (0, found) not in groups:
             groups.append((sure, found))

@@ -65,7 +65,8 @@ class ImageFolder:
         if bad and (bad_rows=='stop' or not self.captions):
             raise BadRows(self.table, bad, bad_rows)
         if not self.captions: raise ValueError(f"{self.table}: it has no rows")
-        self.bad, self.names = [f'{self.table}: {b}' for b in bad], list(self.captions)
+        self.bad = [f'{self.table}: {problem}' for problem in bad]
+        self.names = list(self.captions)
         if self.unlisted:
             rows.notes.append(
                 f"{self.unlisted} rows are not used: their images are neither here nor in a list of a split"

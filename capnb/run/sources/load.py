@@ -46,11 +46,15 @@ def read_streams(
 ) -> Source:
     "Read streams into memory; raises a `ValueError` if they are empty or their columns are not clear."
     streams = data if isinstance(data, Mapping) else dict(train=data)
-    missing, have, found = missing_splits(streams), Counter(), {}
+    missing, have, found, columns = missing_splits(streams), Counter(), {}, None
     need = lambda split: float('inf') if limit is None else limit if split=='train' else held_back(limit)
     with progress_bar(desc='Reading the stream', unit='image') as bar:
         for name,stream in streams.items():
-            stream, image, captions = _undecoded(stream, (image_column, caption_column))
+            stream, *of_split = _undecoded(stream, (image_column, caption_column))
+            columns = columns or of_split
+            if of_split!=columns:
+                raise ValueError(f"split {name!r} has other columns for images and captions than the first"
+                                 f" split: {of_split}, not {columns}")
             for n,row in enumerate(stream):
                 given = given_splits('split' in row, name, missing)
                 split = split_name(name) if len(given)==1 else drawn_split(n, missing)
@@ -62,8 +66,8 @@ def read_streams(
                 bar.update()
                 if all(have[split] >= need(split) for split in given): break
     if not found: raise ValueError("the stream is empty")
-    without_split = NamedRows(found.pop(None, []), image, captions)
-    splits = {split: NamedRows(rows, image, captions) for split,rows in found.items()}
+    without_split = NamedRows(found.pop(None, []), *columns)
+    splits = {split: NamedRows(rows, *columns) for split,rows in found.items()}
     return Source(splits, without_split=without_split)
 
 # %% ../../../nbs/31i_sources.ipynb #0da7b502
@@ -238,10 +242,9 @@ def load_data(
         split: CaptionData(rows, limit if split == 'train' else None) for split, rows in source.splits.items()
     }
     if bad_rows=='skip':
-        bad = [
-            *source.bad,
-            *(b for split, rows in splits.items() for b in skip_bad(rows, f'Scanning {split}')),
-        ]
+        bad = list(source.bad)
+        for split,rows in splits.items():
+            bad += skip_bad(rows, f'Scanning {split}')
         splits['train'].num_skipped = len(bad)
         if bad:
             log.warning(f"⚠️ skipped what cannot be read, {len(bad)} in all; the first: {bad[0]}")

@@ -226,14 +226,15 @@ def _coco_table(images, annotations, image_column, caption_column):
 
     An id matches if it is a string in one place and a number in the other.
     """
-    names = lambda rows: list(dict.fromkeys(name for row in rows[:_SAMPLE] for name in row))
-    asked = lambda rows, column, what, usual: [
-        names(rows)[p] for p in asked_columns(names(rows), column, what)
-    ] or [usual]
+    def asked(rows, column, what, usual):
+        "The keys that the user named, or else the usual one."
+        names = list(dict.fromkeys(name for row in rows[:_SAMPLE] for name in row))
+        return [names[p] for p in asked_columns(names, column, what)] or [usual]
     file = asked(images, image_column, 'image_column', 'file_name')[0]
     texts = asked(annotations, caption_column, 'caption_column', 'caption')
     known = {i['id']: i.get(file) for i in images if isinstance(i.get('id'), (int, str))}
-    as_text, table = {str(i): name for i,name in known.items()}, Table(None)
+    as_text = {str(i): name for i,name in known.items()}
+    table = Table(None) # before its rows, which add a note to it
     def rows():
         respelt = 0
         for n,a in enumerate(annotations):
