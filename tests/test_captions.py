@@ -248,6 +248,11 @@ def test_number_is_out_of_range(model, images, name):
         with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '):
             model.caption(images[0], **{name: value}, **more)
 
+@pytest.mark.parametrize('wrong', RANGES['batch_size'])
+def test_files_are_taken_some_at_a_time(model, files, wrong):
+    with pytest.raises(ValueError, match='^batch_size is .*; allowed: '):
+        next(caption_files(model, files, batch_size=wrong))
+
 def test_numbers_of_other_types(model, images):
     assert check_options(dict(num_beams=3., num_return_sequences=np.int64(2), top_k=None)) == BEAMS
     assert type(check_options(dict(num_beams=np.float32(3)))['num_beams']) is int

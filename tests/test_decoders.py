@@ -1,6 +1,7 @@
 "Decoders of other families: their loss, gradient and text, against what `transformers` computes."
 import json
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,7 +11,7 @@ from capnb.fast.decoder_families import (
 from capnb.hub import model_path
 from capnb import decoder as readable
 from capnb.decoder import tokenize_captions
-from capnb.any_decoder import load_decoder
+from capnb.any_decoder import _settle_end, load_decoder
 from capnb.fast import loss as fast
 from capnb.fast.loss import head_is_plain
 
@@ -178,3 +179,10 @@ def test_a_window_over_columns_of_a_row(way, tokenizer, tmp_path):
     ).detach()
     alone = torch.cat([way.token_nll(decoder, prefix, ids[i:i+1], mask[i:i+1]) for i in range(3)])
     torch.testing.assert_close(way.token_nll(decoder, prefix, ids, mask), alone, atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize('ends, expected', [([14, 15], 14), (15, 15), ([10**6, 14], 14)])
+def test_a_tokenizer_without_an_end_takes_the_models(ends, expected):
+    tokenizer = AutoTokenizer.from_pretrained(model_path('storybook-qwen3'))
+    tokenizer.eos_token = None
+    _settle_end(tokenizer, SimpleNamespace(eos_token_id=ends))
+    assert tokenizer.eos_token_id==expected

@@ -147,3 +147,15 @@ def test_a_whole_checkpoint_still_loads(copy):
         folder = copy(name)
         load_model_from_checkpoint(only(folder, 'model_state_dict_*.pth'), 'cpu')
         read_state(only(folder, 'training_state_*.pt'))
+
+@pytest.mark.parametrize('name', ['position', 'metadata', 'scheduler', 'random', 'callbacks', 'rates'])
+def test_a_cut_epoch_that_lacks_a_part_is_refused(name, copy):
+    "What a run goes back to if it gets more steps in an epoch that `max_steps` cut."
+    def without(state):
+        cut = {k: state[k] for k in ('position', 'metadata', 'scheduler', 'random', 'callbacks')}
+        cut['rates'] = []
+        return state | dict(cut={k: v for k,v in cut.items() if k!=name})
+    path = only(copy(), 'training_state_*.pt')
+    rewrite(path, without)
+    with pytest.raises(ValueError, match=f'{path.name} is not the state .*: cut: {name} is missing'):
+        read_state(path)

@@ -139,6 +139,11 @@ def files(monkeypatch, tmp_path):
     yield seen
     watching[0] = False
 
+@pytest.mark.parametrize('wrong', [0, -1])
+def test_a_batch_has_an_image(wrong):
+    with pytest.raises(ValueError, match=f'batch_size is {wrong}, but it must be 1 or more'):
+        fit(Toy(), dict(train=toy_data()), num_epochs=1, batch_size=wrong, learning_rate=.1)
+
 def test_plain_tensors_train_and_leave_no_file(files, tmp_path):
     run = fit(Toy(), dict(train=toy_data()), num_epochs=5, batch_size=8, learning_rate=.1)
     assert len(run.losses)==25 and sum(run.losses[-5:]) < sum(run.losses[:5])/2 and run.done

@@ -461,6 +461,12 @@ def test_streams(capsys):
     with pytest.raises(ValueError, match='the stream is empty'):
         load_data(IterableDataset.from_generator(lambda: iter([])))
 
+def test_splits_of_a_stream_have_the_same_columns():
+    other = stored().rename_columns({'image': 'img'}).to_iterable_dataset()
+    streams = IterableDatasetDict(train=stored().to_iterable_dataset(), validation=other)
+    with pytest.raises(ValueError, match="split 'validation' has other columns .*'img'"):
+        load_data(streams)
+
 def test_rows_of_no_split_in_a_stream_are_told(capsys):
     rows = stored(split=['train']*14 + ['val']*3 + ['test']*2 + [''])
     for way in (rows.to_iterable_dataset(), rows, DatasetDict(test=rows)):

@@ -10,6 +10,7 @@ from capnb.run import entry
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
+from capnb.run.sweeps import sweep
 from capnb.storybook import Storybook
 from capnb.training import Callback
 
@@ -252,3 +253,20 @@ def test_a_tracker_that_is_not_there(monkeypatch, album, report_to, available, w
 def test_nothing_is_told_to_nobody(album, place):
     train(SMALL, data=album)
     assert {p.name for p in place.iterdir()} <= {'saved_models', 'runs.db'}
+
+def test_mlflow_is_asked_once_what_it_knows(album, place, monkeypatch):
+    "And not at each step: its answer is as long as the run."
+    asked, was = [], trackers._told
+    monkeypatch.setattr(trackers, '_told', lambda tracker, key: asked.append(key) or was(tracker, key))
+    train(SMALL, data=album, report_to='mlflow')
+    assert 'loss' in asked and len(asked)==len(set(asked))
+
+def test_trials_of_a_sweep_are_runs_of_a_tracker(album, place):
+    study = sweep(
+        SMALL, vary=['learning_rate=1e-3,1e-2'], data=album, num_epochs=1, report_to='mlflow', output_dir='sweep'
+    )
+    assert [trial.state.name for trial in study.trials]==['COMPLETE']*2
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name('capnb').experiment_id])
+    assert {float(run.data.params['learning_rate']) for run in runs}=={1e-3, 1e-2}
+    assert all(len(history(client, run, 'loss'))==4 for run in runs)
