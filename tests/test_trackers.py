@@ -262,9 +262,8 @@ def test_mlflow_is_asked_once_what_it_knows(album, place, monkeypatch):
     assert 'loss' in asked and len(asked)==len(set(asked))
 
 def test_trials_of_a_sweep_are_runs_of_a_tracker(album, place):
-    study = sweep(
-        SMALL, vary=['learning_rate=1e-3,1e-2'], data=album, num_epochs=1, report_to='mlflow', output_dir='sweep'
-    )
+    settings = dict(SMALL, num_epochs=1, report_to='mlflow', output_dir='sweep')
+    study = sweep(settings, vary=['learning_rate=1e-3,1e-2'], data=album)
     assert [trial.state.name for trial in study.trials]==['COMPLETE']*2
     client = mlflow.MlflowClient()
     runs = client.search_runs([client.get_experiment_by_name('capnb').experiment_id])
