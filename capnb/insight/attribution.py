@@ -9,6 +9,7 @@ __all__ = ['veil', 'draw_strip', 'draw_explanation', 'named_things', 'parts_insi
 import textwrap
 from itertools import pairwise
 import numpy as np
+from ..images import open_image
 from ..intervals import interval, mean_parts
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
@@ -59,6 +60,7 @@ def draw_explanation(
 ): # Figure of matplotlib
     """Draw the parts of an image that each word depends on, its probability, and the model's alternatives."""
     from matplotlib.figure import Figure
+    image = open_image(image) # as `explain` saw it: upright, and in RGB
     shown = [None] + [w for w in words if w.text[:1].isalnum() and w.patches.max() >= least]
     rows, width = -(-len(shown)//columns), 17*columns
     strip, each = .5+.3*(len(caption)//width), .7+2.1*image.height/image.width # inches

@@ -160,6 +160,7 @@ class CaptionWidget(VBox):
             image = open_image(bytes(change.new[0]['content']), change.new[0]['name'])
             mark(self.pages.children[1].children, None)
             self.take(image)
+        self.upload.value = () # otherwise choosing the same file again would change nothing
 
     def _draw(self, patches=None, word=''):
         whole = ImageOps.contain(self.image, (320,320))
@@ -182,8 +183,10 @@ class CaptionWidget(VBox):
         "Caption the image with the current settings."
         if self.image is None: return
         gpu = [self.model.device] if self.model.device.type=='cuda' else []
-        with errors_in(self.errors), torch.random.fork_rng(devices=gpu):
-            torch.manual_seed(self.decoding.seed.value)
+        drawn = self.decoding.how.value=='sampling' # nothing else needs random numbers
+        with errors_in(self.errors), torch.random.fork_rng(devices=gpu, enabled=drawn):
+            if drawn:
+                torch.manual_seed(self.decoding.seed.value)
             self.caption, self.words = '', []
             self._clear()
             self._draw()
