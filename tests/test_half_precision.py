@@ -1,5 +1,6 @@
 """fp16 with a scaler of the loss, for GPUs that have no bfloat16, as far as a CPU can show it: `accelerate`
-makes a scaler on GPUs only, so a run gets PyTorch's scaler for CPUs in its place. And models that are saved in float16."""
+makes a scaler on GPUs only, so a run gets PyTorch's scaler for CPUs in its place.
+And models that are saved in float16."""
 import pytest, torch
 from accelerate import Accelerator
 from capnb.build import build_captioner

@@ -170,7 +170,8 @@ def test_a_java_that_stops_early_is_told(lines):
         _coco_words(['A cat.', 'A dog.'], [['A cat.'], ['A dog.']], tool)
 
 def test_a_tokenizer_that_may_not_write_is_told_early(monkeypatch):
-    def refuse(path): raise PermissionError(13, 'Permission denied', str(path))
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied', str(path))
     monkeypatch.setattr('capnb.insight.coco.check_writable', refuse, raising=False)
     monkeypatch.setattr('shutil.which', lambda name: '/usr/bin/java')
     with pytest.raises(ValueError, match='writes into its own folder.*Permission denied'):

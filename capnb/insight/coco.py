@@ -41,7 +41,8 @@ def _meteor(s):
 def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`
     """Import the tool of the COCO challenge.
 
-    Raises `ValueError` if `pycocoevalcap` or Java is missing, or if its folder is not writable."""
+    Raises `ValueError` if `pycocoevalcap` or Java is missing, or if nothing can be written into the
+    package's folder."""
     try:
         from pycocoevalcap.bleu import bleu_scorer
         from pycocoevalcap.cider import cider
@@ -90,9 +91,10 @@ def coco_parts(
     captions, # One generated caption per image
     references, # A list of references per image
 ) -> dict: # 'bleu_1' to 'bleu_4', 'meteor' and 'cider': `Parts`
-    """Compute the metrics of the COCO challenge (`pycocoevalcap`). Raises `ValueError` as `coco_tools` does.
+    """Compute the metrics of the COCO challenge (`pycocoevalcap`).
 
-    CIDEr-D takes word frequencies from all these images."""
+    Raises `ValueError` as `coco_tools` does, and if Java stops early. CIDEr-D takes word
+    frequencies from all these images."""
     bleu_scorer, cider, meteor, ptbtokenizer = coco_tools()
     said, refs = _coco_words(captions, references, ptbtokenizer)
     bleu, java = bleu_scorer.BleuScorer(n=4), meteor.Meteor()

@@ -30,7 +30,7 @@ def _mark(kind, label, found): # a tick: floor or ceiling
 def _bar(label, found, marks=(), top=1.):
     "Return the data of a score's bar; `top` is the value at its right end."
     value, low, high = found
-    at = lambda x: round(100*min(max(x/top, 0), 1), 2)
+    def at(x): return round(100*min(max(x/top, 0), 1), 2) # percent of the bar's width
     marks = [dict(m, at=at(m['value'])) for m in marks if m['value'] is not None]
     return dict(label=label, value=value, low=low, high=high, at=at(value), start=at(low),
                 width=round(at(high)-at(low), 2), marks=marks)

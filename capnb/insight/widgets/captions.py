@@ -32,18 +32,12 @@ class Decoding(VBox):
     def __init__(self,
         longest:int=64, # Maximum number of tokens of a caption
     ):
-        wide = dict(
-            style=dict(description_width='8.5rem'), layout=Layout(width='23rem'), continuous_update=False
-        )
-        self.how = ToggleButtons(
-            options=list(_HOW),
-            tooltips=list(_HOW.values()),
-            style=dict(button_width='7rem'),
-            layout=Layout(margin='0 0 .75rem 0'),
-        )
-        self.length = IntRangeSlider(
-            value=(0, longest), min=0, max=longest, description='length, tokens', **wide
-        )
+        wide = dict(style=dict(description_width='8.5rem'), layout=Layout(width='23rem'),
+                    continuous_update=False)
+        self.how = ToggleButtons(options=list(_HOW), tooltips=list(_HOW.values()),
+                                 style=dict(button_width='7rem'), layout=Layout(margin='0 0 .75rem 0'))
+        self.length = IntRangeSlider(value=(0, longest), min=0, max=longest, description='length, tokens',
+                                     **wide)
         self.penalty = FloatSlider(1., min=1., max=2., step=.05, description='repetition penalty', **wide)
         self.beams = IntSlider(4, min=2, max=8, description='beams', **wide)
         self.temperature = FloatSlider(1., min=.1, max=2.5, step=.1, description='temperature', **wide)

@@ -73,21 +73,19 @@ class ErrorBrowser(VBox):
 
     def _judge(self, facts):
         self.kinds = mistakes(self.captions, facts)
-        self.scores['F1 of colour and kind'] = [
-            2 * true / max(said + there, 1)
-            for true, said, there in fact_counts(self.captions, facts)['pairs']
-        ]
+        pairs = fact_counts(self.captions, facts)['pairs']
+        f1 = [2*true/max(said+there, 1) for true,said,there in pairs]
+        self.scores['F1 of colour and kind'] = f1
 
     def _build(self):
         narrow = dict(layout=Layout(width='16rem'), style=dict(description_width='4.2rem'))
         self.sort = Dropdown(options=list(self.scores), description='worst by', **narrow)
-        self.kind = Dropdown(
-            options=['any', *sorted(set().union(*self.kinds))], description='mistake', **narrow
-        )
-        self.word = Text(
-            description='word', placeholder='in caption or reference', continuous_update=False, **narrow
-        )
-        self.back, self.forth = Button(description='← back'), Button(description='next →')
+        kinds = ['any', *sorted(set().union(*self.kinds))]
+        self.kind = Dropdown(options=kinds, description='mistake', **narrow)
+        self.word = Text(description='word', placeholder='in caption or reference', continuous_update=False,
+                         **narrow)
+        self.back = Button(description='← back')
+        self.forth = Button(description='next →')
         self.where, self.cards, self.errors = Label(), HTML(), HTML()
         for control in (self.sort, self.word, self.kind):
             control.observe(lambda _: self.show(), 'value')
