@@ -1,9 +1,12 @@
 """fp16 with a scaler of the loss, for GPUs that have no bfloat16, as far as a CPU can show it: `accelerate`
-makes a scaler on GPUs only, so a run gets PyTorch's scaler for CPUs in its place."""
+makes a scaler on GPUs only, so a run gets PyTorch's scaler for CPUs in its place.
+And models that are saved in float16."""
 import pytest, torch
 from accelerate import Accelerator
 from capnb.build import build_captioner
 from capnb.encoder import EncodedData
+from capnb.insight.pretraining import save_pretrained
+from capnb.insight.small_qwen3 import Log, small_qwen3, train_tokenizer
 from capnb.run.entry import train
 from capnb.run.resume import find_state, read_state, resumed_hyperparameters
 from capnb.run.training import run_training
@@ -111,3 +114,11 @@ def test_fp16_on_a_cpu_is_refused(data, tmp_path, monkeypatch):
         train(device='cpu', mixed_precision='fp16', output_dir=str(tmp_path/'train'))
     plain, half = (trained(data, tmp_path/kind, mixed_precision=kind, max_steps=3) for kind in ('no', 'bf16'))
     assert half.losses != plain.losses and half.losses == pytest.approx(plain.losses, rel=.02)
+
+def test_saving_leaves_the_model_as_it_is(tmp_path):
+    tokenizer = train_tokenizer(['A red cat.'])
+    lm = small_qwen3(tokenizer)
+    save_pretrained(tmp_path, lm, [tokenizer], Log())
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+    stored = type(lm).from_pretrained(tmp_path, dtype='auto')
+    assert {p.dtype for p in stored.parameters()} == {torch.float16}

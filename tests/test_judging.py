@@ -1,10 +1,12 @@
 """Judging from outside: a CLIP's opinion against the formulas, files of captions that go out and come in,
 and the report in a browser."""
-import csv, io, json, re, shutil
+import base64, csv, io, json, re, shutil, time
 from contextlib import redirect_stdout
 import numpy as np, pytest, torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 from capnb.run.entry import train
+from capnb.checkpoint import metadata_path
 from capnb.hub import model_path
 from capnb.saving import shipped_checkpoint
 from capnb.data import CaptionData
@@ -12,10 +14,10 @@ from capnb.run.sources.load import load_data
 from capnb.encoder import EncodedData
 from capnb.insight.report.clipscore import ClipScorer, clip_parts
 from capnb.insight.report.judged import judge
-from capnb.insight.report.page import report_page
+from capnb.insight.report.page import image_uri, report_page, training_charts
 from capnb.insight.report.slices import image_slices, slices, worst_first
 from capnb.run.eval import eval_command
-from capnb.evaluation import score_parts
+from capnb.evaluation import score, score_parts
 from capnb.insight.facts import Facts
 from capnb.storybook import Storybook
 
@@ -196,6 +198,15 @@ def test_clipscore_at_real_size(tmp_path):
         <= 2.5
     )
 
+def test_a_single_image_has_no_floor():
+    data = CaptionData(Storybook('test', n=1))
+    rows = EncodedData(None, data.texts())
+    found = judge(data, rows, ['A red cat.'], scorer=ClipScorer('storybook-clip', 'cpu'))
+    assert {'clipscore', 'clipscore_ceiling', 'refclipscore'} <= found.scores['clip'].keys()
+    assert not [name for name in found.scores['clip'] if name.endswith('_floor')]
+    assert found.scores['rouge_l_floor'] is None
+    assert 'CLIPScore' in report_page('one', {}, dict(test=found))
+
 def test_own_encoder_flatters(written, made, tmp_path):
     assert '⚠️ storybook-clip is the captioner\'s own encoder, so its CLIPScore flatters' in written[1]
     assert json.loads((written[0]/'scores.json').read_text())['test']['clip']['own'] is True
@@ -228,6 +239,13 @@ def test_facts_of_a_picture_that_has_none():
     found = each_score(judge(None, data, ['A view.', 'A red cat beside a blue house.']))
     # nothing to say and nothing said is no score; something false is 0
     assert found['relation'] == [None, 0.] and found['pairs'] == [0., 0.]
+
+@pytest.mark.parametrize('facts', ['taken in Rome', ['a', 'b'], None, dict(year=1999)])
+def test_a_column_that_is_called_facts_is_not_ours(facts):
+    rows = [dict(captions=['A cat.'], image_id=str(i), facts=facts) for i in range(12)]
+    said = ['A cat.']*12
+    assert score(said, EncodedData(None, rows), [Facts()])['facts'] is None
+    assert {kind for pairs in image_slices(said, rows) for kind,_ in pairs} == {'caption length'}
 
 def test_predictions_go_out_and_come_in(written, made, tmp_path):
     entries = json.loads((written[0]/'captions.json').read_text())
@@ -364,6 +382,22 @@ def test_report_is_one_file(written):
     ):
         assert f'{value:.3f}' in page
     assert 'Validation loss' in page and 'nearest neighbour' in page and 'flatter' in page
+
+@pytest.mark.parametrize('name', ['captioner-0', 'captioner-007', 'captioner-500000'])
+def test_the_curve_of_a_renamed_checkpoint(name, tmp_path):
+    shutil.copy(shipped_checkpoint(), tmp_path/f'{name}.pth')
+    shutil.copy(metadata_path(shipped_checkpoint()), tmp_path/f'{name}.json')
+    (tmp_path/'captioner-1.pth').touch() # without metadata
+    start = time.perf_counter()
+    assert training_charts(tmp_path/f'{name}.pth')[0]['title'].startswith('Training loss')
+    assert time.perf_counter()-start < 1
+
+@pytest.mark.parametrize('mode', ['RGBA', 'P', 'LA', 'L'])
+def test_an_image_of_any_mode_becomes_a_uri(mode):
+    page = Storybook('test')[0]['image'].resize((60, 40)).convert(mode)
+    page.getexif()[0x0112] = 6 # the camera was held upright
+    back = Image.open(io.BytesIO(base64.b64decode(image_uri(page, 60).partition(',')[2])))
+    assert (back.mode, back.size) == ('RGB', (40, 60))
 
 @pytest.mark.parametrize(
     'width,scheme,javascript', [(1200, 'light', True), (390, 'dark', False), (320, 'light', True)]

@@ -1,5 +1,6 @@
 "Scores that stay right whatever a caption is made of: white space, nothing at all, and every script."
 import csv, json, random, string
+from types import SimpleNamespace
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
 from capnb.files import write_json
@@ -7,12 +8,13 @@ from capnb.data import CaptionData
 from capnb.words import one_line, words
 from capnb.generation import captions_of
 from capnb.encoder import EncodedData
-from capnb.evaluation import rouge_l, score, text_statistics
+from capnb.evaluation import rouge_l, score, score_parts, text_statistics
 from capnb.score_tables import BY_CHARACTER, score_table
 from capnb.insight.coco import _coco_words, coco_tools
+from capnb.insight.facts import Facts, fact_counts, facts_scores
 from capnb.insight.report.slices import image_slices
 from capnb.run.predictions import read_predictions
-from capnb.storybook import Storybook
+from capnb.storybook import Scene, Storybook, facts_of
 
 BREAKS = '\n\r\v\f\x00\x1c\x1d\x1e\x1f\x85\u2028\u2029\t\xa0'
 SENTENCES = dict(
@@ -161,6 +163,20 @@ def test_coco_words_of_scripts_without_spaces_are_characters():
         {0: ['สุ นั ข red'], 1: ['красная собака']},
     )
 
+@pytest.mark.parametrize('lines', [{0: ['']}, {0: ['a cat', 'a cat'], 1: ['a dog']}])
+def test_a_java_that_stops_early_is_told(lines):
+    tool = SimpleNamespace(PTBTokenizer=lambda: SimpleNamespace(tokenize=lambda plain: lines))
+    with pytest.raises(ValueError, match='stopped before the last caption'):
+        _coco_words(['A cat.', 'A dog.'], [['A cat.'], ['A dog.']], tool)
+
+def test_a_tokenizer_that_may_not_write_is_told_early(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+    monkeypatch.setattr('capnb.insight.coco.check_writable', refuse, raising=False)
+    monkeypatch.setattr('shutil.which', lambda name: '/usr/bin/java')
+    with pytest.raises(ValueError, match='writes into its own folder.*Permission denied'):
+        coco_tools()
+
 def test_slices_know_words_of_every_script():
     rows = [
         dict(captions=['красная собака бежит' if i % 2 else 'синий кот сидит на диване'], image_id=str(i))
@@ -177,3 +193,15 @@ def test_an_interval_keeps_its_digits():
         dict(test=found | dict(coco=dict(cider=[10.0, 10.0, 10.25]), intervals=dict(rouge_l=[-0.5, 0.5])))
     )
     assert '10.000–10.250' in table and '-.500–.500' in table
+
+# --- Facts
+
+def test_a_scene_without_things():
+    facts = [facts_of(Scene('night', ()))]
+    assert fact_counts(['A view at night.'], facts)['count'] == [(0, 0, 0)]
+    assert fact_counts(['A red cat at night.'], facts)['count'] == [(0, 1, 0)]
+    data = EncodedData(None, [dict(captions=['A view.'], facts=facts[0])])
+    assert score_parts(['A view at night.'], data, [Facts()])['count'].value == 0
+
+def test_no_captions_have_no_true_claims():
+    assert {s['f1'] for s in facts_scores([], []).values()} == {0.}

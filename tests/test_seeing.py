@@ -10,8 +10,9 @@ from capnb.captioner import Captioner
 from capnb.build import build_captioner, new_adapter
 from capnb.settings import as_hyperparameters
 from capnb.encoder import ImageEncoder
-from capnb.explanation import _covered, _words
+from capnb.explanation import Word, _covered, _words
 from capnb.explanation import explain
+from capnb.insight.attribution import draw_explanation
 from capnb.storybook import Storybook
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
@@ -73,6 +74,16 @@ def test_other_modes_and_paths(plain, picture, tmp_path):
     with pytest.raises(ValueError, match='nothing.png'):
         (tmp_path/'nothing.png').write_bytes(b'')
         explain(plain, tmp_path/'nothing.png')
+
+def test_the_drawing_shows_what_was_explained(picture):
+    words = [Word('cat', .9, [], np.ones((8, 8)))]
+    def drawn(image):
+        figure = draw_explanation('cat', words, image)
+        return np.asarray(figure.subfigs[1].axes[0].images[0].get_array())
+    page = picture.resize((60, 40))
+    assert drawn(page.convert('L')).shape == (40, 60, 3)
+    page.getexif()[0x0112] = 6 # the camera was held upright
+    assert drawn(page).shape == (60, 40, 3)
 
 def test_windows_lie_around_their_cells(picture):
     "Each copy differs from the image in its window and nowhere else; at the edges the window ends there."

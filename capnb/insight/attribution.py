@@ -9,6 +9,7 @@ __all__ = ['veil', 'draw_strip', 'draw_explanation', 'named_things', 'parts_insi
 import textwrap
 from itertools import pairwise
 import numpy as np
+from ..images import open_image
 from ..intervals import interval, mean_parts
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
@@ -35,8 +36,9 @@ def draw_strip(
         x, wide = (at-begin)/width, len(word.text)/width
         ax.text(x+wide/2, -line, word.text, ha='center', va='bottom', family='monospace', fontsize=14,
                 parse_math=False)
-        for share,colour in ((1, '#ccc'), (word.probability, '#06c')) if word.text[:1].isalnum() else ():
-            ax.plot((x, x+wide*share), (-line-.08,)*2, color=colour, lw=3, solid_capstyle='butt')
+        if word.text[:1].isalnum(): # a punctuation mark has no line
+            for share,colour in ((1, '#ccc'), (word.probability, '#06c')):
+                ax.plot((x, x+wide*share), (-line-.08,)*2, color=colour, lw=3, solid_capstyle='butt')
         at += len(word.text)
     ax.axis('off')
     ax.set(xlim=(0,1), ylim=(-line-.3, .8))
@@ -59,6 +61,7 @@ def draw_explanation(
 ): # Figure of matplotlib
     """Draw the parts of an image that each word depends on, its probability, and the model's alternatives."""
     from matplotlib.figure import Figure
+    image = open_image(image) # as `explain` saw it: upright, and in RGB
     shown = [None] + [w for w in words if w.text[:1].isalnum() and w.patches.max() >= least]
     rows, width = -(-len(shown)//columns), 17*columns
     strip, each = .5+.3*(len(caption)//width), .7+2.1*image.height/image.width # inches
@@ -109,8 +112,10 @@ def pointing(
     for at,i in named_things(words, facts):
         patches = np.clip(words[at].patches, 0, None)
         inside = [parts_inside(t, patches.shape) for t in facts['things']]
-        own, others = inside[i], [m for j,m in enumerate(inside) if j!=i]
-        most, total = np.unravel_index(words[at].patches.argmax(), patches.shape), patches.sum()
+        own = inside[i]
+        others = [m for j,m in enumerate(inside) if j!=i]
+        most = np.unravel_index(words[at].patches.argmax(), patches.shape) # row and column
+        total = patches.sum()
         row = dict(word=words[at].text, hit=float(own[most]), chance=float(own.mean()),
                    share=float(patches[own].sum()/total if total else own.mean()), other=None, own=None)
         if others:

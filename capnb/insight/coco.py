@@ -7,7 +7,9 @@ __all__ = ['coco_tools', 'coco_parts']
 
 # %% ../../nbs/10c_coco.ipynb #12163063
 import shutil
+from pathlib import Path
 import numpy as np
+from ..files import check_writable
 from ..words import space_characters
 from ..intervals import Parts, mean_parts
 
@@ -37,7 +39,10 @@ def _meteor(s):
 
 # %% ../../nbs/10c_coco.ipynb #38cec9d7
 def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`
-    "Import the tool of the COCO challenge. Raises `ValueError` if `pycocoevalcap` or Java is missing."
+    """Import the tool of the COCO challenge.
+
+    Raises `ValueError` if `pycocoevalcap` or Java is missing, or if nothing can be written into the
+    package's folder."""
     try:
         from pycocoevalcap.bleu import bleu_scorer
         from pycocoevalcap.cider import cider
@@ -49,6 +54,12 @@ def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`
     if not shutil.which('java'):
         raise ValueError("BLEU, METEOR and CIDEr need Java, for the tokenizer and for METEOR, and there is "
                          "no program 'java'; install a Java runtime, such as Debian's default-jre-headless")
+    folder = Path(ptbtokenizer.__file__).parent
+    try:
+        check_writable(folder)
+    except OSError as e:
+        raise ValueError(f"pycocoevalcap's tokenizer writes into its own folder, {folder}: {e.strerror}; "
+                         "install it where you may write, such as a virtual environment") from None
     return bleu_scorer, cider, meteor, ptbtokenizer
 
 def _coco_words(captions, references, ptbtokenizer):
@@ -58,6 +69,9 @@ def _coco_words(captions, references, ptbtokenizer):
     plain = {i: [dict(caption=space_characters(t)) for t in (caption, *others)]
              for i,(caption,others) in enumerate(zip(captions, references, strict=True))}
     words = ptbtokenizer.PTBTokenizer().tokenize(plain)
+    if any(len(words.get(i, ()))!=len(texts) for i,texts in plain.items()):
+        raise ValueError("the tokenizer of pycocoevalcap stopped before the last caption; the lines of Java "
+                         "above may tell why, such as too little memory")
     return {i: texts[:1] for i,texts in words.items()}, {i: texts[1:] for i,texts in words.items()}
 
 # %% ../../nbs/10c_coco.ipynb #c28a0a74
@@ -77,9 +91,10 @@ def coco_parts(
     captions, # One generated caption per image
     references, # A list of references per image
 ) -> dict: # 'bleu_1' to 'bleu_4', 'meteor' and 'cider': `Parts`
-    """Compute the metrics of the COCO challenge (`pycocoevalcap`). Raises `ValueError` as `coco_tools` does.
+    """Compute the metrics of the COCO challenge (`pycocoevalcap`).
 
-    CIDEr-D takes word frequencies from all these images."""
+    Raises `ValueError` as `coco_tools` does, and if Java stops early. CIDEr-D takes word
+    frequencies from all these images."""
     bleu_scorer, cider, meteor, ptbtokenizer = coco_tools()
     said, refs = _coco_words(captions, references, ptbtokenizer)
     bleu, java = bleu_scorer.BleuScorer(n=4), meteor.Meteor()

@@ -7,6 +7,7 @@ __all__ = ['save_pretrained', 'describe_decoder', 'describe_encoder', 'pretrain'
 
 # %% ../../nbs/11_pretraining.ipynb #60642fdc
 import json
+from copy import deepcopy
 from pathlib import Path
 import torch
 from transformers import AutoTokenizer, CLIPModel, Qwen3ForCausalLM
@@ -25,7 +26,7 @@ def save_pretrained(
     log:Log,
 ):
     "Save a model in float16 with its parts and its log."
-    model.half().save_pretrained(folder)
+    deepcopy(model).half().save_pretrained(folder) # `half` changes a module itself
     for part in parts:
         part.save_pretrained(folder)
     with atomic_write(Path(folder)/'training_log.jsonl') as f:

@@ -142,7 +142,8 @@ def warmup_batch(
     images = [draw_scene(s, _SIZE, f'warm {i} {j}', p) for j,(s,p) in drawn]
     kinds, colours = map(torch.stack, zip(*map(patch_labels, scenes), strict=True))
     labels = torch.stack([scene_labels(s) for s in scenes])
-    colours[::2], labels[::2,1], labels[::2,4] = -100, -100, -100
+    colours[::2] = -100
+    labels[::2,[1,4]] = -100
     return to_pixels(images), kinds, colours, labels
 
 # %% ../../nbs/10e_small_clip.ipynb #40aa8a07

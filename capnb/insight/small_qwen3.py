@@ -101,7 +101,9 @@ def mixed_page(
 
     On every second of the first 48,000 pages, and on all later ones, other words replace some colours and
     kinds."""
-    (first, second), scene, rng = story_page(i).split('\n'), BOOK.scene(i), random.Random(f'mixed {i}')
+    first, second = story_page(i).split('\n')
+    scene = BOOK.scene(i)
+    rng = random.Random(f'mixed {i}')
     words = _other_words(scene, .6 if i%2 or i>=48_000 else 0, rng)
     for old,new in words.items():
         first, second = (_put(line, ' '.join(old), ' '.join(new)) for line in (first, second))

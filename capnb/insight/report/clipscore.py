@@ -80,12 +80,15 @@ def clip_parts(
     captions, # One per image
     references, # A list of references per image
 ) -> dict: # `clipscore`, `refclipscore`, the floors of both (`..._floor`), `clipscore_ceiling`: `Parts`
-    "Compute CLIPScore and RefCLIPScore, with another image as the floor and people as the ceiling."
+    """Compute CLIPScore and RefCLIPScore, with another image as the floor and people as the ceiling.
+
+    There are no floors if there is only one image."""
     said, ends = scorer.embed_texts(captions), np.cumsum([0, *map(len, references)])
     read = scorer.embed_texts([r for refs in references for r in refs])
     people = [read[a:b] for a,b in pairwise(ends)]
     found = clip_scores(images, said, people)
-    other = clip_scores(images.roll(-1, 0), said, people[1:]+people[:1])
+    # a single image has no other one
+    other = clip_scores(images.roll(-1, 0), said, people[1:]+people[:1]) if len(people) > 1 else {}
     ceiling = [2.5*(r @ i).clamp(min=0).mean() for r,i in zip(people, images, strict=True)]
     each = found | {f'{name}_floor': v for name,v in other.items()} | dict(clipscore_ceiling=ceiling)
     return {name: mean_parts(values) for name,values in each.items()}

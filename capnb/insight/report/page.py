@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
-from ...checkpoint import read_metadata
+from ...checkpoint import metadata_path, read_metadata
+from ...images import open_image
 from ...score_tables import BY_CHARACTER, FACTS, FLOORS, TOOLS
 from .slices import slices, worst_first
 from .judged import each_score
@@ -29,7 +30,7 @@ def _mark(kind, label, found): # a tick: floor or ceiling
 def _bar(label, found, marks=(), top=1.):
     "Return the data of a score's bar; `top` is the value at its right end."
     value, low, high = found
-    at = lambda x: round(100*min(max(x/top, 0), 1), 2)
+    def at(x): return round(100*min(max(x/top, 0), 1), 2) # percent of the bar's width
     marks = [dict(m, at=at(m['value'])) for m in marks if m['value'] is not None]
     return dict(label=label, value=value, low=low, high=high, at=at(value), start=at(low),
                 width=round(at(high)-at(low), 2), marks=marks)
@@ -57,8 +58,8 @@ def _fact_bars(scores, sure):
 
 def _clip_bars(clip):
     other, person = ('floor', 'another image'), ('ceiling', 'a person')
-    ends = [_mark(*other, clip['clipscore_floor']), _mark(*person, clip['clipscore_ceiling'])]
-    marks = dict(clipscore=ends, refclipscore=[_mark(*other, clip['refclipscore_floor'])])
+    ends = [_mark(*other, clip.get('clipscore_floor')), _mark(*person, clip['clipscore_ceiling'])]
+    marks = dict(clipscore=ends, refclipscore=[_mark(*other, clip.get('refclipscore_floor'))])
     ticks = [m['value'] for m in ends if m['value'] is not None]
     top = max(1, *ticks, *(clip[name][2] for name in marks))
     return [_bar(TOOLS[name], clip[name], marks[name], top) for name in marks]
@@ -75,8 +76,9 @@ def image_uri(
     size:int, # Maximum length of the longer side in pixels
 ) -> str: # data:image/jpeg;base64,...
     "Encode an image as a data URI."
-    image, file = image.copy(), io.BytesIO()
+    image = open_image(image) # a copy: upright, and in RGB, as a JPEG needs it
     image.thumbnail((size, size))
+    file = io.BytesIO()
     image.save(file, 'JPEG', quality=85, subsampling=0 if size < 200 else -1)
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
@@ -115,9 +117,13 @@ def _epochs(checkpoint):
     "Return the metadata of a run up to a checkpoint, for the files that exist."
     path = Path(checkpoint)
     stem, _, last = path.stem.rpartition('-')
-    if not last.isdigit(): return [read_metadata(path)]
-    files = [path.with_name(f'{stem}-{epoch}.pth') for epoch in range(1, int(last)+1)]
-    return [read_metadata(f) for f in files if f==path or f.exists()]
+    if not last.isdecimal(): return [read_metadata(path)]
+    earlier = {}
+    for file in path.parent.glob('*.pth'):
+        name, _, epoch = file.stem.rpartition('-')
+        if name==stem and epoch.isdecimal() and int(epoch) < int(last) and metadata_path(file).exists():
+            earlier[int(epoch)] = file
+    return [*(read_metadata(file) for _,file in sorted(earlier.items())), read_metadata(path)]
 
 def _chart(title, points, x, dots=False):
     "Return the data of a small line chart: a path in 320 by 140, and the values at its ends."

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from ...words import words
 from ...intervals import Parts, with_intervals
+from ..facts import has_facts
 
 # %% ../../../nbs/17f_slices.ipynb #jd210025
 def _lengths(captions):
@@ -32,7 +33,7 @@ def _used_words(references, least):
 
 def _labels(row, length, used):
     "Return the slices of an image: by its facts, the length of its caption and words of its references."
-    facts = row.get('facts', dict(things=[]))
+    facts = row['facts'] if has_facts(row) else dict(things=[])
     found = {(k, t[k]) for t in facts['things'] for k in ('kind', 'colour', 'size')}
     if facts['things']:
         found |= {('place', facts['place']), ('number of things', str(len(facts['things'])))}

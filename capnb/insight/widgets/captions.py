@@ -32,18 +32,12 @@ class Decoding(VBox):
     def __init__(self,
         longest:int=64, # Maximum number of tokens of a caption
     ):
-        wide = dict(
-            style=dict(description_width='8.5rem'), layout=Layout(width='23rem'), continuous_update=False
-        )
-        self.how = ToggleButtons(
-            options=list(_HOW),
-            tooltips=list(_HOW.values()),
-            style=dict(button_width='7rem'),
-            layout=Layout(margin='0 0 .75rem 0'),
-        )
-        self.length = IntRangeSlider(
-            value=(0, longest), min=0, max=longest, description='length, tokens', **wide
-        )
+        wide = dict(style=dict(description_width='8.5rem'), layout=Layout(width='23rem'),
+                    continuous_update=False)
+        self.how = ToggleButtons(options=list(_HOW), tooltips=list(_HOW.values()),
+                                 style=dict(button_width='7rem'), layout=Layout(margin='0 0 .75rem 0'))
+        self.length = IntRangeSlider(value=(0, longest), min=0, max=longest, description='length, tokens',
+                                     **wide)
         self.penalty = FloatSlider(1., min=1., max=2., step=.05, description='repetition penalty', **wide)
         self.beams = IntSlider(4, min=2, max=8, description='beams', **wide)
         self.temperature = FloatSlider(1., min=.1, max=2.5, step=.1, description='temperature', **wide)
@@ -160,6 +154,7 @@ class CaptionWidget(VBox):
             image = open_image(bytes(change.new[0]['content']), change.new[0]['name'])
             mark(self.pages.children[1].children, None)
             self.take(image)
+        self.upload.value = () # otherwise choosing the same file again would change nothing
 
     def _draw(self, patches=None, word=''):
         whole = ImageOps.contain(self.image, (320,320))
@@ -182,8 +177,10 @@ class CaptionWidget(VBox):
         "Caption the image with the current settings."
         if self.image is None: return
         gpu = [self.model.device] if self.model.device.type=='cuda' else []
-        with errors_in(self.errors), torch.random.fork_rng(devices=gpu):
-            torch.manual_seed(self.decoding.seed.value)
+        drawn = self.decoding.how.value=='sampling' # nothing else needs random numbers
+        with errors_in(self.errors), torch.random.fork_rng(devices=gpu, enabled=drawn):
+            if drawn:
+                torch.manual_seed(self.decoding.seed.value)
             self.caption, self.words = '', []
             self._clear()
             self._draw()

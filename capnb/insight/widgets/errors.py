@@ -9,8 +9,9 @@ __all__ = ['mistakes', 'listed', 'ErrorBrowser']
 from html import escape
 from ipywidgets import Button, Dropdown, HBox, HTML, Label, Layout, Text, VBox
 from ...captioner import Captioner
+from ...data import CaptionData
 from ...evaluation import rouge_each
-from ..facts import fact_counts
+from ..facts import fact_counts, has_facts
 from .parts import STYLE, card, errors_in
 from ...words import words
 
@@ -56,38 +57,39 @@ class ErrorBrowser(VBox):
         per_page:int=3, # Images per page
     ):
         self.data, self.per_page = data, per_page
-        # keep no images in memory
-        rows = [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))]
+        # keep no images in memory, and open none for its texts
+        if isinstance(data, CaptionData):
+            rows = data.texts()
+        else:
+            rows = [{k: v for k,v in data[i].items() if k!='image'} for i in range(len(data))]
         if isinstance(captions, Captioner):
             captions = _written(captions, data)
         self.captions, self.references = list(captions), [r['captions'] for r in rows]
         self.scores = {'ROUGE-L': rouge_each(self.captions, self.references)['rouge_l_all']}
         self.kinds = [set() for _ in rows]
-        if all('facts' in r for r in rows):
+        if all(map(has_facts, rows)):
             self._judge([r['facts'] for r in rows])
         self._build()
 
     def _judge(self, facts):
         self.kinds = mistakes(self.captions, facts)
-        self.scores['F1 of colour and kind'] = [
-            2 * true / max(said + there, 1)
-            for true, said, there in fact_counts(self.captions, facts)['pairs']
-        ]
+        pairs = fact_counts(self.captions, facts)['pairs']
+        f1 = [2*true/max(said+there, 1) for true,said,there in pairs]
+        self.scores['F1 of colour and kind'] = f1
 
     def _build(self):
         narrow = dict(layout=Layout(width='16rem'), style=dict(description_width='4.2rem'))
         self.sort = Dropdown(options=list(self.scores), description='worst by', **narrow)
-        self.kind = Dropdown(
-            options=['any', *sorted(set().union(*self.kinds))], description='mistake', **narrow
-        )
-        self.word = Text(
-            description='word', placeholder='in caption or reference', continuous_update=False, **narrow
-        )
-        self.back, self.forth = Button(description='← back'), Button(description='next →')
+        kinds = ['any', *sorted(set().union(*self.kinds))]
+        self.kind = Dropdown(options=kinds, description='mistake', **narrow)
+        self.word = Text(description='word', placeholder='in caption or reference', continuous_update=False,
+                         **narrow)
+        self.back = Button(description='← back')
+        self.forth = Button(description='next →')
         self.where, self.cards, self.errors = Label(), HTML(), HTML()
         for control in (self.sort, self.word, self.kind):
             control.observe(lambda _: self.show(), 'value')
-        self.back.on_click(lambda _: self.show(self.at-self.per_page))
+        self.back.on_click(lambda _: self.show(max(0, self.at-self.per_page)))
         self.forth.on_click(lambda _: self.show(self.at+self.per_page))
         def row(*parts):
             layout = Layout(flex_flow='row wrap', align_items='center', margin='0 0 .5rem 0')
@@ -101,8 +103,8 @@ class ErrorBrowser(VBox):
         "Find the images that match the controls."
         score, asked = self.scores[self.sort.value], words(self.word.value)
         def fits(i):
-            said = any(_says(text, asked) for text in (self.captions[i], *self.references[i]))
-            return said and self.kind.value in ('any', *self.kinds[i])
+            if self.kind.value not in ('any', *self.kinds[i]): return False
+            return not asked or any(_says(text, asked) for text in (self.captions[i], *self.references[i]))
         return sorted(filter(fits, range(len(score))), key=score.__getitem__)
 
     def show(self,

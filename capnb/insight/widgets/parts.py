@@ -45,10 +45,9 @@ def errors_in(
     try:
         yield
     except Exception as e:
-        area.value = (
-            f'<div class="wrong"><b>{type(e).__name__}</b>: {escape(str(e))}<details><summary>Where it'
-            f' happened</summary><pre>{escape(traceback.format_exc())}</pre></details></div>'
-        )
+        where = f'<summary>Where it happened</summary><pre>{escape(traceback.format_exc())}</pre>'
+        what = f'<b>{type(e).__name__}</b>: {escape(str(e))}'
+        area.value = f'<div class="wrong">{what}<details>{where}</details></div>'
 
 # %% ../../../nbs/17b_widgets.ipynb #0da2300e
 def image_buttons(
@@ -60,19 +59,14 @@ def image_buttons(
     for i,image in enumerate(images):
         button = Button(tooltip=f'image {i+1}')
         name = f'capnb-{button.model_id}'
-        rules.append(
-            f'.{name} {{ background-image: url({_data_url(ImageOps.fit(image, (96,96)))}) !important; }}'
-        )
+        url = _data_url(ImageOps.fit(image, (96,96)))
+        rules.append(f'.{name} {{ background-image: url({url}) !important; }}')
         button.add_class('page')
         button.add_class(name)
         button.on_click(lambda _, i=i: chosen(i))
         buttons.append(button)
-    return VBox(
-        [
-            HTML(f"<style>{' '.join(rules)}</style>", layout=Layout(display='none')),
-            HBox(buttons, layout=Layout(flex_flow='row wrap')),
-        ]
-    )
+    style = HTML(f"<style>{' '.join(rules)}</style>", layout=Layout(display='none'))
+    return VBox([style, HBox(buttons, layout=Layout(flex_flow='row wrap'))])
 
 def mark(
     buttons, # A group of buttons
@@ -90,10 +84,9 @@ def card(
     width:int=170, # Width of the image in pixels
 ) -> str:
     "Return an image with its caption and more lines as HTML."
-    return (
-        f'<figure>{image_html(image, caption, width)}<figcaption><div'
-        f' class="said">{escape(caption)}</div>{"".join(lines)}</figcaption></figure>'
-    )
+    said = f'<div class="said">{escape(caption)}</div>'
+    below = f'<figcaption>{said}{"".join(lines)}</figcaption>'
+    return f'<figure>{image_html(image, caption, width)}{below}</figure>'
 
 # %% ../../../nbs/17b_widgets.ipynb #0da23010
 def veiled(
