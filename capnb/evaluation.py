@@ -88,9 +88,8 @@ def write_captions_for(
     out = []
     with progress_bar(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
         for at in range(0, len(data), batch_size):
-            captions = model.caption_features(data.features[at:at+batch_size], **kwargs)
-            out += captions
-            bar.update(len(captions))
+            out += model.caption_features(data.features[at:at+batch_size], **kwargs)
+            bar.update(len(out)-at)
     return out
 
 def score_parts(

@@ -197,9 +197,11 @@ def test_the_end_that_a_models_settings_name_is_no_text():
     ids = tokenizer('A red cat', add_special_tokens=False)['input_ids']
     tokenizer.eos_token = None
     _settle_end(tokenizer, SimpleNamespace(eos_token_id=5)) # an ordinary token of the vocabulary
-    assert captions_of(tokenizer, [ids+[5]])==captions_of(tokenizer, torch.tensor([ids+[5, 5]]))==['A red cat']
+    for rows in [ids+[5]], torch.tensor([ids+[5, 5]]):
+        assert captions_of(tokenizer, rows)==['A red cat']
 
-def in_front_of(decoder): return SimpleNamespace(adapter=torch.nn.Linear(1, 1), decoder=decoder)
+def in_front_of(decoder):
+    return SimpleNamespace(adapter=torch.nn.Linear(1, 1), decoder=decoder)
 
 @pytest.mark.parametrize('kind', ['blenderbot', 'pegasus'])
 def test_layers_of_the_decoder_half_are_counted(kind, tokenizer, tmp_path):

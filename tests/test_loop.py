@@ -283,7 +283,8 @@ def test_a_loss_that_is_no_number_is_shown(bad):
 
 def test_a_model_in_training_is_so_after_an_error():
     class Broken(Toy):
-        def nll(self, features, captions): raise RuntimeError('broken')
+        def nll(self, features, captions):
+            raise RuntimeError('broken')
     model = Broken().train()
     with pytest.raises(RuntimeError, match='broken'):
         validate(model, toy_data(4))
