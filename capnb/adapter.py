@@ -27,7 +27,9 @@ class Standardize(nn.Module):
         total = squares = count = 0
         for at in range(0, len(features), batch_size):
             part = features[at:at+batch_size].double().flatten(0, -2)          # (vectors, width)
-            total, squares, count = total+part.sum(0), squares+part.pow(2).sum(0), count+len(part)
+            total = total+part.sum(0)
+            squares = squares+part.pow(2).sum(0)
+            count += len(part)
         mean = total/count
         std = (squares/count - mean**2).clamp(min=0).sqrt()
         self.mean.copy_(mean)

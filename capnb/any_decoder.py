@@ -6,7 +6,7 @@
 __all__ = ['decoder_config', 'check_decoder', 'load_tokenizer', 'alike', 'random_ids', 'load_decoder']
 
 # %% ../nbs/04b_any_decoder.ipynb #4044c6ea
-import inspect, torch
+import inspect, os, torch
 from importlib.util import find_spec
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from .hardware import default_device
 from .hub import load_whole, model_config, read_model
+from .out_of_memory import memory_ran_out
 
 # %% ../nbs/04b_any_decoder.ipynb #a28c2adc
 def _settle_end(tokenizer, config):
@@ -29,15 +30,22 @@ def _settle_end(tokenizer, config):
         )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
 
+def _settle_layers(config):
+    "Let `num_hidden_layers` count the decoder's layers; as half of a model it may count the encoder's."
+    text = config.get_text_config()
+    if layers := getattr(text, 'decoder_layers', None):
+        text.num_hidden_layers = layers
 
 def decoder_config(
     name:str, # As for `load_decoder`
 ): # A `transformers` configuration
     "Read the configuration of a decoder; raises `ValueError` for a model that cannot write after a prefix."
+    name = os.fspath(name)
     if name.endswith('.gguf') and not find_spec('gguf'):
         raise ValueError(f"to read {name!r}, install the package gguf: pip install 'capnb[gguf]'")
     config = model_config(name, 'decoder')
     check_decoder(name, config)
+    _settle_layers(config)
     return config
 
 # these would write wrong captions without an error
@@ -57,10 +65,8 @@ def check_decoder(
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if kind in _REFUSED:
         raise ValueError(f"decoder {name!r} ({cls.__name__}) {_REFUSED[kind]}; take another one")
-    reads, writes = (
-        inspect.signature(getattr(cls, method)).parameters
-        for method in ('forward', 'prepare_inputs_for_generation')
-    )
+    reads = inspect.signature(cls.forward).parameters
+    writes = inspect.signature(cls.prepare_inputs_for_generation).parameters
     if 'inputs_embeds' not in reads:
         raise ValueError(
             f"decoder {name!r} ({cls.__name__}) reads tokens only, no inputs_embeds, so it cannot read a"
@@ -128,9 +134,8 @@ def _check_reading(name, decoder):
     vectors = decoder.get_input_embeddings()(ids)
     try:
         logits = decoder(inputs_embeds=vectors, use_cache=False).logits
-    except torch.OutOfMemoryError:
-        raise
     except _CANNOT_READ as e:
+        if memory_ran_out(e, alone=True): raise
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{who} cannot read vectors in place of tokens: {reason}") from e
     if not logits.isfinite().any(-1).all():
@@ -148,9 +153,11 @@ def load_decoder(
     dtype=None, # Number type of its weights; None for what suits the device
 ): # The frozen model, its tokenizer
     "Load a frozen causal language model (it predicts each token from those before it) and its tokenizer."
-    config, device = decoder_config(name), device or default_device()
+    name, device = os.fspath(name), device or default_device()
+    config = decoder_config(name)
     tokenizer = load_tokenizer(tokenizer_name or name, config)
     model = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], name, 'decoder', device, dtype)
+    _settle_layers(model.config)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer_name not in (None, name):
         _check_vocabulary(tokenizer, name, tokenizer_name, config)

@@ -28,7 +28,7 @@ def new_adapter(
 ): # `Adapter` or `PatchAdapter`
     "Make the adapter that the settings `h` describe; its initial weights follow from `h.seed`."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(h.seed)
+        torch.default_generator.manual_seed(h.seed) # of the CPU; those of GPUs would not be restored
         first = h.standardize_features, h.feature_dropout
         if h.features=='patch': return PatchAdapter(encoder.width, width, size, *first)
         return Adapter(encoder.width, width, h.prefix_length, h.adapter_width, size, *first)
@@ -79,10 +79,8 @@ def check_pair(
     prefix = patches if h.features=='patch' else h.prefix_length
     _check_positions(name, text, prefix, h.max_caption_length)
     if h.unfreeze_layers > text.num_hidden_layers:
-        raise ValueError(
-            f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has {text.num_hidden_layers}"
-            " layers"
-        )
+        raise ValueError(f"unfreeze_layers is {h.unfreeze_layers}, but decoder {name!r} has "
+                         f"{text.num_hidden_layers} layers")
     if h.unfreeze_layers and h.unfreeze_epoch > h.num_epochs:
         raise ValueError(
             f"unfreeze_epoch is {h.unfreeze_epoch}, but there are only {h.num_epochs} epochs (num_epochs):"
@@ -111,7 +109,8 @@ def build_captioner(
 ) -> Captioner: # With an untrained adapter
     """Load the frozen pair that `h` names and put a new adapter between them; raises `ValueError` if
     the pair does not fit `h`."""
-    device, decoder_name = device or default_device(), h.decoder_name or h.tokenizer_name
+    device = device or default_device()
+    decoder_name = h.decoder_name or h.tokenizer_name
     encoder = own_encoder(encoder, device)
     check_pair(h, *_configurations(encoder, h.encoder_name, decoder_name))
     encoder = encoder or load_encoder(h.encoder_name, device, h.image_size, h.features)
@@ -120,7 +119,8 @@ def build_captioner(
     if h.lora_rank:
         decoder = add_lora(decoder, h)
     prompt = text_ids(tokenizer, [h.prompt])[0] if h.prompt else []
-    prefix = len(begin_ids(tokenizer)) + (encoder.patches or h.prefix_length) + len(prompt)
+    image = encoder.patches if h.features=='patch' else h.prefix_length
+    prefix = len(begin_ids(tokenizer)) + image + len(prompt)
     _check_positions(decoder_name, decoder.config.get_text_config(), prefix, h.max_caption_length)
     width = decoder.get_input_embeddings().embedding_dim
     adapter = new_adapter(h, encoder, width, embedding_size(decoder)).to(device)

@@ -17,6 +17,7 @@ from .many_images import open_images
 from .out_of_memory import in_slices
 from .decoder import begin_ids, token_nll, tokenize_captions, text_ids
 from .generation import generate_captions
+from .options import check_options
 
 # %% ../nbs/05_captioner.ipynb #f387e0aa
 def read_captions(
@@ -169,9 +170,9 @@ class Captioner(nn.Module):
             return self.writer(self, features[here], scores=scores, **kwargs)
         if 'streamer' in kwargs:
             return write(slice(None)) # tokens that were already sent cannot be taken back
-        return [
-            c for part in in_slices(write, len(features), self.most or len(features), remember) for c in part
-        ]
+        n = len(features)
+        parts = in_slices(write, n, self.most or n, remember)
+        return [caption for part in parts for caption in part]
 
     def caption(self, images, scores: bool = False, **kwargs):
         """Write a caption for each image, greedily by default.
@@ -210,13 +211,15 @@ class Captioner(nn.Module):
         """
         if isinstance(images, (Image.Image, str, Path)):
             return self.caption([images], scores, **kwargs)[0]
-        if isinstance(images, (bytes, Mapping)) or hasattr(images, 'shape'):
+        several = hasattr(images, '__iter__') or hasattr(images, '__getitem__')
+        if not several or isinstance(images, (bytes, Mapping)) or hasattr(images, 'shape'):
             needed = "a PIL image, an image file, or a list of these is needed"
             raise ValueError(f"images is a {type(images).__name__}; {needed}")
+        kwargs = check_options(kwargs) # before images are opened
         features, opening = [], open_images(images, self.encoder.min_side, steps=self.encoder.steps)
         with closing(opening):
             while opened := list(islice(opening, 128)): # at a time
                 if bad := [error for error in opened if isinstance(error, ValueError)]:
                     raise bad[0]
-                features.append(self.encoder.encode(opened))
+                features.append(self.encoder.encode(opened).cpu()) # they may be many
         return self.caption_features(torch.cat(features), scores, **kwargs) if features else []

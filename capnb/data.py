@@ -102,8 +102,8 @@ def split_rows(
     order, tenth = list(range(len(rows))), len(rows)//10
     Random(f'split {seed}').shuffle(order)
     return dict(
-        train=_Rows(rows, order[len(held) * tenth :]),
-        **{name: _Rows(rows, order[k * tenth : (k + 1) * tenth]) for k, name in enumerate(held)}
+        train=_Rows(rows, order[len(held)*tenth:]),
+        **{name: _Rows(rows, order[k*tenth:(k+1)*tenth]) for k,name in enumerate(held)}
     )
 
 # %% ../nbs/01_data.ipynb #b697c41b
@@ -127,5 +127,5 @@ def captions_for_epoch(
     before any is used twice."""
     n, k = len(captions), min(k, len(captions))
     places = [divmod(at, n) for at in range(epoch*k, (epoch+1)*k)]
-    return [captions[_turn(n, f'{seed}/{i}', turn, k)[place]] for turn,place in places]
-
+    orders = {turn: _turn(n, f'{seed}/{i}', turn, k) for turn in {turn for turn,_ in places}}
+    return [captions[orders[turn][place]] for turn,place in places]

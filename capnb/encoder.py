@@ -16,6 +16,7 @@ from .log import log, progress_bar
 from .hardware import default_device
 from .hub import model_config
 from .image_processors import fit_processor, load_processor
+from .images import open_image
 from .out_of_memory import in_slices
 from .pixels import describe_processor, odd_images
 from .towers import call_tower, free_size, load_tower, look, tower_inputs, vision_part
@@ -124,10 +125,13 @@ class ImageEncoder(nn.Module):
         return parts[0] if len(parts)==1 else torch.cat(parts)
 
     def encode(self,
-        images, # As for `prepare`
+        images, # As for `prepare`, or image files
     ) -> torch.Tensor: # As from `forward`
-        "Encode images."
-        return self(self.prepare(images))
+        "Encode images; files, and images that are not RGB, are opened as for captions."
+        def opened(image):
+            ready = isinstance(image, np.ndarray) or getattr(image, 'mode', '')=='RGB'
+            return image if ready else open_image(image, min_side=self.min_side)
+        return self(self.prepare([opened(image) for image in images]))
 
 # %% ../nbs/02_clip_encoder.ipynb #5d29de12
 def load_image_processor(

@@ -83,14 +83,13 @@ def write_captions_for(
     **kwargs, # For `transformers`' `generate`
 ) -> list: # One caption per image
     "Caption every encoded image. Raises `ValueError` if several captions per image are asked for."
-    kwargs = check_options(kwargs, one='scores compare one caption per image with the references')
-    batch_size = batch_size or (1024 if model.device.type=='cuda' else 100)
+    kwargs = check_options(dict(kwargs, batch_size=batch_size), one='scores compare one caption per image')
+    batch_size = kwargs.pop('batch_size', None) or (1024 if model.device.type=='cuda' else 100)
     out = []
     with progress_bar(total=len(data), desc=progress, disable=not progress, unit='image') as bar:
         for at in range(0, len(data), batch_size):
-            captions = model.caption_features(data.features[at:at+batch_size], **kwargs)
-            out += captions
-            bar.update(len(captions))
+            out += model.caption_features(data.features[at:at+batch_size], **kwargs)
+            bar.update(len(out)-at)
     return out
 
 def score_parts(
@@ -138,9 +137,11 @@ def evaluate(
 ): # Scores (plain data), the captions
     "Caption a data set and score the captions; adds the loss and the image gain."
     was_training = model.training
-    captions = write_captions_for(model.eval(), data, progress=progress, **kwargs)
-    loss, gain = validate(model, data)
-    model.train(was_training)
+    try:
+        captions = write_captions_for(model.eval(), data, progress=progress, **kwargs)
+        loss, gain = validate(model, data)
+    finally:
+        model.train(was_training)
     return dict(score(captions, data, measures), pictures=len(data), loss=loss, image_gain=gain), captions
 
 # %% ../nbs/07_evaluation.ipynb #jd080003

@@ -21,7 +21,9 @@ def _until_end(ids, ends):
 
 def _without_pads(tokenizer, rows, stops):
     "Drop the end token of rows that a stop string ended: it is padding, since nothing follows such a string."
-    stopped = lambda row: any(stop in tokenizer.decode(row) for stop in stops)
+    def stopped(row):
+        text = tokenizer.decode(row)
+        return any(stop in text for stop in stops)
     return [row[:-1] if stopped(row[:-1]) else row for row in rows]
 
 def generate_rows(
@@ -96,7 +98,7 @@ def write_ids(
 ): # Token ids of each caption, (n,) each; their scores, or None
     "Write captions and score them; the captions of an image come one after another, best first."
     options = check_options(options | dict(batch_size=batch_size))
-    batch_size, n = options.pop('batch_size'), options.get('num_return_sequences', 1)
+    batch_size, n = options.pop('batch_size', 32), options.get('num_return_sequences', 1)
     if not len(prefix): return [], []
     if 'max_new_tokens' in options:
         _check_room(decoder, prefix.shape[1], options['max_new_tokens'])
@@ -129,10 +131,11 @@ def generate_ids(
 
 def captions_of(tokenizer, ids) -> list: # One text per row
     "Turn the tokens of captions into text: one line each, without marks."
-    return [
-        one_line(text.strip().split('\n')[0])
-        for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
-    ]
+    # an end token that came from the model's settings is no special token of the tokenizer
+    end = tokenizer.eos_token_id
+    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in ids]
+    texts = tokenizer.batch_decode([[i for i in row if i!=end] for row in rows], skip_special_tokens=True)
+    return [one_line(text.strip().split('\n')[0]) for text in texts]
 
 def generate_captions(
     decoder, # Causal language model

@@ -89,7 +89,7 @@ def caption_files(
     """
     files = [files] if isinstance(files, (str, Path)) else list(files)
     kwargs = check_options(dict(kwargs, batch_size=batch_size))
-    del kwargs['batch_size'] # checked with the others; this function makes the batches
+    batch_size = kwargs.pop('batch_size', 32) # checked with the others; this function makes the batches
     encoder = model.encoder
     images = open_images(files, encoder.min_side, ahead=batch_size, steps=encoder.steps)
     with closing(images), progress_bar(total=len(files), disable=not progress, unit='image') as bar:
@@ -100,5 +100,5 @@ def caption_files(
             captions = model.caption_features(features, scores, **kwargs) if good else []
             said = {i: _fields(found, scores) for i,found in zip(good, captions, strict=True)}
             for i,file in enumerate(files[at:at+batch_size]):
-                yield dict(file=str(file), **said.get(i, dict(error=str(opened[i]))))
+                yield dict(file=str(file), **(said.get(i) or dict(error=str(opened[i]))))
             bar.update(len(opened))

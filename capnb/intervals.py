@@ -31,11 +31,9 @@ def resampled(
 ) -> np.ndarray: # (times,)
     "Score random draws of as many images, with replacement."
     n, chance = len(parts.each), np.random.default_rng(seed)
-    sums = [
-        chance.multinomial(n, np.full(n, 1 / n), size=min(50, times - at)) @ parts.each
-        for at in range(0, times, 50)
-    ]
-    return parts.score(np.concatenate(sums))
+    def sums(draws): # (draws, sums)
+        return chance.multinomial(n, np.full(n, 1/n), size=draws) @ parts.each
+    return parts.score(np.concatenate([sums(min(50, times-at)) for at in range(0, times, 50)]))
 
 def interval(
     parts:Parts,

@@ -21,14 +21,9 @@ def make_optimizer(
     weight_decay:float=.01,
 ): # The optimizer; the scheduler, to be stepped once after each step
     "Make AdamW over groups of parameters, and the schedule of their learning rates: step decay or cosine."
-    parameters = [
-        dict(
-            name=name,
-            params=list(named.values()),
-            lr=learning_rate*(decoder_lr_scale if name=='decoder' else 1),
-        )
-        for name,named in groups.items()
-    ]
+    def rate(name): return learning_rate*(decoder_lr_scale if name=='decoder' else 1)
+    parameters = [dict(name=name, params=list(named.values()), lr=rate(name))
+                  for name,named in groups.items()]
     optimizer = torch.optim.AdamW(parameters, betas=(.9,.98), weight_decay=weight_decay)
     if cosine_steps:
         return optimizer, get_scheduler('cosine', optimizer, warmup_steps, cosine_steps)

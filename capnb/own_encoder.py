@@ -64,7 +64,8 @@ class OwnEncoder(ImageEncoder):
         self.model, self.name = model.eval().requires_grad_(False), OWN+model.name
         self.width, self.patches, self.image_size = model.width, model.patches, model.image_size
         self.features = 'pooled' if model.patches is None else 'patch'
-        self.min_side, self.processor, self.steps, self.most = OVERSIZE*self.image_size, None, None, None
+        self.min_side = OVERSIZE*self.image_size
+        self.processor = self.steps = self.most = None
         self.register_buffer('place', torch.empty(0), persistent=False) # a module may have no weights
         self.to(device or default_device())
         model.stored = weights_fingerprint(model)
@@ -84,8 +85,10 @@ class OwnEncoder(ImageEncoder):
         pixels = self.prepare(images)
         shape = [len(images), self.width] if self.patches is None else [len(images), self.patches, self.width]
         _check_shape(self.model, 'prepare', pixels, [len(images), ...])
-        features = self._encode(pixels)
+        with torch.no_grad():
+            features = self.model(pixels.to(self.device))
         _check_shape(self.model, 'forward', features, shape)
+        features = features.float()
         if not features.isfinite().all():
             raise ValueError(f"encoder {self.model.name!r}: forward gives NaN or infinity, no number")
         return dict(self.settings, width=self.width, patches=self.patches, seen=_sums(features.flatten(1)))
@@ -106,8 +109,10 @@ def own_encoder(
     model, # As for `OwnEncoder`, or one that is wrapped already; None where none was passed
     device=None, # As for `OwnEncoder`
 ): # `OwnEncoder`; None where none was passed
-    "Wrap an encoder that was passed as a Python object."
-    return model if model is None or isinstance(model, OwnEncoder) else OwnEncoder(model, device)
+    "Wrap an encoder that was passed as a Python object, or move a wrapped one."
+    if model is None: return None
+    if not isinstance(model, OwnEncoder): return OwnEncoder(model, device)
+    return model.to(device) if device else model
 
 def check_own(
     encoder:OwnEncoder,

@@ -6,6 +6,7 @@
 __all__ = ['Scores']
 
 # %% ../nbs/07c_scores_in_training.ipynb #b20d626c
+from itertools import count
 from .evaluation import evaluate, floors, score, write_captions_for
 from .log import log
 from .saving import load_trained
@@ -48,7 +49,8 @@ class Scores(Callback):
             scores[split]['floors'] = floors(run.data['train'], run.data[split], self.measures)
         untrained = self._score_untrained(run)
         run.metadata.update(scores, untrained=untrained)
-        before = {f'untrained {split[:4]}': s for split,s in untrained.items()}
+        n = next(n for n in count(4) if len({split[:n] for split in untrained})==len(untrained))
+        before = {f'untrained {split[:n]}': s for split,s in untrained.items()} # as short as tells them apart
         log.info('\n' + score_table(scores | before) + '\n')
 
     def _score_untrained(self, run):

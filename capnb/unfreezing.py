@@ -12,9 +12,13 @@ from .settings import Hyperparameters
 
 # %% ../nbs/05b_unfreezing.ipynb #0da7b051
 def last_layers(decoder, n):
-    "Give the last `n` transformer layers of a decoder."
+    "Give the last `n` transformer layers of a decoder; raises `ValueError` if they are not found."
+    if not n: return nn.ModuleList()
     total = decoder.config.get_text_config().num_hidden_layers
-    return next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)==total)[total-n:]
+    for found in decoder.modules():
+        if isinstance(found, nn.ModuleList) and len(found)==total: return found[total-n:]
+    raise ValueError(f"the layers of {type(decoder).__name__} are not found, so they can be neither unfrozen "
+                     "nor sharded")
 
 def parameter_groups(
     model, # `Captioner`
@@ -51,10 +55,9 @@ def add_lora(
             "lora_rank needs the package peft; install it with: pip install 'capnb[lora]'"
         ) from None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(h.seed)
-        decoder = inject_adapter_in_model(
-            LoraConfig(r=h.lora_rank, lora_alpha=2 * h.lora_rank, target_modules='all-linear'), decoder
-        )
+        torch.default_generator.manual_seed(h.seed) # of the CPU, where peft makes the matrices
+        lora = LoraConfig(r=h.lora_rank, lora_alpha=2*h.lora_rank, target_modules='all-linear')
+        decoder = inject_adapter_in_model(lora, decoder)
     for name,p in decoder.named_parameters():
         if '.lora_' in name:
             p.data = p.data.float() # small updates are lost in half precision

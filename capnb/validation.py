@@ -29,9 +29,11 @@ def validate(
         nats, mask = model.nll(data.features[here], captions[here])
         other, _ = model.nll(data.features[[i-1 for i in range(here.start, here.stop)]], captions[here])
         return nats.sum().item(), other.sum().item(), mask.sum().item()
-    total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size), strict=True))
-    model.train(was_training)
+    try:
+        total, swapped, tokens = map(sum, zip(*in_slices(read, len(data), batch_size), strict=True))
+    finally:
+        model.train(was_training)
     if not math.isfinite(total+swapped):
-        raise ValueError(f'the loss on unseen images is {total/tokens}: lower the learning rate, and look at '
-                         'the features')
+        raise ValueError(f'the loss on unseen images is {total/tokens}, and {swapped/tokens} with another '
+                         'image each: lower the learning rate, and look at the features')
     return total/tokens, (swapped-total)/len(data) if len(data)>1 else None

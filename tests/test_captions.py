@@ -1,6 +1,7 @@
 """Several captions of an image belong to that image, best first, everywhere; options are checked by name;
 captions are printed as they come."""
 import json, os, shutil, signal
+from types import SimpleNamespace
 import numpy as np, pyarrow as pa, pytest, torch
 from capnb.captioner import Captioner, read_captions
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
@@ -8,7 +9,7 @@ from capnb.run.commands import caption_command
 from capnb.generation import generate_ids
 from capnb.options import check_options
 from capnb.encoder import EncodedData
-from capnb.evaluation import write_captions_for
+from capnb.evaluation import evaluate, write_captions_for
 from capnb.score_tables import draw_samples
 from capnb.insight.facts import fact_counts, facts_scores
 from capnb.many_images import open_images
@@ -228,6 +229,17 @@ def test_option_is_refused_by_name(model, images, name):
     with pytest.raises(ValueError, match=f'^{name.strip()} '):
         model.caption(images[0], **REFUSED[name])
 
+def test_options_are_checked_before_images_are_encoded(model, images, monkeypatch):
+    monkeypatch.setattr(type(model.encoder), 'encode', lambda *_: pytest.fail('it is told too late'))
+    for wrong in (dict(num_beam=3), dict(max_caption_length=20)):
+        with pytest.raises(ValueError, match='is not an option for captions'):
+            model.caption(images, **wrong)
+
+@pytest.mark.parametrize('wrong', [None, 7, object()], ids=['None', 'number', 'object'])
+def test_what_is_no_image_is_named(model, wrong):
+    with pytest.raises(ValueError, match=f'images is a {type(wrong).__name__}; a PIL image'):
+        model.caption(wrong)
+
 RANGES = dict(
     num_beams=(0, -1, 1.5, True, '3', float('nan')),
     num_return_sequences=(0, -2),
@@ -252,6 +264,37 @@ def test_number_is_out_of_range(model, images, name):
 def test_files_are_taken_some_at_a_time(model, files, wrong):
     with pytest.raises(ValueError, match='^batch_size is .*; allowed: '):
         next(caption_files(model, files, batch_size=wrong))
+
+@pytest.mark.parametrize('size', [2., np.int64(2), None])
+def test_files_are_taken_some_at_a_time_by_any_number(model, files, size):
+    assert list(caption_files(model, files, batch_size=size))==list(caption_files(model, files))
+
+@pytest.mark.parametrize('wrong', RANGES['batch_size'])
+def test_images_to_score_are_taken_some_at_a_time(model, images, wrong):
+    data = EncodedData(model.encoder.encode(images), [{}]*5)
+    with pytest.raises(ValueError, match='^batch_size is .*; allowed: '):
+        write_captions_for(model, data, batch_size=wrong)
+    assert write_captions_for(model, data, batch_size=2.)==model.caption(images)
+
+def test_no_batch_size_is_the_default(model, images):
+    features = model.encoder.encode(images)
+    assert model.caption_features(features, batch_size=None)==model.caption_features(features)
+
+def test_features_of_many_images_do_not_stay_on_a_gpu(model, images, monkeypatch):
+    features = model.encoder.encode(images)
+    on_gpu = SimpleNamespace(cpu=lambda: features)
+    monkeypatch.setattr(type(model.encoder), 'encode', lambda *_: on_gpu)
+    assert model.caption(images)==model.caption_features(features)
+
+def test_an_error_leaves_the_mode(model, images):
+    data = EncodedData(model.encoder.encode(images), [dict(captions=['A cat.'])]*5)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match='num_beam is not an option'):
+            evaluate(model, data, num_beam=3)
+        assert model.training
+    finally:
+        model.eval()
 
 def test_numbers_of_other_types(model, images):
     assert check_options(dict(num_beams=3., num_return_sequences=np.int64(2), top_k=None)) == BEAMS

@@ -8,12 +8,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from capnb.fast.decoder_families import (
     agrees, compare_families, compare_family, tiny_config
 )
-from capnb.hub import model_path
+from capnb.hub import model_config, model_path
 from capnb import decoder as readable
 from capnb.decoder import tokenize_captions
-from capnb.any_decoder import _settle_end, load_decoder
+from capnb.any_decoder import _check_reading, _settle_end, decoder_config, load_decoder
+from capnb.build import check_pair
+from capnb.generation import captions_of, generate_ids, write_ids
+from capnb.settings import as_hyperparameters
+from capnb.unfreezing import parameter_groups
 from capnb.fast import loss as fast
 from capnb.fast.loss import head_is_plain
+from capnb.fast.writing import write_ids as fast_write_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()
@@ -186,3 +191,46 @@ def test_a_tokenizer_without_an_end_takes_the_models(ends, expected):
     tokenizer.eos_token = None
     _settle_end(tokenizer, SimpleNamespace(eos_token_id=ends))
     assert tokenizer.eos_token_id==expected
+
+def test_the_end_that_a_models_settings_name_is_no_text():
+    tokenizer = AutoTokenizer.from_pretrained(model_path('storybook-qwen3'))
+    ids = tokenizer('A red cat', add_special_tokens=False)['input_ids']
+    tokenizer.eos_token = None
+    _settle_end(tokenizer, SimpleNamespace(eos_token_id=5)) # an ordinary token of the vocabulary
+    for rows in [ids+[5]], torch.tensor([ids+[5, 5]]):
+        assert captions_of(tokenizer, rows)==['A red cat']
+
+def in_front_of(decoder):
+    return SimpleNamespace(adapter=torch.nn.Linear(1, 1), decoder=decoder)
+
+@pytest.mark.parametrize('kind', ['blenderbot', 'pegasus'])
+def test_layers_of_the_decoder_half_are_counted(kind, tokenizer, tmp_path):
+    "The released ones have fewer layers in the encoder, and their `num_hidden_layers` counts those."
+    decoder, tokenizer = saved(tmp_path, tokenizer, kind, decoder_layers=3)
+    learns = parameter_groups(in_front_of(decoder), as_hyperparameters(unfreeze_layers=1))['decoder']
+    assert learns and all('.layers.2.' in name for name in learns)
+    config = decoder_config(tmp_path)
+    check_pair(as_hyperparameters(unfreeze_layers=3), model_config('storybook-clip', 'encoder'), config)
+    with pytest.raises(ValueError, match='unfreeze_layers is 4, but .* has 3 layers'):
+        check_pair(as_hyperparameters(unfreeze_layers=4), model_config('storybook-clip', 'encoder'), config)
+    prefix = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    slow, quick = (generate_ids(decoder, tokenizer, prefix, 5, write=w) for w in (write_ids, fast_write_ids))
+    assert torch.equal(slow, quick)
+
+def test_a_decoder_whose_layers_are_not_found_trains_without_them(tokenizer, tmp_path):
+    model = in_front_of(saved(tmp_path, tokenizer, 'hrm_text')[0])
+    assert list(parameter_groups(model, as_hyperparameters()))==['adapter']
+    with pytest.raises(ValueError, match='the layers of HrmTextForCausalLM are not found'):
+        parameter_groups(model, as_hyperparameters(unfreeze_layers=1))
+
+def test_memory_that_runs_out_is_no_fault_of_the_decoder(tokenizer, tmp_path):
+    decoder, _ = saved(tmp_path, tokenizer, 'llama')
+    def full(**inputs):
+        raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')
+    decoder.forward = full
+    with pytest.raises(RuntimeError, match='^MPS backend out of memory'):
+        _check_reading('mine', decoder)
+
+def test_a_folder_may_be_a_path(tokenizer, tmp_path):
+    saved(tmp_path, tokenizer, 'llama')
+    assert load_decoder(tmp_path, device='cpu')[0].config.model_type=='llama'

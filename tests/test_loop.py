@@ -8,12 +8,16 @@ from accelerate import Accelerator
 from capnb import training
 from capnb.build import build_captioner
 from capnb.unfreezing import parameter_groups
-from capnb.encoder import EncodedData
+from capnb.data import CaptionData
+from capnb.encoder import EncodedData, encode_data
 from capnb.run.resume import SavedRun, find_state, read_state
 from capnb.run.training import SharedStep, optimizer_for, run_training
 from capnb.settings import as_hyperparameters
 from capnb.training import Callback, fit, step
 from capnb.optimizer import make_optimizer
+from capnb.scores import Scores
+from capnb.storybook import Storybook
+from capnb.validation import validate
 from capnb.batches import epoch_batches
 
 TREE = ast.parse(inspect.getsource(training))
@@ -263,6 +267,51 @@ def test_batches_between():
     assert len(whole) == 5 and all(
         torch.equal(a, b) and s == t for (a, s), (b, t) in zip(whole[1:3], some, strict=True)
     )
+
+@pytest.mark.parametrize('bad', [0, 1], ids=['right image', 'another image'])
+def test_a_loss_that_is_no_number_is_shown(bad):
+    class Odd(Toy):
+        calls = -1
+        def nll(self, features, captions):
+            self.calls += 1
+            value = float('inf') if self.calls==bad else 2.
+            return torch.full((len(captions), 1), value), torch.ones(len(captions), 1)
+    model = Odd().train()
+    with pytest.raises(ValueError, match='the loss on unseen images is .*inf'):
+        validate(model, toy_data(4))
+    assert model.training
+
+def test_a_model_in_training_is_so_after_an_error():
+    class Broken(Toy):
+        def nll(self, features, captions):
+            raise RuntimeError('broken')
+    model = Broken().train()
+    with pytest.raises(RuntimeError, match='broken'):
+        validate(model, toy_data(4))
+    assert model.training
+
+def test_splits_that_begin_alike_have_columns_of_their_own(capsys):
+    model = build_captioner(as_hyperparameters(**SMALL), 'cpu')
+    data = encode_data(model.encoder, CaptionData(Storybook(n=8)))
+    fit(model, dict(train=data, test_2016=data, test_2017=data), callbacks=[Scores()])
+    said = capsys.readouterr().out
+    assert 'untrained test_2016' in said and 'untrained test_2017' in said
+
+# --- What building leaves
+
+@pytest.mark.parametrize('settings', [{}, dict(lora_rank=2)], ids=['adapter', 'LoRA'])
+def test_building_leaves_the_generators_of_all_devices_alone(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', lambda seed: pytest.fail('it seeds every GPU'))
+    before = torch.get_rng_state()
+    build_captioner(as_hyperparameters(**settings), 'cpu')
+    assert torch.equal(torch.get_rng_state(), before)
+
+def test_pooled_features_take_the_positions_of_the_prefix():
+    "The encoder has 64 patches, of which none is read with pooled features."
+    fits = as_hyperparameters(max_caption_length=504)
+    assert (fits.features, build_captioner(fits, 'cpu').encoder.patches)==('pooled', 64)
+    with pytest.raises(ValueError, match='a prefix of 11 and max_caption_length 504 are more than the 512'):
+        build_captioner(as_hyperparameters(max_caption_length=504, prompt='A red cat'), 'cpu')
 
 # --- Half precision
 

@@ -2,6 +2,7 @@
 import base64, io, json, signal, socket, time, urllib.request
 import numpy as np
 import pytest, torch
+from PIL import Image
 from forks import ForkedScript
 from mean_colours import MeanColours
 from torch import nn
@@ -9,7 +10,8 @@ from capnb import evaluate, load, train
 from capnb.build import build_captioner
 from capnb.fast.cache import encode_data, features_key
 from capnb.data import CaptionData
-from capnb.own_encoder import OwnEncoder
+from capnb.encoder import load_encoder
+from capnb.own_encoder import OwnEncoder, own_encoder
 from capnb.run.commands import caption_command
 from capnb.run.llava import as_llava
 from capnb.settings import as_hyperparameters
@@ -155,6 +157,7 @@ def test_it_stays_frozen_and_in_evaluation_mode():
         (dict(prepare=lambda images: images), r'prepare gives list for 3 images, not \(3, \.\.\.\)'),
         (dict(prepare=lambda images: torch.zeros(1, 3, 64, 64)), r'prepare gives \(1, 3, 64, 64\)'),
         (dict(forward=lambda pixels: pixels.new_full((3, 16, 5), torch.nan)), 'no number'),
+        (dict(forward=lambda pixels: (pixels,)), r'forward gives tuple for 3 images, not \(3, 16, 5\)'),
     ],
 )
 def test_a_wrong_member_is_named(change, message):
@@ -164,6 +167,22 @@ def test_a_wrong_member_is_named(change, message):
     with pytest.raises(ValueError, match=message) as e:
         OwnEncoder(encoder, 'cpu')
     assert '\n' not in str(e.value)
+
+def test_a_wrapped_encoder_goes_to_the_device():
+    encoder = OwnEncoder(MeanColours(), 'cpu')
+    assert own_encoder(encoder) is encoder and encoder.device.type=='cpu'
+    assert own_encoder(encoder, 'meta') is encoder and encoder.device.type=='meta'
+    assert next(encoder.model.parameters()).device.type=='meta'
+
+@pytest.mark.parametrize('own', [False, True], ids=['named', 'own'])
+def test_a_file_is_encoded_as_it_is_captioned(own, tmp_path):
+    "A transparent image is white, as people see it; its colours are hidden."
+    encoder = OwnEncoder(MeanColours(), 'cpu') if own else load_encoder('storybook-clip', 'cpu')
+    clear = Image.new('RGBA', (64, 64), (255, 0, 0, 0))
+    clear.save(tmp_path/'clear.png')
+    white = encoder.encode([Image.new('RGB', (64, 64), 'white')])
+    for same in (clear, tmp_path/'clear.png', str(tmp_path/'clear.png')):
+        assert torch.equal(encoder.encode([same]), white)
 
 def test_it_has_no_form_as_a_llava(trained):
     with pytest.raises(ValueError, match='a module that was passed in Python'):

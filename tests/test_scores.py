@@ -97,7 +97,8 @@ def test_references_and_written_captions_are_one_line_too(tmp_path):
     with pytest.raises(ValueError, match='not empty'):
         CaptionData([dict(image=image, caption='\0\x85')])[0]
     class Tokenizer:
-        def batch_decode(self, ids, **kwargs): return ids
+        eos_token_id = None
+        def batch_decode(self, ids, **kwargs): return [''.join(row) for row in ids]
     assert captions_of(Tokenizer(), [' a red\u2028dog\x85runs\r\nA blue dog.']) == ['a red dog runs']
 
 def test_half_a_character_is_refused(tmp_path):
