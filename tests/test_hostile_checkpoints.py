@@ -173,4 +173,5 @@ def test_buffers_that_lie(wrong, copy, call):
     folder = copy('standardized')
     rewrite(only(folder, 'training_state_*.pt'), lambda state: state | dict(buffers=wrong))
     done = call('capnb_train', '--resume', folder, '--max_steps', 2, cwd=folder) # after a bar of the encoding
-    assert done.returncode == 1 and 'does not fit this run' in done.stderr.splitlines()[-1], done.stderr[-1500:]
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and 'does not fit this run' in last, done.stderr[-1500:]

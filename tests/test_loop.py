@@ -12,12 +12,14 @@ from capnb.unfreezing import parameter_groups
 from capnb.encoder import EncodedData
 from capnb.run import training as runs
 from capnb.run.epochs import EarlyStopping
+from capnb.run.live_training import LiveTraining
 from capnb.run.resume import SavedRun, find_state, load_state, read_state, resumed_hyperparameters
 from capnb.run.signals import how_to_go_on, stoppable
 from capnb.run.trackers import Samples
 from capnb.run.training import SharedStep, optimizer_for, run_training
 from capnb.settings import OWN_DATA, as_hyperparameters
 from capnb.training import Callback, fit, step
+from capnb.storybook import Storybook
 from capnb.optimizer import make_optimizer
 from capnb.batches import epoch_batches
 
@@ -427,3 +429,21 @@ def test_the_advice_is_for_the_way_it_was_started(change, told, tmp_path):
     "A command cannot have data or an encoder that were passed in Python."
     h = small(tmp_path, **change)
     assert f'go on with: {told}' in how_to_go_on(SavedRun(None, {}, h=h, stamp='20260101_120000'))
+
+def test_a_widget_shows_an_epoch_that_is_closed_again_once(encoded, tmp_path):
+    "An error after the widget was told of the epoch; `max_steps` ends the second epoch."
+    class FullDisk(Callback):
+        failed = False
+        def on_epoch_end(self, run):
+            if not self.failed:
+                self.failed = True
+                raise LookupError('no space')
+    h = small(tmp_path, num_epochs=2, max_steps=5)
+    view = LiveTraining(build_captioner(h, 'cpu'), encoded, h, Storybook(n=2))
+    view.callbacks.append(FullDisk())
+    view.wait() # for nothing
+    for text in ('go on', 'done'):
+        view.begin()
+        view.wait()
+        assert view.start.description==text
+    assert [epoch for epoch,_ in view.told]==[1, 2] and view.bar.value==view.bar.max==5
