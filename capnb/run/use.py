@@ -23,7 +23,8 @@ def _weights(checkpoint, folder='saved_models', best=False):
     if checkpoint==DEMO: return checkpoint
     if checkpoint in (None, 'newest'): return find_checkpoint(None, folder, best)
     if checkpoint=='best': return find_checkpoint(None, folder, True)
-    if Path(checkpoint).expanduser().is_dir(): return find_checkpoint(None, checkpoint, best)
+    if Path(checkpoint).expanduser().is_dir():
+        return find_checkpoint(None, checkpoint, best)
     return find_checkpoint(checkpoint, folder, best)
 
 def load(
