@@ -350,6 +350,10 @@ def write_json(
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as e:
         raise ValueError(f"{path} is not written: {e}") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError: # the name of a file that is not UTF-8; its escape can be written
+        text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_write(path) as f:
         f.write(text + '\n')
 

@@ -8,7 +8,7 @@ resource = pytest.importorskip('resource') # not on Windows
 
 @pytest.fixture(scope='module')
 def trained(call, tmp_path_factory):
-    "A folder with a checkpoint and a training state of one step, and one of a run with LoRA."
+    "Folders with a checkpoint and a training state of one step."
     folder = tmp_path_factory.mktemp('trained')
     settings = [
         '--max_steps',
@@ -20,7 +20,8 @@ def trained(call, tmp_path_factory):
         '--evaluation_enabled',
         'False',
     ]
-    for name, more in (('plain', []), ('lora', ['--lora_rank', 2])):
+    for name, more in (('plain', []), ('lora', ['--lora_rank', 2]),
+                       ('standardized', ['--standardize_features', 'True'])):
         done = call('capnb_train', *settings, *more, '--output_dir', name, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
@@ -159,3 +160,18 @@ def test_a_cut_epoch_that_lacks_a_part_is_refused(name, copy):
     rewrite(path, without)
     with pytest.raises(ValueError, match=f'{path.name} is not the state .*: cut: {name} is missing'):
         read_state(path)
+
+@pytest.mark.parametrize('part', ['micro_batch_size', 'buffers'])
+def test_a_state_with_a_text_for_a_part(part, copy):
+    path = only(copy(), 'training_state_*.pt')
+    rewrite(path, lambda state: state | {part: 'two'})
+    with pytest.raises(ValueError, match=f'{part} is missing or of another kind'):
+        read_state(path)
+
+@pytest.mark.parametrize('wrong', [{}, {7: 1}, {'adapter.mean': torch.ones(2)}], ids=str)
+def test_buffers_that_lie(wrong, copy, call):
+    folder = copy('standardized')
+    rewrite(only(folder, 'training_state_*.pt'), lambda state: state | dict(buffers=wrong))
+    done = call('capnb_train', '--resume', folder, '--max_steps', 2, cwd=folder) # after a bar of the encoding
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and 'does not fit this run' in last, done.stderr[-1500:]

@@ -227,7 +227,7 @@ def use_training(tab, widget, captions):
     for again in (True, False):
         steps.wait_for()
         stop.click()
-        widget.get_by_text('go on with: capnb_train --resume').wait_for(timeout=60_000)
+        widget.get_by_text('go on with: train(resume=').wait_for(timeout=60_000)
         if again:
             widget.get_by_role('button', name='go on').click()
     assert not widget.locator('.wrong').count() and 'Curve of the loss' in widget.get_by_role(

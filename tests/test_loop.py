@@ -1,18 +1,24 @@
 """The loop of the course stays small and plain: few lines, no files, and nothing of the tracks that build on
 it."""
-import ast, inspect, os
+import ast, inspect, os, signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from capnb import training
 from capnb.build import build_captioner
 from capnb.unfreezing import parameter_groups
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
-from capnb.run.resume import SavedRun, find_state, read_state
+from capnb.run import training as runs
+from capnb.run.epochs import EarlyStopping
+from capnb.run.live_training import LiveTraining
+from capnb.run.resume import SavedRun, find_state, load_state, read_state, resumed_hyperparameters
+from capnb.run.signals import how_to_go_on, stoppable
+from capnb.run.trackers import Samples
 from capnb.run.training import SharedStep, optimizer_for, run_training
-from capnb.settings import as_hyperparameters
+from capnb.settings import OWN_DATA, as_hyperparameters
 from capnb.training import Callback, fit, step
 from capnb.optimizer import make_optimizer
 from capnb.scores import Scores
@@ -339,3 +345,153 @@ def test_gradients_are_unscaled_before_they_are_clipped(encoded, tmp_path):
     expected, plain = after_a_step(lambda model: Accelerator(cpu=True))
     assert losses == expected
     torch.testing.assert_close(scaled, plain)
+
+# --- A run in a folder, before and after other runs
+
+def small(tmp_path, **changes):
+    "Settings of one epoch of two steps."
+    return as_hyperparameters(
+        **SMALL | dict(num_epochs=1, evaluation_enabled=False, output_dir=str(tmp_path)) | changes
+    )
+
+class PowerCut(Callback):
+    "End the run at a moment, perhaps of one step only."
+    def __init__(self, moment, step=None):
+        def end(run):
+            if step in (None, len(run.losses)): raise SystemError('power cut')
+        setattr(self, moment, end)
+
+def until_the_cut(encoded, h, *callbacks, state=None):
+    with pytest.raises(SystemError):
+        run_training(build_captioner(h, 'cpu'), encoded, h, callbacks, state)
+    return read_state(find_state(h.output_dir))
+
+def test_a_run_gets_the_device_of_its_own_model(encoded, tmp_path):
+    "An earlier run of this process may have been on another device."
+    AcceleratorState._reset_state(True)
+    PartialState(cpu=True)
+    PartialState._shared_state['device'] = torch.device('cuda') # what a run on a GPU leaves
+    try:
+        h = small(tmp_path)
+        run = run_training(build_captioner(h, 'cpu'), encoded, h)
+        assert run.accelerator.device.type=='cpu' and PartialState().device.type=='cpu'
+    finally:
+        AcceleratorState._reset_state(True)
+
+def test_gradients_of_a_stopped_step_are_cleared(encoded, tmp_path):
+    h = small(tmp_path)
+    clean, model = run_training(build_captioner(h, 'cpu'), encoded, h), build_captioner(h, 'cpu')
+    for p in model.adapter.parameters():
+        p.grad = torch.ones_like(p)
+    assert run_training(model, encoded, h).losses==clean.losses
+
+def test_a_state_that_is_old_by_now_is_refused(encoded, tmp_path):
+    "Another process went on with the run after this one had read its state."
+    h = small(tmp_path)
+    run_training(build_captioner(h, 'cpu'), encoded, h)
+    old = read_state(find_state(tmp_path))
+    go_on = lambda state, **changes: run_training(
+        build_captioner(h, 'cpu'), encoded, resumed_hyperparameters(state, changes), state=state
+    )
+    go_on(read_state(find_state(tmp_path)), num_epochs=3)
+    before = find_state(tmp_path).read_bytes()
+    with pytest.raises(ValueError, match='has changed since it was read'):
+        go_on(old, num_epochs=2)
+    assert find_state(tmp_path).read_bytes()==before
+
+def test_a_smaller_part_is_remembered(encoded, tmp_path):
+    "The process may die again before it saves its first state."
+    h = small(tmp_path)
+    run_training(build_captioner(h, 'cpu'), encoded, h)
+    state = read_state(find_state(tmp_path))
+    asked = resumed_hyperparameters(state, dict(num_epochs=2, micro_batch_size=1))
+    state = until_the_cut(encoded, asked, PowerCut('on_epoch_begin'), state=state)
+    h = resumed_hyperparameters(state, {})
+    assert run_training(build_captioner(h, 'cpu'), encoded, h, state=state).micro_batch_size==1
+
+class OneEpoch(Callback):
+    def on_epoch_end(self, run):
+        run.stop = True
+
+def test_a_run_that_a_callback_ended_does_not_train_on(encoded, tmp_path):
+    h = small(tmp_path, num_epochs=3)
+    state = until_the_cut(encoded, h, OneEpoch(), PowerCut('on_train_end'))
+    run = run_training(build_captioner(h, 'cpu'), encoded, h, state=state)
+    assert run.epoch==1 and run.done
+    state = read_state(find_state(tmp_path))
+    with pytest.raises(ValueError, match='to go on, ask for a larger num_epochs'):
+        resumed_hyperparameters(state, {})
+    longer = resumed_hyperparameters(state, dict(num_epochs=4))
+    assert run_training(build_captioner(h, 'cpu'), encoded, longer, state=state).epoch==4
+
+class Best(Callback):
+    keeps = ('best',)
+    def on_epoch_end(self, run):
+        self.best = min(run.losses)
+
+def test_what_a_callback_had_not_noted_yet(encoded, tmp_path):
+    h, last = small(tmp_path, checkpoint_steps=1), Best()
+    state = until_the_cut(encoded, h, Best(), PowerCut('on_step_end', step=2))
+    run = run_training(build_captioner(h, 'cpu'), encoded, h, [last], state)
+    assert last.best==min(run.losses)
+
+def test_a_run_from_a_cpu_gets_a_new_scaler(encoded, tmp_path):
+    h = small(tmp_path)
+    run_training(build_captioner(h, 'cpu'), encoded, h)
+    state, model = read_state(find_state(tmp_path)), build_captioner(h, 'cpu')
+    run = runs._new_run(model, encoded, h, '20260101_120000', [], state, runs._accelerator(model, h))
+    run.scaler = torch.amp.GradScaler('cpu')
+    load_state(run, state)
+    assert run.scaler.state_dict()==torch.amp.GradScaler('cpu').state_dict()
+
+def test_patience_waits_for_the_epoch_that_has_begun(tmp_path):
+    "A run that goes on within an epoch, with a smaller patience than before."
+    h = as_hyperparameters(patience=1, output_dir=str(tmp_path))
+    run = SavedRun(None, {}, h=h, epoch=2, step=3, validation=[.5, .6])
+    EarlyStopping().on_resume(run)
+    assert not run.stop
+    run.epoch, run.step, run.validation = 3, 0, [.5, .6, .4]
+    EarlyStopping().on_epoch_end(run)
+    assert not run.stop
+
+def test_no_samples(encoded, tmp_path):
+    h, data = small(tmp_path), encoded | dict(test=encoded['validation'])
+    assert run_training(build_captioner(h, 'cpu'), data, h, [Samples({}, samples=0)]).done
+
+def test_a_handler_that_is_not_pythons_is_left(monkeypatch, tmp_path):
+    "Where a program in C has set it, Python could not put it back."
+    changed = []
+    monkeypatch.setattr(signal, 'getsignal', lambda number: None)
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: changed.append(handler))
+    run = SavedRun(None, {}, h=small(tmp_path), stamp='20260101_120000')
+    with stoppable(run):
+        assert changed==[]
+    assert changed==[]
+
+@pytest.mark.parametrize('change, told', [
+    ({}, 'capnb_train --resume'),
+    (dict(data=OWN_DATA), 'train(resume='),
+    (dict(encoder_name='own:mine'), 'train(resume='),
+])
+def test_the_advice_is_for_the_way_it_was_started(change, told, tmp_path):
+    "A command cannot have data or an encoder that were passed in Python."
+    h = small(tmp_path, **change)
+    assert f'go on with: {told}' in how_to_go_on(SavedRun(None, {}, h=h, stamp='20260101_120000'))
+
+def test_a_widget_shows_an_epoch_that_is_closed_again_once(encoded, tmp_path):
+    "An error after the widget was told of the epoch; `max_steps` ends the second epoch."
+    class FullDisk(Callback):
+        failed = False
+        def on_epoch_end(self, run):
+            if not self.failed:
+                self.failed = True
+                raise LookupError('no space')
+    h = small(tmp_path, num_epochs=2, max_steps=5)
+    view = LiveTraining(build_captioner(h, 'cpu'), encoded, h, Storybook(n=2))
+    view.callbacks.append(FullDisk())
+    view.wait() # for nothing
+    for text in ('go on', 'done'):
+        view.begin()
+        view.wait()
+        assert view.start.description==text
+    assert [epoch for epoch,_ in view.told]==[1, 2] and view.bar.value==view.bar.max==5

@@ -1,7 +1,11 @@
 """Several processes train as one: the same losses, each reads its own rows, one writes, all stop at the same
 step."""
-import os, signal, socket, subprocess, sys, time
+import os, shutil, signal, socket, subprocess, sys, time
+from types import SimpleNamespace
 import pytest, torch
+from capnb.build import build_captioner
+from capnb.run import processes
+from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 from capnb.run.resume import find_state, read_state
 from forks import fork, write_to
@@ -168,6 +172,13 @@ def test_each_reads_its_rows_and_one_writes(small, tmp_path):
     )
     assert (tmp_path/'written-1').read_text()=='' and second==''
 
+def test_one_tells_what_was_skipped(small, tmp_path):
+    album = tmp_path/'album'
+    shutil.copytree(small['data'], album)
+    (album/'0.png').write_bytes(b'no image')
+    ended(begin(tmp_path, 2, small | dict(num_epochs=1, data=album, bad_rows='skip')))
+    assert 'skipped what cannot be read' in said(tmp_path, 0) and said(tmp_path, 1)==''
+
 # --- A decoder that is spread
 
 def spread(rank):
@@ -270,3 +281,25 @@ def test_accelerate_launch(small, one, tmp_path, environment):
     assert done.returncode==0, done.stderr[-3000:]
     assert done.stdout.count('✅ Model saved successfully!')==2 # by one process, after each epoch
     same(tmp_path, one)
+
+# --- Parts, in one process
+
+def test_a_parameter_without_a_gradient():
+    "It has no part in the loss, as in layers that share the keys of others."
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    (3*used).sum().backward()
+    two = SimpleNamespace(num_processes=2, reduce=lambda t, how: 2*t)
+    loss, asked = processes.add_up(two, torch.optim.SGD([used, unused], lr=1.), 1.5, 0)
+    assert loss==3 and not asked and unused.grad is None and used.grad.tolist()==[6, 6]
+
+def test_a_sharded_decoder_has_one_dtype(monkeypatch):
+    "On a GPU, embeddings, norms and head are as precise as the layers: scores are computed without autocast."
+    from torch.distributed import device_mesh, fsdp
+    monkeypatch.setattr(fsdp, 'fully_shard', lambda layer, **options: layer)
+    monkeypatch.setattr(device_mesh, 'init_device_mesh', lambda *args: None)
+    monkeypatch.setattr(processes, 'PartialState', lambda: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(processes, 'default_dtype', lambda device: torch.bfloat16)
+    h = as_hyperparameters()
+    model = processes.shard_decoder(build_captioner(h, 'cpu'), h, 'cpu').eval()
+    assert {p.dtype for p in model.decoder.parameters()}=={torch.bfloat16}
+    assert model(torch.zeros(2, model.encoder.width), ['A cat.', 'A fox.']).isfinite()

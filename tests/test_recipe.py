@@ -9,6 +9,8 @@ from capnb.checkpoint import read_weights
 from capnb.encoder import EncodedData
 from capnb.fast.cuda.training import why_not
 from capnb.fast.parts import make_fast
+from capnb import evaluate, load
+from capnb.run import entry
 from capnb.run.entry import train
 from capnb.run.llava import as_llava
 from capnb.run.resume import find_state, read_state
@@ -234,3 +236,64 @@ def test_fit_takes_a_cosine():
 def test_a_recipe_that_makes_no_sense_is_told(wrong, told):
     with pytest.raises(ValueError, match=told):
         as_hyperparameters(**wrong)
+
+# --- What a run that goes on needs
+
+def without_scores(tmp_path, **changes):
+    once = dict(SMALL, num_epochs=1, evaluation_enabled=False, device='cpu')
+    return dict(once, output_dir=str(tmp_path), **changes)
+
+def test_a_run_goes_on_without_the_checkpoint_it_began_with(tmp_path):
+    pages, other = dict(train=Storybook(n=16)), dict(train=Storybook(n=40))
+    first = train(data=pages, **without_scores(tmp_path/'first', standardize_features=True))
+    mean = read_weights(first.checkpoint)['adapter.standardize.mean']
+    train(data=other, **without_scores(
+        tmp_path/'second', standardize_features=True, init_from=str(first.checkpoint)
+    ))
+    first.checkpoint.unlink()
+    last = train(data=other, resume=tmp_path/'second', num_epochs=2, device='cpu')
+    assert torch.equal(read_weights(last.checkpoint)['adapter.standardize.mean'], mean)
+
+class PowerCut(Callback):
+    def on_step_end(self, run):
+        if len(run.losses)==5: raise SystemError('power cut')
+
+def test_running_means_go_on(tmp_path):
+    "Of an adapter with BatchNorm, of which an integer is a part."
+    def with_norm(h):
+        model = build_captioner(h, 'cpu')
+        model.adapter.layers.append(torch.nn.BatchNorm1d(model.adapter.layers[3].out_features))
+        return model
+    h = settings(tmp_path/'whole')
+    data = made_data(h)
+    whole = run_training(with_norm(h), data, h)
+    h = settings(tmp_path/'cut', checkpoint_steps=1)
+    with pytest.raises(SystemError):
+        run_training(with_norm(h), data, h, [PowerCut()])
+    run = run_training(with_norm(h), data, h, state=read_state(find_state(tmp_path/'cut')))
+    assert run.losses==whole.losses and run.validation==whole.validation
+    for name,t in whole.model.adapter.state_dict().items():
+        assert torch.equal(t, run.model.adapter.state_dict()[name]), name
+
+@pytest.mark.parametrize('change, told', [
+    (dict(evaluation_enabled=True), "needs a split 'validation', there is only train"),
+    (dict(patience=1), 'patience needs a validation loss'),
+])
+def test_what_is_missing_is_told_before_images_are_encoded(change, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, 'encode_data', lambda *args, **how: pytest.fail('images were encoded'))
+    with pytest.raises(ValueError, match=told):
+        train(data=dict(train=Storybook(n=16)), **without_scores(tmp_path) | change)
+
+def test_checkpoints_in_the_home_folder(tmp_path, monkeypatch):
+    for name in ('HOME', 'USERPROFILE'):
+        monkeypatch.setenv(name, str(tmp_path))
+    done = train(data=dict(train=Storybook(n=8)), **without_scores('~/runs'))
+    assert done.checkpoint.parent==tmp_path/'runs'
+    for how in (dict(folder='~/runs'), dict(checkpoint='~/runs'),
+                dict(checkpoint=f'~/runs/{done.checkpoint.name}')):
+        assert not load(**how, device='cpu').training
+
+def test_evaluate_asks_for_data_that_was_passed_in_python(tmp_path):
+    done = train(data=dict(train=Storybook(n=8)), **without_scores(tmp_path))
+    with pytest.raises(ValueError, match='passed in Python; pass data'):
+        evaluate(done.checkpoint)

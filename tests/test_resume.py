@@ -35,6 +35,11 @@ def test_random_numbers_of_another_gpu_are_kept(monkeypatch):
     set_random_state(random_state(place), place)
     assert kept=={place: 'state of cuda:1'}
 
+def test_a_copy_is_not_the_newest_run(tmp_path):
+    (tmp_path/'training_state_20260101_120000.pt').touch()
+    (tmp_path/'training_state_backup.pt').touch()
+    assert find_state(tmp_path).name=='training_state_20260101_120000.pt'
+
 # --- Processes
 
 def flags(settings):
@@ -342,6 +347,14 @@ def test_more_steps_after_a_kill_at_the_end(args, tmp_path):
     ended(begin(tmp_path/'parts', *args, '--max_steps', 4, die_at=(4, 'before')), -signal.SIGKILL)
     assert position(tmp_path/'parts')==4 and not list(tmp_path.rglob('model_state_dict_*'))
     ended(begin(tmp_path/'parts', '--resume'))
+    goes_on_like_one_run(args, tmp_path, 4, 10)
+
+def test_max_steps_of_the_steps_made(args, tmp_path):
+    """A run that lost its power within an epoch is closed where it stands, and later trains the rest of the
+    epoch."""
+    ended(begin(tmp_path/'parts', *args, die_at=(4, 'before')), -signal.SIGKILL)
+    assert position(tmp_path/'parts')==4
+    ended(begin(tmp_path/'parts', '--resume', '--max_steps', 4))
     goes_on_like_one_run(args, tmp_path, 4, 10)
 
 def test_a_longer_cosine_has_the_rate_of_the_longer_one_at_once():

@@ -112,6 +112,10 @@ def test_json_holds_no_nan(number, tmp_path):
         write_json(tmp_path/'scores.json', dict(test=dict(meteor=number)))
     assert not list(tmp_path.iterdir())
 
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
+    write_json(tmp_path/'scores.json', dict(image_id='caf\udce9.png'))
+    assert json.loads((tmp_path/'scores.json').read_text())=={'image_id': 'caf\udce9.png'}
+
 # --- Words
 
 def test_english_scores_are_those_of_rouge_score():

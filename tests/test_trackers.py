@@ -2,15 +2,22 @@
 after a failure, too."""
 import json, sqlite3, struct
 from pathlib import Path
-import mlflow, pytest, wandb
+from types import SimpleNamespace
+import mlflow, pytest, torch, wandb
 from wandb.proto.wandb_internal_pb2 import Record
 from forks import ForkedScript
-from capnb.run import trackers
+from capnb.build import build_captioner
+from capnb.encoder import EncodedData
+from capnb.run import trackers, training
 from capnb.run import entry
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
+from capnb.run.resume import find_state, read_state
+from capnb.run.signals import Interrupted, ask_to_stop
 from capnb.run.sweeps import sweep
+from capnb.run.training import run_training
+from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 from capnb.training import Callback
 
@@ -269,3 +276,74 @@ def test_trials_of_a_sweep_are_runs_of_a_tracker(album, place):
     runs = client.search_runs([client.get_experiment_by_name('capnb').experiment_id])
     assert {float(run.data.params['learning_rate']) for run in runs}=={1e-3, 1e-2}
     assert all(len(history(client, run, 'loss'))==4 for run in runs)
+
+# --- What is told again, and what is not
+
+class Noted(trackers.Tracker):
+    "Note the steps whose losses would be logged."
+    steps = []
+    def _open(self, run, settings=None):
+        self.opened = dict(self.ids)
+        self.ids = dict(mlflow=run.stamp)
+
+    def _log(self, run, values, step=None):
+        if 'loss' in values:
+            self.steps.append(step)
+
+    def on_epoch_end(self, run):
+        "Nothing more."
+
+    def on_close(self, run):
+        "Nothing to close."
+
+def noted(folder, images, callbacks, state=None):
+    "Train for one epoch."
+    h = as_hyperparameters(SMALL, num_epochs=1, evaluation_enabled=False, output_dir=str(folder))
+    model = build_captioner(h, 'cpu')
+    rows = [dict(captions=['A cat.'], image_id=str(i)) for i in range(images)]
+    data = dict(train=EncodedData(torch.ones(images, model.encoder.width), rows))
+    run_training(model, data, h, callbacks, state)
+
+class LateStop(Callback):
+    "Ask to stop after the third step; losses stay on the device until then, as on a GPU."
+    def on_epoch_begin(self, run):
+        run.fetch_every = 1e9
+
+    def on_step_end(self, run):
+        if len(run.losses)==3:
+            ask_to_stop(run)
+
+def test_no_step_is_missing_after_a_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'on_gpu', lambda model: True) # static steps, here on a CPU
+    monkeypatch.setattr(Noted, 'steps', [])
+    with pytest.raises(Interrupted):
+        noted(tmp_path, 40, [Noted({}), LateStop()])
+    noted(tmp_path, 40, [Noted({})], read_state(find_state(tmp_path)))
+    assert Noted.steps==[1, 2, 3, 4, 5]
+
+def test_a_tracker_of_an_earlier_run_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(Noted, 'steps', [])
+    tracker = Noted({})
+    for name in ('a', 'b'):
+        noted(tmp_path/name, 16, [tracker])
+        assert tracker.opened=={}
+    assert Noted.steps==[1, 2, 1, 2]
+
+def test_a_run_of_the_user_is_left_alone(album, place):
+    "MLflow refuses a second run in the process; the first one goes on."
+    mlflow.set_experiment('mine')
+    mine = mlflow.start_run()
+    with pytest.raises(Exception, match='already active'):
+        train(SMALL, data=album, report_to='mlflow')
+    assert mlflow.active_run().info.run_id==mine.info.run_id
+
+def test_each_run_has_its_folder_in_tensorboard(tmp_path):
+    "TensorBoard draws all that is in one folder as one curve."
+    seen = []
+    for stamp in ('20260101_120000', '20260101_120001'):
+        place = SimpleNamespace(logging_dir=str(tmp_path))
+        accelerator = SimpleNamespace(log_with=['tensorboard'], trackers=[], project_configuration=place)
+        accelerator.init_trackers = lambda *args, place=place: seen.append(place.logging_dir)
+        h = as_hyperparameters(output_dir=str(tmp_path))
+        trackers.Tracker({})._open(SimpleNamespace(accelerator=accelerator, h=h, stamp=stamp))
+    assert len(set(seen))==2

@@ -17,6 +17,7 @@ from ..hub import model_path
 # %% ../../nbs/32_checkpoints.ipynb #924182f9
 def _checkpoints(folder):
     "The complete checkpoints of a folder, sorted by the start time of the run and the epoch."
+    folder = Path(folder).expanduser()
     found = [
         (m[1], int(m[2]), p)
         for p in Path(folder).glob('model_state_dict_*.pth')

@@ -7,7 +7,7 @@ __all__ = ['NO_CHECKPOINT', 'TrainingResult', 'prepare', 'train', 'find_checkpoi
 
 # %% ../../nbs/33b_train_and_load.ipynb #87867a25
 import os, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
@@ -22,9 +22,10 @@ from ..fast.parts import make_fast
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
 from .trackers import Samples, Tracker, tracker_names
-from .training import check_precision, run_training
-
-from .processes import join_processes, main_process_first, shard_decoder, sharding_asked
+from .training import check_precision, check_run, run_training
+from capnb.run.processes import (
+    join_processes, main_process_first, main_process_only, shard_decoder, sharding_asked
+)
 from .resume import find_state, read_state, resumed_hyperparameters
 
 # %% ../../nbs/33b_train_and_load.ipynb #6c112aa4
@@ -67,13 +68,16 @@ def prepare(
     check_models(h, encoder) # before images are downloaded for a model that does not exist
     check_precision(h, device or default_device())
     wanted = lambda split: (only is None or split in only) and (h.evaluation_enabled or split=='train')
-    splits = {split: d for split,d in load_for(h, data).items() if wanted(split)}
     device = join_processes(device)
-    model = make_fast(build_captioner(h, 'cpu' if sharding_asked() else device, encoder))
-    if sharding_asked():
-        model = shard_decoder(model, h, device)
-    if h.init_from:
-        start_from(model, h.init_from, h)
+    with main_process_only():
+        splits = {split: d for split,d in load_for(h, data).items() if wanted(split)}
+        if only is None:
+            check_run(splits, h) # before images are encoded for a run that cannot be made
+        model = make_fast(build_captioner(h, 'cpu' if sharding_asked() else device, encoder))
+        if sharding_asked():
+            model = shard_decoder(model, h, device)
+        if h.init_from:
+            start_from(model, h.init_from, h)
     folder = features_folder(h)
     with main_process_first():
         encoded = {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=folder)
@@ -83,9 +87,8 @@ def prepare(
 # %% ../../nbs/33b_train_and_load.ipynb #3e515e54
 def _resumed(resume, wanted, has_data):
     "The state of the run to resume, and its hyperparameters with the present changes."
-    state = read_state(
-        find_state(wanted.get('output_dir', Hyperparameters.output_dir) if resume is True else resume)
-    )
+    where = wanted.get('output_dir', Hyperparameters.output_dir) if resume is True else resume
+    state = read_state(find_state(where))
     h = resumed_hyperparameters(state, wanted)
     check_trained(h, state['weights'], state['path'])
     if h.data==OWN_DATA and not has_data:
@@ -164,7 +167,9 @@ def train(
         state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
     check_writable(h.output_dir) # before images are encoded for a run that cannot be saved
     trackers = tracker_names(h) # before images are encoded for a tracker that is not installed
-    model, splits, encoded = prepare(h, data, device, encoder=encoder)
+    whole = state and state.get('buffers') is not None # all that `init_from` gave is in the state
+    begin = replace(h, init_from=None) if whole else h
+    model, splits, encoded = prepare(begin, data, device, encoder=encoder)
     usual = [Scores([Facts()]), Samples(splits)] if h.evaluation_enabled else []
     if trackers:
         usual.append(Tracker(splits))
@@ -180,7 +185,7 @@ def find_checkpoint(
     """Find the checkpoint for a command; raises a `FileNotFoundError` or `ValueError` if there is none."""
     if checkpoint and best:
         raise ValueError('name a checkpoint or ask for the best one of a run with --best, not both')
-    if checkpoint: return Path(checkpoint)
+    if checkpoint: return Path(checkpoint).expanduser()
     return best_checkpoint(folder) if best else newest_checkpoint(folder)
 
 # %% ../../nbs/33b_train_and_load.ipynb #f48e79e1

@@ -51,26 +51,21 @@ def _groups(run):
     ]
 
 def _revisions(h):
-    # None for a model that is not from the hub
-    return {
-        part: revision_of(name)
-        for part, name in (
-            ('encoder', h.encoder_name),
-            ('decoder', h.decoder_name or h.tokenizer_name),
-            ('tokenizer', h.tokenizer_name),
-        )
-    }
+    decoder = h.decoder_name or h.tokenizer_name
+    names = dict(encoder=h.encoder_name, decoder=decoder, tokenizer=h.tokenizer_name)
+    return {part: revision_of(name) for part,name in names.items()} # None if it is not from the hub
 
 def new_metadata(run:SavedRun) -> dict:
     "Return the metadata of an epoch, before validation and scores."
     num_skipped = run.data['train'].num_skipped
-    scores = dict.fromkeys(
-        ('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1')
-    )
+    scores = ('validation_loss', 'image_gain', 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'facts_f1')
+    data = dict(name=run.h.data, **{split: len(d) for split,d in run.data.items()})
+    if num_skipped:
+        data['num_skipped'] = num_skipped
     return dict(
         epoch=run.epoch,
         training_loss=run.mean_loss,
-        **scores,
+        **dict.fromkeys(scores),
         learning_rate=run.rates[0],
         steps=len(run.losses),
         losses=[round(l, 4) for l in run.losses],
@@ -78,11 +73,7 @@ def new_metadata(run:SavedRun) -> dict:
         places=model_places(run.h, run.h.output_dir),
         encoder=run.h.encoder_name,
         decoder=run.h.decoder_name or run.h.tokenizer_name,
-        data=dict(
-            name=run.h.data,
-            **{split: len(d) for split, d in run.data.items()},
-            **(dict(num_skipped=num_skipped) if num_skipped else {})
-        ),
+        data=data,
         captions=run.captions,
         device=str(run.model.device),
         seconds=round(run.seconds, 1),
@@ -120,13 +111,17 @@ def best_epoch(
     run:SavedRun,
 ) -> int: # Counted from 1; None if there is no validation loss
     "Return the epoch with the best validation loss."
-    known = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None]
+    known = _known_losses(run)
     return min(known)[1] if known else None
+
+def _known_losses(run):
+    "Pairs of validation loss and epoch, for the epochs that have a loss."
+    return [(loss, epoch) for epoch,loss in enumerate(run.validation, 1) if loss is not None]
 
 def report_best(run:SavedRun):
     "Report the existing checkpoint with the best validation loss."
     path = lambda epoch: weights_path(run.h.output_dir, run.stamp, epoch)
-    there = [(loss, e) for e,loss in enumerate(run.validation, 1) if loss is not None and path(e).exists()]
+    there = [(loss, epoch) for loss,epoch in _known_losses(run) if path(epoch).exists()]
     if there:
         loss, epoch = min(there)
         log.info(f'🏆 Best by validation loss: epoch {epoch}, {loss:.4f}, {path(epoch)};'
@@ -150,5 +145,5 @@ class EarlyStopping(Callback):
         )
 
     def on_resume(self, run):
-        if run.validation:
+        if run.validation and not run.step: # within an epoch, its end decides
             self.on_epoch_end(run)

@@ -36,12 +36,8 @@ def draw_run(
     left.set(xlabel='step', title='loss, nats per token')
     left.xaxis.get_major_locator().set_params(integer=True)
     right.plot(gains.keys(), gains.values(), 'o-', color='#e76f51', lw=2)
-    right.set(
-        xlabel='epoch',
-        title='image gain, nats per caption',
-        ylim=(min(0, *gains.values(), 0), None),
-        xticks=list(gains),
-    )
+    lowest = min([0, *gains.values()])
+    right.set(xlabel='epoch', title='image gain, nats per caption', ylim=(lowest, None), xticks=list(gains))
     for ax in (left, right):
         ax.set_facecolor('none')
         ax.title.set_fontsize(9)
@@ -110,7 +106,8 @@ class LiveTraining(VBox):
 
     def wait(self):
         "Wait until the run has ended or stopped."
-        self.thread.join()
+        if self.thread:
+            self.thread.join()
 
     def _train(self):
         with errors_in(self.errors):
@@ -143,7 +140,9 @@ class LiveTraining(VBox):
             self.curve.value = image_html(draw_run(losses, self.gains), alt, 760)
 
     def _stepped(self, run):
-        self.bar.max, self.bar.value = run.steps*run.h.num_epochs, run.epoch*run.steps + run.step
+        whole = run.whole*run.h.num_epochs
+        self.bar.max = min(whole, run.h.max_steps or whole)
+        self.bar.value = len(run.losses)
         self._say(
             f'epoch {run.epoch+1} of {run.h.num_epochs}, step {run.step} of {run.steps}, loss'
             f' {run.losses[run.fetched-1]:.3f}'
@@ -154,7 +153,9 @@ class LiveTraining(VBox):
     def _epoch_ended(self, run):
         if run.metadata['image_gain'] is not None:
             self.gains[run.epoch] = run.metadata['image_gain']
-        self.told.append((run.epoch, run.model.caption([row['image'] for row in self.samples])))
+        said = run.model.caption([row['image'] for row in self.samples])
+        # an epoch is closed again if a run goes on from the state before
+        self.told = [(epoch, texts) for epoch,texts in self.told if epoch < run.epoch] + [(run.epoch, said)]
         self.cards.value = f'<div class="cards">{"".join(map(self._card, range(len(self.samples))))}</div>'
         self._draw(run)
 

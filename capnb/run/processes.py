@@ -102,7 +102,8 @@ def add_up(
 ): # The loss of the whole batch; whether any process was asked to stop
     "Sum gradients and losses over all processes, and find out whether any was asked to stop."
     if accelerator.num_processes==1: return loss, False
-    gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    gradients = [p.grad for p in parameters if p.grad is not None] # some may have no part in the loss
     said = torch.tensor([loss, bool(asked)], device=gradients[0].device)
     # all in one tensor, so that one communication is enough
     total = accelerator.reduce(torch.cat([*map(torch.flatten, gradients), said]), 'sum')
@@ -117,8 +118,10 @@ def _all_layers(decoder):
 
 def share_held(model:Captioner) -> float: # 1 for all weights
     "Return the share of the weights of the decoder's layers that this process holds."
-    layers = [p for layer in _all_layers(model.decoder) for p in layer.parameters()]
-    return sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in layers)/sum(p.numel() for p in layers)
+    def held(p): # the part of a weight in this process
+        return p.to_local() if hasattr(p, 'to_local') else p
+    weights = [p for layer in _all_layers(model.decoder) for p in layer.parameters()]
+    return sum(held(p).numel() for p in weights)/sum(p.numel() for p in weights)
 
 def shard_decoder(
     model:Captioner, # A captioner on the CPU, where all of it fits into memory
@@ -134,10 +137,12 @@ def shard_decoder(
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    processes, device = PartialState().num_processes, torch.device(device)
-    mesh = init_device_mesh(device.type, (processes,))
+    device = torch.device(device)
+    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+    for p in model.decoder.parameters():
+        p.data = p.data.to(default_dtype(device)) # as a decoder is loaded for the device; buffers stay
     for layer in _all_layers(model.decoder):
-        fully_shard(layer.to(default_dtype(device)), mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return model.to(device)
 
 def check_sharded(model:Captioner):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'SavedRun', 'random_state', 'set_random_state', 'state_path', 'data_fingerprint', 'training_state',
-           'before_closing', 'reopened', 'save_state', 'find_state', 'read_state', 'load_state',
+           'before_closing', 'reopened', 'save_state', 'find_state', 'read_state', 'check_unchanged', 'load_state',
            'resumed_hyperparameters']
 
 # %% ../../nbs/32b_resume.ipynb #0b4cc3d6
@@ -96,17 +96,8 @@ def set_random_state(state, device):
         torch.mps.set_rng_state(state['device'])
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0717
-_POSITION = dict(
-    stamp=str,
-    epoch=int,
-    step=int,
-    total=float,
-    tokens=int,
-    seconds=float,
-    losses=list,
-    validation=list,
-    done=bool,
-)
+_POSITION = dict(stamp=str, epoch=int, step=int, total=float, tokens=int, seconds=float, losses=list,
+                 validation=list, done=bool)
 
 def state_path(run:SavedRun) -> Path:
     "Return the path of the training state of a run."
@@ -134,6 +125,10 @@ def _kept(callbacks):
     }
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0718
+def _buffers(run):
+    "The buffers of the adapter, such as means of features, by name."
+    return {f'adapter.{n}': b for n,b in run.model.adapter.named_buffers()}
+
 def training_state(
     run:SavedRun, # A run with `optimizer`, `scheduler`, `scaler` and `identity`
 ) -> dict: # Tensors and plain data
@@ -146,7 +141,8 @@ def training_state(
         places=model_places(run.h, run.h.output_dir),
         identity=run.identity,
         metadata=json.dumps(run.metadata, allow_nan=False),
-        weights={n: p.detach().cpu() for n, p in learning(run).items()},
+        weights={n: p.detach().cpu() for n,p in learning(run).items()},
+        buffers={n: b.detach().cpu() for n,b in _buffers(run).items()},
         optimizer=run.optimizer.state_dict(),
         scheduler=run.scheduler.state_dict(),
         rates=run.rates,
@@ -154,6 +150,7 @@ def training_state(
         random=random_state(run.model.device),
         callbacks=_kept(run.callbacks),
         cut=run.cut,
+        stop=run.stop,
     )
 
 # the parts of the state that closing an epoch changes, besides the learning rates
@@ -219,11 +216,11 @@ def find_state(
     "Find the run to resume; raises a `FileNotFoundError` if there is none."
     where = Path(where).expanduser()
     stamp = re.search(r'_(\d{8}_\d{6})[-.]', where.name)
-    path = (
-        max(where.glob('training_state_*.pt'), default=None)
-        if where.is_dir()
-        else stamp and where.with_name(f'training_state_{stamp[1]}.pt')
-    )
+    if where.is_dir():
+        named = re.compile(r'training_state_\d{8}_\d{6}\.pt')
+        path = max((p for p in where.iterdir() if named.fullmatch(p.name)), default=None)
+    else:
+        path = stamp and where.with_name(f'training_state_{stamp[1]}.pt')
     if not path or not path.exists():
         raise FileNotFoundError(
             f"there is no run to go on with in {str(where)!r}: no training state; start one with capnb_train"
@@ -251,7 +248,8 @@ def read_state(
         own = {k: cut.get(k) for k in _CLOSING}
         kinds += [(f'cut: {k}', v, kind) for k,v,kind in _kinds(state | own)]
         kinds.append(('cut: rates', cut.get('rates'), list))
-    kinds += [(k, state.get(k), (kind, type(None))) for k,kind in dict(cut=dict, rates=list).items()]
+    may_lack = dict(cut=dict, rates=list, buffers=dict, micro_batch_size=int)
+    kinds += [(k, state.get(k), (kind, type(None))) for k,kind in may_lack.items()]
     for name,value,kind in kinds:
         if not isinstance(value, kind):
             raise ValueError(
@@ -269,6 +267,14 @@ def read_state(
     found = find_models(hyperparameters, state.get('places'), path.parent)
     return dict(state, hyperparameters=found, path=path)
 
+def check_unchanged(
+    state:dict, # From `read_state`
+):
+    "Raise a `ValueError` if another process has gone on with the run since its state was read."
+    path = state['path']
+    if path.exists() and read_tensors(path).get('position')!=state['position']:
+        raise ValueError(f"{path} has changed since it was read: another process went on with this run")
+
 # %% ../../nbs/32b_resume.ipynb #6c6f071b
 # exceptions of `load_state_dict` and the generators for other content
 _DOES_NOT_FIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
@@ -281,11 +287,9 @@ def _check_alike(here, saved):
 def _load_optimizer(optimizer, saved):
     for here,there in zip(optimizer.param_groups, saved['param_groups'], strict=True):
         _check_alike(here, there)
-    for p, i in zip(
-        (p for g in optimizer.param_groups for p in g['params']),
-        (i for g in saved['param_groups'] for i in g['params']),
-        strict=True,
-    ):
+    parameters = [p for g in optimizer.param_groups for p in g['params']]
+    numbers = [i for g in saved['param_groups'] for i in g['params']]
+    for p,i in zip(parameters, numbers, strict=True):
         for t in saved['state'].get(i, {}).values():
             if t.shape not in (p.shape, ()):
                 raise ValueError(
@@ -324,23 +328,30 @@ def load_state(
             raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
     load_trained(run.model, state['weights'], path, learning(run))
     try:
+        if state.get('buffers') is not None: # older states have none
+            load_trained(run.model, state['buffers'], 'the state', _buffers(run))
         _load_optimizer(run.optimizer, state['optimizer'])
         _check_alike(run.scheduler.state_dict(), state['scheduler'])
         _set_schedule(run, len(position['losses']), state.get('rates'))
-        if run.scaler:
+        if run.scaler and state['scaler']: # a run that began on a CPU has none
             run.scaler.load_state_dict(state['scaler'])
         set_random_state(state['random'], run.model.device)
         for c in run.callbacks:
-            vars(c).update({k: state['callbacks'][type(c).__name__][k] for k in c.keeps})
+            if c.keeps: # an attribute that was not set yet is not in the state
+                kept = state['callbacks'][type(c).__name__]
+                vars(c).update({k: kept[k] for k in c.keeps if k in kept})
         run.metadata = with_new_names(json.loads(state['metadata']))
     except _DOES_NOT_FIT as e:
         raise ValueError(f"{path} does not fit this run: {type(e).__name__}: {e}") from None
     for k in _POSITION:
         setattr(run, k, position[k])
     run.random, run.done, run.cut = state['random'], False, state.get('cut')
+    lengths = ('num_epochs', 'max_steps', 'patience')
+    same_length = all(run.h[k]==state['hyperparameters'].get(k) for k in lengths)
+    run.stop = bool(state.get('stop')) and same_length # who asks for another length wants to go on
     run.saved = run.fetched = len(run.losses)
     if run.h.micro_batch_size==state['hyperparameters'].get('micro_batch_size'):
-        run.micro_batch_size = state['micro_batch_size']
+        run.micro_batch_size = state.get('micro_batch_size')
     if run.epoch:
         run.checkpoint = weights_path(path.parent, run.stamp, run.epoch)
         run.curve = path.parent/f'loss_curve_{run.stamp}.png'
@@ -353,8 +364,10 @@ MAY_CHANGE = (
 
 def _nothing_left(state, saved, h):
     "The reason why a run cannot continue with `h`, and the setting that helps; None if it can."
-    position, run = state['position'], f"the run of {state['position']['stamp']}"
-    steps, begun = len(position['losses']), position['epoch'] + (position['step'] > 0)
+    position = state['position']
+    run = f"the run of {position['stamp']}"
+    steps = len(position['losses'])
+    begun = position['epoch'] + (position['step'] > 0) # epochs
     last = position['epoch'] >= h.num_epochs and not state.get('cut')
     ended = f"{run} has ended after {position['epoch']} epochs; to go on, ask for a larger"
     if h.num_epochs < begun:
@@ -369,7 +382,7 @@ def _nothing_left(state, saved, h):
         )
     if last: return f"{ended} num_epochs"
     same = (h.num_epochs, h.max_steps, h.patience)==(saved.num_epochs, saved.max_steps, saved.patience)
-    return f"{ended} patience" if same else None
+    return f"{ended} {'patience' if saved.patience else 'num_epochs'}" if same else None
 
 def _length(h):
     "Name the length of a run."

@@ -13,6 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from .resume import SavedRun, state_path
 from ..files import free_lock, shell_line
+from ..hub import OWN
+from ..settings import OWN_DATA
 
 # %% ../../nbs/32e_signals.ipynb #6a354920
 def _lock(folder, stamp):
@@ -67,7 +69,9 @@ class Interrupted(KeyboardInterrupt):
         )
 
 def how_to_go_on(run:SavedRun) -> str:
-    "Return the command that resumes a run."
+    "Return the command that resumes a run, or the call in Python if it needs objects."
+    if run.h.data==OWN_DATA or run.h.encoder_name.startswith(OWN):
+        return f"go on with: train(resume={str(state_path(run))!r}), and the same data and encoder as before"
     return f"go on with: {shell_line(['capnb_train', '--resume', str(state_path(run))])}"
 
 def ask_to_stop(
@@ -91,6 +95,8 @@ def stoppable(run:SavedRun):
         if not wait: raise Interrupted(run)
     # Python allows signal handlers only in the main thread
     mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    # a handler that is not Python's, None here, could not be put back
+    mine = [number for number in mine if signal.getsignal(number) is not None]
     old = {number: signal.signal(number, handle) for number in mine}
     try:
         yield

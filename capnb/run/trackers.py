@@ -38,6 +38,7 @@ class Samples(Callback):
         captions = run.model.caption_features(data.features[:self.samples])
         if not run.main: return # another process writes
         save_metadata(run.checkpoint, run.metadata)
+        if not captions: return
         path = Path(run.h.output_dir)/f'samples_{run.stamp}.png'
         draw_samples([self.images[split][i]['image'] for i in range(len(captions))], captions, path)
         for row,caption in zip(data.rows[:len(captions)], captions, strict=True):
@@ -85,6 +86,7 @@ def _id(tracker):
 
 def _close(tracker, well):
     "End a tracker's run as finished or failed."
+    if not hasattr(tracker, 'tracker'): return # it failed to start
     if tracker.name=='mlflow':
         import mlflow
         mlflow.end_run('FINISHED' if well else 'FAILED')
@@ -137,13 +139,15 @@ class Tracker(Callback):
     """Log a run to the trackers in `report_to`; place it after `Scores`.
 
     Raises an `OSError` if a tracker raises an error."""
-    keeps = ('ids',) # a resumed run is the same run in a tracker, too
+    keeps = ('ids', 'told') # a resumed run is the same run in a tracker, too
     def __init__(self,
         images:dict, # Name of split: data with images, for the samples
         samples:int=6, # Number of images to show with their captions after each epoch
     ):
-        self.images, self.samples, self.ids, self.known = images, samples, {}, {}
-        self.told = 0 # number of losses that are logged
+        self.images, self.samples = images, samples
+        self.ids = {} # of the run in each tracker
+        self.known = {} # last step that was logged, by tracker and name of the value
+        self.told = None # number of losses that are logged
 
     def _each(self, run, tell):
         for tracker in run.accelerator.trackers:
@@ -164,6 +168,9 @@ class Tracker(Callback):
     def _open(self, run, settings=None):
         names = [str(n) for n in run.accelerator.log_with]
         openings = {name: _opening(name, self.ids.get(name), run.stamp) for name in names}
+        if 'tensorboard' in names: # it would draw all runs of `output_dir` as one
+            folder = Path(run.h.output_dir)/f'tensorboard_{run.stamp}'
+            run.accelerator.project_configuration.logging_dir = str(folder)
         with ExitStack() as stack:
             for name in names:
                 stack.enter_context(_telling(name))
@@ -171,11 +178,14 @@ class Tracker(Callback):
         self.ids = {t.name: _id(t) for t in run.accelerator.trackers}
 
     def on_train_begin(self, run):
+        self.ids, self.known, self.told = {}, {}, 0 # this object may have followed an earlier run
         self._open(run, {k: v for k,v in asdict(run.h).items() if v is not None})
 
     def on_resume(self, run):
+        self.known = {} # steps after the saved state may be logged
+        if self.told is None:
+            self.told = run.fetched # the state of an earlier version does not know it
         self._open(run)
-        self.told = run.fetched
 
     def on_step_end(self, run):
         for step in range(self.told, run.fetched): # on a GPU, the losses of several steps arrive together
@@ -192,7 +202,8 @@ class Tracker(Callback):
         if not run.main: return # another process logs
         save_metadata(run.checkpoint, run.metadata)
         images = [self.images[split][i]['image'] for i in range(len(captions))]
-        self._each(run, lambda t: _captioned(t, data.rows, images, captions, len(run.losses)))
+        if captions:
+            self._each(run, lambda t: _captioned(t, data.rows, images, captions, len(run.losses)))
         self._each(run, lambda t: _files(t, 'checkpoints', run.checkpoint, metadata_path(run.checkpoint)))
 
     def on_train_end(self, run):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['token_counts', 'precision', 'backward', 'one_ahead', 'read_ahead', 'ReadAhead', 'SharedStep', 'LaidOut',
-           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'check_precision', 'optimizer_for',
-           'run_training']
+           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'check_run', 'check_precision',
+           'optimizer_for', 'run_training']
 
 # %% ../../nbs/33a_training.ipynb #fde4bd7e
 import math, signal, time
@@ -34,10 +34,12 @@ from capnb.run.epochs import (
     EarlyStopping, KeepCheckpoints, new_metadata, report_best, report_epoch, save_curve
 )
 from capnb.run.processes import (
-    add_up, broadcast_from_main, check_sharded, join_processes, main_process_only, own_rows, sharding_asked
+    add_up, broadcast_from_main, check_sharded, in_processes, join_processes, main_process_only, own_rows,
+    sharding_asked
 )
 from capnb.run.resume import (
-    SavedRun, before_closing, data_fingerprint, load_state, reopened, save_state, set_random_state, state_path
+    SavedRun, before_closing, check_unchanged, data_fingerprint, load_state, reopened, save_state,
+    set_random_state, state_path
 )
 from .signals import Interrupted, acquire_run_lock, stoppable
 from .trackers import tracker_names
@@ -70,20 +72,14 @@ def _halve(run, n):
     "Continue with half as many of `n` captions at a time."
     size = min(run.micro_batch_size or n, n)
     if sharding_asked():
-        raise ValueError(
-            f'out of memory with {n} captions, and with FSDP a process cannot halve its batch alone; what'
-            f' helps: {ADVICE}'
-        )
+        raise ValueError(f'out of memory with {n} captions, and with FSDP a process cannot halve its batch'
+                         f' alone; what helps: {ADVICE}')
     if size==1:
-        raise ValueError(
-            'out of memory with a single caption; what helps: shorter captions (max_caption_length), a'
-            f' smaller model, and {ADVICE}'
-        )
+        raise ValueError('out of memory with a single caption; what helps: shorter captions'
+                         f' (max_caption_length), a smaller model, and {ADVICE}')
     run.micro_batch_size = size//2
-    log.warning(
-        f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays {n} and'
-        f' the result the same. What also helps: {ADVICE}'
-    )
+    log.warning(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays'
+                f' {n} and the result the same. What also helps: {ADVICE}')
 
 def precision(
     model, # `Captioner`
@@ -285,7 +281,9 @@ class Begin(Callback):
         log.info(f'▶️ Going on with the run of {run.stamp} after step {len(run.losses)}, {run.epoch} of '
             f'{run.h.num_epochs} epochs done')
         if run.main:
+            check_unchanged(self.state)
             now = dict(hyperparameters=asdict(run.h), places=model_places(run.h, run.h.output_dir))
+            now |= dict(micro_batch_size=run.micro_batch_size, stop=run.stop)
             now['position'] = {**state['position'], 'done': False}
             save_tensors(state_path(run), {k: v for k,v in state.items() if k!='path'} | now)
         log.info(cut_text(run.captions))
@@ -317,10 +315,15 @@ class SaveState(Callback):
     def on_train_begin(self, run):
         save_state(run)
 
+    def _note_cut(self, run): # before saving: the run may be killed before the epoch is closed
+        if run.step==run.steps:
+            run.cut = before_closing(run) if run.steps < run.whole else None
+
+    on_epoch_begin = _note_cut # a resumed run may have made `max_steps` steps already
+
     def on_step_end(self, run):
         n, stop = run.h.checkpoint_steps, run.signal # read once: it may be set at any moment
-        if run.step==run.steps: # before saving: the run may be killed before the epoch is closed
-            run.cut = before_closing(run) if run.steps < run.whole else None
+        self._note_cut(run)
         if stop or run.step==run.steps or n and len(run.losses)%n==0:
             save_state(run)
         if stop:
@@ -342,17 +345,17 @@ class SaveState(Callback):
         report_best(run)
 
 # %% ../../nbs/33a_training.ipynb #50be7076
-def _check_run(data, h):
+def check_run(
+    data:dict, # Name of split: data
+    h:Hyperparameters,
+):
+    "Raise a `ValueError` if the settings need a split or a loss that is not there."
     if h.evaluation_enabled and 'validation' not in data:
-        raise ValueError(
-            f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set"
-            " evaluation_enabled to False"
-        )
+        raise ValueError(f"evaluation needs a split 'validation', there is only {', '.join(data)}; or set"
+                         " evaluation_enabled to False")
     if h.patience and not h.evaluation_enabled:
-        raise ValueError(
-            'patience needs a validation loss to look at; set evaluation_enabled to True, or leave'
-            ' patience out'
-        )
+        raise ValueError('patience needs a validation loss to look at; set evaluation_enabled to True, or'
+                         ' leave patience out')
 
 def check_precision(
     h:Hyperparameters,
@@ -360,15 +363,14 @@ def check_precision(
 ):
     "Raise a `ValueError` for a precision that `accelerate` would silently ignore on this device."
     if h.mixed_precision=='fp16' and torch.device(device).type=='cpu':
-        raise ValueError(
-            'mixed_precision is fp16, and a CPU does not train in it; set it to bf16, or to no, or take a GPU'
-        )
+        raise ValueError('mixed_precision is fp16, and a CPU does not train in it; set it to bf16, or to no,'
+                         ' or take a GPU')
 
 def _accelerator(model, h):
     check_precision(h, model.device)
     join_processes(model.device)
-    # it would keep the mixed precision of an earlier run in this process
-    AcceleratorState._reset_state()
+    # they would keep the device and the mixed precision of an earlier run in this process
+    AcceleratorState._reset_state(reset_partial_state=not in_processes())
     check_sharded(model)
     with patch_environment(ACCELERATE_USE_FSDP='false'):
         return Accelerator(
@@ -400,6 +402,7 @@ def _new_run(model, data, h, stamp, callbacks, state, accelerator):
     optimizer, scheduler = optimizer_for(model, h, math.ceil(len(data['train'])/h.batch_size))
     # in fp16 the first step may be skipped, and PyTorch would warn about optimizer and scheduler
     optimizer._opt_called = True
+    optimizer.zero_grad() # an earlier run of this model may have stopped within a step
     run = SavedRun(
         model, data, accelerator.prepare(optimizer), scheduler, h.num_epochs, h.batch_size, h.seed,
         h.captions_per_image, h.max_steps, validates=h.evaluation_enabled, resumed=bool(state), h=h,
@@ -421,7 +424,7 @@ def run_training(
     state:dict=None, # From `read_state`, to resume a run; `h` is then from `resumed_hyperparameters`
 ) -> SavedRun:
     "Train a captioner; after each epoch save, validate, call the callbacks and report."
-    _check_run(data, h)
+    check_run(data, h)
     accelerator = _accelerator(model, h)
     stamp = state and state['position']['stamp']
     # an error for a folder that cannot be written should come now

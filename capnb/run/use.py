@@ -15,6 +15,7 @@ from ..evaluation import evaluate as evaluate_encoded
 from ..insight.facts import Facts
 from .sources.load import load_data, load_for
 from .entry import find_checkpoint
+from ..settings import OWN_DATA
 
 # %% ../../nbs/33c_in_python.ipynb #e869baf4
 def _weights(checkpoint, folder='saved_models', best=False):
@@ -22,7 +23,8 @@ def _weights(checkpoint, folder='saved_models', best=False):
     if checkpoint==DEMO: return checkpoint
     if checkpoint in (None, 'newest'): return find_checkpoint(None, folder, best)
     if checkpoint=='best': return find_checkpoint(None, folder, True)
-    if Path(checkpoint).is_dir(): return find_checkpoint(None, checkpoint, best)
+    if Path(checkpoint).expanduser().is_dir():
+        return find_checkpoint(None, checkpoint, best)
     return find_checkpoint(checkpoint, folder, best)
 
 def load(
@@ -159,6 +161,8 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     else:
         model, _, h = load_model_from_checkpoint(_weights(model))
         make_fast(model)
+        if data is None and h.data==OWN_DATA:
+            raise ValueError('the checkpoint was trained on data that was passed in Python; pass data')
         splits = load_for(h) if data is None else load_data(data, image_size=h.image_size)
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
