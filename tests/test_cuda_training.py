@@ -303,7 +303,8 @@ def test_a_small_last_batch_is_halved_as_it_is_laid_out(static, tmp_path, monkey
     made, backward = [], StaticStep._backward
     def cramped(self, shape):
         made.append(shape)
-        if len(made) > 1 and shape.images > 3: raise torch.OutOfMemoryError('CUDA out of memory')
+        if len(made) > 1 and shape.images > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory')
         return backward(self, shape)
     monkeypatch.setattr(StaticStep, '_backward', cramped)
     run = run_training(build_captioner(h, 'cpu'), encoded(h, 7), h)
@@ -627,9 +628,9 @@ def test_threads_record_one_after_the_other(monkeypatch, method):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     nothing = lambda *args, **how: nullcontext()
     for name, stand_in in dict(
-        get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append, stream=nothing, graph=nothing,
-        Stream=lambda device: stream, current_stream=lambda device: stream, CUDAGraph=nothing,
-        graph_pool_handle=lambda: None,
+        get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append,
+        Stream=lambda device: stream, current_stream=lambda device: stream, stream=nothing,
+        CUDAGraph=nothing, graph=nothing, graph_pool_handle=lambda: None,
     ).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     recorders = [recording.Recorder('cuda') for _ in range(2)]

@@ -218,9 +218,8 @@ class StaticSteps(SharedStep):
 
     def lay_out(self, rows):
         "Read rows and lay them out in parts."
-        total = sum(self.counts[i] for i in rows)
+        parts, total = [], sum(self.counts[i] for i in rows)
         layouts = self.layouts # the main thread may replace it meanwhile
-        parts = []
         for at in range(0, len(rows), layouts.images):
             features, captions = self.batches.read(rows[at:at+layouts.images])
             batch = layouts.lay_out(features, *self.table.find(captions), total)

@@ -296,7 +296,7 @@ class StaticStep:
 
     def release(self) -> bool: # Whether there were any to free
         "Free the memory of all recordings; see `capnb.out_of_memory.may_release`."
-        if get_ident()!=self.thread: return False # its own thread may be in the middle of a step
+        if get_ident()!=self.thread: return False # it may be in the middle of a step
         had = bool(self.recorded)
         self.forget()
         return had
