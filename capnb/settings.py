@@ -35,7 +35,7 @@ class Hyperparameters(Mapping):
 
     They are immutable. The first twelve, except `prompt`, have the names that classic training scripts use.
     """
-    batch_size: int = _setting(8, 'Captions per optimizer step', lo=1)
+    batch_size: int = _setting(8, 'Images per optimizer step', lo=1)
     num_epochs: int = _setting(5, 'Times each image is seen', lo=1)
     learning_rate: float = _setting(1e-4, 'Step size of AdamW at the start', lo=0)
     learning_rate_decay: float = _setting(
@@ -125,8 +125,8 @@ class Hyperparameters(Mapping):
     )
     micro_batch_size: int = _setting(
         None,
-        'Captions per forward pass; the whole batch if not set. Fewer need less memory and do not change'
-        ' the result',
+        'Images per forward pass, with all their captions; the whole batch if not set. Fewer need less'
+        ' memory and do not change the result',
         lo=1, optional=True,
     )
     mixed_precision: str = _setting(

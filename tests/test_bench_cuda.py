@@ -178,6 +178,21 @@ def test_what_a_card_refuses_is_noted_and_the_next_section_begins(bench, tmp_pat
     assert json.loads((tmp_path/'bench.json').read_text()) == found
     assert 'one failed: OutOfMemoryError' in gpu_text(found)
 
+def test_a_batch_that_does_not_fit_leaves_the_smaller_ones(bench, monkeypatch, capsys):
+    speed = dict(captions_s=1., ms=1.)
+    def eager(bench, n, each):
+        if n > 32: raise torch.OutOfMemoryError('CUDA out of memory')
+        return speed
+    monkeypatch.setattr(gpu_bench, '_eager', eager)
+    monkeypatch.setattr(gpu_bench, '_replayed', lambda *args: dict(replayed=speed, tflops=1.))
+    found = gpu_bench._steps(bench, (8, 32, 128, 512))
+    assert list(found)==['8', '32'] and 'batches of 128 and more' in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_bench._steps(bench, (128, 512))
+    llava = {n: speed for n in ('8', '32', '128')}
+    ratios = find_ratios(dict(patches=found, llava=llava))
+    assert list(ratios)==['patches over LLaVA, 8', 'patches over LLaVA, 32']
+
 def test_no_section_begins_after_the_time(bench, tmp_path):
     found = bench_gpu(bench, tmp_path/'bench.json', most=-1)
     assert found['skipped'] == list(SECTIONS) and 'ceilings left out: the time was used up' in gpu_text(found)
@@ -235,6 +250,15 @@ def test_what_takes_a_gpu_is_told_in_one_line(words, message, capsys, monkeypatc
         bench_command(words)
     out, err = capsys.readouterr()
     assert end.value.code == 1 and err == f'bench: {message}\n' and not out
+
+@pytest.mark.parametrize('more', [[], ['--full-run']], ids=str)
+def test_a_quick_round_is_for_a_processor(more, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for name in ('_bench_gpu', '_full_run'):
+        monkeypatch.setattr(f'capnb.run.commands.{name}', lambda *args: pytest.fail('it runs in full'))
+    with pytest.raises(SystemExit):
+        bench_command(['--device', 'cuda', '--quick', *more])
+    assert '--quick is for the processor' in capsys.readouterr().err
 
 def test_on_a_processor_it_says_what_is_left_out(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr('capnb.fast.bench.bench', lambda rounds: dict(rounds=rounds))

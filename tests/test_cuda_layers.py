@@ -4,6 +4,7 @@ import copy, logging
 from types import SimpleNamespace
 import pytest, torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from capnb.build import build_captioner
 from capnb.fast import loss
@@ -153,6 +154,24 @@ def test_what_the_kernel_does_not_know_is_left_to_transformers(cudnn, change):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert cudnn[0]==cudnn[1] # both by transformers
+
+@pytest.mark.parametrize('card,chosen,shared', [
+    ((9, 0), SDPBackend.CUDNN_ATTENTION, True), ((10, 3), SDPBackend.CUDNN_ATTENTION, True),
+    ((9, 0), SDPBackend.EFFICIENT_ATTENTION, False), ((9, 0), SDPBackend.MATH, False), # an old cuDNN
+    ((8, 0), SDPBackend.CUDNN_ATTENTION, False), ((12, 0), SDPBackend.CUDNN_ATTENTION, False),
+], ids=str)
+def test_heads_are_shared_only_where_pytorch_takes_cudnn(monkeypatch, card, chosen, shared):
+    "Another kernel might copy the heads, and store all scores."
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: card)
+    monkeypatch.setattr(torch, '_fused_sdp_choice', lambda *args, **how: chosen.value)
+    x = SimpleNamespace(is_cuda=True, device='cuda')
+    assert layers._cudnn_can(x, x, x, None, 0.)==shared
+
+def test_pytorch_tells_which_attention_it_takes():
+    "On a processor it is none of cuDNN."
+    query, shared = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8)
+    found = torch._fused_sdp_choice(query, shared, shared, torch.zeros(5, 5), 0., enable_gqa=True)
+    assert SDPBackend(found) in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
 
 def test_a_decoder_with_shared_heads_still_packs():
     decoder = build_captioner(as_hyperparameters(), 'cpu').decoder

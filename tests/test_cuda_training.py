@@ -2,6 +2,7 @@
 the layout; nothing of padding; the same run to the last bit after a stop; and a recording is used as it
 should be. What needs a GPU is in the chapters' cells flagged `cuda`."""
 import gc, logging, pickle, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -293,8 +294,21 @@ def test_out_of_memory_goes_on_in_halves(static, tmp_path, monkeypatch, caplog, 
     monkeypatch.setattr(StaticStep, '_backward', lambda self, shape: cramped_out())
     def cramped_out():
         raise torch.OutOfMemoryError('CUDA out of memory')
-    with pytest.raises(ValueError, match='out of memory with a single caption'):
+    with pytest.raises(ValueError, match='out of memory with a single image'):
         run_training(build_captioner(h, 'cpu'), data, settings(tmp_path/'none'))
+
+def test_a_small_last_batch_is_halved_as_it_is_laid_out(static, tmp_path, monkeypatch):
+    "Its one row is laid out for six images; there is memory for three."
+    h = settings(tmp_path, num_epochs=1, captions_per_image=1, evaluation_enabled=False)
+    made, backward = [], StaticStep._backward
+    def cramped(self, shape):
+        made.append(shape)
+        if len(made) > 1 and shape.images > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    run = run_training(build_captioner(h, 'cpu'), encoded(h, 7), h)
+    assert run.micro_batch_size==3 and len(run.losses)==2
 
 def test_the_gradient_of_parts_before_memory_ran_out_is_cleared(static, tmp_path, monkeypatch):
     "The second part of the first batch does not fit; the whole batch is made anew."
@@ -428,6 +442,17 @@ def test_recordings_are_freed_when_memory_is_needed_elsewhere(batches, caplog):
     assert fixed.recorded and release_memory() and not fixed.recorded and not release_memory()
     fixed(steps[0])
     assert set(fixed.recorded)=={steps[0][0].shape, 'update'} and release_memory()
+
+def test_another_thread_does_not_take_the_gradient_of_a_step(batches):
+    "Memory runs out in a notebook while a run trains in its own thread."
+    h, steps = batches
+    _, _, fixed = trained(build_captioner(h, 'cpu').train(), h, steps, Recorder())
+    fixed.gradient(steps[0])
+    before = [p.grad.clone() for p in fixed.parameters]
+    with ThreadPoolExecutor(1) as other:
+        other.submit(release_memory).result()
+    assert fixed.recorded and all(map(torch.equal, before, (p.grad for p in fixed.parameters)))
+    assert release_memory() and not fixed.recorded
 
 def test_a_run_that_is_over_holds_no_recordings(static, tmp_path, monkeypatch):
     seen = []
@@ -590,6 +615,28 @@ def test_watching_for_waits_is_no_warning(monkeypatch):
         with pytest.raises(KeyError), recording.no_waiting():
             raise KeyError
     assert modes==['default', 'error', 'default']
+
+@pytest.mark.parametrize('method', ['warm_up', 'record'])
+def test_threads_record_one_after_the_other(monkeypatch, method):
+    "Else each could restore the mode of the other: then every later wait for the GPU is an error."
+    modes, inside, seen = ['default'], [], []
+    def work():
+        inside.append(1)
+        time.sleep(.02)
+        seen.append(len(inside))
+        inside.pop()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    nothing = lambda *args, **how: nullcontext()
+    for name, stand_in in dict(
+        get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append,
+        Stream=lambda device: stream, current_stream=lambda device: stream, stream=nothing,
+        CUDAGraph=nothing, graph=nothing, graph_pool_handle=lambda: None,
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recorders = [recording.Recorder('cuda') for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda recorder: getattr(recorder, method)(work), recorders))
+    assert set(seen)=={1} and modes[-1]=='default'
 
 def liger(kernel):
     "The parts of Liger Kernel that are used; each calls `kernel`."

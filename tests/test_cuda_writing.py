@@ -12,6 +12,7 @@ from capnb.build import build_captioner
 from capnb.generation import generate_captions, generate_rows as by_generate
 from capnb.fast import writing as chapter_21
 from capnb.fast.cuda import rows as cuda_rows, writing as cuda_writing
+from capnb.fast.cuda.layers import use_masked_attention
 from capnb.fast.cuda.rows import FixedRows, takes_fixed_cache
 from capnb.fast.cuda.training import Recorder, why_not
 from capnb.fast.cuda.writing import CudaWriter, write_rows
@@ -325,6 +326,12 @@ def test_where_flash_attention_is_installed_another_is_put_in(flash, model, capl
     assert why_not(captioner, torch.optim.AdamW(captioner.adapter.parameters()), 40) is None
     assert captioner.caption_features(features)==expected
     assert sum('FlashAttention' in r.message for r in caplog.records)==1
+
+def test_an_attention_that_stays_is_not_called_new(flash, monkeypatch):
+    "Falcon chooses its attention when it is built."
+    decoder = build_captioner(as_hyperparameters(), 'cpu').decoder
+    monkeypatch.setattr(decoder, 'set_attn_implementation', lambda name: None)
+    assert decoder.config._attn_implementation=='flash_attention_2' and use_masked_attention(decoder)==''
 
 def test_it_is_put_in_on_a_gpu_only(model):
     class OnGpu:

@@ -305,6 +305,7 @@ def test_the_step_that_would_run_is_predicted(monkeypatch):
     assert seconds(as_hyperparameters(h, unfreeze_layers=1, unfreeze_epoch=1)) < .02
     layers = planned_config(h.tokenizer_name, 'decoder').num_hidden_layers
     assert len(training_work(h))-len(recorded_work(h)) > 20*4*layers
+    assert seconds(as_hyperparameters(h, prompt='A photo of')) > 4*recorded
     monkeypatch.setattr(estimate, 'why_not', lambda *args: 'captions cannot share rows in this decoder')
     assert 4*recorded < seconds(h) < .7*work_seconds(training_work(h), H100)
 

@@ -19,6 +19,7 @@ from capnb.fast.gpu_sides import (
 from .random_models import count
 from ..files import say, write_json
 from ..hardware import describe_hardware
+from ..out_of_memory import memory_ran_out
 
 # %% ../../nbs/25d_gpu_bench.ipynb #84f129be
 def _ceilings(bench):
@@ -29,6 +30,18 @@ def _ceilings(bench):
         'launch us': 1e6*found.launch,
         'replay us': found.replay and 1e6*found.replay,
     }
+
+def _fitting(measure, sizes):
+    "Measure the sizes that fit into memory, the smallest first; raise the error if none does."
+    found = {}
+    for n in sizes:
+        try:
+            found[n] = measure(n)
+        except RuntimeError as e:
+            if not (found and memory_ran_out(e)): raise
+            say(f'batches of {n} and more do not fit into memory')
+            break
+    return found
 
 def _equality(bench):
     n, rows = bench.sizes.batches[0], bench.sizes.rows[0]
@@ -43,7 +56,8 @@ def _guide(bench):
 
 def _llava(bench):
     each = bench.sizes.each
-    return {f'{n} x {each}': bench.measure(llava_step(bench, n), n*each) for n in bench.sizes.patches}
+    found = _fitting(lambda n: bench.measure(llava_step(bench, n), n*each), bench.sizes.patches)
+    return {f'{n} x {each}': figures for n, figures in found.items()}
 
 def _replayed(bench, n, each):
     parameters = count(bench.captioner(features_for(each), fast=True)[0].decoder) # keeps the captioner ready
@@ -68,9 +82,10 @@ def _eager(bench, n, each):
 
 def _steps(bench, sizes, each=1):
     "Measure steps of several sizes: first all eager ones, then all replayed ones."
-    eager = {n: _eager(bench, n, each) for n in sizes}
+    eager = _fitting(lambda n: _eager(bench, n, each), sizes)
+    replayed = _fitting(lambda n: _replayed(bench, n, each), eager)
     name = '{0} x {1}' if each > 1 else '{0}'
-    return {name.format(n, each): dict(eager=eager[n], **_replayed(bench, n, each)) for n in sizes}
+    return {name.format(n, each): dict(eager=eager[n], **figures) for n, figures in replayed.items()}
 
 def _training(bench): return _steps(bench, bench.sizes.batches)
 
@@ -84,7 +99,8 @@ def _writing(bench):
     return found
 
 def _profile(bench):
-    return {str(n): step_costs(bench, replayed_step(bench, n)[0]) for n in bench.sizes.batches[::2]}
+    found = _fitting(lambda n: step_costs(bench, replayed_step(bench, n)[0]), bench.sizes.batches[::2])
+    return {str(n): costs for n, costs in found.items()}
 
 def _compiled(bench):
     found = {}
@@ -142,6 +158,7 @@ def find_ratios(
             ratios[f'replayed over compiled, batch {n}'] = mine/step['captions_s']
     if 'patches' in sections and 'llava' in sections:
         for n, other in sections['llava'].items():
+            if n not in sections['patches']: continue # it did not fit into memory
             mine = sections['patches'][n]['replayed']['captions_s']
             ratios[f'patches over LLaVA, {n}'] = mine/other['captions_s']
     for rows, s in sections.get('writing', {}).items():

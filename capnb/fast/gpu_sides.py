@@ -171,11 +171,11 @@ def eager_step(
 ): # As from `guide_step`
     "Create the library's step, launched operation by operation."
     model = bench.captioner(features_for(each))[0]
-    optimizer, batches = _optimizer(model), []
+    batches = []
     for features, ids, lengths in _batches(bench, model, n, each):
         mask = (torch.arange(ids.shape[1]) < lengths.view(-1, 1)).long()
-        batches.append((features.to(bench.device), ids.to(bench.device), mask.to(bench.device)))
-    turn = cycle(batches)
+        batches.append([t.to(bench.device) for t in (features, ids, mask)])
+    turn, optimizer = cycle(batches), _optimizer(model)
     def step():
         features, ids, mask = next(turn)
         prefix = model.adapter(features).to(bench.dtype)
@@ -202,8 +202,8 @@ def static_step(
 ) -> tuple: # Function without arguments that trains on the next batch; the `StaticStep`; the list of batches
     "Create the library's training step of fixed shapes (`StaticStep`), without recordings yet."
     model = bench.captioner(features_for(each), fast=True)[0]
-    laid, static = laid_batches(bench, model, n, each), StaticStep(model, _optimizer(model))
-    turn = cycle(laid)
+    laid = laid_batches(bench, model, n, each)
+    static, turn = StaticStep(model, _optimizer(model)), cycle(laid)
     return lambda: static([next(turn)]), static, laid
 
 def replayed_step(
@@ -316,8 +316,9 @@ def _per_second(bench, do, paths):
 
 def encoding_speeds(bench:Bench) -> dict: # Images per second of each side
     "Measure encoding and its parts."
-    (model, images), n = bench.captioner(), bench.sizes.photographs
-    encoder, side = model.encoder, model.encoder.image_size
+    model, images = bench.captioner()
+    encoder, n = model.encoder, bench.sizes.photographs
+    side = encoder.image_size
     processor = CLIPImageProcessorPil(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
     encoder.processor = processor
     def opened(path):

@@ -245,6 +245,8 @@ def bench_command(
         raise ValueError('device is cuda, but PyTorch finds no GPU here')
     if full_run and device!='cuda':
         raise ValueError('a full run takes a GPU: add --device cuda')
+    if quick and device=='cuda':
+        raise ValueError('--quick is for the processor: leave it out with --device cuda')
     if full_run: return _full_run(device, json)
     if device=='cuda': return _bench_gpu(device, json)
     from capnb.fast.bench import bench, bench_text

@@ -299,7 +299,7 @@ def predict_phases(
     fuse_norms(model.decoder)
     do, (optimizer, _) = phases(model, h), optimizer_for(model, h, 1)
     length = (model.encoder.patches if h.features=='patch' else h.prefix_length) + h.max_caption_length
-    recorded = not why_not(model, optimizer, length)
+    recorded = not (h.prompt or why_not(model, optimizer, length)) # this model is made without the prompt
     step = recorded_work(h, dtype) if recorded else count_work(do['step'])
     return dict(
         prepare=prepare,

@@ -34,7 +34,7 @@ class SavedRun(Run):
     total: float = 0. # Sum of the NLL of the tokens of this epoch, in nats
     tokens: int = 0 # Number of these tokens
     seconds: float = 0. # Time for these tokens
-    micro_batch_size: int = None # Captions per forward pass, if not the whole batch
+    micro_batch_size: int = None # Images per forward pass, if not the whole batch
     main: bool = True # Whether this process writes the files
     random: dict = None # State of the random generators to restore before the next step
     signal: int = 0 # Number of the signal that requests a stop

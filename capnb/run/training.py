@@ -69,16 +69,16 @@ def _parts(run, captions):
 
 # %% ../../nbs/33a_training.ipynb #6c6f0706
 def _halve(run, n):
-    "Continue with half as many of `n` captions at a time."
+    "Continue with half as many of `n` images at a time."
     size = min(run.micro_batch_size or n, n)
     if sharding_asked():
-        raise ValueError(f'out of memory with {n} captions, and with FSDP a process cannot halve its batch'
+        raise ValueError(f'out of memory with {n} images, and with FSDP a process cannot halve its batch'
                          f' alone; what helps: {ADVICE}')
     if size==1:
-        raise ValueError('out of memory with a single caption; what helps: shorter captions'
+        raise ValueError('out of memory with a single image; what helps: shorter captions'
                          f' (max_caption_length), a smaller model, and {ADVICE}')
     run.micro_batch_size = size//2
-    log.warning(f'⚠️ Out of memory with {size} captions at a time: going on with {size//2}, the batch stays'
+    log.warning(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}, the batch stays'
                 f' {n} and the result the same. What also helps: {ADVICE}')
 
 def precision(
@@ -207,9 +207,9 @@ class StaticSteps(SharedStep):
     def plan(self):
         "Choose shapes for parts that fit into memory; they are the same in each epoch."
         run = self.run
-        size, begin = run.micro_batch_size or run.batch_size, begin_ids(run.model.tokenizer)
+        size = min(run.micro_batch_size or run.batch_size, run.batch_size)
         some = [row['captions'][:run.captions_per_image] for row in run.data['train'].rows]
-        size = min(size, run.batch_size)
+        begin = begin_ids(run.model.tokenizer)
         self.layouts = Layouts(self.table.lengths(some), size, _prefix_length(run), begin)
 
     def lay_out(self, rows):
@@ -237,7 +237,7 @@ class StaticSteps(SharedStep):
             if release_memory() or had and not freed:
                 freed = True
                 continue
-            _halve(run, len(rows))
+            _halve(run, max(len(rows), self.layouts.images)) # a small last batch is laid out like the others
             self.plan()
 
     def on_close(self, run):

@@ -8,7 +8,6 @@ __all__ = ['room', 'Shape', 'Numbers', 'views', 'Batch', 'Layouts', 'waste']
 # %% ../../../nbs/23b_gpu_batches.ipynb #23b00003
 import random, torch
 from dataclasses import dataclass, replace
-from torch.nn import functional as F
 from ..packing import lay_out, share_out
 
 # %% ../../../nbs/23b_gpu_batches.ipynb #23b00006
@@ -72,8 +71,10 @@ class Layouts:
         prefix:int, # Vectors per image, from the adapter
         begin=(), # Tokens before the image, such as a begin-of-text token
     ):
-        self.images, self.prefix, self.begin = min(images, len(lengths)), prefix, list(begin)
-        sizes, chance = [self.size(tokens) for tokens in lengths], random.Random(0)
+        self.images = min(images, len(lengths))
+        self.prefix, self.begin = prefix, list(begin)
+        sizes = [self.size(tokens) for tokens in lengths]
+        chance = random.Random(0)
         some = [chance.sample(sizes, self.images) for _ in range(8)]
         mean = sum(map(sum, some))//len(some)
         fewest, most = (max(1, min(self.images, -(-mean//long))) for long in (256, 128))
@@ -119,7 +120,8 @@ class Layouts:
         to.target[:predicted] = targets.row*shape.positions+targets.column
         to.label.fill_(-1)[:predicted] = ids[targets.caption,targets.token]
         to.total.fill_(total or predicted)
-        features = F.pad(features, (0,0)*(features.dim()-1) + (0,shape.images-len(features)))
+        missing = features.new_zeros(shape.images-len(features), *features.shape[1:])
+        features = torch.cat([features, missing])
         return Batch(shape, features, numbers, len(at), predicted)
 
 # %% ../../../nbs/23b_gpu_batches.ipynb #23b00015

@@ -10,8 +10,8 @@ __all__ = ['large_norm', 'FusedNorm', 'fuse_norms', 'shared_heads_attention', 'u
 import copy, inspect, logging, torch
 from importlib.util import find_spec
 from torch import nn
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -72,13 +72,14 @@ def fuse_norms(
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00110
 def _prefers_cudnn(device):
-    "Whether PyTorch prefers cuDNN's attention on a card: on Hopper and newer."
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    "Whether PyTorch may prefer cuDNN's attention on a card: on Hopper and on Blackwell for data centers."
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 def _cudnn_can(query, key, value, mask, dropout):
     "Whether PyTorch will use a kernel of cuDNN for these tensors."
     if not (query.is_cuda and _prefers_cudnn(query.device)): return False
-    return can_use_cudnn_attention(SDPAParams(query, key, value, mask, dropout, False, True))
+    chosen = torch._fused_sdp_choice(query, key, value, mask, dropout, enable_gqa=True)
+    return chosen==SDPBackend.CUDNN_ATTENTION.value
 
 def shared_heads_attention(
     module, # Attention layer
@@ -182,4 +183,5 @@ def use_masked_attention(
     now = decoder.config.get_text_config()._attn_implementation
     if 'flash_attention' not in now: return ''
     decoder.set_attn_implementation('sdpa' if decoder._supports_sdpa else 'eager')
-    return decoder.config._attn_implementation
+    new = decoder.config.get_text_config()._attn_implementation
+    return new if new!=now else '' # some families cannot change it

@@ -63,7 +63,8 @@ class FixedRows:
         self.decoder, self.rows, self.prefix, self.device = decoder, rows, prefix, weight.device
         self.room = -(-room//16)*16 # a multiple of 16
         self.new = rows if prefix==1 else max(1, rows//8) # prefixes that are taken in at a time
-        self.graphs, self.eager = {}, {} # by shape: its recording, and how often it ran
+        self.graphs = {} # by shape: its recording
+        self.eager = {} # by shape: how often it ran, replays included
         self.hurry = False
         self.records = self.device.type=='cuda'
         self.recorder = recorder or (Recorder(self.device) if self.records else None)
@@ -99,7 +100,8 @@ class FixedRows:
             do()
 
     def _read(self):
-        (new, n), least = self.begins.shape[:2], torch.finfo(self.begins.dtype).min
+        new, n, _ = self.begins.shape
+        least = torch.finfo(self.begins.dtype).min
         sees = self.begins.new_full((n, n), least).triu(1)                     # (prefix-1, prefix-1)
         self.place.order, self.place.comes = self.order, self.comes
         try:

@@ -9,6 +9,7 @@ __all__ = ['static_loss', 'no_waiting', 'Recorder', 'waits_for_gpu', 'refusal', 
 import time, torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from threading import RLock, get_ident
 from torch import nn
 from ...out_of_memory import may_release, memory_ran_out
 from .batches import Numbers, views
@@ -56,6 +57,8 @@ def no_waiting():
     finally:
         _report_waiting(before)
 
+_ALONE = RLock() # PyTorch records for one thread at a time, and `no_waiting` holds for all threads
+
 class Recorder:
     "Record work in CUDA graphs that share one memory pool and one stream."
     def __init__(self, device):
@@ -72,7 +75,7 @@ class Recorder:
         now = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(now)
         try:
-            with torch.cuda.stream(self.stream):
+            with _ALONE, torch.cuda.stream(self.stream):
                 work()
                 with no_waiting():
                     work()
@@ -85,7 +88,7 @@ class Recorder:
         self.graphs.append(graph)
         # thread_local: other threads may use the device meanwhile
         recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local')
-        with torch.cuda.stream(self.stream), recording: # if it fails, the outer one restores the stream
+        with _ALONE, torch.cuda.stream(self.stream), recording: # if it fails, the stream is restored
             result = work()
         return graph, result
 
@@ -139,7 +142,8 @@ class _OnDevice:
 
     @contextmanager
     def __call__(self):
-        groups, optimizer = self.optimizer.param_groups, self.optimizer
+        optimizer = self.optimizer
+        groups = optimizer.param_groups
         before = [{k: g[k] for k in ('lr', 'capturable', 'fused')} for g in groups]
         for group,rate in zip(groups, self.rates, strict=True):
             group.update(lr=rate, capturable=True, fused=True)
@@ -170,6 +174,7 @@ class StaticStep:
         self.on_device = _OnDevice(optimizer, self.device) if on_gpu else None
         self.places, self.recorded, self.refused, self.corrected = {}, {}, None, False
         self.seconds = 0. # spent on recording steps
+        self.thread = get_ident() # the only one that may release the recordings
         self.parameters = [p for g in optimizer.param_groups for p in g['params'] if p.requires_grad]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
@@ -289,8 +294,9 @@ class StaticStep:
             self.recorder.forget()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def release(self) -> bool: # Whether there were any
+    def release(self) -> bool: # Whether there were any to free
         "Free the memory of all recordings; see `capnb.out_of_memory.may_release`."
+        if get_ident()!=self.thread: return False # it may be in the middle of a step
         had = bool(self.recorded)
         self.forget()
         return had

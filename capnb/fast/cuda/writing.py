@@ -28,8 +28,8 @@ class _Captions:
     def __init__(self, rows, prefix, most, ends, least=0, stops=(), choose=None):
         whole = partial(torch.tensor, dtype=torch.long, device=rows.device)
         self.rows, self.prefix, self.choose, self.least = rows, prefix, choose, least
-        self.images, self.ends, self.most = len(prefix), whole(list(ends)), whole([*most, 1])
-        self.stops = whole(list(stops))
+        self.images, self.most = len(prefix), whole([*most, 1]) # idle rows write one token
+        self.ends, self.stops = whole(list(ends)), whole(list(stops))
         # (images+1, longest): tokens; idle rows write to the last row
         self.written = whole(-1).repeat(self.images+1, max(most))
         self.image = whole(self.images).repeat(rows.rows) # image of each row; `images` if the row is idle
@@ -44,7 +44,8 @@ class _Captions:
 
     def take_in(self):
         "Put the next prefixes into idle rows, as many as fit in one forward pass."
-        idle, coming = self.image==self.images, torch.arange(self.rows.new, device=self.image.device)
+        idle = self.image==self.images
+        coming = torch.arange(self.rows.new, device=self.image.device)
         order = idle.logical_not().byte().argsort(stable=True)[:self.rows.new] # idle rows first
         image = self.next+coming
         comes = idle[order] & (image < self.images)                            # (new,)
@@ -56,7 +57,8 @@ class _Captions:
     def write(self, logits):
         "Choose a token for each row, and mark finished captions."
         if self.least: # captions below the minimum length may not end yet
-            early, every = self.count < self.least, torch.arange(logits.shape[1], device=logits.device)
+            early = self.count < self.least
+            every = torch.arange(logits.shape[1], device=logits.device)
             stops = (every[:,None]==self.stops).any(1)                         # (vocabulary,)
             logits = logits.masked_fill(early[:,None] & stops, -torch.inf)
         tokens = _sample(logits, self.choose) if self.choose is not None else logits.argmax(-1) # (rows,)
@@ -90,7 +92,8 @@ def write_rows(
 ) -> list: # For each caption, a list of token ids
     "Write a caption for each prefix; a finished row takes the next prefix."
     with torch.inference_mode(False), torch.no_grad():
-        said, alone = _Captions(rows, prefix, most, ends, **options), rows.prefix==1
+        said = _Captions(rows, prefix, most, ends, **options)
+        alone = rows.prefix==1 # such a prefix needs no forward pass of its own
         rows.hurry = len(prefix) > rows.rows
         rows.position.zero_()
         while True:
@@ -144,6 +147,9 @@ class CudaWriter:
     `top_p`, `min_p`), with `max_new_tokens`, `min_new_tokens` and any `eos_token_id`, as `generate` does.
     For other options, such as beams, it falls back to `capnb.fast.writing`. It also falls back on a CPU,
     under autocast, with a decoder that `takes_fixed_cache` rejects, and if memory is short.
+
+    Threads may share it. Before a step is recorded, it is checked: for this moment, no other thread may wait
+    for the GPU (see `capnb.fast.cuda.training.no_waiting`).
 
     The number of rows is the next of `WIDTHS` that holds the images, or `batch_size` if that is smaller. It
     is reduced if the cache would take more than an eighth of the free memory.
