@@ -51,7 +51,7 @@ def features_key(
     for name,p in encoder.model.state_dict().items():
         weights.update(name.encode())
         # a module of one's own may keep other things, too; `seen` in its `identity` tells their effect
-        if isinstance(p, torch.Tensor) and not p.is_quantized:
+        if isinstance(p, torch.Tensor):
             weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     facts = encoder.identity if isinstance(encoder, OwnEncoder) else _model_facts(encoder)
     about = dict(facts, weights=weights.hexdigest(), oversize=OVERSIZE)
