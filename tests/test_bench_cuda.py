@@ -178,6 +178,23 @@ def test_what_a_card_refuses_is_noted_and_the_next_section_begins(bench, tmp_pat
     assert json.loads((tmp_path/'bench.json').read_text()) == found
     assert 'one failed: OutOfMemoryError' in gpu_text(found)
 
+@pytest.mark.parametrize('name, section, kept', [
+    ('_eager', 'training', 'replayed over eager, batch 4'),
+    ('_replayed', 'training', 'replayed over eager, batch 4'),
+    ('rows_seconds', 'writing', 'writing over generate, 4 rows'),
+    ('llava_step', 'llava', None),
+])
+def test_a_size_that_does_not_fit_costs_its_own_figures(bench, monkeypatch, name, section, kept):
+    measure = getattr(gpu_bench, name)
+    def cramped(bench, n, *args):
+        if n in (2, 8): raise torch.OutOfMemoryError('CUDA out of memory')
+        return measure(bench, n, *args)
+    monkeypatch.setattr(gpu_bench, name, cramped)
+    monkeypatch.setattr(gpu_bench, 'SECTIONS', {section: SECTIONS[section]})
+    found = bench_gpu(bench, tell=lambda line: None)
+    assert list(found['ratios']) == ([kept] if kept else []) and not found['failed']
+    assert 'failed OutOfMemoryError: CUDA out of memory' in gpu_text(found).replace('failed:', 'failed')
+
 def test_no_section_begins_after_the_time(bench, tmp_path):
     found = bench_gpu(bench, tmp_path/'bench.json', most=-1)
     assert found['skipped'] == list(SECTIONS) and 'ceilings left out: the time was used up' in gpu_text(found)
