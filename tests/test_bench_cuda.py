@@ -4,7 +4,7 @@ import json, time
 from statistics import mean
 from types import SimpleNamespace
 import pytest, torch
-from capnb.fast import gpu_bench, gpu_sides
+from capnb.fast import bench as cpu_bench, gpu_bench, gpu_sides
 from capnb.fast.gpu_bench import GOALS, SECTIONS, bench_gpu, find_ratios, gpu_text
 from capnb.fast.gpu_sides import (
     Bench, Sizes, compiled_step, real_tokens, rows_seconds, static_step, training_difference
@@ -204,6 +204,15 @@ def test_a_benchmark_takes_the_real_sizes_by_default():
     assert (sizes.batches, sizes.patches, sizes.each) == ((8, 32, 128, 512), (8, 32), 5)
     assert sizes.rows == (32, 128, 256, 512) and (sizes.guide, sizes.padded) == (8, 128)
     assert Bench('cuda').changes == {}
+
+def test_a_system_may_not_know_the_peak(monkeypatch, tmp_path):
+    file = tmp_path/'status'
+    monkeypatch.setattr(cpu_bench, 'Path', lambda name: file)
+    assert cpu_bench._peak_gb() is None
+    file.write_text('VmSize:\t 10 kB\nVmRSS:\t 5 kB\n')
+    assert cpu_bench._peak_gb() is None
+    file.write_text('VmSize:\t 10 kB\nVmHWM:\t 1000000 kB\n')
+    assert cpu_bench._peak_gb() == 1.024
 
 # --- A whole run
 
