@@ -172,7 +172,7 @@ def test_it_has_no_form_as_a_llava(trained):
 class Noted(MeanColours):
     "It keeps more than tensors with its weights, as quantised layers do."
     def get_extra_state(self): return dict(version=1)
-    def set_extra_state(self, state): pass
+    def set_extra_state(self, state): return None
 
 def test_an_encoder_may_keep_more_than_tensors():
     key, again = (features_key(OwnEncoder(Noted(), 'cpu'))[0] for _ in range(2))

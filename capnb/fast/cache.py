@@ -361,7 +361,7 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     return rows, digests
 
 def _encode_in(root, encoder, data, batch_size, progress, threads, kept):
-    """Encode a data set with a cache below `root`; return its features, in memory unless `kept`, and its rows.
+    """Encode a data set with a cache below `root`; return features, in memory unless `kept`, and rows.
 
     Unless `kept`, no shard is mapped after that: Windows cannot delete mapped files."""
     cache = _cache_for(encoder, root)

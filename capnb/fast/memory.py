@@ -33,7 +33,8 @@ class MemoryCounter(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False # a meta tensor has no value; take False
-        def pieces(x): return [t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+        def pieces(x):
+            return [t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
         for p in pieces((args, kwargs)):
             self.known.add(p) # existed before
         out = operation(*args, **(kwargs or {}))
