@@ -4,7 +4,7 @@ import json, time
 from statistics import mean
 from types import SimpleNamespace
 import pytest, torch
-from capnb.fast import gpu_bench, gpu_sides
+from capnb.fast import bench as cpu_bench, gpu_bench, gpu_sides
 from capnb.fast.gpu_bench import GOALS, SECTIONS, bench_gpu, find_ratios, gpu_text
 from capnb.fast.gpu_sides import (
     Bench, Sizes, compiled_step, real_tokens, rows_seconds, static_step, training_difference
@@ -178,20 +178,22 @@ def test_what_a_card_refuses_is_noted_and_the_next_section_begins(bench, tmp_pat
     assert json.loads((tmp_path/'bench.json').read_text()) == found
     assert 'one failed: OutOfMemoryError' in gpu_text(found)
 
-def test_a_batch_that_does_not_fit_leaves_the_smaller_ones(bench, monkeypatch, capsys):
-    speed = dict(captions_s=1., ms=1.)
-    def eager(bench, n, each):
-        if n > 32: raise torch.OutOfMemoryError('CUDA out of memory')
-        return speed
-    monkeypatch.setattr(gpu_bench, '_eager', eager)
-    monkeypatch.setattr(gpu_bench, '_replayed', lambda *args: dict(replayed=speed, tflops=1.))
-    found = gpu_bench._steps(bench, (8, 32, 128, 512))
-    assert list(found)==['8', '32'] and 'batches of 128 and more' in capsys.readouterr().out
-    with pytest.raises(torch.OutOfMemoryError):
-        gpu_bench._steps(bench, (128, 512))
-    llava = {n: speed for n in ('8', '32', '128')}
-    ratios = find_ratios(dict(patches=found, llava=llava))
-    assert list(ratios)==['patches over LLaVA, 8', 'patches over LLaVA, 32']
+@pytest.mark.parametrize('name, section, kept', [
+    ('_eager', 'training', 'replayed over eager, batch 4'),
+    ('_replayed', 'training', 'replayed over eager, batch 4'),
+    ('rows_seconds', 'writing', 'writing over generate, 4 rows'),
+    ('llava_step', 'llava', None),
+])
+def test_a_size_that_does_not_fit_costs_its_own_figures(bench, monkeypatch, name, section, kept):
+    measure = getattr(gpu_bench, name)
+    def cramped(bench, n, *args):
+        if n in (2, 8): raise torch.OutOfMemoryError('CUDA out of memory')
+        return measure(bench, n, *args)
+    monkeypatch.setattr(gpu_bench, name, cramped)
+    monkeypatch.setattr(gpu_bench, 'SECTIONS', {section: SECTIONS[section]})
+    found = bench_gpu(bench, tell=lambda line: None)
+    assert list(found['ratios']) == ([kept] if kept else []) and not found['failed']
+    assert 'failed OutOfMemoryError: CUDA out of memory' in gpu_text(found).replace('failed:', 'failed')
 
 def test_no_section_begins_after_the_time(bench, tmp_path):
     found = bench_gpu(bench, tmp_path/'bench.json', most=-1)
@@ -202,6 +204,15 @@ def test_a_benchmark_takes_the_real_sizes_by_default():
     assert (sizes.batches, sizes.patches, sizes.each) == ((8, 32, 128, 512), (8, 32), 5)
     assert sizes.rows == (32, 128, 256, 512) and (sizes.guide, sizes.padded) == (8, 128)
     assert Bench('cuda').changes == {}
+
+def test_a_system_may_not_know_the_peak(monkeypatch, tmp_path):
+    file = tmp_path/'status'
+    monkeypatch.setattr(cpu_bench, 'Path', lambda name: file)
+    assert cpu_bench._peak_gb() is None
+    file.write_text('VmSize:\t 10 kB\nVmRSS:\t 5 kB\n')
+    assert cpu_bench._peak_gb() is None
+    file.write_text('VmSize:\t 10 kB\nVmHWM:\t 1000000 kB\n')
+    assert cpu_bench._peak_gb() == 1.024
 
 # --- A whole run
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from capnb.fast import decoder_families
 from capnb.fast.decoder_families import (
-    agrees, compare_families, compare_family, tiny_config
+    agrees, compare_decoder, compare_families, compare_family, tiny_config
 )
 from capnb.hub import model_config, model_path
 from capnb import decoder as readable
@@ -155,6 +156,36 @@ def test_a_family_that_crashes_or_hangs_does_not_stop_the_others(monkeypatch):
     assert compare_families(['qwen3_next'], seconds=0.01) == {
         'qwen3_next': dict(failed='no answer within 0.01 s')
     }
+
+def test_a_child_that_is_lost_as_it_starts_costs_one_family(monkeypatch):
+    lost, start = [], decoder_families._Child.start
+    def dies_once(self):
+        start(self)
+        if not lost:
+            lost.append(self)
+            raise EOFError
+    monkeypatch.setattr(decoder_families._Child, 'start', dies_once)
+    rows = compare_families(['llama', 'gpt2'], processes=1)
+    assert rows['llama'] == dict(failed='its process was lost') and agrees(rows['gpt2'])
+
+class Spoiled(torch.autograd.Function):
+    "A loss that is NaN, or whose gradient is."
+    @staticmethod
+    def forward(ctx, loss, what): return loss*(torch.nan if what=='loss' else 1)
+    @staticmethod
+    def backward(ctx, grad): return grad*torch.nan, None
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_a_nan_of_the_fast_way_does_not_agree(what, monkeypatch, tokenizer, tmp_path):
+    def spoiled(*args, **how): return Spoiled.apply(fast.caption_loss(*args, **how), what)
+    monkeypatch.setattr(decoder_families, 'caption_loss', spoiled)
+    assert not agrees(compare_decoder(*saved(tmp_path, tokenizer, 'llama')))
+
+def test_a_text_that_goes_on_after_its_end_is_not_the_same(monkeypatch, tokenizer, tmp_path):
+    made, alone = saved(tmp_path, tokenizer, 'llama'), decoder_families._greedy_alone
+    assert compare_decoder(*made)['greedy_equal']
+    monkeypatch.setattr(decoder_families, '_greedy_alone', lambda *args: [text[:3] for text in alone(*args)])
+    assert not compare_decoder(*made)['greedy_equal']
 
 @pytest.mark.slow
 def test_every_family_is_in_the_table_and_as_it_says():

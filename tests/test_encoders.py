@@ -6,6 +6,7 @@ import pytest, torch, transformers
 from transformers import CONFIG_MAPPING
 from capnb import load, train
 from capnb.encoder import load_encoder
+from capnb.fast import encoder_families
 from capnb.fast.encoder_families import (
     image_families, save_random_encoder, tiny_encoder, try_families, try_family, works
 )
@@ -159,6 +160,10 @@ def test_no_family_of_the_table_failed():
 def test_a_family_that_raises_does_not_stop_the_others(monkeypatch):
     rows = try_families(['no_such_family', 'ijepa'])
     assert 'KeyError' in rows['no_such_family']['failed'] and works(rows['ijepa'])
+
+def test_a_family_that_gives_nan_does_not_work(monkeypatch):
+    monkeypatch.setattr(encoder_families, '_difference', lambda *args: float('nan'))
+    assert not works(try_family('mobilenet_v2'))
 
 @pytest.mark.slow
 def test_every_family_is_in_the_table_and_as_it_says():

@@ -1,5 +1,5 @@
 "The fast parts of a captioner against the readable ones: the same numbers, and nothing else changes."
-import copy
+import copy, random
 import pytest, torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,7 +12,7 @@ from capnb.encoder import encode_data
 from capnb.fast import cache
 from capnb.fast.cpu import FrozenLinear, LeanQuickGELU, use_onednn
 from capnb.fast.loss import caption_loss, head_is_plain
-from capnb.fast.packing import reads_rows, takes_positions
+from capnb.fast.packing import reads_rows, share_out, takes_positions
 from capnb.fast.parts import is_fast, make_fast
 from capnb.fast.quantized import use_int8
 from capnb.settings import as_hyperparameters
@@ -148,3 +148,23 @@ def test_small_integers_after_onednn(wide):
     assert reads_rows(wide) and not head_is_plain(wide)
     inputs = torch.randn(2, 3, 512)*.02, torch.randint(600, (2, 5)), torch.ones(2, 5, dtype=int)
     assert 0 < abs(caption_loss(wide, *inputs)/caption_loss(exact, *inputs)-1) < .05
+
+def test_a_bias_that_learns_alone_gets_its_gradient():
+    layer = nn.Linear(512, 512)
+    layer.weight.requires_grad_(False)
+    model = nn.Sequential(layer)
+    use_onednn(model)
+    model(torch.randn(2, 512, requires_grad=True)).sum().backward()
+    assert type(model[0]) is FrozenLinear and torch.equal(model[0].bias.grad, torch.full((512,), 2.))
+
+def test_images_go_to_the_shortest_row_and_of_these_to_the_first():
+    dice = random.Random(0)
+    for _ in range(50):
+        sizes, rows = [dice.randint(1, 9) for _ in range(dice.randint(1, 40))], dice.randint(1, 9)
+        places, longest = share_out(sizes, rows)
+        taken = [0]*rows
+        for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            row = taken.index(min(taken))
+            assert places[i] == (row, taken[row])
+            taken[row] += sizes[i]
+        assert longest == max(taken)

@@ -1,6 +1,6 @@
 """The feature cache from outside: killed passes, two at once, changed images, damaged shards, folders that
 cannot be written, and what half precision does to the loss."""
-import time
+import os, time
 from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
@@ -115,6 +115,21 @@ def test_a_cached_pass_asks_no_child(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(DecodingPool, '_ask', lambda *args: pytest.fail('a child was asked'))
     assert torch.equal(encode_data(encoder, data, folder=tmp_path).features[:], expected)
 
+def test_a_large_batch_is_opened_in_messages(encoder, tmp_path, monkeypatch):
+    files = [saved(Image.new('RGB', (20, 20), (i, 0, 0)), 'PNG') for i in range(100)]
+    sizes, ask = [], DecodingPool._ask
+    def noted(self, request, body):
+        sizes.append(len(request.get('sizes', [0])))
+        return ask(self, request, body)
+    monkeypatch.setattr(DecodingPool, '_ask', noted)
+    data = CaptionData([dict(image=file, captions=['one']) for file in files])
+    encode_data(encoder, data, 100, folder=tmp_path/'many', threads=1)
+    assert sizes==[64, 36]
+    sizes.clear()
+    monkeypatch.setattr(enc, 'MOST_BYTES', sum(map(len, files[:40])))
+    encode_data(encoder, data, 100, folder=tmp_path/'large', threads=1)
+    assert len(sizes)==3 and min(sizes) > 1 and sum(sizes)==100
+
 def test_large_images_do_not_wait_for_the_end_of_a_batch(encoder, plain, pages, tmp_path, monkeypatch):
     together, make = [], enc.image_opener
     def noting(n):
@@ -124,7 +139,7 @@ def test_large_images_do_not_wait_for_the_end_of_a_batch(encoder, plain, pages, 
         opener = make(n)
         return opened
     monkeypatch.setattr(enc, 'image_opener', noting)
-    monkeypatch.setattr(enc, 'MOST_BYTES', 3*3*64*64-1) # three pages
+    monkeypatch.setattr(enc, 'MOST_BYTES', 3*3*64*64) # three pages
     features = encode_data(encoder, CaptionData(pages[:9]), 9, folder=tmp_path, threads=1).features[:]
     torch.testing.assert_close(features, plain[:9])
     assert [n for n in together if n > 1]==[3, 3, 3]
@@ -149,6 +164,44 @@ def test_damaged_shard_is_encoded_again(encoder, pages, plain, count, tmp_path, 
     assert len(said)==1 and f'{shard} is damaged' in said[0]
     encode_data(encoder, CaptionData(pages), folder=tmp_path)
     assert count()==192 and not capsys.readouterr().out and len(shards(tmp_path))==1
+
+@pytest.mark.parametrize('part', [bytes(64), b'(((('], ids=['lost', 'wrong'])
+def test_a_damaged_header_is_a_damaged_shard(encoder, pages, plain, count, tmp_path, capsys, part):
+    "NumPy parses the header as Python, and its parser raises more than `ValueError`."
+    encode_data(encoder, CaptionData(pages[:8]), folder=tmp_path)
+    shard, = shards(tmp_path)
+    whole = shard.read_bytes()
+    at = whole.index(b"'fortran_order'")
+    shard.write_bytes(whole[:at] + part + whole[at+len(part):])
+    again = encode_data(encoder, CaptionData(pages[:8]), folder=tmp_path)
+    assert count()==16 and torch.equal(again.features[:], plain[:8])
+    assert f'{shard} is damaged' in capsys.readouterr().out
+
+def test_a_leftover_that_cannot_be_deleted_stops_nothing(encoder, pages, tmp_path, monkeypatch):
+    "It may belong to somebody else."
+    encode_data(encoder, CaptionData(pages[:2]), folder=tmp_path)
+    part = shards(tmp_path)[0].with_name('.other.npy.abc.part')
+    part.touch()
+    os.utime(part, (0, 0))
+    unlink = Path.unlink
+    def refused(self, *args, **how):
+        if self==part: raise PermissionError(13, 'Permission denied', str(self))
+        unlink(self, *args, **how)
+    monkeypatch.setattr(Path, 'unlink', refused)
+    encode_data(encoder, CaptionData(pages[2:4]), folder=tmp_path)
+    assert len(shards(tmp_path))==2 and part.exists()
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='the system does not list mapped files')
+def test_nothing_is_mapped_when_the_temporary_folder_is_deleted(encoder, pages, monkeypatch):
+    "Windows cannot delete mapped files."
+    mapped = []
+    class Noting(enc.TemporaryDirectory):
+        def cleanup(self):
+            mapped.append(self.name in Path('/proc/self/maps').read_text())
+            super().cleanup()
+    monkeypatch.setattr(enc, 'TemporaryDirectory', Noting)
+    encode_data(encoder, CaptionData(pages[:4]))
+    assert mapped==[False]
 
 def test_full_disk(encoder, pages, tmp_path, monkeypatch):
     def full(*_):

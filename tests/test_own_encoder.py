@@ -187,3 +187,12 @@ def test_a_file_is_encoded_as_it_is_captioned(own, tmp_path):
 def test_it_has_no_form_as_a_llava(trained):
     with pytest.raises(ValueError, match='a module that was passed in Python'):
         as_llava(trained[1].model)
+
+class Noted(MeanColours):
+    "It keeps more than tensors with its weights, as quantised layers do."
+    def get_extra_state(self): return dict(version=1)
+    def set_extra_state(self, state): return None
+
+def test_an_encoder_may_keep_more_than_tensors():
+    key, again = (features_key(OwnEncoder(Noted(), 'cpu'))[0] for _ in range(2))
+    assert key==again!=features_key(OwnEncoder(MeanColours(), 'cpu'))[0]

@@ -1,6 +1,6 @@
 """What is planned before a run, checked against arithmetic by hand and against the commands from outside;
 and the form of the table of results."""
-import copy, json, os, re, shutil, subprocess
+import copy, inspect, json, os, re, shutil, subprocess
 from functools import cache
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,7 +22,8 @@ from capnb.run import estimate
 from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
 from capnb.fast.ceilings import Ceilings, recorded_work, training_work, work_seconds, writing_work
 from capnb.fast.cpu import use_onednn
-from capnb.fast.memory import count_phases, phases
+from capnb.fast import cache as feature_cache
+from capnb.fast.memory import ENCODED, count_phases, phases
 from capnb.fast.parts import is_fast
 from capnb.run.commands import results_command
 from capnb.storybook import Storybook
@@ -170,13 +171,13 @@ def test_every_preset_can_be_planned_without_network(preset):
     assert (plan.downloads[h.encoder_name][0] == 0) == (preset=='storybook')
 
 def test_attention_is_counted_as_devices_do_it():
-    """The matrices of attention weights of 128 images of 729 patches, in one layer, are 16 heads * 729^2 *
-    128 numbers, before and after the softmax. No device holds them both."""
+    """The matrices of attention weights of 256 images of 729 patches, in one layer, are 16 heads * 729^2 *
+    256 numbers, before and after the softmax. No device holds them both."""
     h = as_hyperparameters(encoder_name='google/siglip2-so400m-patch14-384', image_size=384)
     encode = count_phases(h)['encode']
     # but the output of the widest layer is there
-    assert 128*729*4304*4 < encode['bytes'] < 1.5*128*16*729**2*4
-    assert encode['flops'] == pytest.approx(128*2*729*27*(4*1152**2 + 2*1152*4304 + 2*729*1152), rel=.03)
+    assert 256*729*4304*4 < encode['bytes'] < 1.5*256*16*729**2*4
+    assert encode['flops'] == pytest.approx(256*2*729*27*(4*1152**2 + 2*1152*4304 + 2*729*1152), rel=.03)
 
 @pytest.mark.parametrize(
     'changes',
@@ -216,6 +217,15 @@ def test_half_the_bytes_on_a_gpu():
 def test_a_larger_batch_needs_more():
     step = [count_phases(as_hyperparameters(batch_size=b))['step']['bytes'] for b in (32, 64, 128)]
     assert (step[2]-step[1])/(step[1]-step[0]) == pytest.approx(2, rel=.05) # a straight line
+
+def test_a_step_in_parts_needs_less_memory():
+    h = as_hyperparameters(batch_size=100)
+    whole, parts = (count_phases(some)['step'] for some in (h, as_hyperparameters(h, micro_batch_size=16)))
+    assert parts['bytes'] < .5*whole['bytes'] and parts['flops'] == pytest.approx(whole['flops'], rel=.1)
+
+def test_as_many_images_are_planned_as_a_gpu_encodes():
+    batch = inspect.signature(feature_cache.encode_data).parameters['batch_size'].default
+    assert ENCODED == feature_cache.TOGETHER*batch
 
 def test_what_a_run_writes_is_planned(tmp_path):
     h = as_hyperparameters(
@@ -274,6 +284,16 @@ def test_a_step_is_predicted_from_the_ceilings(changes, milliseconds):
     "A step that Python starts, within a factor of 1.5 of what an H100 took."
     work = training_work(as_hyperparameters(**REAL, **changes))
     assert 1/1.5 < 1e3*work_seconds(work, H100)/milliseconds < 1.5
+
+@pytest.mark.parametrize('work', [training_work, recorded_work])
+def test_the_work_of_a_step_heeds_the_settings(work):
+    "Short captions are less of it, and parts of a batch as much."
+    h = as_hyperparameters(**REAL, batch_size=128)
+    flops = lambda **changes: sum(f for f,_ in work(as_hyperparameters(h, **changes)))
+    whole = flops()
+    assert flops(max_caption_length=4) < .5*whole and flops(max_caption_length=42) == whole
+    assert flops(micro_batch_size=32) == pytest.approx(whole, rel=.1)
+    assert len(work(as_hyperparameters(h, micro_batch_size=32))) > 3.5*len(work(h))
 
 @pytest.mark.parametrize('batch, limit', [(8, .8), (128, 128/18.8)])
 def test_a_replayed_step_is_between_its_limit_and_an_eager_one(batch, limit):

@@ -84,25 +84,15 @@ def _trainer_round(model, texts, pixels):
     def collate(rows):
         ids, mask = padded([torch.cat([image, texts[i]]) for i in rows])
         return dict(
-            pixel_values=torch.stack([pixels[i // each] for i in rows]),
-            input_ids=ids,
-            attention_mask=mask,
-            labels=ids.masked_fill((mask == 0) | (ids == llava.config.image_token_id), -100),
+            pixel_values=torch.stack([pixels[i//each] for i in rows]), input_ids=ids, attention_mask=mask,
+            labels=ids.masked_fill((mask==0) | (ids==llava.config.image_token_id), -100),
         )
     def round():
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
-                folder,
-                per_device_train_batch_size=len(texts),
-                max_steps=1,
-                learning_rate=0.0,
-                max_grad_norm=0.0,
-                use_cpu=True,
-                report_to=[],
-                save_strategy='no',
-                logging_strategy='no',
-                disable_tqdm=True,
-                remove_unused_columns=False,
+                folder, per_device_train_batch_size=len(texts), max_steps=1, learning_rate=0.,
+                max_grad_norm=0., use_cpu=True, report_to=[], save_strategy='no', logging_strategy='no',
+                disable_tqdm=True, remove_unused_columns=False,
             )
             trainer = Trainer(llava, args, collate, list(range(len(texts))), callbacks=[keep])
             trainer.remove_callback(PrinterCallback)
@@ -110,7 +100,6 @@ def _trainer_round(model, texts, pixels):
         tokens = sum(map(len, texts))
         return loss*tokens, keep.gradient*tokens
     return round
-
 
 # %% ../../nbs/25_benchmark.ipynb #17a00033
 def patch_side(
@@ -128,16 +117,14 @@ def patch_side(
     ids, mask = padded(texts)
     def round():
         model.zero_grad()
-        loss = (
-            caption_loss(model.decoder, model.adapter(features), ids, mask)
-            if name == 'packed'
-            else usual_loss(model, features.repeat_interleave(EACH, 0), ids, mask)
-        )
+        if name=='packed':
+            loss = caption_loss(model.decoder, model.adapter(features), ids, mask)
+        else:
+            loss = usual_loss(model, features.repeat_interleave(EACH, 0), ids, mask)
         total = loss*mask.sum()
         total.backward()
         return total.item(), gradient_of(model.adapter)
     return round
-
 
 # %% ../../nbs/25_benchmark.ipynb #17a0000e
 def writing_side(
@@ -221,7 +208,8 @@ def bound_side(
 def _peak_gb():
     "Return the peak memory of this process in GB; None if the system does not report it."
     status = Path('/proc/self/status')
-    return int(status.read_text().split('VmHWM:')[1].split()[0])*1024/1e9 if status.exists() else None
+    _, found, after = (status.read_text() if status.exists() else '').partition('VmHWM:')
+    return int(after.split()[0])*1024/1e9 if found else None
 
 def _as_dict(kind, name, out):
     "Name what a round of a side returned; for the bound, this includes the seconds of its products."
@@ -255,9 +243,7 @@ def take_turns(
     started = {
         side: subprocess.Popen(
             [sys.executable, '-c', f'from capnb.fast.bench import _serve; _serve({side!r})'],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for side in sides
     }

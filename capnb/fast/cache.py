@@ -16,13 +16,14 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from tokenize import TokenError
 from zlib import crc32
 from PIL import Image
 from ..log import log, progress_bar
 from ..settings import Hyperparameters
 from ..files import atomic_write, check_writable, read_zipped, shown_path, split_zip
 from ..images import ImageFile, MOST_FILE
-from ..image_pool import MOST_BYTES
+from ..image_pool import MOST_BYTES, MOST_FILES
 from ..many_images import image_opener
 from ..row_images import image_of
 from ..encoder import OVERSIZE, EncodedData, ImageEncoder
@@ -49,7 +50,9 @@ def features_key(
     weights = blake2b(digest_size=16)
     for name,p in encoder.model.state_dict().items():
         weights.update(name.encode())
-        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        # a module of one's own may keep other things, too; `seen` in its `identity` tells their effect
+        if isinstance(p, torch.Tensor):
+            weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     facts = encoder.identity if isinstance(encoder, OwnEncoder) else _model_facts(encoder)
     about = dict(facts, weights=weights.hexdigest(), oversize=OVERSIZE)
     about = json.loads(json.dumps(about, default=str))
@@ -119,7 +122,10 @@ class FeatureCache:
         "Map a shard into memory; raise `ValueError` if it is incomplete or damaged."
         with open(path, 'rb') as f:
             np.lib.format.read_magic(f)
-            dtype, start = np.lib.format.read_array_header_1_0(f)[2], f.tell()
+            try:
+                dtype, start = np.lib.format.read_array_header_1_0(f)[2], f.tell()
+            except (SyntaxError, TokenError): # NumPy parses the header as Python
+                raise ValueError('its header cannot be read') from None
         # like `np.memmap`, but without an open file
         raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()[start:]
         if (
@@ -171,7 +177,7 @@ class FeatureCache:
         path = self.folder/f"{_digest(shard['digests'].tobytes())}.npy"
         try:
             for part in self.folder.glob('.*.part'): # incomplete file of a killed process
-                with suppress(FileNotFoundError): # another process may have completed it by now
+                with suppress(OSError): # it was completed by now, or belongs to somebody else
                     if part.stat().st_mtime < time.time()-86400:
                         part.unlink()
             if not (about := self.folder/'about.json').exists():
@@ -250,7 +256,7 @@ def _read(encoder, data, which, cache, opener, steps):
     """Read some rows. Return each without its image, the image's digest, and, if it is not cached, the image
     as bytes from `steps`, or as the encoder's input if there are none."""
     seen, waiting, size = [], [], 0
-    def opened():
+    def open_waiting():
         images = opener([image for *_, image in waiting], min_side=encoder.min_side, steps=steps)
         for one, image in zip(waiting, images, strict=True):
             one[2] = image if steps else encoder.prepare([image])[0]
@@ -259,14 +265,15 @@ def _read(encoder, data, which, cache, opener, steps):
         row, digest, image = _looked_at(encoder, data, i, cache, opener)
         seen.append([row, digest, image])
         if image is None: continue # no decoding needed
-        waiting.append(seen[-1])
-        # large images do not fill the memory
-        size += len(image.source) if isinstance(image, ImageFile) else 3*image.width*image.height
-        if size > MOST_BYTES:
-            opened()
+        own = len(image.source) if isinstance(image, ImageFile) else 3*image.width*image.height
+        # large images do not fill the memory, and those that wait fit into one message to a child
+        if waiting and (size+own > MOST_BYTES or len(waiting)==MOST_FILES):
+            open_waiting()
             size = 0
+        waiting.append(seen[-1])
+        size += own
     if waiting:
-        opened()
+        open_waiting()
     return seen
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70015
@@ -333,7 +340,9 @@ def _cache_for(encoder, root):
 
 def _fill(cache, encoder, data, batch_size, progress, threads):
     "Encode images that are not cached; return the rows without their images, and the images' digests."
-    rows, digests, taken, opener = [], [], {}, image_opener(len(data))
+    rows, digests = [], []
+    taken = {} # by digest: the batch that encodes this image
+    opener = image_opener(len(data))
     steps = encoder.steps # read once, before the threads start
     batches = [range(at, min(at+batch_size, len(data))) for at in range(0, len(data), batch_size)]
     def read(i): return _read(encoder, data, batches[i], cache, opener, steps)
@@ -351,6 +360,17 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     cache.index()
     return rows, digests
 
+def _encode_in(root, encoder, data, batch_size, progress, threads, kept):
+    """Encode a data set with a cache below `root`; return features, in memory unless `kept`, and rows.
+
+    Unless `kept`, no shard is mapped after that: Windows cannot delete mapped files."""
+    cache = _cache_for(encoder, root)
+    if progress:
+        _say_size(progress, len(data), cache, f'in {shown_path(cache.folder)}' if kept else 'in memory')
+    rows, digests = _fill(cache, encoder, data, batch_size, progress, threads)
+    features = Features(cache.shards, cache.find(digests))
+    return features if kept else features[:], rows
+
 def encode_data(
     encoder:ImageEncoder,
     data, # `CaptionData`; its rows are read by several threads at once
@@ -366,11 +386,7 @@ def encode_data(
 
     Raise `OSError` if the folder is not writable.
     """
-    with TemporaryDirectory() if folder is None else nullcontext(folder) as root:
-        cache = _cache_for(encoder, root)
-        if progress:
-            where = 'in memory' if folder is None else f'in {shown_path(cache.folder)}'
-            _say_size(progress, len(data), cache, where)
-        rows, digests = _fill(cache, encoder, data, batch_size, progress, threads)
-        features = Features(cache.shards, cache.find(digests))
-        return EncodedData(features[:] if folder is None else features, rows, data.num_skipped)
+    kept = folder is not None
+    with nullcontext(folder) if kept else TemporaryDirectory(ignore_cleanup_errors=True) as root:
+        features, rows = _encode_in(root, encoder, data, batch_size, progress, threads, kept)
+    return EncodedData(features, rows, data.num_skipped)

@@ -19,7 +19,7 @@ from .cuda.batches import Layouts, views
 from .cuda.layers import fuse_norms
 from .cuda.training import static_loss
 from .loss import caption_loss, large_nll
-from .memory import FusedOperations
+from .memory import FusedOperations, step_parts
 from .random_models import random_init_captioner
 from .synthetic import caption_lengths
 from ..hardware import default_dtype, describe_hardware
@@ -169,21 +169,26 @@ def work_seconds(
     return device if replayed else max(device, len(work)*ceilings.launch)
 
 # %% ../../nbs/24f_ceilings.ipynb #c61913f5
+def _lengths(h, images):
+    "Generate caption lengths, (images, captions per image), of at most `max_caption_length` tokens."
+    lengths = torch.tensor(caption_lengths(images*h.captions_per_image))
+    return lengths.clamp(max=h.max_caption_length).view(images, -1)
+
 def training_work(
     h, # `Hyperparameters`
     dtype=torch.bfloat16, # dtype of the frozen models
     loss=caption_loss, # Loss with the arguments of `capnb.fast.loss.caption_loss`
 ) -> list: # As from `count_work`
     "Count the work of a training step: forward and backward, without the optimizer."
-    model = random_init_captioner(h, 'meta', dtype)
-    lengths = torch.tensor(caption_lengths(h.batch_size*h.captions_per_image))
+    model, parts = random_init_captioner(h, 'meta', dtype), step_parts(h)
+    lengths = _lengths(h, parts[0]).flatten()
     mask = (torch.arange(int(lengths.max()))[None] < lengths[:,None]).long()
     encoder = model.encoder
     seen = (encoder.patches, encoder.width) if h.features=='patch' else (encoder.width,)
-    features = torch.ones(h.batch_size, *seen, device='meta')
+    features = torch.ones(parts[0], *seen, device='meta')
     def step():
         loss(model.decoder, model.adapter(features).to(dtype), mask.to('meta'), mask).backward()
-    return count_work(step)
+    return count_work(step)*len(parts)
 
 def recorded_work(
     h, # `Hyperparameters`
@@ -193,17 +198,18 @@ def recorded_work(
     over the logits of large batches."""
     model = random_init_captioner(h, 'meta', dtype)
     fuse_norms(model.decoder)
-    images, k = h.batch_size, h.captions_per_image
-    lengths = torch.tensor(caption_lengths(images*k)).view(images, k)
+    parts = step_parts(h)
+    images = parts[0]
+    lengths = _lengths(h, images)
     encoder = model.encoder
     patch = h.features=='patch'
     prefix = encoder.patches if patch else h.prefix_length
     seen = (encoder.patches, encoder.width) if patch else (encoder.width,)
-    ids = torch.zeros(images*k, int(lengths.max()), dtype=torch.long)
+    ids = torch.zeros(lengths.numel(), int(lengths.max()), dtype=torch.long)
     batch = Layouts(lengths.tolist(), images, prefix).lay_out(torch.zeros(images, *seen), ids, lengths)
     features, numbers = batch.features.to('meta'), views(batch.shape, batch.numbers.to('meta'))
     with large_nll.count_on_meta():
-        return count_work(lambda: static_loss(model, features, numbers).backward())
+        return count_work(lambda: static_loss(model, features, numbers).backward())*len(parts)
 
 @torch.no_grad()
 def writing_work(

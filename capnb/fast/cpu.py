@@ -57,8 +57,8 @@ def replace_layers(
 class FrozenLinear(nn.Linear):
     "A linear layer that uses oneDNN while it is frozen, in float32 and on a CPU."
     def forward(self, x):
-        if self.weight.requires_grad or not _fits(x, self.weight):
-            return super().forward(x)
+        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if learns or not _fits(x, self.weight): return super().forward(x)
         return _Product.apply(x, self.weight, self.bias)
 
     def back(self,

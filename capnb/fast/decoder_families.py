@@ -166,12 +166,18 @@ def compare_decoder(
     largest = own_grad.abs().max().item()
 
     # greedy text for seven images, three at a time
-    texts = _greedy_alone(decoder, prefix, tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id
+    texts = _greedy_alone(decoder, prefix, end)
     written = [generate_ids(decoder, tokenizer, prefix, 12, batch_size=3, write=write).tolist()
                for write in (readable_write, write_ids)]
-    same = [[row[:len(text)] for row,text in zip(rows, texts, strict=True)]==texts for rows in written]
-    return dict(loss=own, loss_difference=max(abs(loss-own) for loss,_ in found),
-                gradient_difference=max((grad-own_grad).abs().max().item() for _,grad in found)/largest,
+    # rows are filled up with the end
+    same = [[text + [end]*(len(row)-len(text)) for row,text in zip(rows, texts, strict=True)]==rows
+            for rows in written]
+    # by tensors, as `max` of Python passes over a NaN
+    values = torch.tensor([loss for loss,_ in found], dtype=torch.float64)
+    gradients = torch.stack([grad for _,grad in found])
+    return dict(loss=own, loss_difference=(values-own).abs().max().item(),
+                gradient_difference=(gradients-own_grad).abs().max().item()/largest,
                 greedy_equal=all(same),
                 head_is_plain=head_is_plain(decoder), shares_rows=takes_positions(decoder, 3+ids.shape[1]))
 
@@ -220,15 +226,16 @@ class _Child:
     def start(self):
         context = multiprocessing.get_context('spawn')
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_answer, args=(theirs,), daemon=True)
-        self.process.start()
+        process = context.Process(target=_answer, args=(theirs,), daemon=True)
+        process.start()
+        self.process = process
         theirs.close()
         self.pipe.recv()
 
     def ask(self, kind, seconds):
-        if self.process is None:
-            self.start()
         try:
+            if self.process is None:
+                self.start()
             self.pipe.send(kind)
             if self.pipe.poll(seconds): return self.pipe.recv()
             lost = f'no answer within {seconds} s'
@@ -238,8 +245,9 @@ class _Child:
         return dict(failed=lost)
 
     def stop(self):
-        self.process.kill()
-        self.process.join()
+        if self.process:
+            self.process.kill()
+            self.process.join()
         self.process = None
 
 def compare_families(
@@ -266,8 +274,7 @@ def compare_families(
             return dict(zip(kinds, bar, strict=True))
     finally:
         for child in children:
-            if child.process:
-                child.stop()
+            child.stop()
 
 # %% ../../nbs/25b_decoder_families.ipynb #16de0021
 # maximum differences due to rounding: nats per token, and relative to the largest gradient

@@ -154,7 +154,8 @@ def try_family(
             whole = whole or save_random_encoder(config, folder, sight.image_size)
             encoder = load_encoder(folder, 'cpu', sight.image_size, features)
             images = [Image.fromarray(image) for image in _noise(sight.image_size, 2)]
-            difference = max(row['difference'], _difference(encoder, whole, images))
+            # unlike `max` of Python, this keeps a NaN
+            difference = float(np.maximum(row['difference'], _difference(encoder, whole, images)))
             row |= {'image_size': sight.image_size, features: encoder.width, 'difference': difference}
             row['other_size'] = _other_size(config, sight, features, folder)
             if features=='patch':

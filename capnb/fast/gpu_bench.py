@@ -19,7 +19,6 @@ from capnb.fast.gpu_sides import (
 from .random_models import count
 from ..files import say, write_json
 from ..hardware import describe_hardware
-from ..out_of_memory import memory_ran_out
 
 # %% ../../nbs/25d_gpu_bench.ipynb #84f129be
 def _ceilings(bench):
@@ -30,18 +29,6 @@ def _ceilings(bench):
         'launch us': 1e6*found.launch,
         'replay us': found.replay and 1e6*found.replay,
     }
-
-def _fitting(measure, sizes):
-    "Measure the sizes that fit into memory, the smallest first; raise the error if none does."
-    found = {}
-    for n in sizes:
-        try:
-            found[n] = measure(n)
-        except RuntimeError as e:
-            if not (found and memory_ran_out(e)): raise
-            say(f'batches of {n} and more do not fit into memory')
-            break
-    return found
 
 def _equality(bench):
     n, rows = bench.sizes.batches[0], bench.sizes.rows[0]
@@ -54,10 +41,17 @@ def _guide(bench):
         'autocast': bench.measure(guide_step(bench, True), n),
     }
 
+def _tried(measure, *args):
+    "Return what `measure` does, or the reason if the device refuses; any other error is a bug and is raised."
+    try:
+        return measure(*args)
+    except RuntimeError as e: # from too little memory, from a missing compiler, or from a compiled step
+        return dict(failed=f'{type(e).__name__}: {e}'.strip().splitlines()[0][:200])
+
 def _llava(bench):
     each = bench.sizes.each
-    found = _fitting(lambda n: bench.measure(llava_step(bench, n), n*each), bench.sizes.patches)
-    return {f'{n} x {each}': figures for n, figures in found.items()}
+    def measured(n): return bench.measure(llava_step(bench, n), n*each)
+    return {f'{n} x {each}': _tried(measured, n) for n in bench.sizes.patches}
 
 def _replayed(bench, n, each):
     parameters = count(bench.captioner(features_for(each), fast=True)[0].decoder) # keeps the captioner ready
@@ -82,38 +76,36 @@ def _eager(bench, n, each):
 
 def _steps(bench, sizes, each=1):
     "Measure steps of several sizes: first all eager ones, then all replayed ones."
-    eager = _fitting(lambda n: _eager(bench, n, each), sizes)
-    replayed = _fitting(lambda n: _replayed(bench, n, each), eager)
+    eager = {n: _tried(_eager, bench, n, each) for n in sizes}
     name = '{0} x {1}' if each > 1 else '{0}'
-    return {name.format(n, each): dict(eager=eager[n], **figures) for n, figures in replayed.items()}
+    return {name.format(n, each): dict(eager=eager[n], **_tried(_replayed, bench, n, each)) for n in sizes}
 
 def _training(bench): return _steps(bench, bench.sizes.batches)
 
 def _patches(bench): return _steps(bench, bench.sizes.patches, bench.sizes.each)
 
 def _writing(bench):
-    found = {str(rows): dict(generate=rows/generate_seconds(bench, rows)) for rows in bench.sizes.rows}
-    for rows in bench.sizes.rows:
+    def generate(rows): return dict(generate=rows/generate_seconds(bench, rows))
+    def write(rows):
         first, second, n = rows_seconds(bench, rows)
-        found[str(rows)] |= dict(capnb=n/second, first_call_s=first, second_call_s=second)
+        return dict(capnb=n/second, first_call_s=first, second_call_s=second)
+    found = {str(rows): _tried(generate, rows) for rows in bench.sizes.rows}
+    for rows in bench.sizes.rows:
+        found[str(rows)] |= _tried(write, rows)
     return found
 
 def _profile(bench):
-    found = _fitting(lambda n: step_costs(bench, replayed_step(bench, n)[0]), bench.sizes.batches[::2])
-    return {str(n): costs for n, costs in found.items()}
+    def costs(n): return step_costs(bench, replayed_step(bench, n)[0])
+    return {str(n): _tried(costs, n) for n in bench.sizes.batches[::2]}
 
 def _compiled(bench):
-    found = {}
-    for size in bench.sizes.compiled:
-        bench.captioner()
+    def measured(n):
+        bench.captioner() # not part of the first step
         start = time.perf_counter()
-        try:
-            step = compiled_step(bench, size)
-            loss, first = step(), time.perf_counter()-start
-            found[str(size)] = dict(bench.measure(step, size), first_step_s=first, loss=loss)
-        except RuntimeError as e: # from a missing compiler, or from the compiled step
-            found[str(size)] = dict(failed=f'{type(e).__name__}: {e}'.strip().splitlines()[0][:200])
-    return found
+        step = compiled_step(bench, n)
+        loss, first = step(), time.perf_counter()-start
+        return dict(bench.measure(step, n), first_step_s=first, loss=loss)
+    return {str(n): _tried(measured, n) for n in bench.sizes.compiled}
 
 SECTIONS = dict(
     ceilings=_ceilings, equality=_equality, guide=_guide, training=_training, writing=_writing,
@@ -131,13 +123,18 @@ GOALS = { # for one H100
     'writing over generate, 256 rows': 12,
 }
 
+def _measured(figures):
+    "Drop what failed."
+    kept = {k: v for k, v in figures.items() if not (isinstance(v, dict) and 'failed' in v)}
+    return {k: _measured(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
 def _training_ratios(sections):
-    if 'training' not in sections: return {}
-    steps = sections['training']
+    steps = sections.get('training')
+    if not steps: return {}
     each = {n: s['replayed']['captions_s'] for n, s in steps.items()}
     ratios = {
-        f'replayed over eager, batch {n}': s['replayed']['captions_s']/s['eager']['captions_s']
-        for n, s in steps.items()
+        f'replayed over eager, batch {n}': each[n]/s['eager']['captions_s']
+        for n, s in steps.items() if 'eager' in s
     }
     first = min(steps, key=int)
     for name, guide in sections.get('guide', {}).items():
@@ -151,14 +148,14 @@ def find_ratios(
     sections:dict, # Figures by section, as far as measured
 ) -> dict: # Name: ratio
     "Compute the ratios between capnb's figures and those it is compared with."
+    sections = _measured(sections)
     ratios = _training_ratios(sections)
     for n, step in sections.get('compiled', {}).items():
-        if 'captions_s' in step and n in sections.get('training', {}):
+        if n in sections.get('training', {}):
             mine = sections['training'][n]['replayed']['captions_s']
             ratios[f'replayed over compiled, batch {n}'] = mine/step['captions_s']
-    if 'patches' in sections and 'llava' in sections:
-        for n, other in sections['llava'].items():
-            if n not in sections['patches']: continue # it did not fit into memory
+    for n, other in sections.get('llava', {}).items():
+        if n in sections.get('patches', {}):
             mine = sections['patches'][n]['replayed']['captions_s']
             ratios[f'patches over LLaVA, {n}'] = mine/other['captions_s']
     for rows, s in sections.get('writing', {}).items():
@@ -209,7 +206,8 @@ def bench_gpu(
         found['ratios'] = find_ratios(found['sections'])
         if file:
             write_json(file, found)
-        tell(f"{name:10} {found['seconds'][name]:6.1f} s{' failed' * (name in found['failed'])}")
+        note = ' failed' if name in found['failed'] else ''
+        tell(f"{name:10} {found['seconds'][name]:6.1f} s{note}")
     if file:
         write_json(file, found)
     return found

@@ -119,7 +119,8 @@ class _HeadNLL(torch.autograd.Function):
     "NLL of tokens for a frozen head, some at a time; the gradient is computed while the logits exist."
     @staticmethod
     def forward(ctx, hidden, head, labels): # (tokens, width), layer, (tokens,)
-        learns, nll, gradients = ctx.needs_input_grad[0], [], []
+        learns = ctx.needs_input_grad[0]
+        nll, gradients = [], []
         compute, n = partial(_nll_and_gradient, learns=learns), 256
         if learns and large_nll.pays(hidden): # compiled, so it needs less memory per token
             compute, n = large_nll, 1024

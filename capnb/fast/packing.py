@@ -9,6 +9,7 @@ __all__ = ['SHARED_HEADS', 'share_out', 'rows_for', 'Vectors', 'Targets', 'lay_o
 # %% ../../nbs/20_packing.ipynb #20000003
 import inspect, numpy, torch
 from dataclasses import dataclass, fields
+from heapq import heapreplace
 from torch.nn import functional as F
 from ..decoder import text_ids
 from ..any_decoder import alike, random_ids
@@ -19,12 +20,12 @@ def share_out(
     rows:int, # Number of rows
 ): # (row, first column) of each image; positions of the longest row
     "Assign each image, the largest first, to the row with the fewest positions so far."
-    taken, places = [0]*rows, [None]*len(sizes)
+    places, taken = [None]*len(sizes), [(0,row) for row in range(rows)] # a heap: the shortest row is first
     for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        row = taken.index(min(taken))
-        places[i] = row, taken[row]
-        taken[row] += sizes[i]
-    return places, max(taken)
+        column, row = taken[0]
+        places[i] = row, column
+        heapreplace(taken, (column+sizes[i],row))
+    return places, max(taken)[0]
 
 def rows_for(
     sizes, # As for `share_out`

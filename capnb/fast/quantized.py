@@ -7,6 +7,7 @@ __all__ = ['use_int8']
 
 # %% ../../nbs/22b_small_integers.ipynb #22b00003
 import warnings
+from functools import partial
 from torch import nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from .packing import reads_rows
@@ -26,9 +27,8 @@ def use_int8(
     if any('.lora_' in name for name,_ in decoder.named_parameters()):
         raise ValueError('a decoder with LoRA cannot be put into 8-bit integers; leave int8 out')
     reads_rows(decoder) # test packing before rounding
-    replace_layers(
-        decoder, lambda layer: type(layer) is FrozenLinear, lambda layer: same_layer(nn.Linear, layer)
-    )
+    def is_frozen(layer): return type(layer) is FrozenLinear
+    replace_layers(decoder, is_frozen, partial(same_layer, nn.Linear))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)
         warnings.filterwarnings('ignore', message='.*deprecat.*', module='torch')

@@ -77,11 +77,10 @@ def random_photograph(
     "Generate a photograph: clouds of colour with some grain."
     chance, width, height = np.random.default_rng(seed), *size
     clouds = chance.integers(0, 256, (6, 8, 3), np.uint8)
-    grain = chance.integers(0, 256, (height // 3, width // 3, 3), np.uint8)
-    clouds, grain = (
-        Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR) for pixels in (clouds, grain)
-    )
-    return Image.blend(clouds, grain, .25)
+    grain = chance.integers(0, 256, (height//3, width//3, 3), np.uint8)
+    def enlarged(pixels):
+        return Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    return Image.blend(enlarged(clouds), enlarged(grain), .25)
 
 def write_photographs(
     folder, # Output folder; created if missing
