@@ -1,6 +1,6 @@
 """Captions at scale: a worker is killed, a whole job is killed, and still every image is captioned exactly
 once."""
-import ipaddress, os, signal, subprocess, sys, time
+import ipaddress, os, signal, subprocess, sys, tarfile, time
 from collections import Counter
 import psutil, pytest
 import pyarrow as pa, pyarrow.parquet as pq
@@ -211,6 +211,66 @@ def test_columns_of_parquet_files(tmp_path):
     pq.write_table(pa.table(dict(image=pa.array([], pa.binary()))), tmp_path/'a.parquet')
     source = Source(str(tmp_path))
     assert [row['image'][0].as_py() for file in source.files for row in source.read(file)] == [b'x']
+
+def names_of(place):
+    "The name and the error of each image of a source."
+    source = Source(str(place))
+    return {r['id']: r['error'] for f in source.files for row in source.read(f) for r in row.to_pylist()}
+
+@pytest.mark.parametrize('way', ['pages/.', './pages', '///pages'])
+def test_a_roundabout_path_does_not_change_names(tmp_path, way):
+    (tmp_path/'pages').mkdir()
+    for name in ('017.png', '117.png'):
+        Storybook('test')[0]['image'].save(tmp_path/'pages'/name)
+    assert list(names_of(f'{tmp_path}/{way}')) == ['017.png', '117.png']
+
+def test_links_in_an_archive_have_a_row_and_hidden_files_have_none(tmp_path):
+    for folder in ('pages', 'pages/.ipynb_checkpoints', 'pages/__MACOSX', 'packed'):
+        (tmp_path/folder).mkdir()
+    pages = tmp_path/'pages'
+    Storybook('test')[0]['image'].save(pages/'a.png')
+    os.link(pages/'a.png', pages/'b.png')
+    for name in ('._a.png', '.ipynb_checkpoints/a-checkpoint.png', '__MACOSX/._a.png'):
+        (pages/name).write_bytes(b'x')
+    with tarfile.open(tmp_path/'packed'/'0.tar', 'w') as archive:
+        archive.add(pages, '.')
+    assert names_of(pages) == {'a.png': None, 'b.png': None}
+    found = names_of(tmp_path/'packed')
+    assert set(found) == {'0.tar#./a.png', '0.tar#./b.png'}
+    assert sum('a link' in (error or '') for error in found.values()) == 1
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path/'closed').mkdir()
+    Storybook('test')[0]['image'].save(tmp_path/'a.png')
+    scan = os.scandir
+    def refuse(path):
+        if 'closed' in str(path): raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert len(Source(str(tmp_path)).files) == 1
+    assert f"{tmp_path/'closed'} cannot be read: Permission denied" in capsys.readouterr().err
+
+def test_a_damaged_parquet_file_gives_a_row_with_the_reason(tmp_path):
+    file = tmp_path/'a.parquet'
+    pq.write_table(pa.table(dict(image=[os.urandom(2000) for _ in range(500)])), file, row_group_size=100)
+    column = pq.ParquetFile(file).metadata.row_group(2).column(0)
+    at = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[at:at+400] = bytes(400)
+    file.write_bytes(data)
+    *good, last = names_of(tmp_path).items()
+    assert len(good) >= 128 and not any(error for _,error in good)
+    assert last[0] == 'a.parquet' and 'a.parquet cannot be read' in last[1]
+
+@pytest.mark.parametrize('error', [ConnectionError('reset'), OSError(5, 'Input/output error')])
+def test_an_error_of_the_network_is_no_bad_file(tmp_path, monkeypatch, error):
+    pq.write_table(pa.table(dict(image=[b'x'])), tmp_path/'a.parquet')
+    source = Source(str(tmp_path))
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(source.fs, 'open', fail)
+    with pytest.raises(type(error)):
+        list(source.read('a.parquet'))
 
 def test_another_column_is_another_job(made, tmp_path, monkeypatch):
     jobs = []
