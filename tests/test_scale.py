@@ -2,8 +2,11 @@
 once."""
 import ipaddress, os, signal, subprocess, sys, tarfile, time
 from collections import Counter
+from types import SimpleNamespace
+from unittest.mock import patch
 import psutil, pytest
 import pyarrow as pa, pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.entry import train
 from capnb.images import find_images
@@ -196,6 +199,7 @@ WRONG = {
     'no images': (['nothing'], 'there are no images'),
     'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'),
     'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
+    'features have no beams': (['pages', '--encode', '--num_beams', '3'], 'without --num_beams'),
     'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'),
     'no package for that storage': (['s3://bucket/pages'], 's3fs'),
 }
@@ -272,15 +276,58 @@ def test_an_error_of_the_network_is_no_bad_file(tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         list(source.read('a.parquet'))
 
-def test_another_column_is_another_job(made, tmp_path, monkeypatch):
-    jobs = []
-    note = lambda source, out, worker, arguments, job, **more: jobs.append(job)
+def test_an_output_without_its_rows_or_its_record_is_refused(tmp_path):
+    fs, out, progress, job = LocalFileSystem(), tmp_path/'out', tmp_path/'out.progress', dict(work='captions')
+    jobs_module._same_job(fs, str(out), job)
+    progress.mkdir()
+    rows = pa.table(dict(id=['a.png']))
+    pq.write_table(rows, progress/'1.pending.parquet')
+    jobs_module._same_job(fs, str(out), job) # it was killed in its first shard
+    pq.write_table(rows, out/'1-0.parquet')
+    (progress/'1.pending.parquet').rename(progress/'1.parquet')
+    jobs_module._same_job(fs, str(out), job)
+    (progress/'1.parquet').rename(tmp_path/'kept')
+    with pytest.raises(ValueError, match='out.progress is gone'):
+        jobs_module._same_job(fs, str(out), job)
+    (tmp_path/'kept').rename(progress/'1.parquet')
+    for deleted in ('1-0.parquet', '_job.json'):
+        (out/deleted).unlink()
+        with pytest.raises(ValueError, match='out.progress records rows'):
+            jobs_module._same_job(fs, str(out), job)
+
+def test_a_job_that_wrote_nothing_binds_nobody(tmp_path):
+    fs, out = LocalFileSystem(), tmp_path/'out'
+    for checkpoint in ('broken', 'whole'):
+        jobs_module._same_job(fs, str(out), dict(checkpoint=checkpoint))
+    pq.write_table(pa.table(dict(id=['a.png'])), out/'1.parquet')
+    with pytest.raises(ValueError, match="its checkpoint was 'whole', now it is 'other'"):
+        jobs_module._same_job(fs, str(out), dict(checkpoint='other'))
+
+@pytest.fixture
+def jobs(monkeypatch):
+    "The descriptions of the jobs that would have run."
+    found = []
+    note = lambda source, out, worker, arguments, job, **more: found.append(job)
     monkeypatch.setattr(jobs_module, 'run_job', note)
+    return found
+
+def test_another_column_is_another_job(tmp_path, jobs):
     pq.write_table(pa.table(dict(left=[b'x'], right=[b'y'])), tmp_path/'p.parquet')
     for column in ('left', 'right'):
         caption_images(str(tmp_path), str(tmp_path/'out'), shipped_checkpoint(), column)
         encode_images(str(tmp_path), str(tmp_path/'out'), 'storybook-clip', image_column=column)
     assert jobs[0] != jobs[2] and jobs[1] != jobs[3]
+
+def test_the_same_name_elsewhere_is_another_job(tmp_path, monkeypatch, jobs):
+    for name in 'ab':
+        pages = tmp_path/name/'pages'
+        pages.mkdir(parents=True)
+        Storybook('test')[0]['image'].save(pages/'0.png')
+        monkeypatch.chdir(tmp_path/name)
+        caption_images('pages', str(tmp_path/'out'), shipped_checkpoint())
+        encode_images('pages', str(tmp_path/'out'), 'storybook-clip')
+        caption_images(str(pages), str(tmp_path/'out'), shipped_checkpoint())
+    assert jobs[0] != jobs[3] and jobs[1] != jobs[4] and jobs[0] == jobs[2] and jobs[3] == jobs[5]
 
 def one_line(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
@@ -300,6 +347,15 @@ def test_without_ray_is_one_line(made, monkeypatch, capsys):
     monkeypatch.chdir(made[0])
     monkeypatch.setitem(sys.modules, 'ray', None)
     assert "pip install 'capnb[scale]'" in one_line(capsys, 'pages', 'out')
+
+@pytest.mark.parametrize('more, drawn', [([], True), (['--quiet'], False)])
+def test_bars_are_drawn_on_a_terminal_unless_quiet(made, tmp_path, monkeypatch, more, drawn):
+    terminal = SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr('capnb.run.scale.command.sys', terminal)
+    words = [str(made[0]/'pages'), str(tmp_path/'out'), '--checkpoint', str(shipped_checkpoint()), *more]
+    with patch('capnb.run.scale.jobs.run_job', return_value=dict(images=1, errors=0)) as run_job:
+        scale_command(words)
+    assert run_job.call_args.kwargs['progress'] is drawn
 
 @pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
 def test_picture_that_kills_each_worker_ends_the_job(start, made, tmp_path, monkeypatch):
