@@ -248,7 +248,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
     Storybook('test')[0]['image'].save(tmp_path/'a.png')
     scan = os.scandir
     def refuse(path):
-        if 'closed' in str(path): raise PermissionError(13, 'Permission denied', str(path))
+        if 'closed' in str(path):
+            raise PermissionError(13, 'Permission denied', str(path))
         return scan(path)
     monkeypatch.setattr(os, 'scandir', refuse)
     assert len(Source(str(tmp_path)).files) == 1

@@ -233,7 +233,8 @@ class CapnbProcessor(ProcessorMixin):
 def _score_lines(metadata):
     "A table row for each scored split; without any, the validation scores."
     columns = 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain'
-    def scored(found): return isinstance(found, dict) and {'rouge_l', 'pictures'} <= found.keys()
+    def scored(found):
+        return isinstance(found, dict) and {'rouge_l', 'pictures'} <= found.keys()
     def line(name, scores):
         values = (scores.get(column) for column in columns)
         return f"| {name} | {' | '.join('-' if v is None else f'{v:.3f}' for v in values)} |"

@@ -44,7 +44,8 @@ def _in_image(f, name, column):
 def _in_tar(f, name, column):
     with tarfile.open(fileobj=f, mode='r|*') as archive:
         for member in archive:
-            if member.isdir() or _hidden(member.name) or _kind(member.name)!='images': continue
+            if _kind(member.name)!='images' or _hidden(member.name) or member.isdir():
+                continue
             # a link has no bytes of its own
             yield f'{name}#{member.name}', archive.extractfile(member).read() if member.isreg() else None
 

@@ -38,8 +38,8 @@ def _litserve():
     return litserve
 
 def _server_class():
-    """LitServe's server with two fixes: on Windows HTTP runs in a thread that LitServe cannot stop, and it would
-    wait forever for a worker that was killed while it loaded the model."""
+    """LitServe's server with two fixes. On Windows, HTTP runs in a thread that LitServe cannot stop. LitServe
+    also waits forever for a worker that was killed while it loaded the model."""
     import litserve
     class Server(litserve.LitServer):
         def _start_server(self, *args, **kwargs):
