@@ -1,9 +1,12 @@
 """Captions at scale: a worker is killed, a whole job is killed, and still every image is captioned exactly
 once."""
-import ipaddress, os, signal, subprocess, sys, time
+import ipaddress, os, signal, subprocess, sys, tarfile, time
 from collections import Counter
+from types import SimpleNamespace
+from unittest.mock import patch
 import psutil, pytest
 import pyarrow as pa, pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.entry import train
 from capnb.images import find_images
@@ -196,6 +199,7 @@ WRONG = {
     'no images': (['nothing'], 'there are no images'),
     'no checkpoint': (['pages', '--checkpoint', 'no.pth'], 'no.pth'),
     'no GPU': (['pages', '--gpus', '1'], 'and there are 0; ask for fewer workers, or for none on a GPU'),
+    'features have no beams': (['pages', '--encode', '--num_beams', '3'], 'without --num_beams'),
     'no workers': (['pages', '--workers', '0'], 'workers is 0; allowed: a whole number of 1 or more'),
     'no package for that storage': (['s3://bucket/pages'], 's3fs'),
 }
@@ -212,15 +216,119 @@ def test_columns_of_parquet_files(tmp_path):
     source = Source(str(tmp_path))
     assert [row['image'][0].as_py() for file in source.files for row in source.read(file)] == [b'x']
 
-def test_another_column_is_another_job(made, tmp_path, monkeypatch):
-    jobs = []
-    note = lambda source, out, worker, arguments, job, **more: jobs.append(job)
+def names_of(place):
+    "The name and the error of each image of a source."
+    source = Source(str(place))
+    return {r['id']: r['error'] for f in source.files for row in source.read(f) for r in row.to_pylist()}
+
+@pytest.mark.parametrize('way', ['pages/.', './pages', '///pages'])
+def test_a_roundabout_path_does_not_change_names(tmp_path, way):
+    (tmp_path/'pages').mkdir()
+    for name in ('017.png', '117.png'):
+        Storybook('test')[0]['image'].save(tmp_path/'pages'/name)
+    assert list(names_of(f'{tmp_path}/{way}')) == ['017.png', '117.png']
+
+def test_links_in_an_archive_have_a_row_and_hidden_files_have_none(tmp_path):
+    for folder in ('pages', 'pages/.ipynb_checkpoints', 'pages/__MACOSX', 'packed'):
+        (tmp_path/folder).mkdir()
+    pages = tmp_path/'pages'
+    Storybook('test')[0]['image'].save(pages/'a.png')
+    os.link(pages/'a.png', pages/'b.png')
+    for name in ('._a.png', '.ipynb_checkpoints/a-checkpoint.png', '__MACOSX/._a.png'):
+        (pages/name).write_bytes(b'x')
+    with tarfile.open(tmp_path/'packed'/'0.tar', 'w') as archive:
+        archive.add(pages, '.')
+    assert names_of(pages) == {'a.png': None, 'b.png': None}
+    found = names_of(tmp_path/'packed')
+    assert set(found) == {'0.tar#./a.png', '0.tar#./b.png'}
+    assert sum('a link' in (error or '') for error in found.values()) == 1
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path/'closed').mkdir()
+    Storybook('test')[0]['image'].save(tmp_path/'a.png')
+    scan = os.scandir
+    def refuse(path):
+        if 'closed' in str(path):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert len(Source(str(tmp_path)).files) == 1
+    assert f"{tmp_path/'closed'} cannot be read: Permission denied" in capsys.readouterr().err
+
+def test_a_damaged_parquet_file_gives_a_row_with_the_reason(tmp_path):
+    file = tmp_path/'a.parquet'
+    pq.write_table(pa.table(dict(image=[os.urandom(2000) for _ in range(500)])), file, row_group_size=100)
+    column = pq.ParquetFile(file).metadata.row_group(2).column(0)
+    at = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[at:at+400] = bytes(400)
+    file.write_bytes(data)
+    *good, last = names_of(tmp_path).items()
+    assert len(good) >= 128 and not any(error for _,error in good)
+    assert last[0] == 'a.parquet' and 'a.parquet cannot be read' in last[1]
+
+@pytest.mark.parametrize('error', [ConnectionError('reset'), OSError(5, 'Input/output error')])
+def test_an_error_of_the_network_is_no_bad_file(tmp_path, monkeypatch, error):
+    pq.write_table(pa.table(dict(image=[b'x'])), tmp_path/'a.parquet')
+    source = Source(str(tmp_path))
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(source.fs, 'open', fail)
+    with pytest.raises(type(error)):
+        list(source.read('a.parquet'))
+
+def test_an_output_without_its_rows_or_its_record_is_refused(tmp_path):
+    fs, out, progress, job = LocalFileSystem(), tmp_path/'out', tmp_path/'out.progress', dict(work='captions')
+    jobs_module._same_job(fs, str(out), job)
+    progress.mkdir()
+    rows = pa.table(dict(id=['a.png']))
+    pq.write_table(rows, progress/'1.pending.parquet')
+    jobs_module._same_job(fs, str(out), job) # it was killed in its first shard
+    pq.write_table(rows, out/'1-0.parquet')
+    (progress/'1.pending.parquet').rename(progress/'1.parquet')
+    jobs_module._same_job(fs, str(out), job)
+    (progress/'1.parquet').rename(tmp_path/'kept')
+    with pytest.raises(ValueError, match='out.progress is gone'):
+        jobs_module._same_job(fs, str(out), job)
+    (tmp_path/'kept').rename(progress/'1.parquet')
+    for deleted in ('1-0.parquet', '_job.json'):
+        (out/deleted).unlink()
+        with pytest.raises(ValueError, match='out.progress records rows'):
+            jobs_module._same_job(fs, str(out), job)
+
+def test_a_job_that_wrote_nothing_binds_nobody(tmp_path):
+    fs, out = LocalFileSystem(), tmp_path/'out'
+    for checkpoint in ('broken', 'whole'):
+        jobs_module._same_job(fs, str(out), dict(checkpoint=checkpoint))
+    pq.write_table(pa.table(dict(id=['a.png'])), out/'1.parquet')
+    with pytest.raises(ValueError, match="its checkpoint was 'whole', now it is 'other'"):
+        jobs_module._same_job(fs, str(out), dict(checkpoint='other'))
+
+@pytest.fixture
+def jobs(monkeypatch):
+    "The descriptions of the jobs that would have run."
+    found = []
+    note = lambda source, out, worker, arguments, job, **more: found.append(job)
     monkeypatch.setattr(jobs_module, 'run_job', note)
+    return found
+
+def test_another_column_is_another_job(tmp_path, jobs):
     pq.write_table(pa.table(dict(left=[b'x'], right=[b'y'])), tmp_path/'p.parquet')
     for column in ('left', 'right'):
         caption_images(str(tmp_path), str(tmp_path/'out'), shipped_checkpoint(), column)
         encode_images(str(tmp_path), str(tmp_path/'out'), 'storybook-clip', image_column=column)
     assert jobs[0] != jobs[2] and jobs[1] != jobs[3]
+
+def test_the_same_name_elsewhere_is_another_job(tmp_path, monkeypatch, jobs):
+    for name in 'ab':
+        pages = tmp_path/name/'pages'
+        pages.mkdir(parents=True)
+        Storybook('test')[0]['image'].save(pages/'0.png')
+        monkeypatch.chdir(tmp_path/name)
+        caption_images('pages', str(tmp_path/'out'), shipped_checkpoint())
+        encode_images('pages', str(tmp_path/'out'), 'storybook-clip')
+        caption_images(str(pages), str(tmp_path/'out'), shipped_checkpoint())
+    assert jobs[0] != jobs[3] and jobs[1] != jobs[4] and jobs[0] == jobs[2] and jobs[3] == jobs[5]
 
 def one_line(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
@@ -240,6 +348,15 @@ def test_without_ray_is_one_line(made, monkeypatch, capsys):
     monkeypatch.chdir(made[0])
     monkeypatch.setitem(sys.modules, 'ray', None)
     assert "pip install 'capnb[scale]'" in one_line(capsys, 'pages', 'out')
+
+@pytest.mark.parametrize('more, drawn', [([], True), (['--quiet'], False)])
+def test_bars_are_drawn_on_a_terminal_unless_quiet(made, tmp_path, monkeypatch, more, drawn):
+    terminal = SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr('capnb.run.scale.command.sys', terminal)
+    words = [str(made[0]/'pages'), str(tmp_path/'out'), '--checkpoint', str(shipped_checkpoint()), *more]
+    with patch('capnb.run.scale.jobs.run_job', return_value=dict(images=1, errors=0)) as run_job:
+        scale_command(words)
+    assert run_job.call_args.kwargs['progress'] is drawn
 
 @pytest.mark.skipif(not os.environ.get('CAPNB_SLOW'), reason='set CAPNB_SLOW=1')
 def test_picture_that_kills_each_worker_ends_the_job(start, made, tmp_path, monkeypatch):

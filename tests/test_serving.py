@@ -1,25 +1,29 @@
 """The server from outside: captions as offline, each limit with its status, nonsense, stops, and the page in
 a browser."""
 import asyncio, base64, http.client, http.server, io, json, os, random, re, shutil, signal, socket
-import subprocess, sys, tempfile, threading, time, warnings, zlib
+import struct, subprocess, sys, tempfile, threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from queue import Queue
 from types import SimpleNamespace
-import psutil, pytest
+import psutil, pytest, uvicorn
 from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from starlette.datastructures import Headers
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.images import open_image
+from capnb.run.serving import app as app_module
 from capnb.run.serving.command import serve_command
-from capnb.run.serving.limits import client_of
+from capnb.run.serving.desk import Place
+from capnb.run.serving.limits import Limits, client_of, connection_class
 from capnb.run.serving.load import load_report, memory, send_load
 from capnb.run.serving.page import PAGE
+from capnb.run.serving.server import _server_class
 from capnb.run.serving.uploads import _form_image
 from capnb.run.serving.worker import Worker, answer_batch, gather, why
 from capnb.storybook import Storybook
@@ -309,6 +313,12 @@ def test_a_model_that_fails_at_one_image_writes_for_the_others(model, pages):
     assert said[2] == dict(status=500, detail='the model failed at this image: no memory left')
     assert [said[i]['caption'] for i in (0, 1, 3)] == model.caption([images[0], images[1], images[3]])
 
+def test_a_batch_size_among_the_options_is_no_error(model, pages):
+    images, said = [open_image(p) for p in pages[:3]], {}
+    asked = [(i, image, False) for i,image in enumerate(images)]
+    answer_batch(model, asked, said.__setitem__, dict(batch_size=2))
+    assert [said[i]['caption'] for i in range(3)] == model.caption(images)
+
 # --- Why a word was said
 
 EXPLAIN = '/caption?explain=true'
@@ -414,6 +424,16 @@ def test_an_explanation_ends_when_its_client_leaves(model, pages):
     )
     assert [s for s in told.said if s[0] == 'left'] == [('left', 'caption'), ('left', 'dropped')]
     assert [s for s in told.said if s[0] == 'stays'] == [('stays', 'caption'), ('stays', 'caption', 'words')]
+
+def test_an_explanation_does_not_replace_the_other_captions(monkeypatch):
+    several = [dict(caption='A', score=-.1), dict(caption='B', score=-.2)]
+    async def answers(*args):
+        yield dict(caption='A', captions=several)
+        yield dict(caption='A', words=[])
+    monkeypatch.setattr(app_module, 'answers', answers)
+    desk, state = SimpleNamespace(notice=None), SimpleNamespace(value=app_module.SERVING)
+    client = TestClient(app_module.make_app(desk, None, state, None)) # its lifespan is not started
+    assert client.post(EXPLAIN).json() == dict(caption='A', captions=several, words=[])
 
 def test_a_tokenizer_that_cannot_tell(model, pages):
     class Slow:
@@ -533,6 +553,10 @@ def test_the_report_of_a_load_times_captions_only():
     report = load_report(dict(answers=answers, seconds=6.))
     assert report == dict(requests=93, refused=90, rate=.5, p50=2., p99=2.)
     assert load_report(dict(answers=answers[3:], seconds=6.))['p50'] is None
+
+def test_a_load_on_no_server_is_an_error():
+    with pytest.raises(OSError):
+        send_load(f'http://127.0.0.1:{free_port()}', [b'x'], clients=2, seconds=.5)
 
 def test_no_url_is_fetched(server):
     with socket.socket() as bait:
@@ -692,6 +716,30 @@ SLOW = {
         b'1\r\nx\r\n',
     ),
 }
+
+@pytest.mark.parametrize('loop', ['asyncio', 'auto'])
+def test_connections_that_are_reset_leave_nothing(loop):
+    "As of a port scan, or of a load balancer that only looks whether the port is open."
+    async def app(scope, receive, send):
+        pass
+    made = connection_class(Limits())
+    config = uvicorn.Config(app, http=made, ws='none', lifespan='off', log_level='critical', loop=loop)
+    server = uvicorn.Server(config)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        thread = threading.Thread(target=server.run, args=([s],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(.01)
+        for _ in range(100):
+            with socket.create_connection(s.getsockname()) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        end = time.monotonic()+5
+        while server.server_state.connections and time.monotonic() < end:
+            time.sleep(.05)
+        assert not server.server_state.connections
+        server.should_exit = True
+        thread.join(20)
 
 @pytest.mark.parametrize('kind', SLOW)
 def test_slow_clients_are_in_nobodys_way(server, pages, kind):
@@ -1404,7 +1452,8 @@ def test_the_page_asks_for_the_key(browser, narrow, pages, same):
 
 # --- Begin and end
 
-def test_a_dead_worker_is_replaced(server, pages, same):
+def replace_worker(server):
+    "Kill a worker and wait until another one is ready."
     worker = server.workers()[0]
     worker.kill()
     end = time.monotonic() + 60
@@ -1416,8 +1465,36 @@ def test_a_dead_worker_is_replaced(server, pages, same):
     while server.ask('GET', '/health')[0] != 200:
         assert time.monotonic() < end
         time.sleep(.1)
+
+def test_a_dead_worker_is_replaced(server, pages, same):
+    replace_worker(server)
     status, answer = server.caption(pages[6])
     assert status == 200 and same(6, answer['caption'])
+
+def test_a_worker_that_is_killed_while_it_loads_is_noticed():
+    dead = SimpleNamespace(is_alive=lambda: False)
+    server = SimpleNamespace(workers_setup_status={'caption_0': 'starting'}, inference_workers=[dead])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(_server_class().verify_worker_status, server)
+        try:
+            with pytest.raises(RuntimeError, match='no worker'):
+                waiting.result(timeout=5)
+        finally:
+            server.workers_setup_status['caption_0'] = 'error' # ends LitServe's own loop, too
+
+def test_a_worker_that_cannot_load_again_says_so(monkeypatch, capfd):
+    monkeypatch.setattr('capnb.run.serving.worker.signal.signal', lambda *args: None)
+    told = Queue()
+    for started in (0, 1):
+        worker = Worker('none.pth', told, SimpleNamespace(value=started), None)
+        with pytest.raises(OSError):
+            worker.setup('cpu')
+    assert told.qsize() == 1 and capfd.readouterr().err.count('none.pth') == 1
+
+def test_a_place_has_what_litserve_reads_of_it():
+    "Its monitor of workers goes through the places where HTTP is a thread, and skips those without a worker."
+    place = Place('a client', False, 0)
+    assert place.worker_id is None and not place.event.is_set() and not place.response_queue
 
 @pytest.mark.slow
 def test_stop_before_it_is_ready(start, made):
@@ -1441,7 +1518,7 @@ if __name__ == '__main__': serve_command()
 
 @pytest.mark.slow
 def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
-    "As on Windows, which has no fork: a caption, and an end."
+    "As on Windows, which has no fork: a caption, a worker that dies, and an end."
     (tmp_path/'serve.py').write_text(THREADED)
     def start(name, *args, cwd, env):
         return subprocess.Popen(
@@ -1452,10 +1529,17 @@ def test_stop_where_http_is_a_thread(environment, made, pages, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-    server = Server(start, made).wait()
+    server = Server(start, made, '--timeout', 5).wait()
     family = psutil.Process(server.process.pid).children(recursive=True)
     try:
         assert server.caption(pages[0])[0] == 200
+        server.workers()[0].suspend()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.caption, pages[0])
+            time.sleep(.5) # it has arrived
+            replace_worker(server)
+        assert asked.result()[0] == 504 and server.caption(pages[0])[0] == 200
+        family = psutil.Process(server.process.pid).children(recursive=True)
         server.process.send_signal(signal.SIGTERM)
         out, err = server.process.communicate(timeout=60)
         assert server.process.returncode == 0 and 'Traceback' not in out+err, out+err
@@ -1478,6 +1562,7 @@ def test_broken_weights_are_one_line(run, made, tmp_path):
 WRONG = {
     'no checkpoint': (['no.pth'], 'no.pth'),
     'no folder': (['--folder', 'nowhere'], 'nowhere'),
+    'a checkpoint and a folder': (['weights.pth', '--folder', 'saved_models'], 'not both'),
     'no batch': (['--batch_size', '0'], 'batch_size is 0; allowed'),
     'no time': (['--timeout', 'nan'], 'timeout is nan; allowed'),
     'a host that it cannot take': (['--host', '203.0.113.7', '--without_key'], '203.0.113.7'),
@@ -1564,7 +1649,7 @@ def test_server_that_writes_several_captions(start, made, model, pages):
                 wanted,
             )
         status, answer = several.caption(pages[0], EXPLAIN)
-        assert status == 200 and answer['caption'] == found[0][1]['caption'] and answer['words']
+        assert status == 200 and answer['words'] and {**answer, 'words': 0} == {**found[0][1], 'words': 0}
         shape = json.loads(several.ask('GET', '/openapi.json')[1])['paths']['/caption']['post']['responses'][
             '200'
         ]

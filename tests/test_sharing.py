@@ -2,13 +2,21 @@
 import json, os, shutil, socket, subprocess, sys, tempfile
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
 from capnb.hub import model_path
-from capnb.run.sharing import CapnbForImageCaptioning, CapnbProcessor, config_of, share
+from capnb.images import open_image
+from capnb.run import sharing
+from capnb.run.share_command import share_command
+from capnb.run.sharing import (
+    CapnbForImageCaptioning, CapnbProcessor, as_checkpoint, config_of, share, without_paths
+)
+from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 from hub import Hub
@@ -22,6 +30,45 @@ def test_only_paths_lose_their_folders():
     h = as_hyperparameters(prompt='/no_think', image_column='/images/x', output_dir='/home/me/runs')
     shared = config_of(dict(hyperparameters=asdict(h))).hyperparameters
     assert [shared[k] for k in ('prompt', 'image_column', 'output_dir')] == ['/no_think', '/images/x', 'runs']
+
+def test_the_metadata_keeps_such_texts_and_comes_back(tmp_path):
+    result = train(SHORT, max_steps=1, prompt='/no_think', output_dir=str(tmp_path/'runs'), device='cpu')
+    share(result.checkpoint, 'cpu').save_pretrained(tmp_path/'shared')
+    back = read_metadata(as_checkpoint(tmp_path/'shared', tmp_path/'back', '20260101_000000'))
+    assert [back['hyperparameters'][k] for k in ('prompt', 'output_dir')] == ['/no_think', 'runs']
+
+def test_a_long_text_is_no_path():
+    text = 'A very ' + 'long '*100 + 'caption of something black/white'
+    assert without_paths(dict(caption=text)) == dict(caption=text)
+
+def test_the_processor_asks_for_the_features_of_the_captioner(monkeypatch):
+    asked = []
+    def note(name, image_size=None, features='pooled'):
+        asked.append(features)
+        return None, 64, None
+    monkeypatch.setattr(sharing, 'load_image_processor', note)
+    CapnbProcessor(config_of(dict(hyperparameters=asdict(as_hyperparameters(features='patch')))))
+    assert asked == ['patch']
+
+@pytest.mark.parametrize('more', [dict(push_to_hub=True), dict(variant='fp16'), dict(max_shard_size='1MB')])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, more):
+    with pytest.raises(ValueError, match=next(iter(more))):
+        share(shipped_checkpoint(), 'cpu').save_pretrained(tmp_path/'out', **more)
+    assert not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('file, content', [
+    ('README.md', '# My project'), ('config.json', '{"model_type": "clip"}'), ('config.json', 'no JSON'),
+    ('model.safetensors', '')
+])
+def test_other_files_are_not_replaced(tmp_path, capsys, file, content):
+    (tmp_path/file).write_text(content)
+    with pytest.raises(SystemExit):
+        share_command([str(tmp_path), '--checkpoint', str(shipped_checkpoint())])
+    assert f'holds another {file}' in capsys.readouterr().err and (tmp_path/file).read_text() == content
+
+def test_a_shared_folder_may_be_written_again(tmp_path):
+    for _ in range(2):
+        share_command([str(tmp_path/'out'), '--checkpoint', str(shipped_checkpoint())])
 
 @pytest.fixture(scope='module')
 def hub():
@@ -225,12 +272,16 @@ def test_nothing_of_the_machine_is_shared(own, call, tmp_path, monkeypatch):
     assert metadata['data']['name'] == 'holiday' and metadata['losses'] == result.metadata['losses']
     assert 'images of holiday' in (tmp_path/'shared'/'README.md').read_text(encoding='utf-8')
 
+def add_models(home, folder):
+    "Put the frozen models of the captioner into its shared folder."
+    for name in ('my-clip', 'my-qwen3'):
+        shutil.copytree(home/'models'/name, folder/name)
+
 def test_models_put_into_the_shared_folder_are_found(own, tmp_path):
     "Also by the processor, and what is shared on is as free of paths."
     home, result = own
     share(result.checkpoint, 'cpu').save_pretrained(tmp_path/'shared')
-    for name in ('my-clip', 'my-qwen3'):
-        shutil.copytree(home/'models'/name, tmp_path/'shared'/name)
+    add_models(home, tmp_path/'shared')
     (tmp_path/'shared').rename(tmp_path/'moved')
     model = CapnbForImageCaptioning.from_pretrained(tmp_path/'moved', device='cpu')
     page = Storybook('test')[0]['image']
@@ -239,6 +290,51 @@ def test_models_put_into_the_shared_folder_are_found(own, tmp_path):
     model.save_pretrained(tmp_path/'again')
     check_nothing_of(home, tmp_path/'again')
     assert str(tmp_path).encode() not in b''.join(files(tmp_path/'again').values())
+
+def test_models_put_into_the_repository_are_found(own, hub, tmp_path):
+    home, result = own
+    share(result.checkpoint, 'cpu').save_pretrained(tmp_path/'shared')
+    add_models(home, tmp_path/'shared')
+    hub.add('someone/own', files(tmp_path/'shared'), 'models')
+    Storybook('test')[0]['image'].save(tmp_path/'page.png')
+    said, errors = captioned('someone/own', hub.environment(tmp_path/'home'), tmp_path)
+    assert said == result.model.caption(Storybook('test')[0]['image']), errors[-3000:]
+
+def test_back_to_a_checkpoint_with_models_of_the_folder(own, tmp_path, monkeypatch):
+    home, result = own
+    share(result.checkpoint, 'cpu').save_pretrained(tmp_path/'shared')
+    add_models(home, tmp_path/'shared')
+    monkeypatch.chdir(tmp_path)
+    weights = as_checkpoint('shared', tmp_path/'runs', '20260101_000000')
+    monkeypatch.chdir(home)
+    page = Storybook('test')[0]['image']
+    assert load_model_from_checkpoint(weights, 'cpu')[0].caption(page) == result.model.caption(page)
+
+def test_back_to_a_checkpoint_that_names_revisions(trained, hub, monkeypatch):
+    "Also without an epoch in the metadata, which may be missing."
+    here, _ = trained
+    metadata = read_metadata(newest_checkpoint(here/'saved_models'))
+    told = {k: v for k,v in metadata.items() if k!='epoch'}
+    saved = []
+    monkeypatch.setattr(sharing, 'save_checkpoint', lambda *args: saved.append(args))
+    model = SimpleNamespace(captioner=None, metadata=told, config=config_of(metadata))
+    monkeypatch.setattr(CapnbForImageCaptioning, 'from_pretrained', lambda name: model)
+    as_checkpoint(str(here), here/'back', '20260101_000000')
+    sha = hub.repos['models', 'makers/storybook-clip'].sha
+    assert saved[0][3] == metadata['epoch']
+    assert saved[0][4]['hyperparameters']['encoder_name'] == f'makers/storybook-clip@{sha}'
+
+def test_the_processor_sees_images_as_people_do(own, tmp_path):
+    home, result = own
+    share(result.checkpoint, 'cpu').save_pretrained(tmp_path)
+    add_models(home, tmp_path)
+    page, exif = Storybook('test')[0]['image'], Image.Exif()
+    exif[0x0112] = 6
+    page.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'lying.jpg', exif=exif)
+    processor = CapnbProcessor.from_pretrained(tmp_path)
+    for image in (Image.open(tmp_path/'lying.jpg'), Image.new('RGBA', page.size, (0, 0, 0, 0))):
+        wanted = result.model.encoder.prepare([open_image(image)])
+        assert torch.equal(processor(images=image)['pixel_values'], wanted)
 
 def test_nothing_of_the_machine_in_a_llava(own, call, tmp_path):
     home, result = own
@@ -274,8 +370,7 @@ BROKEN_WEIGHTS = {
 def test_broken_shared_weights_are_one_line(own, tmp_path, damage):
     home, result = own
     share(result.checkpoint, device='cpu').save_pretrained(tmp_path)
-    for name in ('my-clip', 'my-qwen3'):
-        shutil.copytree(home/'models'/name, tmp_path/name)
+    add_models(home, tmp_path)
     damage(tmp_path/'model.safetensors')
     with pytest.raises(ValueError, match=BROKEN_WEIGHTS[damage]) as e:
         CapnbForImageCaptioning.from_pretrained(str(tmp_path), device='cpu')

@@ -202,6 +202,8 @@ def find_captioner(
     asked = checkpoint or folder or best
     if model and asked:
         raise ValueError('name either a checkpoint or, with --model, a captioner of the package, not both')
+    if checkpoint and folder:
+        raise ValueError('name either a checkpoint or the folder of the newest one, not both')
     if model: return shipped_checkpoint(), None
     try:
         return find_checkpoint(checkpoint, folder or 'saved_models', best), None

@@ -6,18 +6,29 @@
 __all__ = ['share_command']
 
 # %% ../../nbs/39c_share_command.ipynb #938e0d03
+from pathlib import Path
 from fastcore.script import Param, store_true
 from .command_line import BEST, any_path, command, new_folder
-from ..hub import model_path
-from ..files import say
+from ..files import SMALL_TEXT, parse_json, read_text, say
 
 # %% ../../nbs/39c_share_command.ipynb #0da7c033
-def _warn_of_folders(config):
+def _check_replaceable(folder, kind):
+    "Raise a `ValueError` if a folder holds files of another kind that would be replaced."
+    names = 'config.json', 'model.safetensors', 'README.md'
+    there = [name for name in names if (Path(folder)/name).exists()]
+    if not there: return
+    try:
+        found = parse_json(read_text(Path(folder)/'config.json', limit=SMALL_TEXT))['model_type']
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    if found!=kind:
+        raise ValueError(f"{folder} holds another {there[0]}, which would be replaced; name another folder")
+
+def _warn_of_folders(config, place):
     "Warn about frozen models that came from a local folder, because others do not have them."
-    names = {config.hyperparameters[f'{part}_name'] for part in ('encoder', 'decoder', 'tokenizer')} - {None}
-    for name in sorted(n for n in names if not set('/@') & set(n) and model_path(n)==n):
+    for name in config.local_names:
         say(
-            f"⚠️ {name} was a folder or file of this machine: put it into the shared folder under this name,"
+            f"⚠️ {name} was a folder or file of this machine: put it into {place} under this name,"
             " or nobody can load the captioner"
         )
 
@@ -39,6 +50,8 @@ def share_command(
         raise ValueError('name either a folder to write or, with --push, a repository')
     if llava and push:
         raise ValueError('--llava writes a folder; upload it with: hf upload OWNER/NAME FOLDER')
+    if folder:
+        _check_replaceable(folder, 'llava' if llava else 'capnb')
     from capnb.run.entry import find_checkpoint
     from capnb.run.llava import save_llava
     from capnb.run.sharing import share
@@ -47,7 +60,7 @@ def share_command(
     if llava:
         save_llava(model.captioner, folder)
     else:
-        _warn_of_folders(model.config)
+        _warn_of_folders(model.config, folder or push)
         if push:
             place = model.push_to_hub(push)
         elif folder:

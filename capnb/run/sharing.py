@@ -7,12 +7,12 @@ __all__ = ['without_paths', 'CapnbConfig', 'config_of', 'CapnbForImageCaptioning
            'as_checkpoint']
 
 # %% ../../nbs/39_sharing.ipynb #0da7c003
-import re, tempfile
+import os, re, tempfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path, PureWindowsPath
 import torch
 from fastcore.basics import patch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -26,10 +26,12 @@ from capnb.saving import (
 )
 from ..build import build_captioner
 from ..unfreezing import unfreeze
-from ..checkpoint import check_weights
+from ..checkpoint import MODEL_NAMES, check_weights
+from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
 from ..files import SMALL_TEXT, atomic_write, error_line, parse_json, read_text, write_json
-from ..hub import hub_errors
+from ..hub import hub_errors, model_path
+from ..images import open_image
 from ..decoder import tokenize_captions
 from ..generation import captions_of, generate_ids
 from ..any_decoder import decoder_config, load_tokenizer
@@ -42,7 +44,7 @@ def _last_name(text):
     "The last component of a path of any operating system; other text is unchanged."
     is_path = bool(re.match(r'[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]', text))
     if not is_path and ('/' in text or '\\' in text):
-        is_path = Path(text).exists()
+        is_path = os.path.exists(text) # also for a text that is too long for a path
     if not is_path: return text
     return PureWindowsPath(text).name or text # it splits at both kinds of slashes
 
@@ -78,14 +80,25 @@ class CapnbConfig(PreTrainedConfig):
         return as_hyperparameters(self.hyperparameters, None)
 
     def h_in(self,
-        place, # Folder or hub id from which the configuration was loaded
+        place, # Folder of the shared captioner
     ) -> Hyperparameters:
         "Return the hyperparameters, with the path of each frozen model that is inside that folder."
         h = self.h
-        names = {name: h[name] for name in ('encoder_name', 'decoder_name', 'tokenizer_name') if h[name]}
+        names = {name: h[name] for name in MODEL_NAMES if h[name]}
         return replace(
             h, **{name: str(Path(place) / n) for name, n in names.items() if (Path(place) / n).exists()}
         )
+
+    @property
+    def local_names(self) -> list:
+        "Names of the frozen models that were folders or files of the machine of the training."
+        names = {self.hyperparameters.get(name) for name in MODEL_NAMES} - {None}
+        return sorted(n for n in names if not set('/@') & set(n) and model_path(n)==n)
+
+def _shareable(settings):
+    "Settings by name, without the folders of paths; other texts, such as a prompt, may begin with a slash."
+    texts = {f.name for f in fields(Hyperparameters) if not f.metadata['path']}
+    return {k: v if k in texts else without_paths(v) for k,v in settings.items()}
 
 def _pinned(name, revision):
     return name if revision is None or '@' in name else f'{name}@{revision}'
@@ -99,9 +112,7 @@ def config_of(
         encoder=h.encoder_name, decoder=h.decoder_name or h.tokenizer_name, tokenizer=h.tokenizer_name
     )
     h = replace(h, **{f'{part}_name': _pinned(name, revisions.get(part)) for part,name in names.items()})
-    places = {f.name for f in fields(h) if f.metadata['path']}
-    settings = {k: without_paths(v) if k in places else v for k,v in asdict(h).items()}
-    return CapnbConfig(settings, metadata.get('frozen'), metadata.get('epoch', 1))
+    return CapnbConfig(_shareable(asdict(h)), metadata.get('frozen'), metadata.get('epoch', 1))
 
 _HUB = ('revision', 'token', 'cache_dir', 'local_files_only', 'force_download', 'subfolder')
 # arguments that the Auto classes add
@@ -112,14 +123,25 @@ def _hub_options(given):
         raise ValueError(f"{unknown[0]} has no meaning for a captioner; there is {', '.join(_HUB)}")
     return {k: v for k,v in given.items() if k in _HUB}
 
+def _folder_of(config, name, hub):
+    "The folder of a shared captioner; of a hub repository, what it has of the frozen models that it needs."
+    if not config.local_names or Path(name).is_dir(): return name
+    wanted = [pattern for n in config.local_names for pattern in (n, f'{n}/*')]
+    hub = {k: v for k,v in hub.items() if k!='subfolder'}
+    with hub_errors('model', name):
+        return snapshot_download(name, allow_patterns=wanted, **hub)
+
 # %% ../../nbs/39_sharing.ipynb #0da7c010
 class CapnbForImageCaptioning(PreTrainedModel):
     """A captioner as a `transformers` model: pixels in, tokens out; it saves the trained weights and the
     names of the frozen models."""
-    config_class, main_input_name, _tied_weights_keys = CapnbConfig, 'pixel_values', {}
+    config_class = CapnbConfig
+    main_input_name = 'pixel_values'
+    _tied_weights_keys = {}
     def __init__(self, config:CapnbConfig, captioner:Captioner, metadata:dict=None):
         super().__init__(config)
-        self.captioner, self.metadata = captioner, metadata or dict(hyperparameters=config.hyperparameters)
+        self.captioner = captioner
+        self.metadata = metadata or dict(hyperparameters=config.hyperparameters)
         end = captioner.tokenizer.eos_token_id
         self.generation_config = GenerationConfig(
             max_new_tokens=captioner.max_caption_length,
@@ -167,11 +189,13 @@ class CapnbProcessor(ProcessorMixin):
     back to captions."""
     def __init__(self,
         config:CapnbConfig,
-        place=None, # Folder or hub id from which the configuration was loaded
+        place=None, # Folder of the shared captioner
     ):
         h = config.h if place is None else config.h_in(place)
         self.config, self.max_caption_length, self.chat_template = config, h.max_caption_length, None
-        self.image_processor, self.image_size, _ = load_image_processor(h.encoder_name, h.image_size)
+        self.image_processor, self.image_size, _ = load_image_processor(
+            h.encoder_name, h.image_size, h.features
+        )
         self.tokenizer = load_tokenizer(h.tokenizer_name, decoder_config(h.decoder_name or h.tokenizer_name))
 
     def __call__(self,
@@ -184,11 +208,9 @@ class CapnbProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors is {return_tensors!r}; there is only 'pt'")
         out = {}
         if images is not None:
-            out['pixel_values'] = prepare_images(
-                self.image_processor,
-                images if isinstance(images, (list, tuple)) else [images],
-                self.image_size,
-            )
+            images = images if isinstance(images, (list, tuple)) else [images]
+            upright = [open_image(image) for image in images] # as `Captioner.caption` sees them
+            out['pixel_values'] = prepare_images(self.image_processor, upright, self.image_size)
         if text is not None:
             out['input_ids'], out['attention_mask'] = tokenize_captions(
                 self.tokenizer, [text] if isinstance(text, str) else text, self.max_caption_length
@@ -201,22 +223,23 @@ class CapnbProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, name, **hub):
         # folder or hub id of a shared captioner
-        return cls(CapnbConfig.from_pretrained(name, **_hub_options(hub)), name)
+        hub = _hub_options(hub)
+        config = CapnbConfig.from_pretrained(name, **hub)
+        return cls(config, _folder_of(config, name, hub))
     def save_pretrained(self, folder, **kwargs):
         self.config.save_pretrained(folder) # there are only names to save
 
 # %% ../../nbs/39_sharing.ipynb #0da7c014
 def _score_lines(metadata):
     "A table row for each scored split; without any, the validation scores."
-    show = lambda s, k: '-' if s.get(k) is None else f'{s[k]:.3f}'
-    splits = {
-        k: v for k, v in metadata.items() if isinstance(v, dict) and {'rouge_l', 'pictures'} <= v.keys()
-    } or {'validation': metadata}
-    return '\n'.join(
-        f"| {name} | {show(s,'rouge_l')} | {show(s,'rouge_l_floor')} | {show(s,'rouge_l_ceiling')} |"
-        f" {show(s,'image_gain')} |"
-        for name, s in splits.items()
-    )
+    columns = 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain'
+    def scored(found):
+        return isinstance(found, dict) and {'rouge_l', 'pictures'} <= found.keys()
+    def line(name, scores):
+        values = (scores.get(column) for column in columns)
+        return f"| {name} | {' | '.join('-' if v is None else f'{v:.3f}' for v in values)} |"
+    splits = {k: v for k,v in metadata.items() if scored(v)} or dict(validation=metadata)
+    return '\n'.join(line(name, scores) for name,scores in splits.items())
 
 def _trained_line(h, metadata):
     "The line on the training: data, length, device and versions."
@@ -288,6 +311,8 @@ def save_pretrained(self:CapnbForImageCaptioning,
 ):
     """Save the trained weights as safetensors, with configuration, metadata and model card; frozen models are
     named, not copied."""
+    if other := [k for k in ('max_shard_size', 'push_to_hub', 'variant') if kwargs.get(k)]:
+        raise ValueError(f"{other[0]} has no meaning for a captioner; to upload it, call push_to_hub")
     PreTrainedModel.save_pretrained(self, folder, state_dict=trained_state(self.captioner), **kwargs)
     write_json(Path(folder)/'training_metadata.json', self.metadata)
     with atomic_write(Path(folder)/'README.md') as f:
@@ -313,18 +338,15 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     or its frozen models differ from those of its training."""
     hub = _hub_options(hub)
     config = CapnbConfig.from_pretrained(name, **hub)
-    h = config.h_in(name)
+    h = config.h_in(_folder_of(config, name, hub))
     state = _shared_weights(cached_file(name, 'model.safetensors', **hub), name, h) # before anything is built
     captioner = make_fast(build_captioner(h, device))
     unfreeze(captioner, h, config.epoch)
     check_frozen(captioner, config.frozen, name)
     load_trained(captioner, state, name)
-    metadata = cached_file(name, 'training_metadata.json', **hub)
-    return cls(
-        config,
-        captioner,
-        with_new_names(parse_json(read_text(metadata, limit=SMALL_TEXT))),
-    ).eval()
+    file = cached_file(name, 'training_metadata.json', **hub)
+    metadata = with_new_names(parse_json(read_text(file, limit=SMALL_TEXT)))
+    return cls(config, captioner, metadata).eval()
 
 @patch
 def push_to_hub(self:CapnbForImageCaptioning,
@@ -353,7 +375,8 @@ def share(
 ) -> CapnbForImageCaptioning: # Save it with `save_pretrained`, or upload it with `push_to_hub`
     "Load a checkpoint as a `transformers` model."
     model, metadata, _ = load_model_from_checkpoint(checkpoint, device)
-    return CapnbForImageCaptioning(config_of(metadata), make_fast(model), without_paths(metadata)).eval()
+    told = without_paths(metadata) | dict(hyperparameters=_shareable(metadata['hyperparameters']))
+    return CapnbForImageCaptioning(config_of(metadata), make_fast(model), told).eval()
 
 def as_checkpoint(
     name, # Folder or hub id of a shared captioner
@@ -363,4 +386,9 @@ def as_checkpoint(
 ) -> Path: # Path of the weights
     "Save a shared captioner as a checkpoint."
     model = CapnbForImageCaptioning.from_pretrained(name, **hub)
-    return save_checkpoint(model.captioner, output_dir, stamp, model.metadata['epoch'], model.metadata)
+    # with the revisions of models, and the paths of those inside the folder
+    h = model.config.h_in(_folder_of(model.config, name, _hub_options(hub)))
+    told = model.metadata['hyperparameters']
+    settings = {k: h[k] if k in h and v is not None else v for k,v in told.items()}
+    metadata = model.metadata | dict(hyperparameters=settings, places=model_places(h, output_dir))
+    return save_checkpoint(model.captioner, output_dir, stamp, model.config.epoch, metadata)

@@ -6,9 +6,11 @@
 __all__ = ['scale_command']
 
 # %% ../../../nbs/38c_scale_command.ipynb #c605a9aa
+import logging
 import sys
 from fastcore.script import Param, store_true
 from ...files import say
+from ...log import log
 from ..command_line import BEST, Number, any_path, command, new_folder
 
 # %% ../../../nbs/38c_scale_command.ipynb #0da18022
@@ -42,10 +44,12 @@ def scale_command(
     from capnb.checkpoint import read_metadata
     from capnb.run.entry import find_checkpoint
     from capnb.run.scale.jobs import caption_images, encode_images
+    if encode and (num_beams > 1 or num_return_sequences > 1):
+        raise ValueError('--encode writes no captions: use it without --num_beams and --num_return_sequences')
     checkpoint = find_checkpoint(checkpoint, best=best)
     settings = dict(image_column=image_column, workers=workers, threads=threads, gpus=gpus)
     settings |= dict(batch_size=batch_size, shard_size=shard_size, address=address)
-    settings |= dict(progress=sys.stderr.isatty())
+    settings |= dict(progress=sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
     if encode:
         h = read_metadata(checkpoint)['hyperparameters']
         encoder = h['encoder_name'], h.get('image_size'), h.get('features', 'pooled')

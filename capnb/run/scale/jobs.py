@@ -63,7 +63,9 @@ class CaptionWorker:
         self.model = make_fast(load_model_from_checkpoint(checkpoint, device)[0])
         self.options = check_options(options)
         several = self.options.get('num_return_sequences', 1) > 1
-        text, number = (pa.list_(kind) if several else kind for kind in (pa.string(), pa.float32()))
+        text, number = pa.string(), pa.float32()
+        if several:
+            text, number = pa.list_(text), pa.list_(number)
         self.schema = pa.schema(dict(id=pa.string(), caption=text, score=number, error=pa.string()))
 
     def __call__(self, rows:pa.Table) -> pa.Table:
@@ -134,10 +136,8 @@ def _on_loopback():
         del os.environ[_SINGLE]
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #02550022
-def _check_room(
-    there, # Available CPUs and GPUs
-    workers, threads, gpus,
-):
+def _check_room(there, workers, threads, gpus):
+    "Raise a `ValueError` if the CPUs and GPUs that are `there` are too few for the workers."
     for what,needed in (('GPU', workers*gpus), ('CPU', workers*threads+4)):
         found = there.get(what, 0)
         if needed <= found: continue
@@ -185,19 +185,43 @@ def cluster(
             ray.shutdown()
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #0da18017
+def _parquet_files(fs, place):
+    "The parquet files in a folder, if there is one."
+    fs.invalidate_cache() # other processes write them
+    names = fs.ls(place, detail=False) if fs.exists(place) else []
+    return [name for name in names if name.endswith('.parquet')]
+
+def _check_record(fs, root):
+    "Raise a `ValueError` if the rows of a job were deleted without the record of them, or the reverse."
+    progress = f'{root}.progress'
+    rows, notes = _parquet_files(fs, root), _parquet_files(fs, progress)
+    if not rows and any(not name.endswith('.pending.parquet') for name in notes):
+        raise ValueError(
+            f"{progress} records rows that are no longer in {root}, and their images would be skipped;"
+            f" delete {progress} to begin anew, or name another folder"
+        )
+    if rows and not notes:
+        raise ValueError(
+            f"{progress} is gone, which recorded the rows in {root}, and they would be written twice;"
+            " name another folder"
+        )
+
 def _same_job(fs, root, job):
-    "Record what an output folder will contain; raises `ValueError` if it contains something else."
-    note = f'{root}/_job.json'
+    """Record what an output folder will contain; raises `ValueError` if it contains something else, or if the
+    record of finished rows does not fit it."""
+    note, before = f'{root}/_job.json', {}
     if fs.exists(note):
         before = json.loads(fs.cat_file(note))
-        if changed := [k for k in job if before.get(k)!=job[k]]:
-            raise ValueError(
-                f"{root} holds the output of another job: its {changed[0]} was {before.get(changed[0])!r},"
-                f" now it is {job[changed[0]]!r}; name another folder"
-            )
-        return
-    if fs.exists(root) and fs.ls(root, detail=False):
+    elif fs.exists(root) and fs.ls(root, detail=False):
         raise ValueError(f"{root} is not empty, and not the output of such a job; name another folder")
+    changed = [k for k in job if before.get(k)!=job[k]]
+    if changed and _parquet_files(fs, root): # without any, the other job failed before its first row
+        raise ValueError(
+            f"{root} holds the output of another job: its {changed[0]} was {before.get(changed[0])!r},"
+            f" now it is {job[changed[0]]!r}; name another folder"
+        )
+    _check_record(fs, root)
+    if not changed: return
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f'{note}.part', json.dumps(job, indent=2).encode())
     fs.mv(f'{note}.part', note)
@@ -245,6 +269,7 @@ def count_rows(
 ) -> dict: # 'images' and, of these, 'errors'
     "Count the rows that a job has written so far."
     fs, root = url_to_fs(str(out))
+    fs.invalidate_cache() # other processes have written
     if not any(name.endswith('.parquet') for name in fs.ls(root, detail=False)):
         return dict(images=0, errors=0)
     rows = pa.dataset.dataset(root, filesystem=_storage(fs), format='parquet')
@@ -290,6 +315,10 @@ def run_job(
     return count_rows(out)
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #0da18019
+def _place(source):
+    "The path of a source from any working directory; a URL as it is."
+    return str(source) if '://' in str(source) else os.path.abspath(os.path.expanduser(source))
+
 def caption_images(
     # A folder of images, of .tar or of .parquet files, or one such file; a path or a URL for `fsspec`
     source:str,
@@ -308,7 +337,7 @@ def caption_images(
     options, path = check_options(options or {}), Path(checkpoint).absolute()
     job = dict(
         work='captions',
-        source=str(source),
+        source=_place(source),
         image_column=image_column,
         checkpoint=f'{path.name} {zlib.crc32(path.read_bytes()):08x}',
         options=options,
@@ -326,5 +355,5 @@ def encode_images(
 ) -> dict: # As for `count_rows`
     "Encode every image of a source once; otherwise as `caption_images`."
     encoder = dict(name=encoder_name, image_size=image_size, features=features)
-    job = dict(work='features', source=str(source), image_column=image_column, **encoder)
+    job = dict(work='features', source=_place(source), image_column=image_column, **encoder)
     return run_job(Source(source, image_column), out, FeatureWorker, (encoder,), job, **settings)

@@ -18,8 +18,10 @@ from ...images import image_format, image_formats, passed_over, walk_files
 
 # %% ../../../nbs/38_scale.ipynb #0da18008
 _KINDS = {'parquet files': ('.parquet',), 'tar archives': ('.tar', '.tar.gz', '.tgz')}
-# raised by a bad file; network errors are not caught
-_UNREADABLE = (ValueError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, PermissionError)
+_UNREADABLE = (
+    ValueError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, PermissionError,
+    pa.ArrowNotImplementedError, # such as a codec that pyarrow was built without
+)
 # one image: its name, and either its bytes or an error
 ROW = pa.schema(dict(id=pa.string(), image=pa.binary(), error=pa.string()))
 
@@ -27,14 +29,25 @@ def _kind(path):
     if image_format(path) in image_formats(): return 'images'
     return next((kind for kind,ends in _KINDS.items() if path.lower().endswith(ends)), None)
 
+def _is_bad_file(error):
+    "Whether an error is due to the file itself; those of a network or a disk are not."
+    if isinstance(error, _UNREADABLE): return True
+    return type(error) is OSError and error.errno is None # what pyarrow raises for damaged data
+
+def _hidden(name):
+    "Whether a file or one of its folders is hidden, or was added by a Mac."
+    return any(p=='__MACOSX' or p.startswith('.') and p not in ('.', '..') for p in name.split('/'))
+
 def _in_image(f, name, column):
     yield name, f.read()
 
 def _in_tar(f, name, column):
     with tarfile.open(fileobj=f, mode='r|*') as archive:
         for member in archive:
-            if member.isreg() and _kind(member.name)=='images':
-                yield f'{name}#{member.name}', archive.extractfile(member).read()
+            if _kind(member.name)!='images' or _hidden(member.name) or member.isdir():
+                continue
+            # a link has no bytes of its own
+            yield f'{name}#{member.name}', archive.extractfile(member).read() if member.isreg() else None
 
 def _in_parquet(f, name, column):
     file, at = pq.ParquetFile(f), 0
@@ -55,11 +68,16 @@ _READERS = {'parquet files': _in_parquet, 'tar archives': _in_tar, 'images': _in
 
 # %% ../../../nbs/38_scale.ipynb #0da18009
 def _listed(fs, root):
-    """All files at a place, with their sizes. On local disks linked folders are followed, and the size is
-    None for what is no regular file: opening a pipe would block."""
+    """All files at a place, with their sizes, without hidden ones. On local disks linked folders are
+    followed, and the size is None for what is no regular file: opening a pipe would block."""
+    def told(error):
+        print(f'{error.filename} cannot be read: {error.strerror}', file=sys.stderr)
     if isinstance(fs, LocalFileSystem) and Path(root).is_dir():
-        return {path.as_posix(): path.stat().st_size if path.is_file() else None for path in walk_files(root)}
-    return {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
+        files = walk_files(root, told)
+        found = {path.as_posix(): path.stat().st_size if path.is_file() else None for path in files}
+    else:
+        found = {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
+    return {path: size for path,size in found.items() if not _hidden(path[len(root):])}
 
 class Source:
     """Images in a folder, in archives or in parquet files, on any storage that `fsspec` supports; raises
@@ -72,6 +90,8 @@ class Source:
             self.fs, self.root = url_to_fs(str(place))
         except (ValueError, ImportError) as e:
             raise ValueError(f"{place}: {e}") from None
+        if isinstance(self.fs, LocalFileSystem):
+            self.root = Path(self.root).as_posix() # without '/./', as the paths of its files
         found = {}
         for path,size in _listed(self.fs, self.root).items():
             found.setdefault(None if size is None else _kind(path), {})[path] = size
@@ -107,6 +127,8 @@ class Source:
         try:
             with self.fs.open(path, 'rb') as f:
                 for id,image in _READERS[self.kind](f, name, self.image_column):
-                    yield row(id, image, None if image is not None else f'{id} is empty: there are no bytes')
-        except _UNREADABLE as e:
+                    empty = f'{id} is empty or a link: there are no bytes'
+                    yield row(id, image, empty if image is None else None)
+        except (*_UNREADABLE, OSError) as e:
+            if not _is_bad_file(e): raise
             yield row(name, None, f"{name} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}")

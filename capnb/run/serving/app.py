@@ -28,7 +28,7 @@ _HEALTH = {200: _health('Ready', ['ready']),
 async def as_events(first, rest):
     "Write answers as server-sent events."
     from fastapi import HTTPException
-    event = lambda answer: f'data: {json.dumps(answer, ensure_ascii=False)}\n\n'
+    def event(answer): return f'data: {json.dumps(answer, ensure_ascii=False)}\n\n'
     yield event(first)
     try:
         async for answer in rest:
@@ -36,9 +36,11 @@ async def as_events(first, rest):
     except HTTPException as e:
         yield event(dict(status=e.status_code, detail=e.detail))
 
-_text = lambda **fields: dict(
-    type='object', required=list(fields), properties={k: dict(type='string', **v) for k, v in fields.items()}
-)
+def _text(**fields):
+    "Describe an object whose fields are texts."
+    properties = {k: dict(type='string', **v) for k,v in fields.items()}
+    return dict(type='object', required=list(fields), properties=properties)
+
 _BODY = dict(
     requestBody=dict(
         required=True,
@@ -185,8 +187,8 @@ def _add_caption(app, desk, key, state):
                 media_type='text/event-stream',
                 headers={'Cache-Control': 'no-store'},
             )
-        async for answer in coming:
-            pass
+        async for more in coming:
+            answer = {**answer, **more} # the words of an explanation are added to the caption
         return answer
 
 # %% ../../../nbs/37g_serving_app.ipynb #3174b8d6

@@ -23,11 +23,14 @@ class Place:
         explained:bool, # Whether the client also asked for an explanation
         end:float, # Deadline for the answer, by `time.monotonic`
     ):
-        self.client, self.explained, self.end, self.uid, self.over = client, explained, end, None, False
+        self.client, self.explained, self.end = client, explained, end
+        self.uid = None # name of the request at the worker, once it is there
+        self.over = False # whether the last answer has come
         self.size = 0 # bytes held for it
         self.opening = None # task that opens its image
         # LitServe puts the answers here; it needs these names
         self.response_queue, self.event = deque(), asyncio.Event()
+        self.worker_id = None # and reads this if a worker dies and HTTP is a thread, as on Windows
 
     def take(self):
         "Return the answers that have arrived since the last call; sets `over` after the last one."
@@ -68,21 +71,15 @@ class Desk:
         if total >= self.limits.waiting:
             refuse(429, f'{total} requests are waiting already; try again in a second', Retry_After='1')
         if own >= self.limits.per_client:
-            refuse(
-                429,
-                f'{own} requests of yours are waiting already; ask again when one is answered',
-                Retry_After='1',
-            )
+            why = f'{own} requests of yours are waiting already; ask again when one is answered'
+            refuse(429, why, Retry_After='1')
 
     def keep(self, place, size):
         "Count the bytes held for a request; refuses with 429 if they are too many."
         more, most = size-place.size, 1e6*max(16*self.limits.upload, 3*self.limits.pixels)
         if more > 0 and (self.bytes[place.client]+more > most or self.bytes.total()+more > 2*most):
-            refuse(
-                429,
-                'the requests that are waiting already are too large; try again in a second',
-                Retry_After='1',
-            )
+            why = 'the requests that are waiting already are too large; try again in a second'
+            refuse(429, why, Retry_After='1')
         self.bytes += Counter({place.client: more})
         place.size = size
 

@@ -44,7 +44,8 @@ async def read_body(
 ) -> bytes:
     "Read the body of a request; refuses it with 413 if it is too large, with 408 if it takes too long."
     from starlette.requests import ClientDisconnect
-    most, parts, size = int(limits.upload*1e6), [], 0
+    most = int(limits.upload*1e6) # bytes
+    parts, size = [], 0
     def too_large(**headers):
         refuse(413, f'the request has more than {limits.upload:g} MB; send a smaller image', **headers)
     promised = request.headers.get('content-length', '0')
@@ -87,9 +88,13 @@ class Watch:
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.client_name, self.since = client_of(self.client[0]), self.loop.time()
+        # a connection that was reset at once has no address any more
+        self.client_name = client_of(self.client[0]) if self.client else ''
+        self.since = self.loop.time()
         self.watch(again=True)
         self.make_room()
+        if not self.client:
+            transport.abort()
 
     def on_message_begin(self):
         self.reading = 'head'

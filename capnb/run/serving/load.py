@@ -9,8 +9,8 @@ __all__ = ['send_load', 'load_report', 'memory']
 import base64
 import http.client
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 import psutil
 
 # %% ../../../nbs/37j_serving_load.ipynb #0da1203b
@@ -35,11 +35,8 @@ def send_load(
             answers.append((i%len(bodies), answer.status, json.load(answer), time.perf_counter()-asked))
             i += clients
         connection.close()
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients))) # raises the first error of a client
     return dict(answers=answers, seconds=time.perf_counter()-start)
 
 # %% ../../../nbs/37j_serving_load.ipynb #0da1213b
@@ -48,15 +45,9 @@ def load_report(
 ) -> dict: # 'requests', 'refused', 'rate' (captions per second), 'p50' and 'p99' (seconds)
     "Summarize the results of `send_load`; the times are those of captions, and None without any."
     times = sorted(took for _,status,_,took in load['answers'] if status==200)
-    at = lambda share: times[int(len(times)*share)] if times else None
-    requests = len(load['answers'])
-    return dict(
-        requests=requests,
-        refused=requests-len(times),
-        rate=len(times)/load['seconds'],
-        p50=at(.5),
-        p99=at(.99),
-    )
+    def at(share): return times[int(len(times)*share)] if times else None
+    requests, rate = len(load['answers']), len(times)/load['seconds']
+    return dict(requests=requests, refused=requests-len(times), rate=rate, p50=at(.5), p99=at(.99))
 
 def memory(
     pid:int, # Process id of the server

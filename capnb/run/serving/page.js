@@ -1,6 +1,6 @@
 const get = id => document.getElementById(id)
 const file = get('file'), drop = get('drop'), out = get('caption'), key = get('key')
-let last = null, asked = 0
+let last = null, asked = 0, stop = new AbortController()
 
 const percent = p => p < .001 ? 'less than 0.1 %' : (100*p).toFixed(1) + ' %'
 
@@ -105,12 +105,15 @@ async function caption(picture) {
   if (!picture) return
   const mine = ++asked, body = new FormData()
   last = picture
+  stop.abort() // nobody waits for the answer to the image before
+  stop = new AbortController()
   body.append('file', picture)
   begin(picture)
   try {
     const headers = key.value ? {Authorization: 'Bearer ' + key.value} : {}
-    const answer = await fetch('/caption?stream=true&explain=true', {method: 'POST', body, headers})
-    if (mine != asked) return answer.body?.cancel() // another image was chosen meanwhile
+    const options = {method: 'POST', body, headers, signal: stop.signal}
+    const answer = await fetch('/caption?stream=true&explain=true', options)
+    if (mine != asked) return // another image was chosen meanwhile
     get('ask').hidden = answer.status != 401 && !key.value
     if (!answer.ok) say((await answer.json()).detail, true)
     else for await (const told of events(answer.body)) if (mine == asked) tell(told)

@@ -38,7 +38,8 @@ def _litserve():
     return litserve
 
 def _server_class():
-    "LitServe's server, with a fix for Windows, where HTTP runs in a thread that LitServe cannot stop."
+    """LitServe's server with two fixes. On Windows, HTTP runs in a thread that LitServe cannot stop. LitServe
+    also waits forever for a worker that was killed while it loaded the model."""
     import litserve
     class Server(litserve.LitServer):
         def _start_server(self, *args, **kwargs):
@@ -47,6 +48,13 @@ def _server_class():
                 if isinstance(thread, threading.Thread):
                     thread.terminate = partial(setattr, thread._target.__self__, 'should_exit', True)
             return workers
+
+        def verify_worker_status(self):
+            states = self.workers_setup_status
+            while 'ready' not in states.values():
+                if 'error' in states.values() or not any(w.is_alive() for w in self.inference_workers):
+                    raise RuntimeError("no worker has started")
+                time.sleep(.05)
     return Server
 
 def _check_port(host, port):
@@ -68,8 +76,9 @@ def _on_signal(server, running, state, limits):
     def stop(number, frame):
         if os.getpid()!=main:
             return # the HTTP process handles the signal itself, and arrives here at its end
-        came['signal'], before, end = number, state.value, time.monotonic()+limits.seconds
-        state.value = STOPPING
+        came['signal'] = number
+        before, state.value = state.value, STOPPING
+        end = time.monotonic()+limits.seconds
         if before!=SERVING:
             raise KeyboardInterrupt # nothing to finish yet, or a second signal
         while running.value and time.monotonic() < end:

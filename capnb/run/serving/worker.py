@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import signal
+import sys
 import time
 from dataclasses import asdict
 from queue import Empty
@@ -58,7 +59,8 @@ def _write(model, asked, send, options):
             send(uids[row], dict(text=text))
         words = dict(streamer=CaptionStreamer(model.tokenizer, rows, tell))
     features = model.encoder.encode(list(images))
-    found = model.caption_features(features, several, batch_size=len(images), **options, **words)
+    how = {**options, **words, 'batch_size': len(images)} # in place of a batch size among the options
+    found = model.caption_features(features, several, **how)
     answers = dict(zip(uids, map(_as_answer, found), strict=True))
     for uid,answer in answers.items():
         send(uid, answer)
@@ -163,7 +165,10 @@ class Worker:
         try:
             self.model = make_fast(load_model_from_checkpoint(self.checkpoint, device, self.encoder)[0])
         except (ValueError, OSError, RuntimeError) as e: # such as no memory on a GPU
-            self.failure.put(str(e))
+            if self.started.value: # it was restarted: nobody reads the queue any more
+                print(f'the worker cannot load the model: {e}', file=sys.stderr, flush=True)
+            else:
+                self.failure.put(str(e))
             raise
         self.sight.tell(self.model.encoder)
         self.started.value += 1
