@@ -159,7 +159,7 @@ class _Decoder:
     "A child process that decodes one image at a time, or the files of a batch."
     def __init__(self, memory, seconds):
         root = str(Path(capnb.__file__).resolve().parent.parent)
-        arguments = json.dumps([root, [p for p in sys.path if p], memory, seconds])
+        arguments = json.dumps([root, [p for p in sys.path if p and isinstance(p, str)], memory, seconds])
         self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
         self.process = subprocess.Popen(
             [sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments],
@@ -344,7 +344,10 @@ class DecodingPool:
         if isinstance(source, bytes):
             body = source
         else:
-            request['path'] = os.path.abspath(source)
+            try:
+                request['path'] = os.path.abspath(source)
+            except TypeError as e: # as `open_image` refuses it
+                raise ValueError(f"{name} is not a readable image: {e}") from None
         if len(body) > MOST_FILE:
             raise ValueError(f"{name} is not a readable image: it has more than {MOST_FILE>>20} MB")
         try:
@@ -376,7 +379,7 @@ class DecodingPool:
 
     def submit(self, *args, **kwargs): # `Future`
         "Open an image in the background, see `open`; it can be cancelled until a child starts on it."
-        if self.closed.is_set(): raise RuntimeError("the pool is closed")
+        self._check_open()
         future = Future()
         self.waiting.put((future, args, kwargs))
         return future

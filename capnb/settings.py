@@ -381,7 +381,7 @@ def _read_settings(path):
 
 def _for_step_decay(settings):
     "Whether settings ask for the step decay or a constant rate, by name or by a setting that only it has."
-    decays = any(key.startswith('learning_rate_') for key in settings)
+    decays = any(str(key).startswith('learning_rate_') for key in settings)
     return settings.get('lr_scheduler_type', 'step' if decays else None)=='step'
 
 def chosen_settings(

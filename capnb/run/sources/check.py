@@ -74,8 +74,9 @@ def _same_images(scanned):
     for image in scanned:
         groups.setdefault(image.pixels, []).append(image)
     groups = [group for group in groups.values() if len(group) > 1]
-    across = [group for group in groups if len({image.split for image in group}) > 1]
-    within = [group for group in groups if group not in across]
+    is_across = lambda group: len({image.split for image in group}) > 1
+    across = [group for group in groups if is_across(group)]
+    within = [group for group in groups if not is_across(group)]
     names = lambda group: ' = '.join(f'{image.image_id} ({image.split})' for image in group)
     leak = 'images that are in several splits, so that what was learned is tested'
     yield _warning('images_in_several_splits', leak, list(map(names, across)))

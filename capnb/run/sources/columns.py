@@ -109,9 +109,10 @@ def asked_columns(names, asked, what):
     found = [asked] if asked in names else [n.strip() for n in str(asked).split(',')]
     lower = [n.lower() for n in names]
     for n in found:
-        if n not in names and lower.count(n.lower())!=1:
+        if n not in names and len({name for name in names if name.lower()==n.lower()})!=1:
             raise ValueError(f"there is no column {n!r} (asked for as {what}); there is {', '.join(names)}")
-    return [names.index(n) if n in names else lower.index(n.lower()) for n in found]
+    same = lambda n: [p for p,name in enumerate(names) if name==n] or [p for p,name in enumerate(lower) if name==n.lower()]
+    return [p for n in found for p in same(n)] # two columns may have one name
 
 def _ask(what, names, positions, rows):
     "The error that asks which column is meant."
@@ -149,7 +150,8 @@ def caption_groups(
     groups = [(0, [p]) for p in free if names[p].lower() in CAPTION_COLUMNS[:2]] # even if it holds numbers
     tried = [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [(3, k, texts) for k in CAPTION_COLUMNS[2:]]
     for sure,known,among in tried:
-        found = [names.index(n) for n in named_like(known, [names[p] for p in among])]
+        like = dict.fromkeys(named_like(known, [names[p] for p in among]))
+        found = [p for n in like for p in among if names[p]==n] # two columns may have the same name
         if found and (0, found) not in groups:
             groups.append((sure, found))
     taken = {p for _,positions in groups for p in positions}
