@@ -271,7 +271,8 @@ def scratch_folder() -> Path:
 def _place(path):
     """Where a file is written: a link stays, and what it leads to is written. Raises an `OSError` for a
     folder, a device or a pipe, which no file may replace."""
-    if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is a device or a pipe, and no file", str(path))
     return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()

@@ -250,7 +250,8 @@ def _from_file(source, *how):
     except Exception as e:
         first = e # any exception means that the image cannot be read
     if not isinstance(source, bytes):
-        if os.path.getsize(source) > MOST_FILE: raise first # such as a film that is named like an image
+        if os.path.getsize(source) > MOST_FILE: # such as a film that is named like an image
+            raise first
         source = Path(source).read_bytes()
     for data in _without_metadata(source):
         try:
@@ -375,7 +376,8 @@ def _matches(pattern):
     rest, found = os.path.join(*parts[at+1:] or ('*',)), set()
     for top in glob.glob(os.path.join(*parts[:at])) if at else ['.']:
         for folder,_ in _walk(top):
-            if any(part.startswith('.') for part in folder.relative_to(top).parts): continue # hidden
+            hidden = any(part.startswith('.') for part in folder.relative_to(top).parts)
+            if hidden: continue
             found |= _matches(os.path.join(glob.escape(str(folder)), rest))
     return found
 

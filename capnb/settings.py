@@ -367,10 +367,10 @@ def _read_settings(path):
         pass
     number = re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$')
     Loader.add_implicit_resolver('tag:yaml.org,2002:float', number, list('-+0123456789'))
-    path, json_file = Path(path).expanduser(), str(path).endswith('.json')
+    path = Path(path).expanduser()
     text = read_text(path, limit=SMALL_TEXT)
     try:
-        settings = json.loads(text) if json_file else yaml.load(text, Loader)
+        settings = json.loads(text) if path.suffix=='.json' else yaml.load(text, Loader)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:

@@ -957,7 +957,8 @@ def test_two_names_of_one_split_are_joined():
 
 def test_rows_in_memory_are_not_printed():
     class Rows(list):
-        def __repr__(self): raise AssertionError('all rows as one text')
+        def __repr__(self):
+            raise AssertionError('all rows as one text')
     assert load_data(Rows(dict(image=png(n), caption='A card.') for n in range(20)))
 
 @pytest.mark.parametrize('kind', [pa.string(), pa.large_string()], ids=str)

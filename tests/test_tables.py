@@ -867,8 +867,9 @@ def test_many_files_of_one_name_are_found_by_their_folders(monkeypatch):
     assert len(counts) < 200*20 # and not 200 for each of them
 
 def test_records_after_a_thousand_bad_ones_and_empty_ones(tmp_path):
-    bad = dict(image='000.png', conversations=[{'from': 'gpt', 'value': 'x'}]*2)
-    good = [dict(image=n, conversations=[{'from': 'gpt', 'value': c}]) for n,c in zip(NAMES, SAID, strict=True)]
+    said = lambda caption: [{'from': 'gpt', 'value': caption}]
+    bad = dict(image='000.png', conversations=said('x')*2)
+    good = [dict(image=name, conversations=said(c)) for name,(c,) in RIGHT.items()]
     folder = album(tmp_path, json.dumps([bad]*1000+good), 'captions.json')
     assert captions(folder, bad_rows='skip') == RIGHT
     for text in ('[{}]', '{}\n{}\n'):

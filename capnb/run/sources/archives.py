@@ -214,8 +214,7 @@ def visible_images(
 ) -> list: # Paths
     "List the images in a folder and its subfolders, or in a zip, without hidden files and files of macOS."
     if is_zip(folder): return [file for file in zip_files(folder) if image_format(file)]
-    hidden = lambda part: part.startswith('.') or part=='__MACOSX'
-    return [file for file in images_below(folder)[0] if not any(map(hidden, file.relative_to(folder).parts))]
+    return images_below(folder)[0]
 
 class TextsBeside:
     "Images in a folder and its subfolders, each with a text file that has a caption on each line."

@@ -271,13 +271,5 @@ def load_for(
 ) -> dict: # Name of split: `CaptionData`
     "Load the data of a run with the settings in its hyperparameters, see `load_data`."
     return load_data(
-        h.data if data is None else data,
-        h.image_size,
-        h.training_size_limit,
-        h.bad_rows,
-        h.image_column,
-        h.caption_column,
-        h.data_revision,
-        h.encoding,
-        h.outside_files,
-    )
+        h.data if data is None else data, h.image_size, h.training_size_limit, h.bad_rows,
+        h.image_column, h.caption_column, h.data_revision, h.encoding, h.outside_files)

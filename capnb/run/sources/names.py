@@ -25,7 +25,7 @@ def _endings(parts):
 
 def _ends_with(parts, end): return parts[len(parts)-len(end):]==end
 
-def _without_suffix(name): return re.sub(rf'{IMAGE_SUFFIX}$', '', name)
+def _without_suffix(name): return re.sub(rf'(?<=[^/]){IMAGE_SUFFIX}$', '', name)
 
 class NameIndex:
     "An index of names of files or images that finds them by slightly different names."
@@ -58,11 +58,9 @@ class NameIndex:
         key = self._keys[level]
         given = _parts(key(name))
         last, last_two = _endings(given)
-        # those of the last part alone may be many: one in each folder
-        near = [*self._ending(level, last_two), *self._ending(level, f'/{last}')]
-        if len(given)==1:
-            near = self._ending(level, last)
-        known = [(_parts(key(other)), other) for other in near]
+        # each folder may have a file with the same last part, so two parts are looked up if there are two
+        ends = [last_two, f'/{last}'] if len(given) > 1 else [last]
+        known = [(_parts(key(other)), other) for end in ends for other in self._ending(level, end)]
         if same := [other for parts,other in known if parts==given]: return same, False
         if longer := [other for parts,other in known if _ends_with(parts, given)]:
             return longer, False

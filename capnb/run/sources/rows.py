@@ -87,7 +87,8 @@ class NamedRows:
     def __getitem__(self, i):
         row = self.rows[i]
         rest = {k:v for k,v in row.items() if k not in (self.image, *self.captions)}
-        texts = [t for name in self.captions if row.get(name) is not None for t in several_texts(row[name])]
+        said = [row[name] for name in self.captions if row.get(name) is not None]
+        texts = [t for cell in said for t in several_texts(cell)]
         name = next((row[k] for k in _ID_COLUMNS if k in row), i)
         image = row.get(self.image)
         if isinstance(image, Mapping) and image.get('bytes') is None:

@@ -178,11 +178,8 @@ def _answered(record):
     record unchanged."""
     turns = record.get('conversations') if isinstance(record, dict) else None
     if not isinstance(turns, list): return record
-    answers = [
-        turn.get('value')
-        for turn in turns
-        if isinstance(turn, dict) and turn.get('from') in ('gpt', 'assistant')
-    ]
+    is_answer = lambda turn: isinstance(turn, dict) and turn.get('from') in ('gpt', 'assistant')
+    answers = [turn.get('value') for turn in turns if is_answer(turn)]
     if len(answers)!=1:
         return ValueError(
             f"has a conversation with {len(answers)} answers; only one that is the answer to one question is"
