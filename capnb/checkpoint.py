@@ -101,17 +101,8 @@ def read_metadata(
 
 # %% ../nbs/30i_checkpoint_files.ipynb #30c00010
 # exceptions that `torch.load` raises for other files
-_NOT_A_CHECKPOINT = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    struct.error,
-)
+_NOT_A_CHECKPOINT = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+                     AssertionError, OverflowError, struct.error)
 
 def read_tensors(
     path, # File written by `save_tensors`, or by a stranger

@@ -8,7 +8,8 @@ __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'spl
            'shell_line', 'shown_path', 'write_json', 'say', 'error_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
-import errno, json, os, posixpath, re, shlex, shutil, subprocess, sys, tempfile, unicodedata, zipfile, zlib
+import errno, json, os, posixpath, re, secrets, shlex, shutil, subprocess, sys, tempfile, unicodedata
+import zipfile, zlib
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing.util import Finalize
@@ -136,7 +137,7 @@ def _check_members(members):
         if m.flag_bits & 1:
             raise ValueError("it is encrypted; unpack it with its password first")
 
-@lru_cache(16)
+@lru_cache(64)
 def _opened_zip(file, size, changed, process): # a child process would share the file position
     "A zip, and the entries of its files by name, without folders, links and the files that macOS adds."
     try:
@@ -241,11 +242,9 @@ def read_text(
         guess = [] if codec=='utf-8' and b'\0' not in raw and _mostly_utf8(raw) else guess_encodings(raw)
         raise fault(e.start, f"this is not {codec.upper()}", guess) from None
     if '\0' in text:
-        raise fault(
-            len(text[: text.index('\0')].encode(codec)),
-            "there is a zero, which is no text",
-            guess_encodings(raw),
-        )
+        added = 0 if mark else len(''.encode(codec)) # a mark that the codec writes and the file has not
+        at = len(text[:text.index('\0')].encode(codec))-added
+        raise fault(at, "there is a zero, which is no text", guess_encodings(raw))
     if setting and not encoding and raw.isascii() and (found := _seven_bit_encoding(raw)):
         raise fault(
             found[1], f"here letters seem to be written in ASCII (if not, use --{setting} utf-8)", [found[0]]
@@ -269,17 +268,28 @@ def scratch_folder() -> Path:
     return Path(folder)
 
 # %% ../nbs/30_files.ipynb #aa5720e0
+def _place(path):
+    """Where a file is written: a link stays, and what it leads to is written. Raises an `OSError` for a
+    folder, a device or a pipe, which no file may replace."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a device or a pipe, and no file", str(path))
+    return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
+
 @contextmanager
 def atomic_write(
     path, # File to write or to replace
     mode:str='w', # 'w' for text (UTF-8) or 'wb' for bytes
 ): # Context manager that gives a file object
     """Open a file that gets its name only when it is completely written; an error leaves the old file
-    unchanged. An `OSError` names the file."""
+    unchanged. An `OSError` names the file, also if it is a folder, a device or a pipe."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
+    place = _place(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = str(place.parent/f'.{place.name}.{secrets.token_hex(4)}.part')
+    try: # unlike a file of `tempfile`, it gets the rights that the umask of the user leaves
+        handle = os.open(temporary, os.O_WRONLY|os.O_CREAT|os.O_EXCL|getattr(os, 'O_BINARY', 0), 0o666)
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from None
     try:
@@ -287,8 +297,7 @@ def atomic_write(
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     except BaseException as e:
         with suppress(FileNotFoundError): # an interrupt just after the renaming
             os.unlink(temporary)
@@ -303,9 +312,7 @@ def check_writable(
 ):
     "Raise an `OSError` that names `path` if nothing can be written there; leave no file behind."
     path = Path(path)
-    if file and path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    place = path.absolute().parent if file else path.absolute()
+    place = _place(path).parent if file else path.absolute()
     while not place.exists() and place!=place.parent: # a drive that is not there is its own parent
         place = place.parent
     try:

@@ -92,5 +92,6 @@ def memory_in_use(
 ) -> float: # GB; on an NVIDIA GPU the memory of tensors, else the memory of this process
     "Return the memory in use now."
     import psutil, torch
-    if torch.device(device).type=='cuda': return torch.cuda.memory_allocated(device)/1e9
+    device = torch.device(device or default_device())
+    if device.type=='cuda': return torch.cuda.memory_allocated(device)/1e9
     return psutil.Process().memory_info().rss/1e9

@@ -159,8 +159,9 @@ class _Decoder:
     "A child process that decodes one image at a time, or the files of a batch."
     def __init__(self, memory, seconds):
         root = str(Path(capnb.__file__).resolve().parent.parent)
-        arguments = json.dumps([root, [p for p in sys.path if p], memory, seconds])
-        self.seconds, self.deadline, self.late, self.buffer = seconds, None, False, bytearray()
+        arguments = json.dumps([root, [p for p in sys.path if p and isinstance(p, str)], memory, seconds])
+        self.seconds, self.buffer = seconds, bytearray()
+        self.deadline, self.late = None, False # the time when the answer is due, and whether it came too late
         self.process = subprocess.Popen(
             [sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments],
             **dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE),
@@ -341,15 +342,15 @@ class DecodingPool:
         name = str(name or (source if isinstance(source, (str, Path)) else 'the image'))
         request, body = dict(name=name, min_side=min_side, pixels=pixels, free=_FREE), b''
         request['steps'] = steps and vars(steps)
-        if isinstance(source, bytes):
-            body = source
-        else:
-            request['path'] = os.path.abspath(source)
-        if len(body) > MOST_FILE:
-            raise ValueError(f"{name} is not a readable image: it has more than {MOST_FILE>>20} MB")
         try:
+            if isinstance(source, bytes):
+                body = source
+            else:
+                request['path'] = os.path.abspath(source)
+            if len(body) > MOST_FILE:
+                raise ValueError(f"it has more than {MOST_FILE>>20} MB")
             head, image = self._ask(request, body)
-        except ValueError as e:
+        except (TypeError, ValueError) as e: # a `TypeError` for what cannot be a path
             raise ValueError(f"{name} is not a readable image: {e}") from None
         if 'error' in head:
             raise (TooManyPixels if 'too_many' in head else ValueError)(str(head['error']))
@@ -376,7 +377,7 @@ class DecodingPool:
 
     def submit(self, *args, **kwargs): # `Future`
         "Open an image in the background, see `open`; it can be cancelled until a child starts on it."
-        if self.closed.is_set(): raise RuntimeError("the pool is closed")
+        self._check_open()
         future = Future()
         self.waiting.put((future, args, kwargs))
         return future

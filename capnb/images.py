@@ -39,6 +39,10 @@ def image_formats() -> tuple: # Names, as in Pillow
     """List the formats that are opened here, with HEIF and JPEG XL if their packages are installed."""
     missing = []
     try:
+        from PIL import AvifImagePlugin # noqa: F401
+    except ImportError:
+        missing.append('AVIF') # it came with Pillow 11.3
+    try:
         from pillow_heif import register_heif_opener
         register_heif_opener()
     except ImportError:
@@ -216,6 +220,7 @@ def _check_size(image, pixels):
         raise TooManyPixels(
             f"it has {width*height/1e6:,.1f} million pixels, and {pixels/1e6:g} million are allowed"
         )
+    if not (width and height): raise ValueError("it has no pixels")
     if max(width, height) > 100*min(width, height):
         raise ValueError(f"it is a stripe, {width} pixels wide and {height} high")
 
@@ -231,17 +236,24 @@ def _decoded(file, min_side, pixels, ask):
             ask(whole[0]*whole[1])
         return _as_rgb(image, min_side, size)
 
+def _check_regular(source):
+    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
+        raise ValueError("it is no file") # a pipe would be waited for without end
+
 def _from_file(source, *how):
     "The image in a file or in bytes; if that fails, try again without metadata."
-    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
-        raise ValueError("it is no file")
+    _check_regular(source)
     try:
         return _decoded(io.BytesIO(source) if isinstance(source, bytes) else source, *how)
     except (MemoryError, Image.DecompressionBombError, TooManyPixels):
         raise
     except Exception as e:
         first = e # any exception means that the image cannot be read
-    for data in _without_metadata(source if isinstance(source, bytes) else Path(source).read_bytes()):
+    if not isinstance(source, bytes):
+        if os.path.getsize(source) > MOST_FILE: # such as a film that is named like an image
+            raise first
+        source = Path(source).read_bytes()
+    for data in _without_metadata(source):
         try:
             return _decoded(io.BytesIO(data), *how)
         except Exception:
@@ -323,8 +335,9 @@ def measure_image(
     pixels:float=None, # As for `open_image`
 ) -> tuple: # Width and height
     "Read the size of an image without decoding it; raises the same errors as `open_image`."
-    source, name = _out_of_zip(source, name)
+    source, name = _out_of_zip(*unwrapped(source, name))
     def measure():
+        _check_regular(source)
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats()
         ) as image:
@@ -363,6 +376,8 @@ def _matches(pattern):
     rest, found = os.path.join(*parts[at+1:] or ('*',)), set()
     for top in glob.glob(os.path.join(*parts[:at])) if at else ['.']:
         for folder,_ in _walk(top):
+            hidden = any(part.startswith('.') for part in folder.relative_to(top).parts)
+            if hidden: continue
             found |= _matches(os.path.join(glob.escape(str(folder)), rest))
     return found
 

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Printer', 'progress_bar', 'quiet']
 
 # %% ../nbs/30g_log.ipynb #f02de63e
-import logging, os
+import logging, os, sys
 from contextlib import contextmanager
 from .files import say
 
@@ -36,12 +36,18 @@ def progress_bar(
 def quiet():
     "Show only warnings and draw no bars inside the `with`."
     level, hub = log.level, os.environ.get('HF_HUB_DISABLE_PROGRESS_BARS')
+    bars = sys.modules.get('huggingface_hub.utils') # imported before, it reads the environment no more
+    hide = bars is not None and not bars.are_progress_bars_disabled()
+    if hide:
+        bars.disable_progress_bars()
     log.setLevel(max(level, logging.WARNING))
     os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1' # huggingface_hub reads it on import, after this
     try:
         yield
     finally:
         log.setLevel(level)
+        if hide:
+            bars.enable_progress_bars()
         if hub is None:
             del os.environ['HF_HUB_DISABLE_PROGRESS_BARS']
         else:

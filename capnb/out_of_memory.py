@@ -69,7 +69,7 @@ def in_slices(
 ): # Yields the result of `do` for each slice, in order
     """Call `do` for many rows in slices; raises a `ValueError` with advice if not even one row fits into
     memory."""
-    at = 0
+    at, freed = 0, False
     while at < n:
         size = min(size, n-at)
         try:
@@ -80,9 +80,12 @@ def in_slices(
         if out is not None:
             yield out
             at += size
+            freed = False
             continue
         # outside `except`, the error no longer keeps the tensors of the attempt alive
-        if release_memory(): continue
+        if not freed and release_memory():
+            freed = True # once: the next attempt may take the same memory again
+            continue
         if size==1:
             raise ValueError(
                 'out of memory with a single image; what helps: a smaller model, shorter captions '
@@ -90,5 +93,6 @@ def in_slices(
             )
         log.warning(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}')
         size //= 2
+        freed = False
         if on_less:
             on_less(size)

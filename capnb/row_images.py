@@ -54,8 +54,11 @@ def image_of(image, where):
         image = _from_array(image) if isinstance(image, np.ndarray) else image
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    if isinstance(image, Path) and not is_regular(image):
-        raise ValueError(f"{where}: there is no image {str(image)!r}")
+    try:
+        there = not isinstance(image, Path) or is_regular(image)
+    except (OSError, ValueError) as e: # the name is too long, its folder is locked, its zip is damaged
+        raise ValueError(f"{where}: {str(e):.300}") from None
+    if not there: raise ValueError(f"{where}: there is no image {str(image)!r:.300}")
     if isinstance(image, (Image.Image, bytes, Path)):
         return ImageFile(image, f"{where}: the image")
     needed = 'a PIL image, the path or bytes of a file, or an array'

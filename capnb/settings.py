@@ -367,10 +367,10 @@ def _read_settings(path):
         pass
     number = re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$')
     Loader.add_implicit_resolver('tag:yaml.org,2002:float', number, list('-+0123456789'))
-    path, json_file = Path(path).expanduser(), str(path).endswith('.json')
+    path = Path(path).expanduser()
     text = read_text(path, limit=SMALL_TEXT)
     try:
-        settings = json.loads(text) if json_file else yaml.load(text, Loader)
+        settings = json.loads(text) if path.suffix=='.json' else yaml.load(text, Loader)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:
@@ -381,7 +381,7 @@ def _read_settings(path):
 
 def _for_step_decay(settings):
     "Whether settings ask for the step decay or a constant rate, by name or by a setting that only it has."
-    decays = any(key.startswith('learning_rate_') for key in settings)
+    decays = any(str(key).startswith('learning_rate_') for key in settings)
     return settings.get('lr_scheduler_type', 'step' if decays else None)=='step'
 
 def chosen_settings(

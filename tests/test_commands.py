@@ -11,6 +11,7 @@ from capnb.fast.quantized import use_int8
 from capnb.saving import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
+from capnb.run.command_line import _as_flags
 from capnb.run.entry import train
 from capnb.settings import Hyperparameters, PRESETS
 from capnb.images import open_image
@@ -914,3 +915,7 @@ def test_library_prints_in_one_place():
     assert {name for name, _ in found} <= {'files.py', 'commands.py', 'bench.py'} and len(
         [f for f in found if f[0] == 'files.py']
     ) == 1, found
+
+def test_words_after_two_dashes_are_no_flags():
+    words = ['--batch-size=4', '--', '--my-page.png', '--learning-rate']
+    assert _as_flags(words, {}) == ['--batch_size=4', *words[1:]]

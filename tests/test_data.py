@@ -554,3 +554,14 @@ def test_rows_of_no_split_on_the_hub_are_not_used(hub, load):
         assert set(found) == {'train', 'validation', 'test'} and not {'1005.jpg', '1006.jpg'} & {
             name for names in ids(found).values() for name in names
         }
+
+def test_a_column_split_of_numbers_or_of_nothing(hub, load):
+    rows = [dict(row, split=n%2) for n,row in enumerate(flickr30k(0, 40))]
+    hub.add('me/folds', {'data/train-00000-of-00001.parquet': parquet(
+        rows, dict(FLICKR30K, split=Value('int64')))})
+    rows = [dict(row, split='') for row in flickr30k(0, 40)]
+    hub.add('me/none', {'data/train-00000-of-00001.parquet': parquet(rows, FLICKR30K)})
+    (folds, _), (few, _), (none, _) = load(
+        dict(data='me/folds'), dict(data='me/folds', limit=10), dict(data='me/none'))
+    assert set(ids(folds)) == set(ids(few)) == {'train', 'validation', 'test'}
+    assert none.startswith('ValueError: data set me/none: none of its rows has a split')

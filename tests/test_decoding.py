@@ -333,3 +333,36 @@ def test_a_large_damaged_image_leaves_the_next_one_alone(monkeypatch):
             with pytest.raises(ValueError, match='the image is not a readable image'):
                 pool.open(half)
             assert same(pool.open(GOOD[0]), GOOD[0])
+
+# --- What is asked of a pool
+
+def test_a_pool_of_another_process_is_refused_not_waited_for(pool, monkeypatch):
+    "As in a fork, which has the pool, but not its threads."
+    monkeypatch.setattr(pool, 'pid', -1)
+    for ask in (pool.open, pool.submit, lambda file: next(pool.map([file]))):
+        with pytest.raises(RuntimeError, match='another process'):
+            ask(GOOD[0])
+
+@pytest.mark.parametrize('wrong', [None, np.zeros((4, 4, 3), np.uint8), bytearray(GOOD[0])], ids=type)
+def test_what_is_no_image_is_a_value_error(pool, wrong):
+    with pytest.raises(ValueError, match='the image is not a readable image'):
+        pool.open(wrong)
+    bad, good = pool.map([wrong, GOOD[0]])
+    assert isinstance(bad, ValueError) and same(good, GOOD[0])
+
+def test_a_path_in_sys_path_does_no_harm(monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path, Path('folder')])
+    with DecodingPool(1) as pool:
+        assert same(pool.open(GOOD[0]), GOOD[0])
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='the system has no FIFOs')
+def test_a_pipe_is_not_measured(tmp_path):
+    os.mkfifo(tmp_path/'pipe.png')
+    writer = os.open(tmp_path/'pipe.png', os.O_RDWR) # or opening it would wait for a writer
+    os.write(writer, b'x'*20)
+    try:
+        with pytest.raises(ValueError, match='pipe.png is not a readable image: it is no file'):
+            measure_image(tmp_path/'pipe.png')
+    finally:
+        os.close(writer)
+    assert measure_image(ImageFile(GOOD[0]))==open_image(GOOD[0]).size

@@ -282,3 +282,34 @@ def test_captions_of_files_name_the_broken_ones(holiday):
     # upright
     assert [f['caption'] for f in found if f['file'].endswith(('5.jpg', '6.jpg'))] == ['(32, 48)', '(48, 32)']
     assert 'is not a readable image' in next(f['error'] for f in found if f['file'].endswith('7.jpg'))
+
+def test_a_large_file_that_is_no_image_is_not_read(tmp_path, monkeypatch):
+    (tmp_path/'film.png').write_bytes(b'film'*300)
+    monkeypatch.setattr('capnb.images.MOST_FILE', 1000)
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: pytest.fail('it was read'))
+    with pytest.raises(ValueError, match='film.png is not a readable image: its content is of no known'):
+        open_image(tmp_path/'film.png')
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ValueError, match='the image is not a readable image: it has no pixels'):
+        open_image(Image.new('RGB', (0, 0)))
+
+def test_a_pillow_without_avif_opens_the_others(monkeypatch):
+    from PIL import AvifImagePlugin # noqa: F401 it is registered from now on
+    file = saved(scene(random.Random(3)), 'JPEG2000')
+    monkeypatch.delattr('PIL.AvifImagePlugin')
+    monkeypatch.setitem(sys.modules, 'PIL.AvifImagePlugin', None)
+    monkeypatch.delitem(Image.OPEN, 'AVIF')
+    image_formats.cache_clear()
+    try:
+        assert open_image(file).size and 'AVIF' not in image_formats()
+    finally:
+        image_formats.cache_clear()
+
+def test_hidden_folders_do_not_match_a_pattern(tmp_path):
+    for name in ('a.png', '.thumbs/b.png', 'in/c.png', 'in/.d/e.png'):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).touch()
+    wanted = [tmp_path/'a.png', tmp_path/'in'/'c.png']
+    assert find_images([f'{tmp_path}/**/*.png'])==wanted and find_images([tmp_path])==wanted
+    assert find_images([f'{tmp_path}/.thumbs/**/*.png'])==[tmp_path/'.thumbs'/'b.png']

@@ -211,3 +211,15 @@ def test_training_asks_the_writer_before_it_halves(model, capsys):
     run, features = SavedRun(Cramped(), {}, h=as_hyperparameters()), torch.zeros(4, model.encoder.width)
     backward(run, Accelerator(cpu=True), optimizer, features, ['a cat']*4)
     assert run.micro_batch_size is None and capsys.readouterr().out.splitlines() == [GIVEN]
+
+def test_a_writer_that_fills_its_cache_in_each_attempt_gives_back_once_for_each_size(capsys):
+    "And not for ever: what is freed may be taken again before memory runs out again."
+    cache, sizes = Cache(), []
+    def do(here):
+        may_release(cache)
+        cache.held = True
+        sizes.append(here.stop-here.start)
+        assert len(sizes) < 20
+        if sizes[-1] > 1: raise SURE[0]
+        return sizes[-1]
+    assert list(in_slices(do, 4, 4))==[1]*4 and sizes==[4, 4, 2, 2, 1, 1, 1, 1]

@@ -6,8 +6,11 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from filelock import FileLock
+from huggingface_hub import utils
 from capnb.settings import Hyperparameters, PRESETS, as_hyperparameters
-from capnb.files import check_writable, free_lock, shell_line
+from capnb.files import check_writable, free_lock, shell_line, write_json
+from capnb.hardware import memory_in_use
+from capnb.log import quiet
 from capnb.encoder import load_encoder
 from capnb.fast.cache import encode_data
 from capnb.run.sources.load import load_data
@@ -252,3 +255,46 @@ def test_nothing_that_one_system_has_only():
         text = path.read_text(encoding='utf-8')
         for word in ("'/tmp", 'os.fork(', 'SIGHUP', 'SIGKILL', 'os.getuid', '\nimport fcntl'):
             assert word not in text, (path.name, word)
+
+# --- What no file may replace
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
+def test_a_device_a_pipe_and_a_link_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path/'pipe.json')
+    for place in (tmp_path/'pipe.json', Path('/dev/null')):
+        with pytest.raises(OSError, match=place.name):
+            check_writable(place, file=True)
+    with pytest.raises(OSError, match='pipe.json'):
+        write_json(tmp_path/'pipe.json', 1)
+    assert (tmp_path/'pipe.json').is_fifo()
+    (tmp_path/'other').mkdir()
+    (tmp_path/'link.json').symlink_to('other/real.json')
+    check_writable(tmp_path/'link.json', file=True)
+    for _ in range(2):
+        write_json(tmp_path/'link.json', 1)
+        assert (tmp_path/'link.json').is_symlink() and (tmp_path/'other'/'real.json').read_text()=='1\n'
+
+@pytest.mark.skipif(os.name!='posix', reason='this system has no umask')
+@pytest.mark.parametrize('mask, rights', [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_the_umask_holds(tmp_path, mask, rights):
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path/'a.json', 1)
+    finally:
+        os.umask(before)
+    assert (tmp_path/'a.json').stat().st_mode & 0o777 == rights
+
+@pytest.mark.parametrize('text', ['1: 2', 'on: true', '2020-01-01: 3'])
+def test_a_key_that_is_no_text_is_named(tmp_path, text):
+    (tmp_path/'s.yaml').write_text(text)
+    with pytest.raises(ValueError, match='hyperparameter .* is not known; there is batch_size'):
+        as_hyperparameters(tmp_path/'s.yaml')
+
+def test_the_memory_of_the_best_device():
+    assert memory_in_use(None) > 0
+
+def test_quiet_hides_the_bars_of_a_hub_that_is_imported():
+    assert not utils.are_progress_bars_disabled()
+    with quiet():
+        assert utils.are_progress_bars_disabled()
+    assert not utils.are_progress_bars_disabled()

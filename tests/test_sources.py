@@ -2,6 +2,7 @@
 import io, json, os, re, shutil, tarfile, tracemalloc, zipfile
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
+import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import (
@@ -11,8 +12,9 @@ from datasets import (
 from PIL import Image
 from capnb.files import read_text
 from capnb.data import CaptionData
+from capnb.run.sources import layouts
 from capnb.run.sources.check import ScannedImage, check_data, find_warnings
-from capnb.run.sources.load import load_data
+from capnb.run.sources.load import load_data, skip_bad
 
 NAMES = [f'{1000+n}_a{n}.png' for n in range(20)]
 
@@ -943,3 +945,90 @@ def test_tables_that_are_not_read_are_named(tmp_path, name, told):
     for data in (tmp_path, tmp_path/name):
         with pytest.raises((ValueError, OSError), match=f'{re.escape(str(tmp_path))}.*{name} {told}'):
             load_data(data)
+
+# --- Data in memory, splits, and work that grows with the square
+
+def test_two_names_of_one_split_are_joined():
+    rows = lambda name: [dict(image=colour(n), caption='A card.', image_id=f'{name} {n}') for n in range(3)]
+    found = load_data({name: rows(name) for name in ('train', 'restval', 'val', 'validation')})
+    ids = {split: [row['image_id'] for row in part] for split,part in found.items()}
+    assert ids['train'] == [f'{name} {n}' for name in ('train', 'restval') for n in range(3)]
+    assert ids['validation'] == [f'{name} {n}' for name in ('val', 'validation') for n in range(3)]
+
+def test_rows_in_memory_are_not_printed():
+    class Rows(list):
+        def __repr__(self):
+            raise AssertionError('all rows as one text')
+    assert load_data(Rows(dict(image=png(n), caption='A card.') for n in range(20)))
+
+@pytest.mark.parametrize('kind', [pa.string(), pa.large_string()], ids=str)
+def test_the_split_of_a_parquet_file_holds_for_both_kinds_of_text(tmp_path, kind):
+    rows = dict(
+        image=[dict(bytes=png(n), path=None) for n in range(20)],
+        caption=pa.array(['A card.']*20, kind),
+        split=pa.array(['train']*14+['val']*3+['test']*3, kind),
+    )
+    pq.write_table(pa.table(rows), tmp_path/'a.parquet')
+    assert {split: len(rows) for split,rows in load_data(tmp_path).items()} == dict(
+        train=14, validation=3, test=3)
+
+def test_numbers_in_the_column_split_of_a_stream_are_no_splits():
+    stream = stored().add_column('split', [n%2 for n in range(20)]).to_iterable_dataset()
+    assert set(load_data(stream)) <= set(CUT) # as without this column
+
+@pytest.mark.parametrize('bad_rows', ['Skip', 'ignore', None])
+def test_bad_rows_is_stop_or_skip(tmp_path, bad_rows):
+    beside(tmp_path)
+    with pytest.raises(ValueError, match='bad_rows .* is not known; there is stop, skip'):
+        load_data(tmp_path, bad_rows=bad_rows)
+
+def test_a_text_that_is_too_long_for_a_file_name_is_a_bad_row():
+    rows = [dict(image=png(n), caption='A card.') for n in range(3)]
+    data = CaptionData([*rows, dict(image='iVBOR'*2000, caption='A card.')])
+    bad, = skip_bad(data)
+    assert bad.startswith("row 3: [Errno 36] File name too long: 'iVBOR") and len(bad) < 400
+    assert len(data)==3
+
+def test_folders_of_a_data_set_are_compared_once_with_each_name(tmp_path, monkeypatch):
+    for n in range(50):
+        (tmp_path/f's{n}').mkdir()
+    made = []
+    class Counted(set):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(len(self))
+    monkeypatch.setattr(layouts, 'set', Counted, raising=False)
+    assert layouts.tables_in(tmp_path)==[] and len(made) < 5
+
+def test_groups_of_equal_images_are_not_compared_with_each_other():
+    """Half of them in two splits, the others twice in one."""
+    compared = []
+    class Told(str):
+        def __eq__(self, other):
+            compared.append(self)
+            return str(self)==str(other)
+        __hash__ = str.__hash__
+    scanned = [ScannedImage(Told(f'{n} {k}'), 'test' if k and n%2 else 'train', b'%d' % n, ['A red card.'])
+               for n in range(100) for k in (0, 1)]
+    found = {w['kind']: w['count'] for w in find_warnings(scanned)}
+    assert found['images_in_several_splits']==found['same_images']==50 and len(compared) < 1000
+
+def test_rare_separators_split_no_caption_of_a_tar(tmp_path):
+    with tarfile.open(tmp_path/'a.tar', 'w') as tar:
+        for n in range(20):
+            for suffix,content in (('png', png(n)), ('txt', 'A cat.\u2028A tree.\r\nB.'.encode())):
+                member = tarfile.TarInfo(f'{n:02}.{suffix}')
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert {len(row['captions']) for rows in load_data(tmp_path).values() for row in rows} == {2}
+
+def test_many_zips_stay_open(tmp_path, monkeypatch):
+    names = [tmp_path/f'{n}.zip' for n in range(20)]
+    for name in names:
+        with zipfile.ZipFile(name, 'w') as archive:
+            archive.writestr('a.txt', b'a')
+    opened, whole = [], zipfile.ZipFile
+    monkeypatch.setattr(zipfile, 'ZipFile', lambda file: opened.append(file) or whole(file))
+    for name in names*2:
+        assert read_text(name/'a.txt')=='a'
+    assert len(opened)==20

@@ -1,5 +1,5 @@
 "Tables of captions as people have them: the right captions, or an error that says what to do."
-import csv, io, json, os
+import csv, io, json, os, sys, zipfile
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -7,6 +7,7 @@ from PIL import Image
 from capnb.checkpoint import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.run.sources.folders import read_folder
+from capnb.run.sources import names
 from capnb.run.predictions import read_predictions
 from capnb.run.sources.load import load_data
 import capnb.files
@@ -838,3 +839,50 @@ def test_the_check_lists_all_rows_when_none_is_good(call, tmp_path):
         done.returncode == 1
         and "and 7 more: `capnb_data check` lists them, bad_rows 'skip' leaves them out" in done.stderr
     )
+
+# --- Columns of one name, records that are bad, and names in many folders
+
+@pytest.mark.parametrize('asked', [{}, dict(caption_column='sentence'), dict(caption_column='Sentence')])
+def test_columns_with_the_same_name_are_all_read(tmp_path, asked):
+    folder = album(tmp_path, lines(NAMES, SAID, OTHER, header=('file_name', 'sentence', 'sentence')))
+    assert captions(folder, **asked) == {n: [c, o] for n,c,o in zip(NAMES, SAID, OTHER, strict=True)}
+
+def test_columns_by_their_numbers(tmp_path):
+    folder = album(tmp_path, lines(NAMES, SAID, OTHER))
+    assert captions(folder, image_column=1, caption_column=2) == RIGHT
+
+def test_a_file_in_a_zip_is_found_beside_one_of_its_name_elsewhere(tmp_path):
+    names = [f'train/{name}' for name in NAMES[:-1]] + ['val/003.png']
+    album(tmp_path, lines(names, SAID, header=('file_name', 'caption')), files=names[-1:])
+    with zipfile.ZipFile(tmp_path/'train.zip', 'w') as archive:
+        for name in names[:-1]:
+            archive.writestr(name, b'')
+    assert captions(tmp_path) == {n: [c] for n,c in zip(names, SAID, strict=True)}
+
+def test_many_files_of_one_name_are_found_by_their_folders(monkeypatch):
+    split, counts = names._parts, []
+    monkeypatch.setattr(names, '_parts', lambda name: counts.append(name) or split(name))
+    index = names.NameIndex([f's{n}/rgb.png' for n in range(200)])
+    assert all(index.find(f'data\\S{n}\\rgb.png')==f's{n}/rgb.png' for n in range(200))
+    assert len(counts) < 200*20 # and not 200 for each of them
+
+def test_records_after_a_thousand_bad_ones_and_empty_ones(tmp_path):
+    said = lambda caption: [{'from': 'gpt', 'value': caption}]
+    bad = dict(image='000.png', conversations=said('x')*2)
+    good = [dict(image=name, conversations=said(c)) for name,(c,) in RIGHT.items()]
+    folder = album(tmp_path, json.dumps([bad]*1000+good), 'captions.json')
+    assert captions(folder, bad_rows='skip') == RIGHT
+    for text in ('[{}]', '{}\n{}\n'):
+        (folder/'captions.json').write_text(text)
+        with pytest.raises(ValueError, match='captions.json: .* is an empty JSON object'):
+            read_folder(folder)
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-32'])
+def test_a_zero_at_the_end_is_named(tmp_path, encoding):
+    "Also without the mark that these encodings write."
+    little = sys.byteorder=='little'
+    plain = 'utf-8' if encoding=='utf-8-sig' else f"{encoding}-{'le' if little else 'be'}"
+    (tmp_path/'a.csv').write_bytes('ab\n\0'.encode(plain))
+    at = len('ab\n'.encode(plain))
+    with pytest.raises(ValueError, match=rf'a.csv: line 2, byte {at} \(0x00\): there is a zero'):
+        capnb.files.read_text(tmp_path/'a.csv', encoding)

@@ -97,7 +97,9 @@ def _as_flags(words, known):
         name = match[0][2:].replace('-', '_')
         given[name] = OLD_NAMES[name] if OLD_NAMES.get(name) in known else name
         return f'--{given[name]}'
-    words = [re.sub(r'^--[^=]+', flag, str(word)) for word in words] # a `Path` may be among them
+    words = list(map(str, words)) # a `Path` may be among them
+    end = words.index('--') if '--' in words else len(words) # no flags come after it
+    words[:end] = [re.sub(r'^--[^=]+', flag, word) for word in words[:end]]
     with_new_names(given) # raises an error if both names are given
     return words
 

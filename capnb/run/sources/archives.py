@@ -17,14 +17,13 @@ from .columns import CAPTION_COLUMNS, SPLIT_NAMES, looks_like_image
 from .folders import Source, as_source, read_folder
 from .layouts import folder_tables, split_of_name
 from .names import LEADS_OUT
-from .rows import image_columns, infer_columns, named_rows
+from .rows import image_columns, infer_columns, named_rows, says_split
 from .tables import unread_table
 
 # %% ../../../nbs/31g_archives.ipynb #02a00006
 def _split_column(rows):
-    "The split of each row from a column `split`, '' for none; None if there is no such column."
-    if 'split' not in rows.column_names or getattr(rows.features['split'], 'dtype', '')!='string':
-        return None
+    "The split of each row from a column `split`, '' for none; None if there is no such column of texts."
+    if not says_split(rows.features): return None
     return [split or '' for split in rows['split'][:]]
 
 def from_datasets(
@@ -143,7 +142,8 @@ def _texts_of(sample, caption_column, encoding):
     known = [caption_column.lower()] if caption_column else _TEXT_SUFFIXES
     suffix = next((s for s in known if s in sample), None)
     if suffix:
-        return caption_texts([line for line in text(suffix).splitlines() if line.strip()])
+        lines = text(suffix).replace('\r\n', '\n').replace('\r', '\n').split('\n')
+        return caption_texts([line for line in lines if line.strip()])
     if 'json' not in sample:
         raise ValueError(f"there is no caption, only {', '.join(sample)}")
     try:
@@ -214,8 +214,7 @@ def visible_images(
 ) -> list: # Paths
     "List the images in a folder and its subfolders, or in a zip, without hidden files and files of macOS."
     if is_zip(folder): return [file for file in zip_files(folder) if image_format(file)]
-    hidden = lambda part: part.startswith('.') or part=='__MACOSX'
-    return [file for file in images_below(folder)[0] if not any(map(hidden, file.relative_to(folder).parts))]
+    return images_below(folder)[0]
 
 class TextsBeside:
     "Images in a folder and its subfolders, each with a text file that has a caption on each line."

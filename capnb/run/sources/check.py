@@ -27,16 +27,9 @@ class ScannedImage(NamedTuple):
     captions: list
 
 NO_SPLIT = 'without a split'
-_NO_SENTENCE = '|'.join(
-    [
-        r'\[.*\]',
-        r'\{.*\}',
-        r'[^\W\d]+(, ?[^\W\d]+){2,}',
-        'nan|none|null|n/a|true|false',
-        r'https?://\S+',
-        r'\S+\.(jpe?g|png|gif|webp|bmp|tiff?)',
-    ]
-)
+_NO_SENTENCE = '|'.join([
+    r'\[.*\]', r'\{.*\}', r'[^\W\d]+(, ?[^\W\d]+){2,}', 'nan|none|null|n/a|true|false',
+    r'https?://\S+', r'\S+\.(jpe?g|png|gif|webp|bmp|tiff?)'])
 
 def _is_short(caption):
     return len(caption.split()) < 3 and not counts_characters([caption])
@@ -74,8 +67,9 @@ def _same_images(scanned):
     for image in scanned:
         groups.setdefault(image.pixels, []).append(image)
     groups = [group for group in groups.values() if len(group) > 1]
-    across = [group for group in groups if len({image.split for image in group}) > 1]
-    within = [group for group in groups if group not in across]
+    is_across = lambda group: len({image.split for image in group}) > 1
+    across = [group for group in groups if is_across(group)]
+    within = [group for group in groups if not is_across(group)]
     names = lambda group: ' = '.join(f'{image.image_id} ({image.split})' for image in group)
     leak = 'images that are in several splits, so that what was learned is tested'
     yield _warning('images_in_several_splits', leak, list(map(names, across)))
@@ -119,28 +113,17 @@ def _scan(rows, split, samples, bad, scanned):
             first.append(dict(image_id=row['image_id'], captions=row['captions']))
     per_image = dict(sorted(Counter(captions).items()))
     smallest, largest = (which(sizes, key=np.prod, default=None) for which in (min, max))
-    return dict(
-        images=len(sizes),
-        captions=sum(captions),
-        captions_per_image=per_image,
-        smallest=smallest,
-        largest=largest,
-        samples=first,
-    )
+    return dict(images=len(sizes), captions=sum(captions), captions_per_image=per_image,
+                smallest=smallest, largest=largest, samples=first)
 
 def _without_row(path, tables):
     "A warning about images in a folder that are not in its tables."
     folder = Path(path) if Path(path).is_dir() else tables[0].folder
     named = {os.path.realpath(path) for table in tables for path in table.paths.values()}
     zips = {found[0] for path in named if not is_zip(folder) and (found := split_zip(path))}
-    others = [
-        path
-        for place in (folder, *sorted(zips))
-        for path in visible_images(place)
-        if os.path.realpath(path) not in named
-    ]
-    about = 'images in the folder that no usable row names'
-    return _warning('images_without_row', about, [os.path.relpath(path, folder) for path in others])
+    images = [path for place in (folder, *sorted(zips)) for path in visible_images(place)]
+    others = [os.path.relpath(path, folder) for path in images if os.path.realpath(path) not in named]
+    return _warning('images_without_row', 'images in the folder that no usable row names', others)
 
 def check_data(
     data, # As for `load_data`

@@ -13,50 +13,15 @@ from ...images import IMAGE_SUFFIX
 
 # %% ../../../nbs/31_columns.ipynb #7ab00009
 SPLIT_NAMES = dict(
-    train='train',
-    training='train',
-    restval='train',
-    validation='validation',
-    valid='validation',
-    val='validation',
-    dev='validation',
-    test='test',
-    testing='test',
-)
+    train='train', training='train', restval='train', test='test', testing='test',
+    validation='validation', valid='validation', val='validation', dev='validation')
 IMAGE_COLUMNS = (
-    'file_name',
-    'filename',
-    'image_name',
-    'image_file',
-    'image_filename',
-    'image_path',
-    'img_path',
-    'img_name',
-    'img_file',
-    'file_path',
-    'filepath',
-    'image',
-    'img',
-    'file',
-    'path',
-    'picture',
-    'photo',
-    'name',
-)
+    'file_name', 'filename', 'image_name', 'image_file', 'image_filename', 'image_path', 'img_path',
+    'img_name', 'img_file', 'file_path', 'filepath', 'image', 'img', 'file', 'path', 'picture', 'photo',
+    'name')
 CAPTION_COLUMNS = (
-    'caption',
-    'captions',
-    'sentence',
-    'sentences',
-    'comment',
-    'text',
-    'texts',
-    'description',
-    'title',
-    'prompt',
-    'alt_text',
-    'raw',
-)
+    'caption', 'captions', 'sentence', 'sentences', 'comment', 'text', 'texts', 'description', 'title',
+    'prompt', 'alt_text', 'raw')
 ID_COLUMNS = ('image_id', 'img_id', 'id', 'key')
 _IMAGE_NAME = re.compile(rf'[^\t|;]*{IMAGE_SUFFIX}(#\d+)?', re.I)
 
@@ -106,12 +71,14 @@ def asked_columns(names, asked, what):
     """Positions of the columns that the user named, separated by commas; raises a `ValueError` for one that
     does not exist."""
     if not asked: return []
-    found = [asked] if asked in names else [n.strip() for n in str(asked).split(',')]
-    lower = [n.lower() for n in names]
-    for n in found:
-        if n not in names and lower.count(n.lower())!=1:
+    positions = []
+    for n in [asked] if asked in names else [n.strip() for n in str(asked).split(',')]:
+        alike = [p for p,name in enumerate(names) if name.lower()==n.lower()]
+        found = [p for p in alike if names[p]==n] or alike # several, if columns have the same name
+        if len({names[p] for p in found})!=1:
             raise ValueError(f"there is no column {n!r} (asked for as {what}); there is {', '.join(names)}")
-    return [names.index(n) if n in names else lower.index(n.lower()) for n in found]
+        positions += found
+    return positions
 
 def _ask(what, names, positions, rows):
     "The error that asks which column is meant."
@@ -128,12 +95,8 @@ def _image_column(names, kinds, rows, free):
     "Position of the column of file names, and whether it is a guess."
     named = [p for known in IMAGE_COLUMNS for p in free if names[p].lower()==known]
     files = [p for p in free if kinds[p]=='image']
-    found = (
-        [p for p in named if p in files]
-        or files
-        or named
-        or [p for p in free if names[p].lower() in ID_COLUMNS]
-    )
+    ids = [p for p in free if names[p].lower() in ID_COLUMNS]
+    found = [p for p in named if p in files] or files or named or ids
     last = lambda p: [re.split(r'[/\\]', str(row[p]))[-1] for row in rows]
     if not found or any(last(p)!=last(found[0]) for p in found[1:]):
         raise _ask('image', names, found, rows)
@@ -149,7 +112,8 @@ def caption_groups(
     groups = [(0, [p]) for p in free if names[p].lower() in CAPTION_COLUMNS[:2]] # even if it holds numbers
     tried = [(1, k, free) for k in CAPTION_COLUMNS[:2]] + [(3, k, texts) for k in CAPTION_COLUMNS[2:]]
     for sure,known,among in tried:
-        found = [names.index(n) for n in named_like(known, [names[p] for p in among])]
+        like = dict.fromkeys(named_like(known, [names[p] for p in among]))
+        found = [p for n in like for p in among if names[p]==n] # two columns may have the same name
         if found and (0, found) not in groups:
             groups.append((sure, found))
     taken = {p for _,positions in groups for p in positions}

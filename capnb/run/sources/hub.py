@@ -15,6 +15,7 @@ from ...files import atomic_write
 from ...hub import hub_errors
 from ...log import progress_bar
 from .columns import SPLIT_NAMES
+from .rows import says_split
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b402
 def missing_splits(names):
@@ -30,7 +31,7 @@ def split_name(name):
 def _assigned(rows, name, start, missing):
     """The split of each row in `rows`, a `datasets.Dataset` that begins at row `start` of the hub's split
     `name`."""
-    if 'split' in rows.column_names: return [split_name(s) for s in rows['split'][:]]
+    if says_split(rows.features): return [split_name(s) for s in rows['split'][:]]
     if len(given_splits(False, name, missing))==1: return [split_name(name)]*len(rows)
     return [drawn_split(n, missing) for n in range(start, start+len(rows))]
 
@@ -40,7 +41,7 @@ def drawn_split(n, missing):
     return missing[draw] if draw < len(missing) else 'train'
 
 def given_splits(column, name, missing):
-    "The splits that get rows from the hub's split `name`; `column`: whether there is a column `split`."
+    "The splits that get rows from the hub's split `name`; `column`: whether a column tells splits."
     if column: return {'train', 'validation', 'test'}
     return {'train', *missing} if len(missing)==2 or split_name(name)=='train' else {split_name(name)}
 
@@ -122,7 +123,7 @@ def _first_rows(repo, revision, limit):
                 parts.append(rows)
                 start += len(rows)
                 bar.update(min(have['train'], limit)-bar.n)
-                wanted = given_splits('split' in rows.column_names, name, missing)
+                wanted = given_splits(says_split(rows.features), name, missing)
                 if all(have[split] >= need(split) for split in wanted): break
             hub[name] = concatenate_datasets(parts)
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}

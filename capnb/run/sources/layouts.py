@@ -28,7 +28,8 @@ def _entries(folder):
         return sorted({n[0] for n in names if len(n) > 1}), [n[0] for n in names if len(n)==1]
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     folders = [n for n in names if (folder/n).is_dir()]
-    return folders + [n for n in names if is_zip(folder/n)], [n for n in names if n not in set(folders)]
+    inner = set(folders)
+    return folders + [n for n in names if is_zip(folder/n)], [n for n in names if n not in inner]
 
 def tables_in(folder, other=True):
     "The tables of captions in a folder: files with usual names; if there is none, with `other` any table."

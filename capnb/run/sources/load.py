@@ -10,12 +10,13 @@ import re
 from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
-from ...data import CaptionData, split_rows
+from ...data import CaptionData, check_rows, split_rows
 from ...row_images import image_of
+from ...settings import one_of
 from ...many_images import decoding_pool
 from ...log import log, progress_bar
 from .archives import from_datasets, read_path
-from .folders import Source
+from .folders import Picked, Source
 from capnb.run.sources.hub import (
     HUB_DATA, drawn_split, given_splits, held_back, load_hub, missing_splits, split_name
 )
@@ -56,9 +57,10 @@ def read_streams(
                 raise ValueError(f"split {name!r} has other columns for images and captions than the first"
                                  f" split: {of_split}, not {columns}")
             for n,row in enumerate(stream):
-                given = given_splits('split' in row, name, missing)
+                told = isinstance(row.get('split', 0), str | None) # a number, as of folds, tells no split
+                given = given_splits(told, name, missing)
                 split = split_name(name) if len(given)==1 else drawn_split(n, missing)
-                if 'split' in row:
+                if told:
                     split = split_name(row['split'])
                 have[split] += 1
                 if have[split] <= need(split):
@@ -119,6 +121,7 @@ def _hub_rows(repo, revision, limit, columns):
     "Load a data set of the hub, and log its splits and columns."
     found = load_hub(repo, revision, limit)
     without_split = found.pop(None, [])
+    if not found: raise ValueError(f"data set {repo}: none of its rows has a split")
     image, captions = infer_columns(next(iter(found.values())).features, *columns)
     log.info(
         f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} images; from"
@@ -126,6 +129,13 @@ def _hub_rows(repo, revision, limit, columns):
     )
     splits = {split: named_rows(rows, *columns) for split,rows in found.items()}
     return Source(splits, without_split=without_split and named_rows(without_split, *columns))
+
+def _joined(parts):
+    "One data set unchanged; or the rows of several, one data set after another."
+    if len(parts)==1: return parts[0]
+    for part in parts:
+        check_rows(part)
+    return Picked([(part, i) for part in parts for i in range(len(part))])
 
 def _own_rows(data, limit, columns):
     """Make a `Source` of data in memory: a dictionary of splits, one data set, which is split, or a
@@ -136,7 +146,10 @@ def _own_rows(data, limit, columns):
         return from_datasets(data, 'the data', *columns)
     if not isinstance(data, Mapping):
         return Source(split_rows(named_rows(data, *columns)))
-    return Source({split_name(split): named_rows(rows, *columns) for split,rows in data.items()})
+    parts = {} # several names may mean one split, as train and restval do
+    for split,rows in data.items():
+        parts.setdefault(split_name(split), []).append(named_rows(rows, *columns))
+    return Source({split: _joined(rows) for split,rows in parts.items()})
 
 def find_source(
     data, # As for `load_data`, like the following
@@ -150,8 +163,10 @@ def find_source(
     outside:bool=False,
 ) -> Source:
     "Find the rows and splits of any data set; raises the same errors as `load_data`."
-    name, columns = str(data), (image_column, caption_column)
+    one_of('bad_rows', bad_rows, ('stop', 'skip'))
+    columns = image_column, caption_column
     if not isinstance(data, (str, Path)): return _own_rows(data, limit, columns)
+    name = str(data)
     if name=='storybook' and any(columns):
         raise ValueError(
             "the storybook has no columns to choose from; leave image_column and caption_column out"
@@ -256,13 +271,5 @@ def load_for(
 ) -> dict: # Name of split: `CaptionData`
     "Load the data of a run with the settings in its hyperparameters, see `load_data`."
     return load_data(
-        h.data if data is None else data,
-        h.image_size,
-        h.training_size_limit,
-        h.bad_rows,
-        h.image_column,
-        h.caption_column,
-        h.data_revision,
-        h.encoding,
-        h.outside_files,
-    )
+        h.data if data is None else data, h.image_size, h.training_size_limit, h.bad_rows,
+        h.image_column, h.caption_column, h.data_revision, h.encoding, h.outside_files)

@@ -19,9 +19,13 @@ def _folded(name):
 
 def _parts(name): return [part for part in name.split('/') if part not in ('', '.')]
 
+def _endings(parts):
+    "The last part of a name, and its last two; a name alone has nothing before it."
+    return ''.join(parts[-1:]), '/'.join(['', *parts][-2:])
+
 def _ends_with(parts, end): return parts[len(parts)-len(end):]==end
 
-def _without_suffix(name): return re.sub(rf'{IMAGE_SUFFIX}$', '', name)
+def _without_suffix(name): return re.sub(rf'(?<=[^/]){IMAGE_SUFFIX}$', '', name)
 
 class NameIndex:
     "An index of names of files or images that finds them by slightly different names."
@@ -34,14 +38,14 @@ class NameIndex:
         self.respelt = {} # Names found only by another spelling: the given name, and the real one
         self.dropped = {} # Of these, names found only without a folder of the given name
 
-    def _last(self, level, name):
-        "The names with the same last part as `name`, at a level of strictness."
-        key = self._keys[level]
+    def _ending(self, level, ending):
+        "The names with an ending, see `_endings`, at a level of strictness."
         if self._found[level] is None:
             self._found[level] = {}
             for known in self.names:
-                self._found[level].setdefault(key(known).rpartition('/')[2], []).append(known)
-        return self._found[level].get(key(name).rpartition('/')[2], [])
+                for end in _endings(_parts(self._keys[level](known))):
+                    self._found[level].setdefault(end, []).append(known)
+        return self._found[level].get(ending, [])
 
     def _is_folder(self, name):
         "Whether one of the names contains a folder of this name."
@@ -53,7 +57,10 @@ class NameIndex:
         "The names that fit best at a level of strictness, and whether they lack a folder of `name`."
         key = self._keys[level]
         given = _parts(key(name))
-        known = [(_parts(key(other)), other) for other in self._last(level, name)]
+        last, last_two = _endings(given)
+        # each folder may have a file with the same last part, so two parts are looked up if there are two
+        ends = [last_two, f'/{last}'] if len(given) > 1 else [last]
+        known = [(_parts(key(other)), other) for end in ends for other in self._ending(level, end)]
         if same := [other for parts,other in known if parts==given]: return same, False
         if longer := [other for parts,other in known if _ends_with(parts, given)]:
             return longer, False
@@ -93,7 +100,7 @@ class NameIndex:
         name:str,
     ) -> list: # Names
         "List the names with the same last part as `name`, in any folder."
-        return self._last(1, name)
+        return self._ending(1, _endings(_parts(_folded(name)))[0])
 
     def nearest(self,
         name:str,
@@ -116,8 +123,8 @@ class ImageFinder:
         outside:bool=False, # Whether names may lead out of the folder
     ):
         self.folder, self.images, self.outside = Path(folder), Path(images or folder), outside
-        # index of the files below, and files in zips; both are made when first needed
-        self._files, self._zips = None, None
+        # indexes of the files below, and of those in zips; both are made when first needed
+        self._files, self._packed = None, None
         self._missing = 0 # number of files that were not found
 
     def find(self,
@@ -179,22 +186,29 @@ class ImageFinder:
         try:
             return self._index().find(name)
         except KeyError:
-            if self._zips is not None: raise
-        zips = [self.folder] if is_zip(self.folder) else [self.folder/name for name in self._files.names]
-        self._zips = [path for zip in filter(is_zip, zips) for path in zip_files(zip)]
-        before, here = self._files, {os.path.basename(name) for name in self._files.names}
-        packed = [path.relative_to(self.folder).as_posix() for path in self._zips if path.name not in here]
-        self._files = NameIndex(before.names + packed)
-        self._files.respelt, self._files.dropped = before.respelt, before.dropped
-        return self._files.find(name)
+            return self._in_zips().find(name)
+
+    def _in_zips(self):
+        "The index of the files in zips, made when first needed."
+        if self._packed is None:
+            files = self._index()
+            zips = [self.folder] if is_zip(self.folder) else [self.folder/name for name in files.names]
+            packed = [path for zip in filter(is_zip, zips) for path in zip_files(zip)]
+            self._packed = NameIndex([path.relative_to(self.folder).as_posix() for path in packed])
+            self._packed.respelt, self._packed.dropped = files.respelt, files.dropped # counted together
+        return self._packed
 
     def _nearest(self, name):
         "A phrase with the nearest name, for the first few missing names."
         self._missing += 1
-        near = self._index().nearest(name) if self._missing <= _NEAREST else None
+        near = None
+        if self._missing <= _NEAREST:
+            near = self._index().nearest(name) or self._in_zips().nearest(name)
         return f" (the nearest is {near!r})" if near else ''
 
     def _inside(self, name):
         "A phrase with the file in the folder that has the same name as one outside."
         found = self._index().same_last(name)
+        if not found and self._packed:
+            found = self._packed.same_last(name)
         return f"; in the folder there is {found[0]!r}: write that" if found else ''

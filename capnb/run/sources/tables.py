@@ -68,7 +68,7 @@ class _Layout(NamedTuple):
 def _layout_with(text, separator, image_column, caption_column):
     "The layout of a table with a given separator; None if the text is not such a table."
     rows = _sample_rows(text, separator)
-    asked = [a for column in (image_column, caption_column) if column for a in column.split(',')]
+    asked = [a for column in (image_column, caption_column) if column for a in str(column).split(',')]
     if not rows or max(map(len, rows)) < 2: return None
     header = _has_header(rows[0], rows[1:], asked)
     if header is None: return None
@@ -162,8 +162,12 @@ def _record_rows(records, place, image_column, caption_column):
     """The table of numbered objects with the same keys; an object that could not be read is given as an
     error."""
     records = ((n, _answered(record)) for n,record in records)
-    head = list(islice(records, _SAMPLE))
-    objects = [r for _,r in head if isinstance(r, dict)]
+    head, objects = [], []
+    for n,record in records: # up to as many as are needed, also if many before them are bad
+        head.append((n, record))
+        if isinstance(record, dict) and record:
+            objects.append(record)
+        if len(objects)==_SAMPLE: break
     names = list(dict.fromkeys(name for r in objects for name in r))
     rows = [[r.get(n) for n in names] for r in objects]
     columns = infer_columns(names, rows, image_column, caption_column) if names else None
@@ -174,11 +178,8 @@ def _answered(record):
     record unchanged."""
     turns = record.get('conversations') if isinstance(record, dict) else None
     if not isinstance(turns, list): return record
-    answers = [
-        turn.get('value')
-        for turn in turns
-        if isinstance(turn, dict) and turn.get('from') in ('gpt', 'assistant')
-    ]
+    is_answer = lambda turn: isinstance(turn, dict) and turn.get('from') in ('gpt', 'assistant')
+    answers = [turn.get('value') for turn in turns if is_answer(turn)]
     if len(answers)!=1:
         return ValueError(
             f"has a conversation with {len(answers)} answers; only one that is the answer to one question is"
@@ -189,8 +190,9 @@ def _answered(record):
 def _records(records, place, names, columns):
     "Location, image, captions and split of each object."
     for n,record in records:
-        if not isinstance(record, dict):
-            wrong = ValueError(f"is not a JSON object, but {record!r:.60}")
+        if not (isinstance(record, dict) and record):
+            why = "an empty JSON object" if record=={} else f"not a JSON object, but {record!r:.60}"
+            wrong = ValueError(f"is {why}")
             yield f'{place} {n}', record if isinstance(record, ValueError) else wrong, '', None
             continue
         said = [record.get(names[c]) for c in columns.captions]
