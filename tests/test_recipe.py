@@ -2,6 +2,7 @@
 a learning rate that rises and falls along a cosine; all of it survives saving, stopping and going on."""
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 import pytest, torch
 from capnb.saving import load_model_from_checkpoint, save_checkpoint
 from capnb.build import build_captioner, measure_features
@@ -9,6 +10,7 @@ from capnb.checkpoint import read_weights
 from capnb.encoder import EncodedData
 from capnb.fast.cuda.training import why_not
 from capnb.fast.parts import make_fast
+from capnb.run import recipe
 from capnb.run.entry import train
 from capnb.run.llava import as_llava
 from capnb.run.resume import find_state, read_state
@@ -234,3 +236,13 @@ def test_fit_takes_a_cosine():
 def test_a_recipe_that_makes_no_sense_is_told(wrong, told):
     with pytest.raises(ValueError, match=told):
         as_hyperparameters(**wrong)
+
+def test_a_trial_is_no_row_of_the_recipe(tmp_path, monkeypatch):
+    scores = dict(rouge_l=.5, image_gain=1., facts=dict(pairs=dict(f1=.5)))
+    metadata = dict(validation_loss=1., test=scores, compositional=scores)
+    monkeypatch.setattr(recipe, 'train', lambda *args, **how: SimpleNamespace(metadata=metadata))
+    file = tmp_path/'recipe.json'
+    recipe.run_recipe(['cosine'], (0,), file, max_steps=5)
+    assert len(recipe.run_recipe(['cosine'], (0, 1), file, max_steps=5))==2 # the trial goes on
+    with pytest.raises(ValueError, match='recipe.json has rows of other settings'):
+        recipe.run_recipe(['cosine'], (0,), file)
