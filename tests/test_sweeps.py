@@ -168,13 +168,15 @@ def test_a_failure_is_a_result(settings, monkeypatch):
 def test_running_out_of_memory_fails_one_trial(settings, tmp_path, monkeypatch):
     run_training = sweeps.run_training
     def failing(model, data, h, callbacks):
-        if h.learning_rate == 1e-2: raise torch.OutOfMemoryError('CUDA out of memory.\nTried 9 GiB')
+        if h.learning_rate == 1e-2:
+            raise torch.OutOfMemoryError('CUDA out of memory.\nTried 9 GiB')
         return run_training(model, data, h, callbacks)
     monkeypatch.setattr(sweeps, 'run_training', failing)
     study = sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])
     assert states(study) == ['COMPLETE', 'FAIL', 'COMPLETE']
     assert study.trials[1].user_attrs['error'] == 'CUDA out of memory. Tried 9 GiB'
-    def faulty(*args): raise RuntimeError('a fault')
+    def faulty(*args):
+        raise RuntimeError('a fault')
     monkeypatch.setattr(sweeps, 'run_training', faulty)
     with pytest.raises(RuntimeError, match='a fault'): # another error ends the sweep
         sweep(dict(settings, output_dir=str(tmp_path/'other')), vary=['learning_rate=1e-3'])
