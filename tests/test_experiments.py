@@ -1,9 +1,11 @@
 """A row of the table of real results: planned within a budget, stopped and taken up, written."""
 import csv, json, os, shutil, time
+from types import SimpleNamespace
 import numpy, pytest, torch
 from capnb.checkpoint import read_weights
 from capnb.evaluation import score
 from capnb.insight.efficientnet import EfficientNetLite
+from capnb.run import experiments
 from capnb.run.experiments import (
     EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, experiment_row, plan_steps, score_captions
 )
@@ -108,7 +110,7 @@ def test_each_experiment_trains_what_it_says(name, album, tmp_path):
     tokens = model.prefix(one.encode('validation')[1].features[:2]).shape[1]
     assert tokens==(10 if name.startswith('pooled') else 4)
 
-@pytest.mark.parametrize('beams, title', [(1, 'pooled'), (3, 'pooled-beam3')])
+@pytest.mark.parametrize('beams, title', [(1, 'pooled-16'), (3, 'pooled-beam3-16')])
 def test_beams_are_used_and_named(beams, title, album, tmp_path, monkeypatch):
     "The same model may have a greedy row and one of a beam search."
     one = experiment(album, tmp_path, limit=16, num_beams=beams)
@@ -136,6 +138,41 @@ def test_a_finished_run_is_used_for_its_own_data_and_settings_only(album, tmp_pa
     monkeypatch.setitem(EXPERIMENTS['pooled'], 'prefix_length', 6)
     with pytest.raises(ValueError, match='that differs in prefix_length; pass'):
         experiment(album, tmp_path, limit=16).train(plan)
+
+def test_a_finished_run_is_found_whatever_the_spaces_of_its_captions(album, tmp_path):
+    spaced = tmp_path/'spaced'
+    shutil.copytree(album, spaced)
+    table = spaced/'captions.csv'
+    table.write_text(table.read_text().replace('A ', 'A  '))
+    plan = Plan(steps=2, epoch_steps=2, step_seconds=1.)
+    _, path = experiment(spaced, tmp_path, limit=16).train(plan)
+    assert experiment(spaced, tmp_path, limit=16).train(plan)[1]==path
+
+def test_a_trial_run_does_not_replace_the_row_of_the_whole_run(album, tmp_path, monkeypatch):
+    monkeypatch.setattr('capnb.run.experiments.score_captions', lambda *args: dict.fromkeys(
+        ('rouge_l', 'rouge_l_common', 'rouge_l_nearest'), [.5, .4, .6]))
+    plan = Plan(steps=2, epoch_steps=2, step_seconds=1.)
+    for limit in (None, 16):
+        one = experiment(album, tmp_path, limit=limit)
+        new, _ = experiment_row(one, plan, *one.train(plan), None)
+        rows = write_row(new, tmp_path/'results.json')
+    assert [r['training_images'] for r in rows]==[40, 16]
+
+def test_a_row_says_how_long_its_own_run_was(album, tmp_path, monkeypatch):
+    "The plan may be newer than a run that has ended."
+    monkeypatch.setattr('capnb.run.experiments.score_captions', lambda *args: {})
+    one = experiment(album, tmp_path, limit=16)
+    model, path = one.train(Plan(steps=3, epoch_steps=2, step_seconds=1.))
+    new, _ = experiment_row(one, Plan(steps=8, epoch_steps=2, step_seconds=1.), model, path, None)
+    assert new['epochs']==1.5
+
+def test_the_time_of_a_step_includes_the_work_of_the_device(monkeypatch):
+    waited = []
+    monkeypatch.setattr(experiments, 'wait_for', waited.append, raising=False)
+    times, run = experiments._StepTimes(), SimpleNamespace(model=SimpleNamespace(device='cuda'))
+    for _ in range(3):
+        times.on_step_end(run)
+    assert waited==['cuda']*3 and times.seconds >= 0
 
 def test_a_plan_for_other_photographs_is_refused(album, tmp_path):
     one = experiment(album, tmp_path)

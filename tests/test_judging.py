@@ -308,6 +308,9 @@ def test_what_predictions_are_of_must_be_said(written, made, capsys):
     assert 'give one of them' in refused(
         capsys, 'model_state_dict_x.pth', '--predictions', file, '--data', 'storybook'
     )
+    assert 'give one of them' in refused(
+        capsys, '--best', '--folder', made / 'saved_models', '--predictions', file, '--data', 'storybook'
+    )
     assert 'a checkpoint knows its data' in refused(
         capsys, '--folder', made / 'saved_models', '--data', 'storybook'
     )
@@ -332,6 +335,21 @@ def test_another_checkpoint_is_looked_at_before_captions_are_written(made, tmp_p
     assert 'gone.pth has no metadata' in said
     said = refused(capsys, '--folder', made/'saved_models', '--against', shipped_checkpoint())
     assert 'was trained on storybook, not on' in said
+
+def test_both_sides_are_compared_alike(made, monkeypatch):
+    from capnb.run import scoring
+    first, second = sorted((made/'saved_models').glob('*.pth'))
+    asked, plain = [], scoring.score_checkpoint
+    def noted(path, split=None, int8=False, with_floors=True):
+        asked.append((split, int8))
+        return plain(path, split, False, with_floors)
+    monkeypatch.setattr(scoring, 'score_checkpoint', noted)
+    found = scoring.judge_captions(first, split='validation', int8=True)
+    assert set(found.against(second))=={'validation'} and asked==[('validation', True)]*2
+    for row in found.judged['validation'].data.rows:
+        row['captions'] = row['captions'][::-1]
+    with pytest.raises(ValueError, match="other images or captions: its split 'validation' differs"):
+        found.against(second)
 
 # --- Slices
 

@@ -495,6 +495,13 @@ def test_a_run_of_which_some_checkpoints_were_kept_has_a_row(tmp_path, checkpoin
     assert row['seconds'] == pytest.approx(2*read_metadata(checkpoint)['seconds'])
     assert {k: v for k,v in row.items() if k != 'seconds'} == {k: whole[k] for k in FIELDS if k != 'seconds'}
 
+@pytest.mark.parametrize('end', ['best', '9'])
+def test_a_renamed_checkpoint_is_told(end, tmp_path, checkpoint):
+    for file in checkpoint.parent.glob('*-2.*'):
+        shutil.copy(file, tmp_path/file.name.replace('-2.', f'-{end}.'))
+    with pytest.raises(ValueError, match='was renamed'):
+        result_row(tmp_path/checkpoint.name.replace('-2.', f'-{end}.'))
+
 def test_the_captioner_that_ships_has_a_row(tmp_path):
     file = tmp_path/'results.json'
     results_command(['storybook', '--file', str(file)])

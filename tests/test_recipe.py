@@ -2,6 +2,7 @@
 a learning rate that rises and falls along a cosine; all of it survives saving, stopping and going on."""
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 import pytest, torch
 from capnb.saving import load_model_from_checkpoint, save_checkpoint
 from capnb.build import build_captioner, measure_features
@@ -10,7 +11,7 @@ from capnb.encoder import EncodedData
 from capnb.fast.cuda.training import why_not
 from capnb.fast.parts import make_fast
 from capnb import evaluate, load
-from capnb.run import entry
+from capnb.run import entry, recipe
 from capnb.run.entry import train
 from capnb.run.llava import as_llava
 from capnb.run.resume import find_state, read_state
@@ -297,3 +298,13 @@ def test_evaluate_asks_for_data_that_was_passed_in_python(tmp_path):
     done = train(data=dict(train=Storybook(n=8)), **without_scores(tmp_path))
     with pytest.raises(ValueError, match='passed in Python; pass data'):
         evaluate(done.checkpoint)
+
+def test_a_trial_is_no_row_of_the_recipe(tmp_path, monkeypatch):
+    scores = dict(rouge_l=.5, image_gain=1., facts=dict(pairs=dict(f1=.5)))
+    metadata = dict(validation_loss=1., test=scores, compositional=scores)
+    monkeypatch.setattr(recipe, 'train', lambda *args, **how: SimpleNamespace(metadata=metadata))
+    file = tmp_path/'recipe.json'
+    recipe.run_recipe(['cosine'], (0,), file, max_steps=5)
+    assert len(recipe.run_recipe(['cosine'], (0, 1), file, max_steps=5))==2 # the trial goes on
+    with pytest.raises(ValueError, match='recipe.json has rows of other settings'):
+        recipe.run_recipe(['cosine'], (0,), file)

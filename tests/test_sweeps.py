@@ -1,7 +1,7 @@
 """Sweeps: what may vary, trials that share models, a study that survives, and a winner whose command line is
 true."""
-import contextlib, io, json, re, shlex, signal, sys, time
-import pytest
+import contextlib, io, json, re, shlex, shutil, signal, sys, time
+import pytest, torch
 from PIL import Image
 from capnb.run import studies, sweeps
 from capnb.checkpoint import read_metadata
@@ -10,7 +10,7 @@ from capnb.run.commands import train_command
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 from capnb.run.sweeps import TrialRunner, sweep
-from capnb.run.studies import open_study, read_vary, take_trial, trial_folder
+from capnb.run.studies import best_settings, command_line, open_study, read_vary, take_trial, trial_folder
 from capnb.run.sweep_command import sweep_command
 
 SMALL = dict(num_epochs=1, adapter_width=32, prefix_length=2, max_caption_length=12, batch_size=8)
@@ -165,6 +165,41 @@ def test_a_failure_is_a_result(settings, monkeypatch):
     # and it is not tried again
     assert states(sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])) == states(study)
 
+def test_running_out_of_memory_fails_one_trial(settings, tmp_path, monkeypatch):
+    run_training = sweeps.run_training
+    def failing(model, data, h, callbacks):
+        if h.learning_rate == 1e-2:
+            raise torch.OutOfMemoryError('CUDA out of memory.\nTried 9 GiB')
+        return run_training(model, data, h, callbacks)
+    monkeypatch.setattr(sweeps, 'run_training', failing)
+    study = sweep(settings, vary=['learning_rate=1e-3,1e-2,2e-3'])
+    assert states(study) == ['COMPLETE', 'FAIL', 'COMPLETE']
+    assert study.trials[1].user_attrs['error'] == 'CUDA out of memory. Tried 9 GiB'
+    def faulty(*args):
+        raise RuntimeError('a fault')
+    monkeypatch.setattr(sweeps, 'run_training', faulty)
+    with pytest.raises(RuntimeError, match='a fault'): # another error ends the sweep
+        sweep(dict(settings, output_dir=str(tmp_path/'other')), vary=['learning_rate=1e-3'])
+
+def test_a_mistake_in_the_data_is_no_result(album, settings, tmp_path):
+    data, vary = tmp_path/'data', ['unfreeze_layers=99,0']
+    shutil.copytree(album, data)
+    (data/'3.png').rename(tmp_path/'3.png')
+    with pytest.raises(ValueError, match='3.png'):
+        sweep(dict(settings, data=str(data)), vary=vary)
+    (tmp_path/'3.png').rename(data/'3.png')
+    study = sweep(dict(settings, data=str(data)), vary=vary)
+    assert sorted(states(study)) == ['COMPLETE', 'FAIL', 'FAIL'] # 99 was tried twice, and never fits
+
+def test_a_checkpoint_to_start_from_that_is_gone_is_told_first(settings, tmp_path):
+    with pytest.raises(FileNotFoundError, match='init_from gone.pth does not exist'):
+        sweep(settings, vary=['init_from=null,gone.pth'])
+    assert not (tmp_path/'sweep').exists()
+
+def test_a_run_at_its_last_step_is_not_pruned(settings):
+    study = sweep(dict(settings, num_epochs=9, max_steps=4), vary=['learning_rate=2e-2,1e-2,5e-3,1e-9'])
+    assert states(study) == ['COMPLETE']*4
+
 def test_values_that_do_not_fit_fail_alone(settings):
     study = sweep(settings, vary=['unfreeze_layers=0,99'])
     assert states(study) == ['COMPLETE', 'FAIL']
@@ -173,6 +208,12 @@ def test_values_that_do_not_fit_fail_alone(settings):
 def test_the_classic_grid_has_the_own_learning_rate():
     rates, _ = studies.classic_grid(as_hyperparameters(learning_rate=.00125))
     assert rates == 'learning_rate=0.00042,0.00125,0.0037'
+
+def test_the_command_of_a_cosine_keeps_it():
+    h = as_hyperparameters(lr_scheduler_type='cosine', learning_rate_decay=.75, learning_rate_decay_step=1)
+    words = shlex.split(command_line(h))[1:]
+    given = {name.removeprefix('--'): value for name,value in zip(words[::2], words[1::2], strict=True)}
+    assert as_hyperparameters(**{name: type(h[name])(value) for name,value in given.items()}) == h
 
 def test_other_models_are_loaded_only_for_what_needs_them(settings):
     lab = TrialRunner()
@@ -202,6 +243,44 @@ def test_a_trial_that_runs_is_left_alone(settings, tmp_path):
     taken[0][1].release() # its process has died
     trial, lock = take_trial(study, tmp_path/'s', space)
     assert trial.params == taken[0][0].params and states(study) == ['FAIL', 'RUNNING', 'RUNNING']
+
+def test_a_trial_that_ends_meanwhile_is_not_tried_again(settings, tmp_path, monkeypatch):
+    space, h = read_vary(['learning_rate=1e-3,1e-2']), as_hyperparameters(settings)
+    study, other = (open_study(tmp_path/'s', h, space) for _ in range(2))
+    trial, lock = take_trial(study, tmp_path/'s', space)
+    take = studies._lock
+    def ends_first(folder, number):
+        if number == trial.number and lock.is_locked:
+            other.tell(number, 1.)
+            lock.release()
+        return take(folder, number)
+    monkeypatch.setattr(studies, '_lock', ends_first)
+    take_trial(study, tmp_path/'s', space)
+    assert states(study) == ['COMPLETE', 'RUNNING']
+
+def test_trials_that_run_have_begun(settings, tmp_path):
+    space, h = read_vary(['learning_rate=1e-3']), as_hyperparameters(settings)
+    study = open_study(tmp_path/'s', h, space)
+    _, lock = take_trial(study, tmp_path/'s', space)
+    with pytest.raises(ValueError, match='1 still running in other processes'):
+        best_settings(study, h)
+
+def test_a_grid_is_queued_without_reading_all_trials_for_each(settings, tmp_path, monkeypatch):
+    import optuna
+    reads, get_trials = [], optuna.Study.get_trials
+    monkeypatch.setattr(optuna.Study, 'get_trials', lambda *a, **k: reads.append(1) or get_trials(*a, **k))
+    space = read_vary(['seed=0,1,2,3', 'batch_size=2,4,8', 'lora_rank=null,4'])
+    for _ in range(2): # the second time, all are there
+        study = open_study(tmp_path/'s', as_hyperparameters(settings), space)
+    assert len(reads) <= 4 and len(study.trials) == 24
+
+@pytest.mark.parametrize('name', ['a?b', 'a%20b', 'a{b}'])
+def test_a_study_is_in_its_folder_whatever_its_name(name, settings, tmp_path):
+    space, h = read_vary(['batch_size=4,8']), as_hyperparameters(settings)
+    for _ in range(2):
+        study = open_study(tmp_path/name, h, space)
+    assert (tmp_path/name/'sweep.db').exists() and [p.name for p in tmp_path.iterdir()] == [name]
+    assert len(study.trials) == 2
 
 # --- Processes
 

@@ -85,7 +85,7 @@ def eval_command(
     and the image gain, with 95% intervals."""
     about = dict(data=data, image_column=image_column, caption_column=caption_column, encoding=encoding,
                  outside_files=outside_files or None)
-    h = _settings(predictions, checkpoint, preset, {k: v for k,v in about.items() if v is not None})
+    h = _settings(predictions, checkpoint or best, preset, {k: v for k,v in about.items() if v is not None})
     from capnb.insight.report.judged import write_csv
     from capnb.run.entry import find_checkpoint
     from capnb.run.scoring import judge_captions, plain_scores, write_report

@@ -21,6 +21,7 @@ from ..encoder import EncodedData
 from ..evaluation import evaluate, most_common_caption, nearest_captions, score_parts
 from ..intervals import with_intervals
 from ..fast.cache import encode_data
+from ..fast.ceilings import wait_for
 from ..fast.parts import make_fast
 from ..files import read_text, write_json
 from ..hardware import describe_hardware
@@ -100,6 +101,7 @@ class _StepTimes(Callback):
     def __init__(self):
         self.ends = []
     def on_step_end(self, run):
+        wait_for(run.model.device) # a GPU may still work on the step
         self.ends.append(time.perf_counter())
     @property
     def seconds(self):
@@ -123,10 +125,11 @@ class Experiment:
         self.name, self.split, self.seed = name, split, seed
         self.encoder = own_encoder(encoder or EfficientNetLite(features=experiment_features(name)))
         self.photographs, self.root, self.limit = Path(photographs), Path(folder), limit
-        self.title, self.writing = name, {} # options for writing captions
-        if num_beams > 1:
-            self.title, self.writing = f'{name}-beam{num_beams}', dict(num_beams=num_beams, length_penalty=0.)
         few = f'-{limit}' if limit else ''
+        beams = f'-beam{num_beams}' if num_beams > 1 else ''
+        self.title = name+beams+few # a trial run does not replace the row of the whole run
+        # options for writing captions
+        self.writing = dict(num_beams=num_beams, length_penalty=0.) if beams else {}
         self.folder, self.plan_file = self.root/f"{name}-{seed}{few}", self.root/f"plan-{name}{few}.json"
         self.settings = dict(
             COMMON | EXPERIMENTS[name], tokenizer_name=decoder or smollm2(), seed=seed,
@@ -189,7 +192,9 @@ class Experiment:
     def _check_finished(self, state):
         names = ('tokenizer_name', *COMMON, *EXPERIMENTS[self.name])
         other = [k for k in names if state['hyperparameters'][k]!=self.settings[k]]
-        if state['identity']['data']!=data_fingerprint(load_data(self._data)):
+        # a run reads captions by `texts`, with single spaces
+        data = {split: EncodedData(None, d.texts()) for split,d in load_data(self._data).items()}
+        if state['identity']['data']!=data_fingerprint(data):
             other.append('photographs')
         if other:
             raise ValueError(f"{self.folder} holds a finished run that differs in {', '.join(other)};"
@@ -272,15 +277,17 @@ def experiment_row(
     if not hardware:
         on_cpu = model.device.type=='cpu'
         hardware = f'{os.cpu_count()} CPU cores' if on_cpu else describe_hardware(model.device).name
-    scores, row = score_captions(captions, data, train_data), result_row(path, hardware)
+    scores = score_captions(captions, data, train_data)
+    row = result_row(path, hardware)
+    losses = read_metadata(path)['losses'] # of each step of the run, which may be older than the plan
     by_id = dict(zip((r['image_id'] for r in data.rows), captions, strict=True))
-    recipe = COMMON | EXPERIMENTS[experiment.name] | experiment.writing
-    recipe = ', '.join(f'{k} {v}' for k,v in recipe.items())
+    options = COMMON | EXPERIMENTS[experiment.name] | experiment.writing
+    recipe = ', '.join(f'{k} {v}' for k,v in options.items())
     row |= dict(
         settings=recipe, encoder=experiment.encoder.model.name, decoder=Path(row['decoder']).name,
         data=experiment.photographs.resolve().name, split=experiment.split, experiment=experiment.title,
-        seed=experiment.seed, epochs=round(plan.epochs, 3), scores=scores,
-        losses=loss_curve(read_metadata(path)['losses']), captions=dict([*by_id.items()][:SHOWN]),
+        seed=experiment.seed, epochs=round(len(losses)/plan.epoch_steps, 3), scores=scores,
+        losses=loss_curve(losses), captions=dict([*by_id.items()][:SHOWN]),
         **{k: plain[k] for k in ('rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain')},
     )
     return row, by_id

@@ -63,6 +63,7 @@ def recipe_row(
         variant=name, seed=seed, seconds=round(time.process_time()-start, 1),
         validation_loss=metadata['validation_loss'], rouge_l=test['rouge_l'], image_gain=test['image_gain'],
         pairs=test['facts']['pairs']['f1'], new_rouge_l=new['rouge_l'], new_pairs=new['facts']['pairs']['f1'],
+        **(dict(changes=changes) if changes else {}),
     )
 
 def run_recipe(
@@ -73,6 +74,8 @@ def run_recipe(
 ) -> list: # All rows of the file
     "Run the variants, first all with the first seed, and keep their rows in a file."
     rows = json.loads(read_text(file)) if Path(file).exists() else []
+    if any(row.get('changes', {})!=changes for row in rows):
+        raise ValueError(f"{file} has rows of other settings; choose another file")
     done = {(row['variant'], row['seed']) for row in rows}
     for seed in seeds:
         for name in names:

@@ -50,7 +50,8 @@ def settings_name(
 ) -> str: # Such as 'flickr30k' or 'flickr30k (batch_size 4)'
     "Name settings by the nearest preset and the differences from it."
     # these have their own column, or do not change the result
-    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'output_dir', 'report_to', 'seed')
+    apart = ('encoder_name', 'tokenizer_name', 'decoder_name', 'data', 'seed', 'output_dir', 'features_dir',
+             'report_to', 'micro_batch_size', 'checkpoint_steps', 'keep_checkpoints')
     def differences(preset):
         return {
             k: v for k, v in asdict(h).items() if k not in apart and v != as_hyperparameters(preset=preset)[k]
@@ -70,10 +71,11 @@ def result_row(
     h, losses = as_hyperparameters(m['hyperparameters']), m['losses']
     split = 'test' if 'test' in m else 'validation'
     scores = m.get('test') or m # those of validation have no dictionary of their own
-    stamp = Path(checkpoint).stem.removeprefix('model_state_dict_').split('-')[0]
-    if not stamp[:8].isdigit():
-        raise ValueError(f"{checkpoint} was renamed; a row needs the date in its name,"
+    named = re.fullmatch(r'model_state_dict_(\d{8}_\d{6})-(\d+)', Path(checkpoint).stem)
+    if not named or int(named[2])!=m['epoch']:
+        raise ValueError(f"{checkpoint} was renamed; a row needs the date and the epoch in its name,"
                          " model_state_dict_DATE_TIME-EPOCH.pth")
+    stamp = named[1]
     epochs = [Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth') for e in range(1, m['epoch']+1)]
     seconds = [read_metadata(p)['seconds'] for p in epochs if metadata_path(p).exists()]
     return dict.fromkeys(FIELDS) | dict(

@@ -69,7 +69,9 @@ def score_checkpoint(
         raise ValueError(f"{path} was trained on data that was passed in Python; score it there, with "
                          "capnb.evaluation.evaluate")
     log.info(f"{shown_path(path)}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
-    splits, folder, out = load_for(h), features_folder(h), {}
+    splits = load_for(h)
+    folder = features_folder(h)
+    out = {}
 
     @cache
     def encoded(name):
@@ -106,7 +108,9 @@ def score_predictions(
     splits = load_for(h)
     rows = {s: EncodedData(None, splits[s].texts()) for s in _asked(splits, split)}
     ids = check_ids([r['image_id'] for d in rows.values() for r in d.rows])
-    captions, train, out = iter(read_predictions(path, ids)), EncodedData(None, splits['train'].texts()), {}
+    captions = iter(read_predictions(path, ids)) # of all splits, one after the other
+    train = EncodedData(None, splits['train'].texts())
+    out = {}
     for s,data in rows.items():
         said = [next(captions) for _ in data.rows]
         scores = score(said, data, [Facts()])
@@ -126,6 +130,8 @@ def check_comparable(
         raise ValueError(f"{path} was trained on {trained_on}, not on {data}; two checkpoints are compared "
                          "on the same images")
 
+def _references(data): return [(r['image_id'], r['captions']) for r in data.rows]
+
 @dataclass
 class Judgement:
     "The scores of captions, and the settings of the scoring."
@@ -133,6 +139,7 @@ class Judgement:
     metadata: dict # Metadata of the checkpoint; empty for captions in a file
     judged: dict # Name of split: `Judged`
     how: dict # Arguments of `capnb.insight.report.judged.judge` that request further scores: `coco`, `scorer`
+    int8: bool = False # As for `score_checkpoint`
 
     def against(self,
         path, # Weights of another checkpoint
@@ -140,11 +147,18 @@ class Judgement:
     ) -> dict: # Name of split: the comparison of each score, from `capnb.intervals.compare`
         """Score another checkpoint on the same images, and compare both by a paired bootstrap.
 
-        Raises `ValueError` if the other checkpoint was trained on other data.
+        Raises `ValueError` if the other checkpoint was trained on other data, or if its images or captions
+        differ.
         """
         check_comparable(path, self.h.data)
-        other = score_checkpoint(Path(path), split, with_floors=False)
-        return {s: compare(j.parts, judge(*other.splits[s], **self.how).parts) for s,j in self.judged.items()}
+        names = [split] if split else list(self.judged)
+        one = names[0] if len(names)==1 else None
+        other = score_checkpoint(Path(path), one, self.int8, with_floors=False)
+        for s in names:
+            if _references(other.splits[s][1])!=_references(self.judged[s].data):
+                raise ValueError(f"{path} was trained on other images or captions: its split {s!r} differs")
+        theirs = {s: judge(*other.splits[s], **self.how) for s in names}
+        return {s: compare(self.judged[s].parts, theirs[s].parts) for s in names}
 
 def _warn_if_own(judged, scorer, model, h):
     "Record and warn if the scoring CLIP is the captioner's own encoder."
@@ -181,7 +195,7 @@ def judge_captions(
     judged = {s: judge(*v, **how) for s,v in found.splits.items()}
     if scorer and found.model:
         _warn_if_own(judged, scorer, found.model, found.h)
-    return Judgement(found.h, found.metadata, judged, how)
+    return Judgement(found.h, found.metadata, judged, how, int8)
 
 # %% ../../nbs/34d_scoring.ipynb #84df0c3a
 def plain_scores(

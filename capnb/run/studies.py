@@ -7,8 +7,9 @@ __all__ = ['SAMPLERS', 'PLOTS', 'import_optuna', 'read_vary', 'classic_grid', 'o
            'sweep_table', 'best_settings', 'command_line', 'draw_study', 'report_sweep']
 
 # %% ../../nbs/35d_studies.ipynb #fe9cb5bc
-import json, warnings
+import json, sqlite3, warnings
 from dataclasses import asdict, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -109,6 +110,21 @@ def _as_in(study, space):
     there = {name: old for old in study.user_attrs['job']['vary'] for name in with_new_names({old: None})}
     return {there[name]: d for name,d in space.items()}
 
+def _storage(file):
+    "The database of a study, opened by its path; in a URL, some characters of a path have a meaning."
+    from sqlalchemy.pool import QueuePool
+    connect = partial(sqlite3.connect, file.absolute(), timeout=100, check_same_thread=False)
+    storages = import_optuna().storages
+    return storages.RDBStorage('sqlite://', engine_kwargs=dict(creator=connect, poolclass=QueuePool))
+
+def _queue(study, space):
+    "Queue the combinations of a grid that a study does not have yet."
+    tried = (t.system_attrs.get('fixed_params', t.params) for t in study.get_trials(deepcopy=False))
+    known = {tuple(values.get(name) for name in space) for values in tried}
+    for values in product(*(d.choices for d in space.values())):
+        if values not in known:
+            study.enqueue_trial(dict(zip(space, values, strict=True)))
+
 def open_study(
     folder, # Folder of the study and its trials, created if missing; must be on a local disk
     h:Hyperparameters, # Settings that all trials share
@@ -123,15 +139,9 @@ def open_study(
     optuna, folder, job = import_optuna(), Path(folder), _job(h, space, sampler)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{folder/'sweep.db'}", engine_kwargs=dict(connect_args=dict(timeout=100))
-        )
         study = optuna.create_study(
-            study_name='sweep',
-            storage=storage,
-            direction='minimize',
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
-            load_if_exists=True,
+            study_name='sweep', storage=_storage(folder/'sweep.db'), direction='minimize',
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=3), load_if_exists=True,
         )
         # a setting that is newer than the study had its default
         usual = {f.name: f.default for f in fields(Hyperparameters) if f.name in job}
@@ -146,8 +156,7 @@ def open_study(
             study.set_user_attr('job', job)
         space = _as_in(study, space)
         if sampler=='grid':
-            for values in product(*(d.choices for d in space.values())):
-                study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
+            _queue(study, space)
     return study
 
 # %% ../../nbs/35d_studies.ipynb #19a00017
@@ -164,19 +173,19 @@ def _lock(folder, number):
         return None
     return lock
 
-
 def _line_up_again(study, folder):
     "Mark trials whose process is dead as failed, and queue their values again."
     trials = study.get_trials(deepcopy=False)
     again = {t.user_attrs.get('again') for t in trials}
     for t in trials:
         if t.state.name!='RUNNING' or not (lock := _lock(folder, t.number)): continue
-        if t.number not in again:
-            study.enqueue_trial(
-                {**t.system_attrs.get('fixed_params', {}), **t.params}, user_attrs=dict(again=t.number)
-            )
-        study.tell(t.number, state=import_optuna().trial.TrialState.FAIL)
-        log.info(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
+        now = study.get_trials(deepcopy=False)[t.number]
+        if now.state.name=='RUNNING': # else it has ended since the trials were read
+            if t.number not in again:
+                values = {**now.system_attrs.get('fixed_params', {}), **now.params}
+                study.enqueue_trial(values, user_attrs=dict(again=t.number))
+            study.tell(t.number, state=import_optuna().trial.TrialState.FAIL)
+            log.info(f'🔁 Trial {t.number} was left by a process that is gone: its values are tried again')
         free_lock(lock)
 
 # %% ../../nbs/35d_studies.ipynb #19a00019
@@ -250,7 +259,9 @@ def best_settings(
     done = [t for t in _done(study) if t.state.name=='COMPLETE']
     if not done:
         errors = [t.user_attrs['error'] for t in study.trials if 'error' in t.user_attrs]
-        raise ValueError(f"no trial has come to its end: {errors[0] if errors else 'none has begun'}")
+        running = sum(t.state.name=='RUNNING' for t in study.trials)
+        rest = f'{running} still running in other processes' if running else 'none has begun'
+        raise ValueError(f"no trial has come to its end: {errors[0] if errors else rest}")
     return as_hyperparameters(h, **done[0].params, output_dir=Hyperparameters.output_dir)
 
 def command_line(
@@ -263,6 +274,8 @@ def command_line(
     """
     usual = asdict(as_hyperparameters(preset=preset))
     changes = {name: value for name,value in asdict(h).items() if value!=usual[name]}
+    if h.lr_scheduler_type=='cosine' and any(name.startswith('learning_rate_') for name in changes):
+        changes['lr_scheduler_type'] = 'cosine' # flags of the step decay alone would replace the cosine
     if unset := [name for name,value in changes.items() if value is None]:
         raise ValueError(f"no flag can unset {unset[0]} of the preset {preset}")
     words = ['capnb_train'] if preset=='storybook' else ['capnb_train', '--preset', preset]

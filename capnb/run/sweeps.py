@@ -21,30 +21,20 @@ from capnb.run.studies import (
 from capnb.settings import (
     Hyperparameters, OWN_DATA, as_hyperparameters, check_value, chosen_settings, limits, one_of
 )
-from ..files import free_lock
+from ..files import error_line, free_lock
 from ..log import log
+from ..out_of_memory import memory_ran_out
 from ..training import Callback
 from .training import run_training
-
 from .processes import in_processes
 from .signals import Interrupted
 
 # %% ../../nbs/36_sweeps.ipynb #19a0000f
+# trials share frozen models and encoded images if these settings are equal
 _SHARED = (
-    'data',
-    'encoder_name',
-    'tokenizer_name',
-    'decoder_name',
-    'image_size',
-    'features',
-    'training_size_limit',
-    'image_column',
-    'caption_column',
-    'encoding',
-    'outside_files',
-    'data_revision',
+    'data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'features_dir',
+    'training_size_limit', 'image_column', 'caption_column', 'encoding', 'outside_files', 'data_revision',
     'bad_rows',
-    'features_dir',
 )
 
 class TrialRunner:
@@ -52,7 +42,9 @@ class TrialRunner:
     def __init__(self,
         data=None, # As for `capnb.run.entry.train`
     ):
-        self.own, self.key, self.frozen = data, None, None
+        self.own = data
+        self.key = None # values of `_SHARED` that `images` and `data` belong to
+        self.frozen = None # `Captioner` whose encoder and decoder did not learn
 
     def __call__(self,
         h:Hyperparameters, # Of the trial
@@ -91,7 +83,8 @@ class Prune(Callback):
 
     def on_epoch_end(self, run):
         self.trial.report(run.metadata['validation_loss'], run.epoch)
-        if run.epoch < run.h.num_epochs and self.trial.should_prune():
+        steps_left = run.max_steps is None or len(run.losses) < run.max_steps
+        if run.epoch < run.num_epochs and steps_left and self.trial.should_prune():
             self.pruned = run.stop = True
 
 # %% ../../nbs/36_sweeps.ipynb #19a0001c
@@ -103,7 +96,8 @@ def run_trial(
 ):
     "Train with the values of a trial and report the result to the study."
     state, place = import_optuna().trial.TrialState, trial_folder(h.output_dir, trial.number)
-    h = as_hyperparameters(h, **trial.params, output_dir=str(place))
+    shared = as_hyperparameters(h, output_dir=str(place))
+    h = as_hyperparameters(shared, **trial.params)
     place.mkdir(exist_ok=True)
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         prune, began = Prune(trial), time.perf_counter()
@@ -111,8 +105,11 @@ def run_trial(
             model = lab(h) # loads the images, too
             callbacks = [prune, Tracker(lab.images)] if h.report_to else [prune]
             run = run_training(model, lab.data, h, callbacks)
-        except ValueError as e:
-            trial.set_user_attr('error', str(e))
+        except (ValueError, RuntimeError) as e:
+            if not (isinstance(e, ValueError) or memory_ran_out(e, alone=True)): raise
+            if lab.key is None and not trial.params.keys() & set(_SHARED):
+                lab(shared) # raises if the mistake is in what all trials share
+            trial.set_user_attr('error', error_line(e))
             study.tell(trial, state=state.FAIL)
             return
     loss = run.metadata['validation_loss']
@@ -135,6 +132,9 @@ def _settings(settings, preset, vary, sampler, trials, changes):
         raise ValueError('a sweep goes by the validation loss; set evaluation_enabled to true')
     tracker_names(h)
     space = read_vary(vary or classic_grid(h))
+    starts = space['init_from'].choices if 'init_from' in space else [h.init_from]
+    if gone := [path for path in starts if path and not os.path.exists(path)]:
+        raise FileNotFoundError(f'init_from {gone[0]} does not exist')
     trials = check_value('trials', trials, int, limits(lo=1, optional=True))
     if sampler!='grid': return h, space, trials or 20
     if trials:
