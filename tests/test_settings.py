@@ -293,8 +293,16 @@ def test_a_key_that_is_no_text_is_named(tmp_path, text):
 def test_the_memory_of_the_best_device():
     assert memory_in_use(None) > 0
 
-def test_quiet_hides_the_bars_of_a_hub_that_is_imported():
-    assert not utils.are_progress_bars_disabled()
+@pytest.fixture
+def hub_bars():
+    "The hub draws its bars, whatever was said before."
+    hidden = utils.are_progress_bars_disabled()
+    utils.enable_progress_bars()
+    yield
+    if hidden:
+        utils.disable_progress_bars()
+
+def test_quiet_hides_the_bars_of_a_hub_that_is_imported(hub_bars):
     with quiet():
         assert utils.are_progress_bars_disabled()
     assert not utils.are_progress_bars_disabled()
