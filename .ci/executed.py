@@ -44,8 +44,12 @@ def on_card(cell):
     return flag(cell)=='cuda' and ('CAPNB_PHOTOS' not in cell.source or 'CAPNB_PHOTOS' in os.environ)
 
 def execute_cells(notebook, folder, cuda):
-    "Execute a notebook in a kernel of its own, without the cells that are flagged; on a card with its cells."
+    """Execute a notebook in a kernel of its own, without the cells that are flagged; on a card with its cells.
+
+    There are no progress bars: as widgets, they would be stored as a text that stays at 0 %.
+    """
     here = dict(metadata=dict(path=folder))
+    os.environ['TQDM_DISABLE'] = '1' # for the kernel
     client = NotebookClient(notebook, timeout=3600, kernel_name='python3', resources=here)
     client.reset_execution_trackers()
     with client.setup_kernel():

@@ -152,7 +152,9 @@ def load_decoder(
     device=None, # Where to put it; None for the best device
     dtype=None, # Number type of its weights; None for what suits the device
 ): # The frozen model, its tokenizer
-    "Load a frozen causal language model (it predicts each token from those before it) and its tokenizer."
+    """Load a frozen causal language model (it predicts each token from those before it) and its tokenizer.
+
+    Raises `ValueError` if the model cannot write after a prefix, or if the tokenizer does not fit it."""
     name, device = os.fspath(name), device or default_device()
     config = decoder_config(name)
     tokenizer = load_tokenizer(tokenizer_name or name, config)

@@ -37,7 +37,7 @@ def epoch_batches(
     epoch:int, # Counted from 0
     seed:int=0, # Fixes the order and the choice of captions
     captions_per_image:int=1, # All if an image has fewer
-) -> EpochBatches: # Gives pairs: features (batch, width), for each row a list of captions
+) -> EpochBatches: # Gives pairs: features (batch, ...), for each row a list of captions
     "Make the batches of one epoch: every image once, in an order that follows from `seed` and `epoch`."
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}, but it must be 1 or more")

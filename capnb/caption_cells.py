@@ -52,7 +52,7 @@ def caption_texts(
 ) -> list: # Of one or more texts that are not empty
     """Read the captions of a cell.
 
-    Raises a `ValueError` with the reason: empty, `nan`, not a text, or half a list.
+    Raises a `ValueError` with the reason: empty, `nan`, not a text, or a list that cannot be read.
     """
     if value is None: raise ValueError("it is empty")
     texts = several_texts(value)

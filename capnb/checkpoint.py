@@ -86,11 +86,11 @@ def read_metadata(
         or type(metadata.get('epoch', 1)) is not int
     ):
         raise ValueError(f"{file} is not the metadata of a checkpoint")
-    # settings added later have defaults
     try:
         metadata = with_new_names(metadata)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
+    # settings added later have defaults
     missing = {'encoder_name', 'tokenizer_name', 'data', 'prefix_length', 'adapter_width'} - set(
         metadata['hyperparameters']
     )
@@ -140,7 +140,7 @@ def check_weights(
         )
         if not plain:
             raise ValueError(
-                f"{source} is not a checkpoint of weights: {name!r:.60} is no plain tensor of fractions"
+                f"{source} is not a checkpoint of weights: {name!r:.60} is not a plain floating-point tensor"
             )
         whole = not t.is_meta and t.untyped_storage().nbytes() >= t.numel()*t.element_size()
         if not whole:

@@ -43,8 +43,8 @@ class CaptionData:
     """Images with captions in one schema, over any object with `len` and integer index whose rows are
     dictionaries (`torch`, `datasets`, a list)."""
     def __init__(self,
-        # The data: each row has `image` (PIL) and `captions` or `caption` (a text or several), and may have
-        # `image_id` and more
+        # The data: each row has `image` (PIL, a path, the bytes of a file, or an array) and `captions` or
+        # `caption` (a text or several), and may have `image_id` and more
         rows,
         limit:int=None, # Use only the first `limit` rows
     ):
@@ -76,7 +76,8 @@ class CaptionData:
         return dict(rest, image=image_of(image, where).open())
 
     def texts(self) -> list:
-        "List all rows without their images, which are not decoded; raises `ValueError` as above."
+        """List all rows without their images, which are not decoded; raises a `ValueError` that names a row
+        that does not fit."""
         return [self.parts(i)[1] for i in range(len(self))]
 
 # %% ../nbs/01_data.ipynb #1baa6201
@@ -108,7 +109,9 @@ def split_rows(
 
 # %% ../nbs/01_data.ipynb #b697c41b
 def _turn(n, key, turn, k):
-    "An order of `n` captions. Those that its first epoch has from the turn before come last."
+    """Shuffle `n` captions for one turn through all of them.
+
+    If an epoch of `k` captions began in the turn before, its captions from there come last here."""
     order = list(range(n))
     Random(f'{key}/{turn}').shuffle(order)
     if held := turn*n%k:

@@ -59,7 +59,8 @@ class ImageEncoder(nn.Module):
         model, # Image half of any encoder, as from `load_tower`
         processor, # Its image processor
         features:str='pooled', # 'pooled': one vector per image; 'patch': one per patch
-        image_size:int=None, # Width and height of the images, pixels; None for the model's own
+        # Width and height of the images, pixels; None for the model's own, or 224 if it takes any size
+        image_size:int=None,
     ):
         super().__init__()
         self.model, self.processor, self.features = model.eval().requires_grad_(False), processor, features
@@ -75,7 +76,7 @@ class ImageEncoder(nn.Module):
         return super().train(False) # a frozen module stays in evaluation mode
 
     def prepare(self,
-        images, # List of PIL images, or of bytes as `steps` makes them
+        images, # List of PIL images, or of uint8 arrays as `steps` makes them
     ) -> torch.Tensor: # As from `prepare_images`; for bytes, (batch, height, width, 3) bytes
         "Scale and normalise images for this encoder; bytes are normalised later, in `forward`."
         if any(isinstance(image, np.ndarray) for image in images):
@@ -127,7 +128,7 @@ class ImageEncoder(nn.Module):
     def encode(self,
         images, # As for `prepare`, or image files
     ) -> torch.Tensor: # As from `forward`
-        "Encode images; files, and images that are not RGB, are opened as for captions."
+        "Encode images; files, and images that are not RGB, are opened with `open_image` first."
         def opened(image):
             ready = isinstance(image, np.ndarray) or getattr(image, 'mode', '')=='RGB'
             return image if ready else open_image(image, min_side=self.min_side)
@@ -151,7 +152,7 @@ def load_encoder(
     image_size:int=None,
     features:str='pooled', # 'pooled' or 'patch'
 ) -> ImageEncoder:
-    "Load an encoder's image half and its processor (PIL backend)."
+    "Load an encoder's image half and its processor (PIL backend); raises `ValueError` as `look` does."
     processor, size, config = load_image_processor(name, image_size, features)
     model = load_tower(name, config, features, device or default_device())
     return ImageEncoder(model, processor, features, size)

@@ -55,7 +55,8 @@ def rouge_each(
 ) -> dict: # For each image `rouge_l`, `rouge_l_floor`, `rouge_l_ceiling`; on all references `rouge_l_all`
     """Compute ROUGE-L of captions with the floor (another image's references) and the ceiling.
 
-    The ceiling is each reference against the others; None if there is only one."""
+    The ceiling is each reference against the others; None if there is only one. The floor is None for a
+    single image."""
     count = len(captions)
     if len(references)!=count or not count:
         raise ValueError(f"{count} captions and references of {len(references)} images do not belong "
@@ -147,7 +148,7 @@ def evaluate(
 # %% ../nbs/07_evaluation.ipynb #jd080003
 def most_common_caption(
     captions, # All texts of the training data
-    sample:int=100, # If several are the most common: how many to compare, and with how many
+    sample:int=100, # At most this many equally common captions are compared, with as many of all captions
 ) -> str:
     "Find the most common caption; of several, the most similar to the others by mean ROUGE-L."
     counts = Counter(captions)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'split_zip', 'is_zip', 'zip_files', 'is_regular',
-           'read_zipped', 'read_text', 'parse_json', 'scratch_folder', 'atomic_write', 'check_writable', 'free_lock',
-           'shell_line', 'shown_path', 'write_json', 'say', 'error_line']
+           'read_zipped', 'read_text', 'parse_json', 'scratch_folder', 'atomic_write', 'check_writable', 'write_json',
+           'free_lock', 'shell_line', 'shown_path', 'say', 'error_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
 import errno, json, os, posixpath, re, secrets, shlex, shutil, subprocess, sys, tempfile, unicodedata
@@ -321,6 +321,23 @@ def check_writable(
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from None
 
+# %% ../nbs/30_files.ipynb #aa5720e2
+def write_json(
+    path, # File to write or to replace
+    value, # Plain data
+):
+    "Write plain data as JSON, atomically; raises a `ValueError` with the file's name for NaN or infinity."
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as e:
+        raise ValueError(f"{path} is not written: {e}") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError: # the name of a file that is not UTF-8; its escape can be written
+        text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic_write(path) as f:
+        f.write(text + '\n')
+
 # %% ../nbs/30_files.ipynb #23fee387
 def free_lock(
     lock, # `filelock.FileLock`, held
@@ -346,23 +363,6 @@ def shown_path(path) -> str:
     if path.is_relative_to(Path.home()):
         return str(Path('~')/path.relative_to(Path.home()))
     return str(path)
-
-# %% ../nbs/30_files.ipynb #aa5720e2
-def write_json(
-    path, # File to write or to replace
-    value, # Plain data
-):
-    "Write plain data as JSON, atomically; raises a `ValueError` that names the file if a number is NaN."
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as e:
-        raise ValueError(f"{path} is not written: {e}") from None
-    try:
-        text.encode()
-    except UnicodeEncodeError: # the name of a file that is not UTF-8; its escape can be written
-        text = json.dumps(value, indent=2, allow_nan=False)
-    with atomic_write(path) as f:
-        f.write(text + '\n')
 
 # %% ../nbs/30_files.ipynb #9c7a1d81
 def say(

@@ -88,7 +88,7 @@ def _refused(is_a, status, page):
         answer = f"the hub answers with error {status}; try again later, what is downloaded is kept"
         return ConnectionError, answer
     if is_a(hub.RemoteEntryNotFoundError, DataFilesNotFoundError, EmptyDatasetError):
-        return FileNotFoundError, f"it has not the files that are needed; look at {page}"
+        return FileNotFoundError, f"it lacks the files that are needed; look at {page}"
 
 def _unreachable(is_a):
     "The error class and the advice, if the hub did not answer."
@@ -96,7 +96,7 @@ def _unreachable(is_a):
     without_answer = (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError)
     if not is_a(*without_answer): return None
     if constants.HF_HUB_OFFLINE:
-        offline = "it is not on this machine yet, and HF_HUB_OFFLINE forbids to download it"
+        offline = "it is not on this machine yet, and HF_HUB_OFFLINE forbids downloading it"
         return ConnectionError, f"{offline}; unset HF_HUB_OFFLINE"
     return (
         ConnectionError,

@@ -333,7 +333,7 @@ def measure_image(
     source, # Path of a file, or its bytes
     name=None, # As for `open_image`
     pixels:float=None, # As for `open_image`
-) -> tuple: # Width and height
+) -> tuple: # Width and height as stored; `open_image` swaps them for an image on its side
     "Read the size of an image without decoding it; raises the same errors as `open_image`."
     source, name = _out_of_zip(*unwrapped(source, name))
     def measure():

@@ -77,7 +77,8 @@ def caption_files(
     Raises
     ------
     ValueError
-        If an option is unknown, out of range or without effect; raised before any file is opened.
+        If an option is unknown, out of range or without effect. This is a generator, so the error comes
+        with the first item, before any file is opened.
 
     Examples
     --------

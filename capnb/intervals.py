@@ -51,10 +51,10 @@ def with_intervals(
 def compare(
     parts:dict, # Name: `Parts` of one captioner
     other:dict, # The same of another, on the same images
-# Name, without floors and ceilings: 'value', 'other', 'difference', its 'interval', and 'real': whether 0 is
-# outside of the interval
-) -> dict:
-    "Compare the scores of two captioners on the same draws (paired bootstrap)."
+) -> dict: # Name: 'value', 'other', 'difference', its 'interval', and 'real' (0 is not in the interval)
+    """Compare the scores of two captioners on the same draws (paired bootstrap), without floors and ceilings.
+
+    Raises `ValueError` if they were not scored on equally many images."""
     out = {}
     for name in parts:
         if name.endswith(('_floor','_ceiling')): continue # not of a captioner

@@ -36,7 +36,7 @@ def progress_bar(
 def quiet():
     "Show only warnings and draw no bars inside the `with`."
     level, hub = log.level, os.environ.get('HF_HUB_DISABLE_PROGRESS_BARS')
-    bars = sys.modules.get('huggingface_hub.utils') # imported before, it reads the environment no more
+    bars = sys.modules.get('huggingface_hub.utils') # once imported, it no longer reads the environment
     hide = bars is not None and not bars.are_progress_bars_disabled()
     if hide:
         bars.disable_progress_bars()

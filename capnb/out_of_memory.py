@@ -62,7 +62,7 @@ def release_memory() -> bool: # Whether any memory was released
 
 # %% ../nbs/30k_out_of_memory.ipynb #30d1000b
 def in_slices(
-    do, # Function of a slice of rows
+    do, # Function of a slice of rows; its result must not be None
     n:int, # Total number of rows
     size:int, # Rows at a time; halved when memory runs out
     on_less=None, # Called with the new size when memory runs out

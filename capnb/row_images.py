@@ -39,7 +39,8 @@ def _from_array(pixels):
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 def image_of(image, where):
-    """Wrap the image of a row as an `ImageFile`, which is not opened yet.
+    """Wrap the image of a row as an `ImageFile`, which is not opened yet; raises a `ValueError` that begins
+    with `where`, such as 'row 0'.
 
     It may be a PIL image, the path or bytes of a file, the dictionary of both that `datasets` stores, an
     array or a tensor."""

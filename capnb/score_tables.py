@@ -13,6 +13,7 @@ from .files import atomic_write
 FACTS = dict(pairs='colour and kind', kind='kind', colour='colour', size='size', count='number of things',
              place='place', relation='relation') # added by `capnb.insight.facts`
 TOOLS = dict(bleu_1='BLEU-1', bleu_4='BLEU-4', meteor='METEOR', cider='CIDEr-D', clipscore='CLIPScore',
+             # the blanks at the end tell these labels from those of ROUGE-L, which are keys, too
              clipscore_floor='  floor: another image ', clipscore_ceiling='  ceiling: a person ',
              refclipscore='RefCLIPScore') # added by `capnb.insight.report`
 BY_CHARACTER = ('Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no spaces between words, '
@@ -20,9 +21,9 @@ BY_CHARACTER = ('Chinese, Japanese, Thai, Lao, Khmer and Burmese, which have no 
 FLOORS = dict(common='most common caption', nearest='nearest neighbour')
 
 def _way(s):
-    "Give the position of a ROUGE-L between floor (0) and ceiling (1); None if one of them is missing."
+    "Give the position of a ROUGE-L between floor (0) and ceiling (1); None without a ceiling above a floor."
     low, high = s['rouge_l_floor'], s['rouge_l_ceiling']
-    return None if None in (low, high) or low==high else (s['rouge_l']-low)/(high-low)
+    return None if None in (low, high) or low >= high else (s['rouge_l']-low)/(high-low)
 
 def _table_rows(s):
     "Make a column of the table: for each row a number, a list of a number and its interval, or None."
@@ -44,7 +45,7 @@ def _cell(v):
     "Format a number, or a number and its interval."
     value, *between = v if isinstance(v, list) else [v]
     short = [re.sub(r'^(-?)0\.', r'\1.', f'{x:.3f}') for x in between]
-    return f"{'-' if value is None else f'{value:.3f}':>9} {'–'.join(short):<10}"
+    return f"{'-' if value is None else f'{value:.3f}':>9} {'–'.join(short):<11}"
 
 def _merged(columns):
     "The labels of all columns, each after the one that it follows in its own column."
@@ -62,7 +63,7 @@ def score_table(
 ) -> str:
     "Lay scores out side by side as text, each with its 95% interval."
     found = [_table_rows(s) for s in columns.values()]
-    lines = [f'{"":28}' + ''.join(f'{name:>19} ' for name in columns)]
+    lines = [f'{"":28}' + ''.join(f'{name:>19}  ' for name in columns)]
     for label in _merged(found):
         if any(rows.get(label) is not None for rows in found):
             lines.append(f'{label:28}' + ''.join(_cell(rows.get(label)) for rows in found))

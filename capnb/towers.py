@@ -252,11 +252,12 @@ def _first_look(config, asked, features, what):
             f"image_size is {size}, but {what} takes multiples of {patch}, such as"
             f" {size//patch*patch or patch}"
         )
-    vectors = _pooled(out, before) if features=='pooled' else states if grid else None
-    if vectors is None or len(vectors)!=2:
-        other = 'patch' if features=='pooled' else 'pooled'
-        raise ValueError(f"{what} has no {features} features; take features={other!r}")
-    width = vectors.shape[(channels or 2) if features=='patch' else 1]
+    vectors = dict(pooled=_pooled(out, before), patch=states if grid else None)
+    kinds = [name for name,found in vectors.items() if found is not None and len(found)==2]
+    if features not in kinds:
+        instead = ''.join(f"; take features={kind!r}" for kind in kinds)
+        raise ValueError(f"{what} has no {features} features{instead}")
+    width = vectors[features].shape[(channels or 2) if features=='patch' else 1]
     return Sight(size, width, grid, before, channels, options)
 
 def look(

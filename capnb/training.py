@@ -231,6 +231,11 @@ def fit(
     Run
         The run at its end: `losses` of each step and `metadata` of the last epoch.
 
+    Raises
+    ------
+    ValueError
+        If a loss is not finite, in training or in validation.
+
     Examples
     --------
     >>> from capnb import fit, load, load_data

@@ -197,7 +197,7 @@ def test_a_size_that_does_not_fit_costs_its_own_figures(bench, monkeypatch, name
 
 def test_no_section_begins_after_the_time(bench, tmp_path):
     found = bench_gpu(bench, tmp_path/'bench.json', most=-1)
-    assert found['skipped'] == list(SECTIONS) and 'ceilings left out: the time was used up' in gpu_text(found)
+    assert found['skipped'] == list(SECTIONS) and 'ceilings skipped: the time was used up' in gpu_text(found)
 
 def test_a_benchmark_takes_the_real_sizes_by_default():
     sizes = Bench('cuda').sizes

@@ -73,7 +73,7 @@ def test_more_steps_than_the_first_columns(model, prefixes):
     with torch.no_grad():
         expected = chapter_21.greedy_ids(model.decoder, prefix, [80]*6, None, 4)
     assert write_rows(rows, prefix, [80]*6) == expected
-    assert set(rows.eager) == {32, 64, 96} # 96: there is no more room
+    assert set(rows.runs) == {32, 64, 96} # 96: there is no more room
 
 def test_a_prefix_that_comes_alone_leaves_other_rows_as_they_are(model, prefixes):
     "Sixteen rows read two prefixes at a time; the last of seventeen comes while fifteen others write."

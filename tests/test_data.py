@@ -317,7 +317,7 @@ FAULTS = {  # what is done to the hub, name of the data set, the error
     'empty': (
         lambda hub: hub.add('me/nothing', {'notes.txt~': b''}),
         'me/nothing',
-        'FileNotFoundError: data set me/nothing: it has not the files that are needed',
+        'FileNotFoundError: data set me/nothing: it lacks the files that are needed',
     ),
     'broken': (
         lambda hub: setattr(hub, 'status', 500),

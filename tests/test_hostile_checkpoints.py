@@ -64,7 +64,7 @@ WEIGHTS = {
         lambda state: state | {'adapter.layers.1.weight': torch.zeros(())},
         'is missing',
     ),
-    'whole numbers': (with_first(lambda t: t.long()), 'no plain tensor of fractions'),
+    'whole numbers': (with_first(lambda t: t.long()), 'not a plain floating-point tensor'),
 }
 
 def refused(done, text):

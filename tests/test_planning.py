@@ -160,7 +160,7 @@ def test_every_preset_can_be_planned_without_network(preset):
     text = plan_text(plan)
     assert (
         h.encoder_name in text
-        and f'{plan.steps} steps of {h.batch_size} captions' in text
+        and f'{plan.steps} steps of {h.batch_size} images' in text
         and f"{plan.images['train']} train" in text
     )
     assert plan.parameters['adapter'] == count(random_init_captioner(h).adapter)
@@ -390,7 +390,7 @@ def test_dry_run_begins_nothing(call, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         '320 train' in done.stdout
-        and '20 steps of 32 captions in 2 epochs' in done.stdout
+        and '20 steps of 32 images in 2 epochs' in done.stdout
         and re.search(r'[\d.]+ s per step', done.stdout)
     )
     assert not list(tmp_path.iterdir())

@@ -286,7 +286,8 @@ def test_coco_ids_as_texts(tmp_path, capsys):
     mixed = dict(COCO, annotations=[dict(a, image_id=str(a['image_id'])) for a in COCO['annotations']])
     assert captions(album(tmp_path, json.dumps(mixed), 'captions_x.json')) == RIGHT
     assert (
-        '12 annotations have an id that is a text where the image\'s is a number' in capsys.readouterr().out
+        'annotations with an id that is a text where the image\'s is a number, or the other way round: 12'
+        in capsys.readouterr().out
     )
 
 # --- Encodings
@@ -452,7 +453,7 @@ def test_another_spelling_is_taken_and_counted(tmp_path, capsys, kind):
     found = read_folder(folder)
     assert found.tables[0].paths[written] == folder/file and len(found.tables[0]) == 13
     assert (
-        f"captions.csv: 1 names are spelt otherwise than their files, such as {written!r} for {file!r}"
+        f"captions.csv: names that are spelt otherwise than their files: 1, such as {written!r} for {file!r}"
         in capsys.readouterr().out
     )
 
@@ -511,7 +512,7 @@ def test_ids_of_predictions(tmp_path, capsys):
         )
     )
     assert read_predictions(tmp_path/'p.json', ids) == ['a', 'b', 'c']
-    assert '1 ids are spelt otherwise than in the data, such as' in capsys.readouterr().out
+    assert 'ids that are spelt otherwise than in the data: 1, such as' in capsys.readouterr().out
     (tmp_path/'p.json').write_text(json.dumps([dict(image_id='COCO_val2014_000000000631.jpg', caption='a')]))
     with pytest.raises(
         ValueError,
@@ -733,7 +734,7 @@ def test_more_or_fewer_folders_are_no_contradiction(tmp_path, capsys, kind):
     options = dict(image_column='file_name') if kind=='address' else {}
     album(tmp_path, lines([name, *NAMES], [*SAID, 'x'], header=('file_name','caption')), files=NAMES)
     read_folder(tmp_path, **options)
-    assert ('1 names are spelt otherwise' in capsys.readouterr().out) == (kind not in ('below', 'less'))
+    assert ('names that are spelt otherwise' in capsys.readouterr().out) == (kind not in ('below', 'less'))
 
 @pytest.mark.parametrize(
     'names',

@@ -189,7 +189,7 @@ def test_wandb_has_it_all(album, place):
     }
     assert {k: config[k] for k in SMALL} == SMALL
     table = json.loads((folder/'files'/told[8]['samples/path']).read_text(encoding='utf-8'))
-    assert table['columns'] == ['image_id', 'picture', 'caption', 'references'] and len(table['data']) == 4
+    assert table['columns'] == ['image_id', 'image', 'caption', 'references'] and len(table['data']) == 4
     artifacts = [r.artifact for r in found if r.HasField('artifact')]
     shown = [e for a in artifacts if a.type == 'run_table' for e in a.manifest.contents]
     assert sum(e.path.endswith('.png') for e in shown) == 8 and all(

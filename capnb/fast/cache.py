@@ -50,7 +50,8 @@ def features_key(
     weights = blake2b(digest_size=16)
     for name,p in encoder.model.state_dict().items():
         weights.update(name.encode())
-        # a module of one's own may keep other things, too; `seen` in its `identity` tells their effect
+        # a module of your own may depend on more than tensors; `seen` in its `identity`, made from
+        # its features of test images, changes with all of it
         if isinstance(p, torch.Tensor):
             weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     facts = encoder.identity if isinstance(encoder, OwnEncoder) else _model_facts(encoder)

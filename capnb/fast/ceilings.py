@@ -174,21 +174,26 @@ def _lengths(h, images):
     lengths = torch.tensor(caption_lengths(images*h.captions_per_image))
     return lengths.clamp(max=h.max_caption_length).view(images, -1)
 
+def _count_parts(h, do):
+    "Count the work of `do`, a function of a number of images, for all parts of a step."
+    parts = step_parts(h)
+    return [each for n in dict.fromkeys(parts) for each in count_work(lambda n=n: do(n))*parts.count(n)]
+
 def training_work(
     h, # `Hyperparameters`
     dtype=torch.bfloat16, # dtype of the frozen models
     loss=caption_loss, # Loss with the arguments of `capnb.fast.loss.caption_loss`
 ) -> list: # As from `count_work`
     "Count the work of a training step: forward and backward, without the optimizer."
-    model, parts = random_init_captioner(h, 'meta', dtype), step_parts(h)
-    lengths = _lengths(h, parts[0]).flatten()
-    mask = (torch.arange(int(lengths.max()))[None] < lengths[:,None]).long()
+    model = random_init_captioner(h, 'meta', dtype)
     encoder = model.encoder
     seen = (encoder.patches, encoder.width) if h.features=='patch' else (encoder.width,)
-    features = torch.ones(parts[0], *seen, device='meta')
-    def step():
+    def part(images):
+        lengths = _lengths(h, images).flatten()
+        mask = (torch.arange(int(lengths.max()))[None] < lengths[:,None]).long()
+        features = torch.ones(images, *seen, device='meta')
         loss(model.decoder, model.adapter(features).to(dtype), mask.to('meta'), mask).backward()
-    return count_work(step)*len(parts)
+    return _count_parts(h, part)
 
 def recorded_work(
     h, # `Hyperparameters`
@@ -198,18 +203,18 @@ def recorded_work(
     over the logits of large batches."""
     model = random_init_captioner(h, 'meta', dtype)
     fuse_norms(model.decoder)
-    parts = step_parts(h)
-    images = parts[0]
-    lengths = _lengths(h, images)
     encoder = model.encoder
     patch = h.features=='patch'
     prefix = encoder.patches if patch else h.prefix_length
     seen = (encoder.patches, encoder.width) if patch else (encoder.width,)
-    ids = torch.zeros(lengths.numel(), int(lengths.max()), dtype=torch.long)
-    batch = Layouts(lengths.tolist(), images, prefix).lay_out(torch.zeros(images, *seen), ids, lengths)
-    features, numbers = batch.features.to('meta'), views(batch.shape, batch.numbers.to('meta'))
+    def part(images):
+        lengths = _lengths(h, images)
+        ids = torch.zeros(lengths.numel(), int(lengths.max()), dtype=torch.long)
+        batch = Layouts(lengths.tolist(), images, prefix).lay_out(torch.zeros(images, *seen), ids, lengths)
+        features, numbers = batch.features.to('meta'), views(batch.shape, batch.numbers.to('meta'))
+        static_loss(model, features, numbers).backward()
     with large_nll.count_on_meta():
-        return count_work(lambda: static_loss(model, features, numbers).backward())*len(parts)
+        return _count_parts(h, part)
 
 @torch.no_grad()
 def writing_work(

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 )
 from ..log import progress_bar
-from ..files import atomic_write
+from ..files import atomic_write, error_line
 from ..hub import read_model
 from ..decoder import caption_loss as readable_loss, tokenize_captions
 from ..generation import generate_ids, write_ids as readable_write
@@ -204,7 +204,7 @@ def compare_family(
             return dict(refused=str(e).replace(folder, kind))
         return compare_decoder(decoder, tokenizer)
 
-def _one_line(e): return f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
+def _one_line(e): return f'{type(e).__name__}: {error_line(e)}'[:200]
 
 # %% ../../nbs/25b_decoder_families.ipynb #16de0017
 def _answer(pipe):

@@ -136,7 +136,8 @@ def _other_size(config, sight, features, folder):
 # %% ../../nbs/25e_encoder_families.ipynb #fbc39d51
 def try_family(
     kind:str, # As for `tiny_encoder`
-# `image_size`, widths of `pooled` and `patch` features, number of `patches`, `other_size` that works,
+# `image_size`, widths of `pooled` and `patch` features, number of `patches`, `other_size` that
+# works with each of the two,
 # relative `difference` from the saved model, `in_place` (right order); or only `refused`: the reason
 ) -> dict:
     "Save, load and run a tiny random encoder of a family, with both kinds of features if it has them."
@@ -157,7 +158,8 @@ def try_family(
             # unlike `max` of Python, this keeps a NaN
             difference = float(np.maximum(row['difference'], _difference(encoder, whole, images)))
             row |= {'image_size': sight.image_size, features: encoder.width, 'difference': difference}
-            row['other_size'] = _other_size(config, sight, features, folder)
+            size = _other_size(config, sight, features, folder)
+            row['other_size'] = size if row.get('other_size', size)==size else None
             if features=='patch':
                 row |= dict(patches=encoder.patches, in_place=bool(sight.channels) or in_place(encoder))
     return row

@@ -239,5 +239,5 @@ def gpu_text(
         shown = f"   (goal {goal:g}: {'reached' if ratio >= goal else 'missed'})" if goal else ''
         lines.append(f'  {name:42} {ratio:8.2f}{shown}')
     lines += [f'{name} failed: {error}' for name, error in found['failed'].items()]
-    lines += [f'{name} left out: the time was used up' for name in found['skipped']]
+    lines += [f'{name} skipped: the time was used up' for name in found['skipped']]
     return '\n'.join(lines)

@@ -17,7 +17,7 @@ from .packing import packed_inputs, takes_positions
 
 # %% ../../nbs/20b_the_loss.ipynb #5a0000c4
 def _nll_and_gradient(logits, labels, learns=True):
-    "NLL of each token, and its gradient by the logits if it is needed."
+    "Compute the NLL of each token and, if needed, its gradient with respect to the logits."
     p = logits.float().log_softmax(-1)
     nll = -p.gather(1, labels[:,None])[:,0]
     if not learns: return nll, None
@@ -49,8 +49,9 @@ def _compare_head(decoder):
 def head_is_plain(
     decoder, # Causal language model
 ) -> bool:
-    """Whether the logits are exactly the last hidden state times the head's matrix; tested once per
-    decoder."""
+    """Whether the head is frozen and the logits are exactly the last hidden state times its matrix.
+
+    The logits are tested once per decoder."""
     head = decoder.get_output_embeddings()
     if decoder.device.type=='meta': return True # meta tensors have no values to compare
     if not isinstance(head, nn.Linear): return False # its weights may be 8-bit integers

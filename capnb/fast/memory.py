@@ -65,7 +65,7 @@ class FusedOperations(TorchFunctionMode):
 
 # %% ../../nbs/24d_memory.ipynb #13a00016
 TOKENS = 32 # assumed length of the longest caption in a batch
-# images counted at a time: encoding (on a GPU; on a CPU, each core has 32), `validate` and `generate_ids`
+# images at a time in `encode` (on a GPU; on a CPU it is 32 per core), `validate` and `write`
 ENCODED, READ, WRITTEN = 256, 64, 32
 
 def step_parts(

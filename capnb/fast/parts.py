@@ -20,8 +20,8 @@ def make_fast(
     """Replace the parts of a captioner that compute losses and write captions by faster ones.
 
     The captioner's `reader` computes the loss of given captions, and its `writer` writes captions. Both are
-    replaced, and some layers of the encoder and the decoder, too. Captions stay the same, and the loss agrees
-    to float precision.
+    replaced, and some layers of the encoder and the decoder, too. Captions stay the same, except where
+    rounding makes two tokens equally likely. The loss agrees up to rounding.
     """
     captioner.reader = read_captions
     if captioner.decoder.device.type!='cuda':

@@ -42,7 +42,7 @@ KNOWN_MODELS = {
 
 def planned_config(
     name:str, # One of `KNOWN_MODELS`, or as for `model_source`
-    role:str, # 'encoder' or 'decoder'
+    role:str, # What the model is for, such as 'encoder' or 'decoder'; named in errors
 ): # Its `transformers` configuration
     """Get a model's configuration without its weights; known models need no network. Raise `ValueError` or
     `OSError` with the model's name if it is not found."""

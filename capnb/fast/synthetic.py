@@ -88,7 +88,7 @@ def write_photographs(
     seed:int=0, # Random seed
     size=(500, 375), # Width and height in pixels
     threads:int=None, # Number of threads; None for one per core
-    drawn:int=None, # Number of different ones, the others repeat them in a file of their own; None for all
+    drawn:int=None, # Number of different photographs; the other files repeat them; None for `n`
 ) -> list: # Paths
     "Write generated photographs as JPEG files, each with its number as a comment."
     folder, drawn = Path(folder), drawn or n

@@ -89,13 +89,13 @@ def describe_decoder(
 _ENCODER = 'A small CLIP that has seen picture books: the frozen encoder of the capnb course.'
 _ENCODER_SIZE = ' Images of 64 pixels, features of 512 numbers.'
 _ENCODER_MADE = (
-    'The image tower and its projection were first warmed up on labels: kind and colour at each patch,'
-    ' and, asked of the whole feature, which kinds are there, kind, colour and size of the left or upper'
-    ' thing and of the other one, layout and place; on half of the images in colours without a name,'
-    ' none of which resembles one held out for a kind in the image. Then both towers were trained by'
-    ' contrast of drawn images and their captions, with three near misses of each scene in the batch'
-    ' (capnb, notebook 10e). No image or caption of the validation, test and compositional splits was'
-    ' used.')
+    'First, the image tower and its projection were trained on labels. At each patch they predicted kind'
+    ' and colour. From the feature of the whole image they predicted which kinds it contains, its layout'
+    ' and its place, and the kind, colour and size of each thing. On half of the images, things had'
+    ' colours without a name, none of which resembles one held out for a kind in the image. Then both'
+    ' towers were trained with a contrastive loss on drawn images and their captions. Each batch contained'
+    ' three near misses of each scene (capnb, notebook 10e). No image or caption of the validation, test'
+    ' and compositional splits was used.')
 
 def describe_encoder(
     folder:Path, # Folder of a saved CLIP

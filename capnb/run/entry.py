@@ -63,7 +63,7 @@ def prepare(
     device=None, # None for the best device
     only=None, # Names of the splits to prepare; None for all
     encoder=None, # As for `train`
-): # The captioner with an untrained adapter; the data of each split; the encoded data of each split
+): # The captioner, untrained or with the weights of `init_from`; the data; the encoded data, each by split
     "Load what a run needs: the frozen models, the data, and each image encoded once."
     check_models(h, encoder) # before images are downloaded for a model that does not exist
     check_precision(h, device or default_device())

@@ -179,7 +179,7 @@ def plan_text(plan:Plan) -> str:
         f"device       {hw.name} ({hw.device}, {hw.memory:.0f} GB), frozen models in {choose_dtype(hw)},"
         f" mixed precision {choose_mixed_precision(hw)}, attention {choose_attention(hw)}",
         f"data         {', '.join(f'{n} {split}' for split,n in plan.images.items())} images;"
-        f" {plan.steps} steps of {h.batch_size} captions in {plan.epochs} epoch{'s'*(plan.epochs>1)}",
+        f" {plan.steps} steps of {h.batch_size} images in {plan.epochs} epoch{'s'*(plan.epochs>1)}",
         f"parameters   encoder {m['encoder']/1e6:.1f} million, adapter {m['adapter']/1e6:.2f} million,"
         f" decoder {m['decoder']/1e6:.1f} million; {plan.trained/1e6:.2f} million of them learn",
         *(f"download     {gb(size) if size else 'nothing'}: {name} ({how})"

@@ -43,7 +43,7 @@ COMMON = dict(
 )
 STANDARDISED = dict(standardize_features=True, learning_rate=3e-3)
 EXPERIMENTS = {
-    'pooled': dict(prefix_length=10),
+    'pooled': STANDARDISED | dict(prefix_length=10),
     'pooled-lora': STANDARDISED | dict(prefix_length=10, lora_rank=16),
     'grid-raw': {},
     'grid': STANDARDISED,

@@ -94,7 +94,7 @@ def _made_captioner(h, device):
 def full_run_settings(
     **changes # Hyperparameters
 ) -> Hyperparameters:
-    "Settings of the guide's run (chapter 25): batches of 8, five epochs, a prefix of one token."
+    "Return the settings of the timed run, with changes: batches of 8, five epochs, a prefix of one token."
     longest = max(caption_lengths(10_000))
     settings = dict(batch_size=8, num_epochs=5, prefix_length=1, max_caption_length=longest)
     return as_hyperparameters(preset='flickr30k-full', **{**settings, **changes})

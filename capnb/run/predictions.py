@@ -92,7 +92,7 @@ def read_predictions(
         captions[n] = caption
     if respelt := find.index.respelt:
         given, real = next(iter(respelt.items()))
-        log.warning(f"⚠️ {path}: {len(respelt)} ids are spelt otherwise than in the data, such as "
+        log.warning(f"⚠️ {path}: ids that are spelt otherwise than in the data: {len(respelt)}, such as "
                     f"{given!r} for {real!r}")
     missing = [id for n,id in enumerate(image_ids) if n not in captions]
     if missing:

@@ -63,6 +63,6 @@ def share_command(
         _warn_of_folders(model.config, folder or push)
         if push:
             place = model.push_to_hub(push)
-        elif folder:
+        else:
             model.save_pretrained(folder)
     say(f"🤝 {place}")

@@ -271,7 +271,7 @@ def model_card(
 ---
 # An image captioner: {h.encoder_name} and {h.decoder_name}
 
-This repository holds what learned: the adapter between a frozen image encoder and a frozen \
+This repository holds the trained part: the adapter between a frozen image encoder and a frozen \
 language model{also}. The frozen parts come from their makers, under their licences.
 
 | part | name |

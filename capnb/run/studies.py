@@ -233,7 +233,7 @@ def _done(study):
 def sweep_table(
     study, # From `open_study`
 ) -> str:
-    "Format the trials of a study as a table, the best first and pruned trials last."
+    "Format the trials of a study as a table: complete ones, the best first, then pruned, then failed ones."
     failed = [t for t in study.get_trials(deepcopy=False) if 'error' in t.user_attrs]
     names = list(study.user_attrs['job']['vary'])
     show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)

@@ -129,7 +129,7 @@ def _captioned(tracker, rows, images, captions, step):
         import wandb
         cells = [[r['image_id'], wandb.Image(image), r['caption'], ' / '.join(r['references'])]
                  for r,image in zip(table, images, strict=True)]
-        tracker.log_table('samples', ['image_id', 'picture', 'caption', 'references'], cells, step=step)
+        tracker.log_table('samples', ['image_id', 'image', 'caption', 'references'], cells, step=step)
 
 # %% ../../nbs/32c_trackers.ipynb #08c0a004
 def _numbers(values):

@@ -44,7 +44,6 @@ def load(
         Take the checkpoint with the lowest validation loss. The same as the word 'best'.
     device : str or torch.device, optional
         Device of the captioner. Default: the best device of this machine.
-
     encoder : torch.nn.Module, optional
         Your own image encoder that was passed to `train`. Default: the encoder named in the checkpoint.
 

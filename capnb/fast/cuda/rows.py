@@ -64,7 +64,7 @@ class FixedRows:
         self.room = -(-room//16)*16 # a multiple of 16
         self.new = rows if prefix==1 else max(1, rows//8) # prefixes that are taken in at a time
         self.graphs = {} # by shape: its recording
-        self.eager = {} # by shape: how often it ran, replays included
+        self.runs = {} # by shape: how often it ran, replays included
         self.hurry = False
         self.records = self.device.type=='cuda'
         self.recorder = recorder or (Recorder(self.device) if self.records else None)
@@ -91,7 +91,7 @@ class FixedRows:
 
     def _run(self, shape, do):
         "Run `do`, or replay its recording; record it first if that is worthwhile."
-        done = self.eager[shape] = self.eager.get(shape, 0)+1
+        done = self.runs[shape] = self.runs.get(shape, 0)+1
         if self.records and shape not in self.graphs and (self.hurry or done > PATIENCE):
             self._record(shape, do)
         if graph := self.graphs.get(shape):

@@ -24,7 +24,7 @@ from .parts import STYLE, errors_in, image_buttons, image_html, mark, veiled
 _HOW = {
     'greedy': 'the most probable word each time',
     'beams': 'the most probable sentence of several',
-    'sampling': 'words are drawn by lot',
+    'sampling': 'each word is sampled at random',
 }
 
 class Decoding(VBox):
@@ -99,7 +99,7 @@ def _asked(word):
     factor, text = math.exp(word.patches.max()), escape(word.text)
     rests = f'No single part of the image matters to <b>{text}</b>.'
     if factor > 1.05:
-        rests = f'Covering what is clear makes <b>{text}</b> up to {factor:,.1f} times less probable.'
+        rests = f'Covering the clear region makes <b>{text}</b> up to {factor:,.1f} times less probable.'
     rows = ''.join(
         f'<tr><td>{escape(text.strip()) or "(end)"}</td><td class="number">{p:.1%}</td>'
         f'<td><div class="bar" style="width:{12*p:.2f}rem"></div></td></tr>'
@@ -160,7 +160,7 @@ class CaptionWidget(VBox):
         whole = ImageOps.contain(self.image, (320,320))
         left, right = image_html(whole, self.caption or 'the image', 184), ''
         if patches is not None:
-            alt = f'the same image behind a veil that is lifted where the word {word!r} rests on it'
+            alt = f'the same image behind a veil that is lifted at the region that supports {word!r}'
             right = image_html(veiled(whole, patches), alt, 184)
         self.shown.value = f'<div class="pair">{left}{right}</div>'
 

@@ -10,6 +10,7 @@ __all__ = ['STORE', 'RETRIES', 'CaptionWorker', 'FeatureWorker', 'cluster', 'cou
 import json
 import logging
 import os
+import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,7 @@ class FeatureWorker:
 STORE = 2**30 # bytes of shared memory for rows between processes, for a cluster that we start
 
 def _ray():
-    "Import ray and ray.data, without log messages and usage statistics."
+    "Import ray and ray.data, without log messages, usage statistics and a warning about retries."
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     try:
         import ray.data
@@ -112,6 +113,8 @@ def _ray():
             "working at scale needs the package ray; install it with: pip install 'capnb[scale]'"
         ) from None
     logging.getLogger('ray.data').setLevel(logging.ERROR)
+    # Nothing else limits how often a shard is repeated; `settings.ini` asks for versions of Ray that have it.
+    warnings.filterwarnings('ignore', '`ray_remote_args_fn` is deprecated')
     return ray
 
 # Ray's environment variable: on Windows and macOS it assumes a single node, unless this is set

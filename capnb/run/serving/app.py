@@ -63,7 +63,7 @@ _ERRORS = {
     422: 'Malformed',
     429: 'Too many requests are waiting, in total or from this client',
     500: 'The model failed at this image',
-    503: 'The server is stopping',
+    503: 'The server is stopping, or could not open the image now; try again later',
     504: 'The answer took too long',
 }
 _number = dict(type='number')

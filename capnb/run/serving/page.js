@@ -37,7 +37,7 @@ function light(word) {
   heat.hidden = !word
   for (const button of get('words').children) button.setAttribute('aria-pressed', button.word == word)
   get('why').textContent = word ? reasons(word, top) :
-    'Choose a word to see what in the image it rests on.'
+    'Choose a word to see which region of the image supports it.'
   if (word) veil(heat, word.patches, top)
 }
 

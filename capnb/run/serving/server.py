@@ -142,7 +142,7 @@ def serve(
     encoder=None, # An encoder of your own, as for `OwnEncoder`, of a class that other processes can import
 ):
     """Serve captions over HTTP; returns on SIGTERM, and raises `KeyboardInterrupt` on Ctrl-C, `ValueError` if
-    it cannot start."""
+    it cannot start, `FileNotFoundError` if the checkpoint or its metadata is missing."""
     # Report errors before anything is started.
     check_key(key, host, without_key)
     options = check_options(options or {})

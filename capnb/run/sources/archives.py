@@ -17,7 +17,7 @@ from .columns import CAPTION_COLUMNS, SPLIT_NAMES, looks_like_image
 from .folders import Source, as_source, read_folder
 from .layouts import folder_tables, split_of_name
 from .names import LEADS_OUT
-from .rows import image_columns, infer_columns, named_rows, says_split
+from .rows import image_columns, dataset_columns, named_rows, says_split
 from .tables import unread_table
 
 # %% ../../../nbs/31g_archives.ipynb #02a00006
@@ -29,8 +29,8 @@ def _split_column(rows):
 def from_datasets(
     found, # A `datasets.Dataset`, or a dictionary of them by name of split
     name:str, # Name for errors
-    image_column:str=None, # As for `capnb.run.sources.rows.infer_columns`
-    caption_column:str=None, # As for `capnb.run.sources.rows.infer_columns`
+    image_column:str=None, # As for `capnb.run.sources.rows.dataset_columns`
+    caption_column:str=None, # As for `capnb.run.sources.rows.dataset_columns`
     find=None, # As for `capnb.run.sources.rows.named_rows`
 ) -> Source:
     "Read rows of `datasets` with their own splits; raises a `ValueError` if the columns are not clear."
@@ -295,7 +295,7 @@ def _refuse_packed(path, files):
 
 def _told(name, source, rows, columns):
     "Log a line about the data that is read; return `source`."
-    image, captions = infer_columns(rows.features, *columns)
+    image, captions = dataset_columns(rows.features, *columns)
     sizes = ', '.join(f'{split} {len(part):,}' for split,part in source.splits.items())
     log.info(f"📦 {name}: {sizes} images; from column {image}, with captions from {', '.join(captions)}")
     return source

@@ -34,7 +34,8 @@ def looks_like_image(
 def column_kind(
     values, # Values of one column
 ) -> str: # 'image', 'split', 'number', 'address', 'sentence', 'word', 'other' or 'empty'
-    "Classify the content of a column by the majority of its values."
+    """Classify the content of a column: nine of ten values must fit, for 'split' all of the texts, for
+    'sentence' three of ten."""
     values = [
         v for value in values for v in (value if isinstance(value, list) else [value]) if v not in (None, '')
     ]

@@ -37,7 +37,8 @@ class ImageFolder:
     """Images in a folder, with a table of captions.
 
     The table is `captions` or `metadata` as .csv, .tsv, .txt, .jsonl or .json, `results.csv`, a `.token` file
-    (Flickr8k), `captions_*.json` (COCO), or `dataset_*.json` (Karpathy)."""
+    (Flickr8k), `captions_*.json` (COCO), or `dataset_*.json` (Karpathy). Without one of these, the only
+    other .csv, .tsv, .json or .jsonl file is the table."""
     def __init__(self,
         folder, # Folder with images, also in its folders and zips; or a zip
         table=None, # The file with the captions; None for the only one in the folder

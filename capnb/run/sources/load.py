@@ -20,7 +20,7 @@ from .folders import Picked, Source
 from capnb.run.sources.hub import (
     HUB_DATA, drawn_split, given_splits, held_back, load_hub, missing_splits, split_name
 )
-from .rows import NamedRows, infer_columns, named_rows
+from .rows import NamedRows, dataset_columns, named_rows
 from ...storybook import SPLITS, Storybook
 
 # %% ../../../nbs/31i_sources.ipynb #02b00021
@@ -34,7 +34,7 @@ def _undecoded(stream, columns):
         first = list(stream.take(1))
         if not first: raise ValueError("the stream is empty")
         features = Dataset.from_list(first).features
-    image, captions = infer_columns(features, *columns)
+    image, captions = dataset_columns(features, *columns)
     if stream.features is not None and isinstance(features[image], Image):
         stream = stream.cast_column(image, Image(decode=False))
     return stream, image, captions
@@ -42,8 +42,8 @@ def _undecoded(stream, columns):
 def read_streams(
     data, # A `datasets.IterableDataset`, or a dictionary of them by name of split
     limit:int=None, # Read only what this many training images need; None for everything
-    image_column:str=None, # As for `infer_columns`
-    caption_column:str=None, # As for `infer_columns`
+    image_column:str=None, # As for `dataset_columns`
+    caption_column:str=None, # As for `dataset_columns`
 ) -> Source:
     "Read streams into memory; raises a `ValueError` if they are empty or their columns are not clear."
     streams = data if isinstance(data, Mapping) else dict(train=data)
@@ -122,7 +122,7 @@ def _hub_rows(repo, revision, limit, columns):
     found = load_hub(repo, revision, limit)
     without_split = found.pop(None, [])
     if not found: raise ValueError(f"data set {repo}: none of its rows has a split")
-    image, captions = infer_columns(next(iter(found.values())).features, *columns)
+    image, captions = dataset_columns(next(iter(found.values())).features, *columns)
     log.info(
         f"📦 {repo}: {', '.join(f'{split} {len(rows)}' for split,rows in found.items())} images; from"
         f" column {image}, with captions from {', '.join(captions)}"
@@ -211,17 +211,18 @@ def load_data(
     image_size : int, default 64
         Width and height of storybook images, in pixels.
     limit : int, optional
-        Use only the first `limit` training images. From the hub, download only what they need.
-        Default: all.
+        Use only the first `limit` training images. From the hub and from a stream, read only what they
+        need; the other splits then have a tenth as many images, but at least ten. Default: all.
     bad_rows : str, default 'stop'
         Either 'stop' at an unreadable row or image, or 'skip' it. With 'skip', each image is opened
         once during loading.
     image_column : str, optional
-        Column of images. Default: inferred by `infer_columns`.
+        Column of images. Default: inferred by `dataset_columns`.
     caption_column : str, optional
-        Column of captions. Default: inferred by `infer_columns`.
+        Column of captions. Default: inferred by `dataset_columns`.
     revision : str, optional
-        Branch, tag or commit of a hub data set. Default: its main branch.
+        Branch, tag or commit of a hub data set. Default: the one in `HUB_DATA` for its names, otherwise
+        the main branch.
     encoding : str, optional
         Encoding of the tables of a folder. Default: UTF-8, or UTF-16 with a byte-order mark.
     outside : bool, default False

@@ -160,7 +160,7 @@ class ImageFinder:
         "Report how many names are spelt differently from their files."
         found = self._files.respelt if self._files else {}
         return [
-            f"{len(found)} names are spelt otherwise than their files, such as {given!r} for {real!r}"
+            f"names that are spelt otherwise than their files: {len(found)}, such as {given!r} for {real!r}"
             for given, real in list(found.items())[:1]
         ]
 

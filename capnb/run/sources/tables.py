@@ -248,8 +248,8 @@ def _coco_table(images, annotations, image_column, caption_column):
             yield f'annotation {n}', name, said if len(texts) > 1 else said[0], None
         if respelt:
             table.notes.append(
-                f"{respelt} annotations have an id that is a text where the image's is a number, "
-                "or the other way round"
+                "annotations with an id that is a text where the image's is a number, or the other way"
+                f" round: {respelt}"
             )
     table.rows = rows()
     return table
