@@ -7,6 +7,7 @@ __all__ = ['new_adapter', 'measure_features', 'check_pair', 'check_models', 'bui
 
 # %% ../nbs/05c_build.ipynb #9d10279d
 import torch
+from contextlib import contextmanager
 from .settings import Hyperparameters
 from .hardware import default_device
 from .hub import model_config
@@ -17,6 +18,7 @@ from .own_encoder import OwnEncoder, check_own, own_encoder
 from .decoder import begin_ids, embedding_size, text_ids
 from .any_decoder import check_decoder, decoder_config, load_decoder
 from .captioner import Captioner
+from .out_of_memory import memory_ran_out
 from .unfreezing import add_lora
 
 # %% ../nbs/05c_build.ipynb #c755bf84
@@ -102,6 +104,18 @@ def check_models(
     "Check the frozen pair as `check_pair` does, from the small configuration files only."
     check_pair(h, *_configurations(encoder, h.encoder_name, h.decoder_name or h.tokenizer_name))
 
+@contextmanager
+def _enough_memory(name):
+    "Raise a `ValueError` with advice if memory runs out while a model is loaded."
+    try:
+        yield
+    except RuntimeError as e:
+        if not memory_ran_out(e, alone=True): raise
+        raise ValueError(
+            f"out of memory while {name!r} was loaded; what helps: a smaller model, and closing other"
+            " processes that use the device"
+        ) from None
+
 def build_captioner(
     h:Hyperparameters, # Names the frozen pair, shapes the adapter
     device=None, # None for the best device
@@ -113,9 +127,11 @@ def build_captioner(
     decoder_name = h.decoder_name or h.tokenizer_name
     encoder = own_encoder(encoder, device)
     check_pair(h, *_configurations(encoder, h.encoder_name, decoder_name))
-    encoder = encoder or load_encoder(h.encoder_name, device, h.image_size, h.features)
+    with _enough_memory(h.encoder_name):
+        encoder = encoder or load_encoder(h.encoder_name, device, h.image_size, h.features)
     dtype = torch.float32 if h.unfreeze_layers else None # small updates are lost in half precision
-    decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
+    with _enough_memory(decoder_name):
+        decoder, tokenizer = load_decoder(decoder_name, h.tokenizer_name, device, dtype)
     if h.lora_rank:
         decoder = add_lora(decoder, h)
     prompt = text_ids(tokenizer, [h.prompt])[0] if h.prompt else []

@@ -9,7 +9,9 @@ __all__ = ['check_rows', 'CaptionData', 'split_rows', 'captions_for_epoch']
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
+from PIL import UnidentifiedImageError
 from .caption_cells import caption_texts
+from .files import error_line
 from .images import open_image # noqa: F401 scripts import it from here
 from .row_images import image_of
 from .words import one_line
@@ -59,7 +61,10 @@ class CaptionData:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of a data set with {len(self)} rows")
         at = self.order[i]
-        row = self.rows[at]
+        try:
+            row = self.rows[at]
+        except (UnidentifiedImageError, FileNotFoundError) as e: # data that opens its images itself
+            raise ValueError(f"row {at}: {error_line(e)}") from e
         if not isinstance(row, Mapping):
             raise ValueError(
                 f"row {at} is a {type(row).__name__}; a dictionary with 'image' and 'captions' is needed"

@@ -130,8 +130,10 @@ class ImageEncoder(nn.Module):
     ) -> torch.Tensor: # As from `forward`
         "Encode images; files, and images that are not RGB, are opened with `open_image` first."
         def opened(image):
-            ready = isinstance(image, np.ndarray) or getattr(image, 'mode', '')=='RGB'
-            return image if ready else open_image(image, min_side=self.min_side)
+            if isinstance(image, np.ndarray): return image
+            # without what a file says of it, such as which side is up
+            plain = isinstance(image, Image.Image) and (not image.info or 'original_size' in image.info)
+            return image if plain and image.mode=='RGB' else open_image(image, min_side=self.min_side)
         return self(self.prepare([opened(image) for image in images]))
 
 # %% ../nbs/02_clip_encoder.ipynb #5d29de12

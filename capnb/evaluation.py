@@ -168,7 +168,7 @@ def nearest_captions(
     data:EncodedData, # Images to caption
 ) -> list: # One caption per image of `data`: the first one of the nearest image of `train`
     "Caption each image with a caption of the training image with the most similar features (by cosine)."
-    wanted = _directions(data.features[:])
+    wanted = torch.cat([_directions(data.features[at:at+1000]) for at in range(0, len(data), 1000)])
     best = torch.full((len(data),), -2.)
     found = torch.zeros(len(data), dtype=torch.long)
     for at in range(0, len(train), 1000):

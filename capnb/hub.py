@@ -7,7 +7,7 @@ __all__ = ['OWN', 'model_path', 'model_source', 'revision_of', 'no_loading_bar',
            'model_config', 'weights_fingerprint', 'load_whole']
 
 # %% ../nbs/30d_hub.ipynb #e2a0ce0d
-import errno, os, re
+import errno, os, re, sys
 from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
@@ -63,9 +63,9 @@ def no_loading_bar():
             logging.enable_progress_bar()
 
 # %% ../nbs/30d_hub.ipynb #0da7b104
-def _causes(e):
-    "Yield an exception and all its causes."
-    while e:
+def _causes(e, handled):
+    "Yield an exception and all its causes, up to the exception that was being handled before."
+    while e and e is not handled:
         yield e
         e = e.__cause__ or e.__context__
 
@@ -127,10 +127,11 @@ def hub_errors(
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HTTPError
         return OSError, HTTPError, DatasetsError
+    handled = sys.exc_info()[1] # the caller may do this in its `except`
     try:
         yield
     except known() as e: # imported only after an error
-        error, advice = _advice(list(_causes(e)), kind, name) or (
+        error, advice = _advice(list(_causes(e, handled)), kind, name) or (
             OSError,
             (str(e) or type(e).__name__).splitlines()[0],
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 import capnb
 import numpy as np
 from PIL import Image
+from .hardware import usable_cores
 from .images import MOST_FILE, TooManyPixels, decode_image, image_formats, open_image, unwrapped
 from .pixels import PixelSteps
 
@@ -97,6 +98,19 @@ def _requests(file):
     threading.Thread(target=read, daemon=True).start()
     return waiting.get
 
+# module, its setting for the threads of a decoder, and the value for one
+_THREADS = (
+    ('PIL.AvifImagePlugin', 'DEFAULT_MAX_THREADS', 1),
+    ('pillow_jxl.JpegXLImagePlugin', 'DECODE_THREADS', 0),
+    ('pillow_heif.options', 'DECODE_THREADS', 1),
+)
+
+def _use_one_thread():
+    "Let each decoder use one thread: there is a child for each core."
+    for module,setting,one in _THREADS:
+        if module in sys.modules:
+            setattr(sys.modules[module], setting, one)
+
 def _take_over_output():
     "Redirect the standard output; return a file for the parent, and a function that redirects errors, too."
     replies, nowhere = os.fdopen(os.dup(1), 'wb'), os.open(os.devnull, os.O_RDWR)
@@ -105,17 +119,18 @@ def _take_over_output():
 
 def decode_requests(
     memory:int, # Memory limit of this process in bytes
-    seconds:float, # For one image; a timer ends this process after twice that time, if the system has one
+    seconds:float, # For one image; if the system has a timer, it ends this process after twice that work
 ):
     """Decode the images requested on the standard input, until it ends; a child of `DecodingPool` runs this
     function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent handles Ctrl-C
     replies, hush = _take_over_output()
     image_formats()
+    _use_one_thread()
     _send(replies, dict(limited=_limit_memory(memory)))
     hush() # the parent reads errors only up to here
     next_request = _requests(os.fdopen(0, 'rb'))
-    set_timer = lambda s: hasattr(signal, 'setitimer') and signal.setitimer(signal.ITIMER_REAL, s)
+    set_timer = lambda s: hasattr(signal, 'setitimer') and signal.setitimer(signal.ITIMER_PROF, s)
     def asker(free):
         "Return a function that waits for room, once for all attempts to decode a large image."
         def ask(pixels):
@@ -157,10 +172,10 @@ def _enlarge(pipe):
 
 class _Decoder:
     "A child process that decodes one image at a time, or the files of a batch."
-    def __init__(self, memory, seconds):
+    def __init__(self, memory, seconds, clock):
         root = str(Path(capnb.__file__).resolve().parent.parent)
         arguments = json.dumps([root, [p for p in sys.path if p and isinstance(p, str)], memory, seconds])
-        self.seconds, self.buffer = seconds, bytearray()
+        self.seconds, self.clock, self.buffer = seconds, clock, bytearray()
         self.deadline, self.late = None, False # the time when the answer is due, and whether it came too late
         self.process = subprocess.Popen(
             [sys.executable, '-P', '-W', 'ignore', '-c', _CHILD, arguments],
@@ -197,13 +212,13 @@ class _Decoder:
         Raises a `ValueError` with the reason if there is no answer; the child is then killed.
         """
         try:
-            self.deadline = time.monotonic() + self.seconds*len(request.get('sizes', '1'))
+            self.deadline = self.clock() + self.seconds*len(request.get('sizes', '1'))
             _send(self.process.stdin, request, body)
             head, image = self._answer(request)
             if 'wait' not in head: return head, image
             self.deadline = None
             with large:
-                self.deadline = time.monotonic() + self.seconds
+                self.deadline = self.clock() + self.seconds
                 _send(self.process.stdin, {})
                 head, image = self._answer(request)
             if 'wait' in head: raise ValueError("it waits twice")
@@ -270,14 +285,15 @@ class DecodingPool:
     """Child processes that decode images, each with a time and a memory limit. A child that hangs or dies is
     replaced, and only its image fails."""
     def __init__(self,
-        workers:int=None, # Number of children; None for one per core
+        workers:int=None, # Number of children; None for one per usable core
         seconds:float=30, # Time limit for one image
         memory:int=2**31, # Bytes of address space for each child, if the system supports such limits
     ):
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or usable_cores()
         self.seconds, self.memory, self.pid = seconds, memory, os.getpid()
         self.idle, self.waiting, self.children = queue.LifoQueue(), queue.SimpleQueue(), set()
         self.large, self.closed = threading.Lock(), threading.Event()
+        self.stopped = 0. # seconds for which this process was stopped, as by Ctrl-Z
         for _ in range(self.workers):
             self.idle.put(None) # started when needed
             threading.Thread(target=self._work, daemon=True).start()
@@ -289,12 +305,20 @@ class DecodingPool:
 
     def _watch(self):
         "Kill children that exceed the time limit."
+        before = time.monotonic()
         while not self.closed.wait(.2):
+            now = time.monotonic()
+            self.stopped += now-before if now-before > 2 else 0 # a short wait that took long
+            before = now
             for child in list(self.children):
                 deadline = child.deadline # read once: another thread sets it
-                if deadline and time.monotonic() > deadline:
+                if deadline and self.clock() > deadline:
                     child.late = True
                     child.process.kill()
+
+    def clock(self):
+        "The time in seconds, without that for which this process was stopped."
+        return time.monotonic()-self.stopped
 
     def _work(self):
         "Run submitted tasks."
@@ -314,7 +338,7 @@ class DecodingPool:
             if child is None or not child.alive():
                 self.children.discard(child)
                 child = None
-                child = _Decoder(self.memory, self.seconds)
+                child = _Decoder(self.memory, self.seconds, self.clock)
                 self.children.add(child)
                 if not child.limited:
                     _say_unlimited()

@@ -9,6 +9,7 @@ __all__ = ['ADVICE', 'SHORT', 'memory_is_short', 'memory_ran_out', 'may_release'
 import torch
 from weakref import WeakSet
 from accelerate.utils.memory import clear_device_cache
+from .hardware import sharding_asked
 from .log import log
 
 # %% ../nbs/30k_out_of_memory.ipynb #0da7e021
@@ -82,6 +83,11 @@ def in_slices(
             at += size
             freed = False
             continue
+        if sharding_asked():
+            raise ValueError(
+                f'out of memory with {size} images, and with FSDP a process cannot take fewer alone; what'
+                f' helps: {ADVICE}'
+            )
         # outside `except`, the error no longer keeps the tensors of the attempt alive
         if not freed and release_memory():
             freed = True # once: the next attempt may take the same memory again

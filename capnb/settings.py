@@ -121,7 +121,7 @@ class Hyperparameters(Mapping):
         0,
         'Fixes the order of the data, the choice of captions, the initial adapter weights and all other'
         ' random numbers of training',
-        lo=0,
+        lo=0, hi=2**32-1, # NumPy takes no larger one
     )
     micro_batch_size: int = _setting(
         None,
@@ -277,6 +277,7 @@ def _plain(value, kind, m):
 
 def _fits(value, kind, m):
     if value is None and m['optional']: return True
+    if value=='' and m['path']: return False # as of a shell variable that is not set
     if kind is not bool and isinstance(value, bool):
         return False # Python counts True as 1
     if not isinstance(value, (int,float) if kind is float else kind): return False

@@ -186,6 +186,7 @@ def training_loop(run:Run) -> Run:
         while goes_on():
             train_epoch(run)
             close_epoch(run)
+        run.model.eval() # a resumed run may have no epoch left
         run.call('on_train_end')
         run.done = True
     finally:

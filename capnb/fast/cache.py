@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from tokenize import TokenError
 from zlib import crc32
 from PIL import Image
+from ..hardware import usable_cores
 from ..log import log, progress_bar
 from ..settings import Hyperparameters
 from ..files import atomic_write, check_writable, read_zipped, shown_path, split_zip
@@ -61,12 +62,13 @@ def features_key(
 
 # %% ../../nbs/24_feature_cache.ipynb #fea70005
 def _file_bytes(image):
-    """Return the bytes of the file of an unopened image; None for an image of pixels, and if there is no
-    file."""
+    """Return the bytes of the file of an unopened image; None for an image of pixels, a missing file,
+    and one that is too large to read whole."""
     if isinstance(image.source, Image.Image): return None
     if isinstance(image.source, bytes): return image.source
     if split_zip(image.source): return read_zipped(image.source, MOST_FILE)
-    return Path(image.source).read_bytes() if Path(image.source).is_file() else None
+    file = Path(image.source)
+    return file.read_bytes() if file.is_file() and file.stat().st_size <= MOST_FILE else None
 
 def _digest(content): return blake2b(content, digest_size=16).hexdigest()
 
@@ -309,7 +311,7 @@ TOGETHER = 8 # batches that a GPU encodes at a time
 def _passes(encoder, read, encode, n, threads):
     """Yield the result of `encode` for what `read` returns for each of `n` batches. On a CPU, the threads
     also encode; for a GPU, they only read, and it encodes `TOGETHER` batches at a time."""
-    if encoder.device.type!='cuda':
+    if encoder.device.type=='cpu':
         with closing(_ahead(lambda i: encode(read(i)), n, threads)) as done:
             yield from done
         return
@@ -349,15 +351,17 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     def read(i): return _read(encoder, data, batches[i], cache, opener, steps)
     encode = partial(_encoded, encoder, cache, taken, steps)
     bar = progress_bar(desc=progress, disable=not progress, unit='image', total=len(data))
-    passes = _passes(encoder, read, encode, len(batches), threads or os.cpu_count())
-    with bar, closing(passes) as done:
-        for some, theirs, new in done:
-            rows += some
-            digests += theirs
-            for digest,features in new.items():
-                cache.add(digest, features)
-            bar.update(len(some))
-    cache.flush()
+    passes = _passes(encoder, read, encode, len(batches), threads or usable_cores())
+    try:
+        with bar, closing(passes) as done:
+            for some, theirs, new in done:
+                rows += some
+                digests += theirs
+                for digest,features in new.items():
+                    cache.add(digest, features)
+                bar.update(len(some))
+    finally:
+        cache.flush() # also what was encoded before an error or Ctrl-C
     cache.index()
     return rows, digests
 

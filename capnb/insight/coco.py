@@ -83,7 +83,13 @@ def _ngrams(bleu, comparison):
 
 def _meteor_sums(java, said, refs):
     "Return what each image adds to the sums of `_meteor`. As in the tool, a full match counts no pieces."
-    stats = np.array([[float(x) for x in java._stat(said[i][0], refs[i]).split()] for i in said])
+    try:
+        each = [java._stat(said[i][0], refs[i]).split() for i in said]
+    except BrokenPipeError:
+        each = [[]]
+    if any(len(numbers)!=23 for numbers in each):
+        raise ValueError("METEOR stopped before the last caption; its Java needs 2 GB of memory")
+    stats = np.array(each, float)
     stats[(stats[:,20]==1) & (stats[:,21:23]==stats[:,:2]).all(1), 20] = 0
     return stats
 

@@ -7,6 +7,7 @@ __all__ = ['BEST', 'MODEL', 'Number', 'any_path', 'new_file', 'new_folder', 'com
 
 # %% ../../nbs/30h_command_line.ipynb #54af5b0b
 import capnb, inspect, os, re, sys
+from argparse import ArgumentTypeError
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache, wraps
@@ -47,7 +48,9 @@ class Number(Param):
         return value if value is None else check_value(name, value, self._kind, self._limits)
 
 def any_path(text):
-    "Read a path from a command line; `~` is the home folder."
+    "Read a path from a command line; `~` is the home folder. An empty one is an error."
+    if not text:
+        raise ArgumentTypeError('the path is empty') # as of a shell variable that is not set
     return os.path.expanduser(text)
 
 def new_file(text):

@@ -6,7 +6,7 @@
 __all__ = ['LEFT_OUT', 'train_command', 'data_command', 'caption_command', 'results_command', 'bench_command']
 
 # %% ../../nbs/35_commands.ipynb #53ce255b
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from fastcore.script import Param, store_true
 from .command_line import BEST, MODEL, Number, any_path, command, new_file
 from ..settings import PRESETS, as_hyperparameters
@@ -107,18 +107,22 @@ def data_command(
 # %% ../../nbs/35_commands.ipynb #8e98cee5
 @contextmanager
 def _json_array():
-    "Print a JSON array element by element; it is always closed, also after an error."
+    """Print a JSON array element by element; it is always closed, also after an error.
+
+    Meanwhile the messages of the library go to the standard error."""
     from json import dumps
-    separator = ''
+    out, separator = sys.stdout, ''
+    narrow = 'utf' not in (getattr(out, 'encoding', None) or 'utf-8').lower() # then with JSON's own escapes
     def add(element):
         nonlocal separator
-        print(f'{separator}\n  {dumps(element, ensure_ascii=False)}', end='', flush=True)
+        print(f'{separator}\n  {dumps(element, ensure_ascii=narrow)}', end='', flush=True, file=out)
         separator = ','
     try:
-        print('[', end='', flush=True)
-        yield add
+        print('[', end='', flush=True, file=out)
+        with redirect_stdout(sys.stderr):
+            yield add
     finally:
-        print('\n]', flush=True)
+        print('\n]', flush=True, file=out)
 
 def _print_captions(row):
     "Print the captions of an image from `caption_files`, one per line."
@@ -168,7 +172,7 @@ def caption_command(
     do_sample: Param('Sample the words at random', store_true) = False,
     temperature: Number('With --do_sample: below 1 favours likely words, above 1 others', float) = None,
     top_p: _PROBABLE = None,
-    seed: Number('With --do_sample: makes the result repeatable', lo=0) = None,
+    seed: Number('With --do_sample: makes the result repeatable', lo=0, hi=2**32-1) = None,
     scores: _SCORES = False,
     int8: _INT8 = False,
 ):

@@ -163,7 +163,7 @@ def train(
     # before anything large is imported, so that an error comes at once
     h = as_hyperparameters(settings, preset or 'storybook', **changes)
     state = None
-    if resume:
+    if resume not in (None, False):
         state, h = _resumed(resume, chosen_settings(settings, preset, **changes), data is not None)
     check_writable(h.output_dir) # before images are encoded for a run that cannot be saved
     trackers = tracker_names(h) # before images are encoded for a tracker that is not installed
@@ -185,7 +185,10 @@ def find_checkpoint(
     """Find the checkpoint for a command; raises a `FileNotFoundError` or `ValueError` if there is none."""
     if checkpoint and best:
         raise ValueError('name a checkpoint or ask for the best one of a run with --best, not both')
-    if checkpoint: return Path(checkpoint).expanduser()
+    path = checkpoint and Path(checkpoint).expanduser()
+    if path and path.is_dir():
+        raise ValueError(f"{path} is a folder; for its newest checkpoint, name it with --folder")
+    if path: return path
     return best_checkpoint(folder) if best else newest_checkpoint(folder)
 
 # %% ../../nbs/33b_train_and_load.ipynb #f48e79e1

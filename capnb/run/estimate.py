@@ -8,7 +8,7 @@ __all__ = ['KNOWN_DATA', 'PROCESS_GB', 'GPU_ROWS', 'planned_data', 'image_counts
            'captions_text', 'dry_run']
 
 # %% ../../nbs/34_planning.ipynb #13a00003
-import os, shutil, time
+import shutil, time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +35,9 @@ from ..fast.random_models import count, planned_config, random_init_captioner
 from .sources.hub import held_back
 from .sources.load import load_for
 from ..settings import Hyperparameters
-from ..hardware import choose_attention, choose_dtype, choose_mixed_precision, describe_hardware
+from capnb.hardware import (
+    choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, usable_cores,
+)
 from ..hub import model_source
 from ..files import say, shown_path
 from .training import optimizer_for
@@ -213,7 +215,7 @@ def prepare_seconds(
     device, # Device of the features
 ) -> float: # Seconds per image
     "Time all of `encode_data` except the encoder itself: opening, preparing and storing made-up images."
-    size, n = h.image_size, 16*max(4, os.cpu_count())
+    size, n = h.image_size, 16*max(4, usable_cores())
     config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8,
         image_size=size, patch_size=size,

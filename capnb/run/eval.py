@@ -32,10 +32,13 @@ def _check_rival(path, against, h):
     if against:
         check_comparable(against, h.data if h else read_metadata(path)['hyperparameters']['data'])
 
-def _print(judged, compared, against):
-    "Print the scores, and their comparison with those of another checkpoint."
-    from capnb.score_tables import compare_table, score_table
+def _print_scores(judged):
+    from capnb.score_tables import score_table
     say(score_table({s: j.scores for s,j in judged.items()}))
+
+def _print_comparison(compared, against):
+    "Print the comparison of the scores with those of another checkpoint."
+    from capnb.score_tables import compare_table
     for s,c in compared.items():
         say(f'\n{s}, against {against}:\n{compare_table(c)}')
 
@@ -62,7 +65,7 @@ _FLAGS = dict(
 @command
 def eval_command(
     checkpoint:Param(_FLAGS['checkpoint'], any_path, opt=False, nargs='?')=None,
-    folder:Param('Folder with the newest checkpoint', any_path)='saved_models',
+    folder:Param('Folder with the newest checkpoint, saved_models by default', any_path)=None,
     best:Param(BEST, store_true)=False,
     predictions:Param(_FLAGS['predictions'], any_path)=None,
     data:Param(_FLAGS['data'], any_path)=None,
@@ -83,22 +86,27 @@ def eval_command(
 ):
     """Score a checkpoint on its own data, or captions from any tool: ROUGE-L with floors and ceiling, facts,
     and the image gain, with 95% intervals."""
+    if folder and (checkpoint or predictions):
+        raise ValueError('name one: a checkpoint, predictions, or the folder of the newest checkpoint')
     about = dict(data=data, image_column=image_column, caption_column=caption_column, encoding=encoding,
                  outside_files=outside_files or None)
     h = _settings(predictions, checkpoint or best, preset, {k: v for k,v in about.items() if v is not None})
     from capnb.insight.report.judged import write_csv
     from capnb.run.entry import find_checkpoint
     from capnb.run.scoring import judge_captions, plain_scores, write_report
-    path = predictions or find_checkpoint(checkpoint, folder, best)
+    path = predictions or find_checkpoint(checkpoint, folder or 'saved_models', best)
     _check_rival(path, against, h)
     found = judge_captions(path, h, split, coco, clipscore, int8)
-    compared = found.against(against, split) if against else {}
-    _print(found.judged, compared, against)
+    _print_scores(found.judged)
     if json_file:
-        write_json(json_file, plain_scores(found.judged, compared))
+        write_json(json_file, plain_scores(found.judged, {}))
     if csv:
         write_csv(csv, found.judged)
     if coco_results:
         _write_results(coco_results, found.judged)
+    compared = found.against(against, split) if against else {} # if it fails, the captions are written
+    _print_comparison(compared, against)
+    if json_file and compared:
+        write_json(json_file, plain_scores(found.judged, compared))
     if report:
         write_report(report, path, found, compared, against)

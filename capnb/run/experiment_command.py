@@ -19,7 +19,7 @@ def experiment_command(
     photographs:Param('Folder with photographs and a table of captions with splits', any_path, opt=False),
     split:Param('Split to score: choose on validation, and score test once', str,
                 choices=['validation', 'test'])='validation',
-    seed:Number('Seed for the initial adapter weights and the order of the data', lo=0)=0,
+    seed:Number('Seed for the initial adapter weights and the order of the data', lo=0, hi=2**32-1)=0,
     minutes:Number('Time budget in minutes; an existing plan is kept')=120,
     limit:Number('Use only the first N images of each split, for a trial run')=None,
     num_beams:Number('Beams that write the captions to score; 1 is greedy')=1,

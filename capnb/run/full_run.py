@@ -55,9 +55,6 @@ class _Phases(Callback):
     def on_train_begin(self, run):
         self.clock.done('tokenising and checks')
 
-    def on_epoch_begin(self, run):
-        self.clock.done(f'layout of epoch {run.epoch+1}')
-
     def on_step_end(self, run):
         if run.step==run.steps:
             wait_for(run.model.device) # work that is still running belongs to the epoch

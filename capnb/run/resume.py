@@ -9,6 +9,7 @@ __all__ = ['MAY_CHANGE', 'SavedRun', 'random_state', 'set_random_state', 'state_
 
 # %% ../../nbs/32b_resume.ipynb #0b4cc3d6
 import json, random, re
+from collections import OrderedDict
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,6 +84,7 @@ def random_state(device):
         numpy=(name, keys.tolist(), *rest),
         torch=torch.get_rng_state(),
         device=of_device,
+        kind=device.type,
     )
 
 def set_random_state(state, device):
@@ -90,9 +92,12 @@ def set_random_state(state, device):
     random.setstate(state['python'])
     numpy.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
-    if state['device'] is not None and device.type=='cuda':
+    # another kind of device has another generator; older states do not name theirs
+    if state['device'] is None or state.get('kind', device.type)!=device.type:
+        return
+    if device.type=='cuda':
         torch.cuda.set_rng_state(state['device'], device)
-    if state['device'] is not None and device.type=='mps':
+    elif device.type=='mps':
         torch.mps.set_rng_state(state['device'])
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0717
@@ -112,6 +117,23 @@ def data_fingerprint(
     # training states of earlier versions contain exactly this text
     return {split: f'{len(d)} pictures, captions {crc(d.rows)}' for split,d in data.items()}
 
+def _is_plain(value):
+    "Whether a state file can hold a value."
+    if type(value) in (list, tuple, set): return all(map(_is_plain, value))
+    if type(value) in (dict, OrderedDict): return all(map(_is_plain, [*value, *value.values()]))
+    return value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor)
+
+def _kept_of(callback, name):
+    "The attributes that a callback keeps; raises a `ValueError` for one that no state file can hold."
+    kept = {k: getattr(callback, k) for k in callback.keeps if hasattr(callback, k)}
+    for k,value in kept.items():
+        if not _is_plain(value):
+            raise ValueError(
+                f"callback {name}: {k} is a {type(value).__name__}, which no training state holds; keep plain"
+                " data and tensors, such as float(...)"
+            )
+    return kept
+
 def _kept(callbacks):
     "The attributes that callbacks list in `keeps`, by the name of their class."
     names = [type(c).__name__ for c in callbacks]
@@ -119,10 +141,7 @@ def _kept(callbacks):
         raise ValueError(
             f'two callbacks are named {twice[0]}; a run that goes on could not tell which is which'
         )
-    return {
-        n: {k: getattr(c, k) for k in c.keeps if hasattr(c, k)}
-        for c,n in zip(callbacks, names, strict=True) if c.keeps
-    }
+    return {n: _kept_of(c, n) for c,n in zip(callbacks, names, strict=True) if c.keeps}
 
 # %% ../../nbs/32b_resume.ipynb #6c6f0718
 def _buffers(run):
@@ -314,6 +333,15 @@ def _set_schedule(run, steps, rates):
     run.scheduler._last_lr = [g['lr'] for g in groups]
     run.rates = rates or run.scheduler._last_lr
 
+def _check_callbacks(run, state):
+    "Raise a `ValueError` if callbacks that keep something are missing, or are new."
+    here = {type(c).__name__ for c in run.callbacks if c.keeps}
+    for name in sorted(here ^ state['callbacks'].keys()):
+        raise ValueError(
+            f"{state['path']}: this run had {'no' if name in here else 'a'} callback {name}; go on in Python,"
+            f" with the callbacks that it began with: train(callbacks=..., resume={str(state['path'])!r})"
+        )
+
 def load_state(
     run:SavedRun, # A new run
     state:dict, # From `read_state`
@@ -326,6 +354,7 @@ def load_state(
         name = 'data' if what=='data' else 'frozen models'
         if saved!=now:
             raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
+    _check_callbacks(run, state)
     load_trained(run.model, state['weights'], path, learning(run))
     try:
         if state.get('buffers') is not None: # older states have none

@@ -7,6 +7,7 @@ __all__ = ['Scored', 'score_checkpoint', 'check_ids', 'score_predictions', 'chec
            'plain_scores', 'write_report']
 
 # %% ../../nbs/34d_scoring.ipynb #0e1b377d
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
@@ -51,6 +52,12 @@ def _asked(splits, split):
         raise ValueError(f"the data has only the splits {', '.join(splits)}; name one of them with --split")
     return unseen
 
+def _known_floors(metadata, splits, name):
+    "The floors that a checkpoint knows of a split, if this and the training data are as large as then."
+    known, data = metadata.get(name, {}), metadata.get('data', {})
+    same = known.get('pictures')==len(splits[name]) and data.get('train')==len(splits.get('train', ()))
+    return known.get('floors') if same else None
+
 def score_checkpoint(
     path, # File of weights
     split:str=None, # Split to score; None for every split that training did not see
@@ -80,7 +87,7 @@ def score_checkpoint(
     for s in _asked(splits, split):
         scores, captions = evaluate(model, encoded(s), s, [Facts()])
         if with_floors:
-            known = metadata.get(s, {}).get('floors')
+            known = _known_floors(metadata, splits, s)
             scores['floors'] = known or floors(encoded('train'), encoded(s), [Facts()])
         out[s] = splits[s], encoded(s), captions, scores
     return Scored(h, metadata, model, out)
@@ -126,7 +133,7 @@ def check_comparable(
 ):
     "Raise a `ValueError` if a checkpoint was trained on other data, a `FileNotFoundError` if there is none."
     trained_on = read_metadata(path)['hyperparameters']['data']
-    if trained_on!=data:
+    if os.path.abspath(trained_on)!=os.path.abspath(data): # 'photos' and 'photos/' are one folder
         raise ValueError(f"{path} was trained on {trained_on}, not on {data}; two checkpoints are compared "
                          "on the same images")
 

@@ -218,7 +218,14 @@ class CapnbProcessor(ProcessorMixin):
             out['labels'] = out['input_ids'].masked_fill(out['attention_mask']==0, -100)
         return BatchFeature(out)
 
-    def batch_decode(self, ids): return captions_of(self.tokenizer, ids)
+    def batch_decode(self,
+        ids, # Token ids of captions
+        skip_special_tokens:bool=True, # There is only True: a caption has no special tokens
+    ) -> list: # Captions
+        "Turn tokens into captions."
+        if not skip_special_tokens:
+            raise ValueError('skip_special_tokens is False; there is only True')
+        return captions_of(self.tokenizer, ids)
 
     @classmethod
     def from_pretrained(cls, name, **hub):
@@ -346,7 +353,10 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     load_trained(captioner, state, name)
     file = cached_file(name, 'training_metadata.json', **hub)
     metadata = with_new_names(parse_json(read_text(file, limit=SMALL_TEXT)))
-    return cls(config, captioner, metadata).eval()
+    model = cls(config, captioner, metadata).eval()
+    if cached_file(name, 'generation_config.json', _raise_exceptions_for_missing_entries=False, **hub):
+        model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+    return model
 
 @patch
 def push_to_hub(self:CapnbForImageCaptioning,

@@ -70,8 +70,10 @@ class Interrupted(KeyboardInterrupt):
 
 def how_to_go_on(run:SavedRun) -> str:
     "Return the command that resumes a run, or the call in Python if it needs objects."
-    if run.h.data==OWN_DATA or run.h.encoder_name.startswith(OWN):
-        return f"go on with: train(resume={str(state_path(run))!r}), and the same data and encoder as before"
+    own = any(type(c).__module__.partition('.')[0]!='capnb' for c in run.callbacks)
+    if own or run.h.data==OWN_DATA or run.h.encoder_name.startswith(OWN):
+        same = 'the same data, encoder and callbacks as before'
+        return f"go on with: train(resume={str(state_path(run))!r}), and {same}"
     return f"go on with: {shell_line(['capnb_train', '--resume', str(state_path(run))])}"
 
 def ask_to_stop(

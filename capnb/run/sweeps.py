@@ -25,7 +25,7 @@ from ..files import error_line, free_lock
 from ..log import log
 from ..out_of_memory import memory_ran_out
 from ..training import Callback
-from .training import run_training
+from .training import check_run, run_training
 from .processes import in_processes
 from .signals import Interrupted
 
@@ -61,6 +61,7 @@ class TrialRunner:
         else:
             self.frozen = None # frees its memory
             model, self.images, self.data = prepare(h, self.own, only=('train', 'validation'))
+            check_run(self.data, h) # before the key: a mistake of all trials ends the sweep
             self.key = key
         if not learns:
             self.frozen = model

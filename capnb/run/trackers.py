@@ -7,6 +7,7 @@ __all__ = ['Samples', 'tracker_names', 'Tracker']
 
 # %% ../../nbs/32c_trackers.ipynb #b2142222
 import tempfile
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import import_module
@@ -135,6 +136,19 @@ def _captioned(tracker, rows, images, captions, step):
 def _numbers(values):
     return {k: v for k,v in values.items() if isinstance(v, (int,float)) and not isinstance(v, bool)}
 
+def _log_losses(tracker, losses):
+    "Log the losses of some steps; MLflow gets up to 1,000 at once, as it waits for its database each time."
+    if tracker.name!='mlflow':
+        for step,loss in losses.items():
+            tracker.log(dict(loss=loss), step=step)
+        return
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    now = int(1000*time.time())
+    metrics = [Metric('loss', loss, now, step) for step,loss in losses.items()]
+    for at in range(0, len(metrics), 1000):
+        MlflowClient().log_batch(tracker.tracker.info.run_id, metrics[at:at+1000])
+
 class Tracker(Callback):
     """Log a run to the trackers in `report_to`; place it after `Scores`.
 
@@ -188,8 +202,15 @@ class Tracker(Callback):
         self._open(run)
 
     def on_step_end(self, run):
-        for step in range(self.told, run.fetched): # on a GPU, the losses of several steps arrive together
-            self._log(run, dict(loss=run.losses[step]), step+1)
+        # on a GPU, the losses of several steps arrive together
+        losses = dict(enumerate(run.losses[self.told:run.fetched], self.told+1))
+        def tell(tracker): # skip those that were logged before the run was stopped
+            key = tracker.name, 'loss'
+            if key not in self.known:
+                self.known[key] = _told(tracker, 'loss')
+            _log_losses(tracker, {step: loss for step,loss in losses.items() if step > self.known[key]})
+        if losses:
+            self._each(run, tell)
         self.told = run.fetched
 
     on_epoch_trained = on_step_end

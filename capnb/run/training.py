@@ -372,10 +372,11 @@ def _accelerator(model, h):
     # they would keep the device and the mixed precision of an earlier run in this process
     AcceleratorState._reset_state(reset_partial_state=not in_processes())
     check_sharded(model)
+    half = model.decoder.get_input_embeddings().weight.dtype==torch.float16 # needs a scaled loss in any case
     with patch_environment(ACCELERATE_USE_FSDP='false'):
         return Accelerator(
             cpu=model.device.type == 'cpu',
-            mixed_precision=h.mixed_precision or default_mixed_precision(model.device),
+            mixed_precision='fp16' if half else h.mixed_precision or default_mixed_precision(model.device),
             log_with=tracker_names(h) or None,
             project_dir=h.output_dir,
         )
@@ -412,7 +413,8 @@ def _new_run(model, data, h, stamp, callbacks, state, accelerator):
         captions=count_cut(model.tokenizer, data['train'].rows, model.max_caption_length),
     )
     run.stepper = stepper_for(run)
-    run.callbacks = [Begin(state), run.stepper, *callbacks, KeepCheckpoints(), EarlyStopping(), SaveState()]
+    # the stepper lays out the batches, which a callback may have changed
+    run.callbacks = [Begin(state), *callbacks, run.stepper, KeepCheckpoints(), EarlyStopping(), SaveState()]
     return run
 
 # %% ../../nbs/33a_training.ipynb #0246accd

@@ -7,6 +7,7 @@ __all__ = ['STORE', 'RETRIES', 'CaptionWorker', 'FeatureWorker', 'cluster', 'cou
            'encode_images']
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #d9577122
+import copy
 import json
 import logging
 import os
@@ -14,16 +15,20 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import torch
+from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ...saving import load_model_from_checkpoint
 from ...checkpoint import read_metadata
 from ...generation import split_scores
 from ...options import check_options
 from ...encoder import load_encoder
+from ...files import free_lock
 from ...fast.cuda.writing import WIDTHS
 from ...fast.parts import make_fast
 from ...image_pool import DecodingPool
@@ -97,7 +102,9 @@ class FeatureWorker:
     def __call__(self, rows:pa.Table) -> pa.Table:
         images, errors = _open_rows(rows, self.pool, self.encoder)
         features = self.encoder.encode(images).half().cpu().numpy() if images else []
-        features = _spread([list(f) for f in features], errors)
+        for i,found in enumerate(features := _spread([list(f) for f in features], errors)):
+            if found is not None and not np.isfinite(found).all():
+                features[i], errors[i] = None, 'its features do not fit half precision'
         return pa.table([rows['id'], features, errors], schema=self.schema)
 
 # %% ../../../nbs/38b_scale_jobs.ipynb #0da18014
@@ -209,12 +216,21 @@ def _check_record(fs, root):
             " name another folder"
         )
 
+def _recorded(options):
+    "Options as JSON keeps them, without those that have no effect; raises a `ValueError` for other objects."
+    usual = dict(num_beams=1, num_return_sequences=1, do_sample=False)
+    try:
+        return json.loads(json.dumps({k: v for k,v in options.items() if usual.get(k)!=v}))
+    except TypeError as e:
+        raise ValueError(f"the options of a job go into a file, so they must be plain data: {e}") from None
+
 def _same_job(fs, root, job):
     """Record what an output folder will contain; raises `ValueError` if it contains something else, or if the
     record of finished rows does not fit it."""
     note, before = f'{root}/_job.json', {}
     if fs.exists(note):
         before = json.loads(fs.cat_file(note))
+        before |= dict(options=_recorded(before['options'])) if 'options' in before else {}
     elif fs.exists(root) and fs.ls(root, detail=False):
         raise ValueError(f"{root} is not empty, and not the output of such a job; name another folder")
     changed = [k for k in job if before.get(k)!=job[k]]
@@ -231,6 +247,8 @@ def _same_job(fs, root, job):
 
 def _rows(ray, source):
     "The images of a source as a Ray dataset."
+    reader = copy.copy(source)
+    reader.files = {} # a task carries the names of its own files only
     class Images(ray.data.Datasource):
         def estimate_inmemory_data_size(self): return sum(source.files.values())
         def get_read_tasks(self, parallelism, per_task_row_limit=None, data_context=None):
@@ -240,7 +258,7 @@ def _rows(ray, source):
             from ray.data.block import BlockMetadata
             size = sum(source.files[f] for f in files)
             return ray.data.ReadTask(
-                lambda: (row for f in files for row in source.read(f)),
+                lambda: (row for f in files for row in reader.read(f)),
                 BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None),
             )
     return ray.data.read_datasource(Images(), num_cpus=.5)
@@ -279,6 +297,31 @@ def count_rows(
     broken = pa.dataset.field('error').is_valid()
     return dict(images=rows.count_rows(), errors=rows.count_rows(filter=broken))
 
+@contextmanager
+def _alone(fs, root):
+    "Let only one job at a time write into a local folder; raises a `ValueError` for another one."
+    if not isinstance(fs, LocalFileSystem):
+        yield
+        return
+    Path(root).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f'{root}.lock')
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another job writes into {root}; wait for it, or name another folder") from None
+    try:
+        yield
+    finally:
+        free_lock(lock)
+
+def _check_outside(source, fs, root):
+    "Raise a `ValueError` if the output is inside the source, where a later run would read it."
+    if type(fs) is type(source.fs) and f'{root}/'.startswith(f"{source.root.rstrip('/')}/"):
+        raise ValueError(
+            f"{root} is inside the source {source.root}, where its files would be read as images;"
+            " name a folder outside of it"
+        )
+
 RETRIES = 3 # times that a shard is repeated after its worker has died
 
 def run_job(
@@ -290,7 +333,7 @@ def run_job(
     arguments:tuple, # Arguments of a worker, after device and threads
     job:dict, # Describes the contents of `out`, as plain data
     workers:int=2, # Number of processes, each with its own model
-    threads:int=1, # CPUs for each worker
+    threads:int=None, # CPUs for each worker; None for 1, or with a GPU for up to 8
     gpus:float=0, # GPUs for each worker
     batch_size:int=None, # Images per call of a worker; None for the default of its device
     shard_size:int=1000, # Images per file: the most that a stop can cost, per worker
@@ -300,7 +343,9 @@ def run_job(
     """Send every unfinished image through a worker and write the results; raises `ValueError` if there is no
     room for the workers, or if `out` contains something else."""
     fs, root = url_to_fs(str(out))
-    with cluster(workers, threads, gpus, address) as ray:
+    _check_outside(source, fs, root)
+    threads = threads or (min(8, max(1, os.cpu_count()//workers)) if gpus else 1)
+    with _alone(fs, root), cluster(workers, threads, gpus, address) as ray:
         _same_job(fs, root, job)
         ray.data.DataContext.get_current().enable_progress_bars = progress
         shards = _unfinished(ray, source, fs, root).repartition(target_num_rows_per_block=shard_size)
@@ -343,7 +388,7 @@ def caption_images(
         source=_place(source),
         image_column=image_column,
         checkpoint=f'{path.name} {zlib.crc32(path.read_bytes()):08x}',
-        options=options,
+        options=_recorded(options),
     )
     return run_job(Source(source, image_column), out, CaptionWorker, (str(path), options), job, **settings)
 

@@ -14,8 +14,10 @@ import signal
 import socket
 import threading
 import time
+import torch
 from functools import partial
 from ...checkpoint import read_metadata
+from ...hardware import default_device
 from ...options import check_options
 from .access import Guard, check_key, host_check
 from .app import SERVING, STARTING, STOPPING, make_app
@@ -96,7 +98,11 @@ def _lit_server(litserve, worker, batch_size, limits):
     "LitServe's server with our worker."
     api = litserve.LitAPI(max_batch_size=batch_size, stream=True, api_path='/caption', loop=worker)
     api.setup = worker.setup
-    server = _server_class()(api, timeout=limits.seconds, restart_workers=True)
+    device = default_device() # LitServe would ask nvidia-smi, which knows nothing of PyTorch
+    devices = torch.cuda.device_count() if device=='cuda' else 1
+    server = _server_class()(
+        api, accelerator=device, devices=devices, timeout=limits.seconds, restart_workers=True
+    )
     server.uvicorn_graceful_timeout = math.ceil(limits.seconds)
     return server
 

@@ -10,9 +10,9 @@ import asyncio
 import base64
 import binascii
 import json
-import os
 from collections import Counter, deque
 from contextlib import asynccontextmanager
+from ...hardware import usable_cores
 from ...image_pool import DecodingPool
 from ...images import TooManyPixels, image_formats
 from .limits import Limits, refuse
@@ -123,7 +123,7 @@ class Opener:
         limits:Limits,
         sight, # `Sight`: how to prepare an image for the encoder, if that is known yet
     ):
-        workers = max(4, os.cpu_count() or 1) # so that a few slow images do not block the others
+        workers = max(4, usable_cores()) # so that a few slow images do not block the others
         self.limits, self.sight, self.turns = limits, sight, Turns(workers)
         self.pool = DecodingPool(workers, seconds=max(1, limits.seconds/3))
         for _ in range(workers):

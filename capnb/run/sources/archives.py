@@ -94,7 +94,7 @@ def _finder(folder, outside):
     root = os.path.abspath(folder)
     def find(name):
         path = os.path.abspath(os.path.join(root, name))
-        if not outside and os.path.commonpath([root, path])!=root:
+        if not outside and not Path(path).is_relative_to(root):
             raise ValueError(f"{name!r} {LEADS_OUT}")
         return path
     return find
@@ -175,14 +175,16 @@ class TarRows:
         image_column:str=None, # Suffix of the images, such as jpg; None for the only image of a sample
         caption_column:str=None, # Suffix of the texts, or a key in the .json; None to infer it
         encoding:str=None, # Encoding of the texts; None for UTF-8
+        names=None, # Name of each tar, for the ids of its rows; None for its name without the suffix
     ):
+        names = names or {tar: tar.stem for tar in tars}
         self.rows, self.bad = [], []
         for tar in tars:
             for key,sample in _samples(tar, self.bad).items():
                 try:
                     image = _image_of(sample, image_column)
                     captions = _texts_of(sample, caption_column, encoding)
-                    self.rows.append((f'{tar.stem}/{key}', image, captions))
+                    self.rows.append((f'{names[tar]}/{key}', image, captions))
                 except ValueError as e:
                     self.bad.append(f"{tar}: {key}: {e}")
 
@@ -190,6 +192,13 @@ class TarRows:
     def __getitem__(self, i):
         name, image, captions = self.rows[i]
         return dict(image=image.read(), captions=captions, image_id=name)
+
+def _tar_names(tars, folder):
+    "The name of each tar for the ids of its rows: with folders only if two tars share their name."
+    several = len({tar.stem for tar in tars}) < len(tars)
+    return {
+        tar: tar.relative_to(folder).with_suffix('').as_posix() if several else tar.stem for tar in tars
+    }
 
 def read_tars(
     tars, # Paths
@@ -200,8 +209,9 @@ def read_tars(
     "Read WebDataset tars with the splits in their names; raises a `ValueError` that names bad samples."
     parts, bad = {}, []
     by_split = _by_split(tars, folder)
+    names = _tar_names(tars, folder)
     for split,files in by_split.items():
-        rows = TarRows(files, **columns)
+        rows = TarRows(files, names=names, **columns)
         bad += rows.bad
         parts.setdefault(split if len(by_split) > 1 else None, []).extend((rows, i) for i in range(len(rows)))
     if bad and (bad_rows=='stop' or not any(parts.values())):

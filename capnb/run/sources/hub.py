@@ -8,6 +8,7 @@ __all__ = ['HUB_DATA', 'missing_splits', 'split_name', 'drawn_split', 'given_spl
 # %% ../../../nbs/31h_hub_data.ipynb #291b121c
 import json, re
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -129,6 +130,24 @@ def _first_rows(repo, revision, limit):
     return {split: rows.select(range(min(need(split), len(rows)))) for split,rows in _regrouped(hub).items()}
 
 # %% ../../../nbs/31h_hub_data.ipynb #0da7b411
+@contextmanager
+def _clear_errors(repo):
+    "Turn errors of `datasets` that name neither the data set nor a remedy into ones that do."
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:
+        if 'scripts are no longer supported' in str(e):
+            raise ValueError(
+                f"data set {repo} is a Python script, and none is run; many have a copy in parquet files:"
+                " try data_revision refs/convert/parquet"
+            ) from None
+        if str(e).startswith('Config name is missing'):
+            raise ValueError(
+                f"data set {repo} has several configurations; load one in Python and pass it, as in"
+                f" train(data=load_dataset({repo!r}, NAME))"
+            ) from None
+        raise
+
 def load_hub(
     repo:str, # 'owner/name' on the hub
     revision:str=None, # Branch, tag or commit; None for the main branch
@@ -138,7 +157,7 @@ def load_hub(
     `capnb.hub.hub_errors`."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
-    with hub_errors('data set', repo):
+    with _clear_errors(repo), hub_errors('data set', repo):
         if not constants.HF_HUB_OFFLINE: # report missing access at once
             if HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated:
                 HfApi().auth_check(repo, repo_type='dataset')

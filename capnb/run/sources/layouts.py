@@ -59,6 +59,8 @@ def only_table(folder):
     if len(tables)==1: return tables[0]
     usual = 'one table of captions, such as captions.csv with the columns file_name and caption'
     others = 'parquet, WebDataset tars and a .txt beside each image are read, too'
+    if is_zip(folder):
+        others = 'from a zip only a table is read; unpack it if its captions are in another form'
     files = sorted(os.listdir(folder)) if folder.is_dir() else []
     unread = [told for name in files if (told := unread_table(name))]
     found, help = 'none', '; '.join(unread[:3]) or others

@@ -149,7 +149,12 @@ def _own_rows(data, limit, columns):
     parts = {} # several names may mean one split, as train and restval do
     for split,rows in data.items():
         parts.setdefault(split_name(split), []).append(named_rows(rows, *columns))
-    return Source({split: _joined(rows) for split,rows in parts.items()})
+    splits = {split: _joined(rows) for split,rows in parts.items()}
+    for split,rows in splits.items():
+        check_rows(rows)
+        if not len(rows):
+            raise ValueError(f"split {split!r} has no rows; pass the data without it")
+    return Source(splits)
 
 def find_source(
     data, # As for `load_data`, like the following

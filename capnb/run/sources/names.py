@@ -171,7 +171,7 @@ class ImageFinder:
         if re.match('[A-Za-z]:/', name) and os.sep=='/': return True
         roots = [os.path.abspath(self.folder), os.path.realpath(self.folder)]
         place = os.path.abspath(os.path.join(roots[0], name))
-        return not any(os.path.commonpath([root, place])==root for root in roots)
+        return not any(Path(place).is_relative_to(root) for root in roots)
 
     def _index(self):
         "The index of the files below the folder of images, made when first needed."

@@ -9,7 +9,7 @@ __all__ = ['Table', 'read_columns', 'read_document', 'read_json', 'unread_table'
 import csv, io, re
 from collections import Counter
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from ...files import is_regular, parse_json, read_text
 from capnb.run.sources.columns import (
@@ -260,7 +260,7 @@ def _karpathy_rows(images):
         if not isinstance(sentences, list):
             sentences = []
         texts = [s.get('raw') if isinstance(s, dict) else None for s in sentences]
-        path = name and str(Path(str(image.get('filepath') or ''))/name)
+        path = name and str(PurePosixPath(str(image.get('filepath') or ''))/name)
         yield f'image {n}', path, texts, image.get('split')
 
 def _is_mapping(found):
