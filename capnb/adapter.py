@@ -21,9 +21,10 @@ class Standardize(nn.Module):
 
     def measure(self,
         features, # (images, width) or (images, patches, width): a tensor, or an object sliced like one
-        batch_size:int=256, # Images read at a time
+        batch_size:int=None, # Images read at a time; None for about 16 million numbers
     ):
         "Measure mean and deviation of training features; a feature that never changes is only shifted."
+        batch_size = batch_size or max(1, 2**24//features[:1].numel())
         total = squares = count = 0
         for at in range(0, len(features), batch_size):
             part = features[at:at+batch_size].double().flatten(0, -2)          # (vectors, width)

@@ -171,7 +171,7 @@ class Captioner(nn.Module):
         if 'streamer' in kwargs:
             return write(slice(None)) # tokens that were already sent cannot be taken back
         n = len(features)
-        parts = in_slices(write, n, self.most or n, remember)
+        parts = in_slices(write, n, self.most or min(n, 1024), remember) # prefixes of all may not fit
         return [caption for part in parts for caption in part]
 
     def caption(self, images, scores: bool = False, **kwargs):

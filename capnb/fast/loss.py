@@ -91,12 +91,12 @@ class Compiled:
         "Call the function, compiled if that is possible."
         if args[0].is_meta: return self.counted(*args)
         if self.refused: return self.do(*args)
-        if not self.compiled:
-            self.compiled = torch.compile(self.do, dynamic=self.dynamic)
         try:
+            if not self.compiled:
+                self.compiled = torch.compile(self.do, dynamic=self.dynamic)
             return self.compiled(*args)
-        except RuntimeError as e:
-            known = type(e).__module__.startswith(('torch._dynamo', 'torch._inductor'))
+        except RuntimeError as e: # without `compiled`, PyTorch cannot compile with this Python at all
+            known = not self.compiled or type(e).__module__.startswith(('torch._dynamo', 'torch._inductor'))
             if not known: raise
             self.refused = True
             log.warning(f'🐢 PyTorch cannot compile {self.do.__name__} here: {str(e).splitlines()[0]:.200}')

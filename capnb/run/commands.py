@@ -210,7 +210,7 @@ def _full_run(device, file):
     from tempfile import TemporaryDirectory
     from capnb.fast.gpu_bench import about_machine
     from capnb.run.full_run import PhaseClock, full_run, full_run_settings
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder: # Windows deletes no mapped file
         found = full_run(full_run_settings(), folder, device, clock=PhaseClock(file, say))
     say(f"{'all':24} {found['total']:8.1f} s")
     if file:

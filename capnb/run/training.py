@@ -168,6 +168,7 @@ class SharedStep(Callback):
         self.counts = [sum(tokens) for tokens in self.lengths]
         own = [own_rows(rows, self.counts, accelerator) for rows in self.rows]
         run.batches = ReadAhead(batches.data, batches.captions, own, run.model.device)
+        run.batches.read = batches.read # a callback may have wrapped it
 
     def __call__(self, model, features, captions): # Mean NLL of the whole batch, nats per token
         run, accelerator = self.run, self.run.accelerator
@@ -214,11 +215,12 @@ class StaticSteps(SharedStep):
 
     def lay_out(self, rows):
         "Read rows and lay them out in parts."
-        parts, total = [], sum(self.counts[i] for i in rows)
-        layouts = self.layouts # the main thread may replace it meanwhile
+        parts, layouts = [], self.layouts # the main thread may replace it meanwhile
+        features, captions = self.batches.read(rows) # a callback may have changed them
+        total = sum(map(sum, self.table.lengths(captions)))
         for at in range(0, len(rows), layouts.images):
-            features, captions = self.batches.read(rows[at:at+layouts.images])
-            batch = layouts.lay_out(features, *self.table.find(captions), total)
+            here = slice(at, at+layouts.images)
+            batch = layouts.lay_out(features[here], *self.table.find(captions[here]), total)
             parts.append(batch.pin_memory() if self.run.model.device.type=='cuda' else batch)
         return parts
 
@@ -238,6 +240,7 @@ class StaticSteps(SharedStep):
                 freed = True
                 continue
             _halve(run, max(len(rows), self.layouts.images)) # a small last batch is laid out like the others
+            run.static.try_again() # smaller parts may fit beside their recordings
             self.plan()
 
     def on_close(self, run):

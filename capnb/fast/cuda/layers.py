@@ -73,7 +73,8 @@ def fuse_norms(
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00110
 def _prefers_cudnn(device):
     "Whether PyTorch may prefer cuDNN's attention on a card: on Hopper and on Blackwell for data centers."
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    new = (torch.backends.cudnn.version() or 0) > 91500 # as PyTorch asks
+    return new and not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 def _cudnn_can(query, key, value, mask, dropout):
     "Whether PyTorch will use a kernel of cuDNN for these tensors."

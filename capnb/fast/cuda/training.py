@@ -10,6 +10,7 @@ import time, torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import RLock, get_ident
+from weakref import WeakSet
 from torch import nn
 from ...out_of_memory import may_release, memory_ran_out
 from .batches import Numbers, views
@@ -59,10 +60,20 @@ def no_waiting():
 
 _ALONE = RLock() # PyTorch records for one thread at a time, and `no_waiting` holds for all threads
 
+_RECORDERS = WeakSet()
+
+def _own_stream(device):
+    """A stream that no other `Recorder` uses. PyTorch gives out its 32 streams in turn, and to delete a
+    recording frees the cuBLAS workspace of its stream."""
+    taken = {recorder.stream for recorder in list(_RECORDERS)}
+    streams = [torch.cuda.Stream(device) for _ in range(32)]
+    return next((stream for stream in streams if stream not in taken), streams[0])
+
 class Recorder:
     "Record work in CUDA graphs that share one memory pool and one stream."
     def __init__(self, device):
-        self.device, self.stream = torch.device(device), torch.cuda.Stream(device)
+        self.device, self.stream = torch.device(device), _own_stream(device)
+        _RECORDERS.add(self)
         self.forget()
 
     def forget(self):
@@ -99,12 +110,14 @@ def waits_for_gpu(
     "Whether work failed because the host would wait for a GPU."
     return 'synchronizing CUDA operation' in str(error)
 
+_NO_MEMORY = 'there is no memory for the recording'
+
 def refusal(
     error, # Raised by `Recorder`
 ): # Text, or None for an error unrelated to recording
     "Explain why work cannot be recorded."
     said = str(error)
-    if memory_ran_out(error, alone=True): return 'there is no memory for the recording'
+    if memory_ran_out(error, alone=True): return _NO_MEMORY
     if waits_for_gpu(error): return 'the decoder waits for the GPU within a step'
     if 'captur' in said: return f'CUDA does not allow it ({said.splitlines()[0]})'
     return None
@@ -173,6 +186,7 @@ class StaticStep:
         self.recorder = Recorder(self.device) if (on_gpu if records is None else records) else None
         self.on_device = _OnDevice(optimizer, self.device) if on_gpu else None
         self.places, self.recorded, self.refused, self.corrected = {}, {}, None, False
+        self.crowded = False # whether a batch did not fit beside the recordings
         self.seconds = 0. # spent on recording steps
         self.thread = get_ident() # the only one that may release the recordings
         self.parameters = [p for g in optimizer.param_groups for p in g['params'] if p.requires_grad]
@@ -233,6 +247,9 @@ class StaticStep:
             self._backward(batch.shape)
         except RuntimeError as e:
             if not self.recorded: raise # the batch itself is too large
+            if not self.crowded and memory_ran_out(e, alone=True):
+                self.crowded = True
+                raise # once: what others hold can be freed before the batch is repeated
             self.refuse(e)
         return not self.refused
 
@@ -297,6 +314,12 @@ class StaticStep:
     def release(self) -> bool: # Whether there were any to free
         "Free the memory of all recordings; see `capnb.out_of_memory.may_release`."
         if get_ident()!=self.thread: return False # it may be in the middle of a step
-        had = bool(self.recorded)
+        had = bool(self.recorded or self.recorder and self.recorder.graphs) # also one that failed
         self.forget()
         return had
+
+    def try_again(self):
+        "Record again although there was no memory for it, as for smaller batches."
+        self.crowded = False
+        if self.refused==_NO_MEMORY:
+            self.refused = None

@@ -134,6 +134,7 @@ _OPTIONS = {
 
 def _unused(device):
     "Bytes that PyTorch has reserved on a GPU for any tensor and does not use; not those of recordings."
+    if torch.cuda.get_allocator_backend()!='native': return 0 # others cannot tell
     return sum(
         s['total_size']-s['allocated_size'] for s in torch.cuda.memory_snapshot()
         if s['device']==device.index and s['segment_pool_id']==(0,0)
@@ -224,6 +225,7 @@ class CudaWriter:
             self.release()
             return write_captions(model, features, **options)
         may_release(self) # again, after an earlier release
+        self.short = False # there may be memory again
         prefix, most = model.prefix(features), model.max_caption_length
         write = partial(self.write_ids, asked=options.get('batch_size'), longest=most)
         if options.get('batch_size') is None:
