@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attention', 'usable_cores', 'default_device',
            'describe_hardware', 'default_dtype', 'default_mixed_precision', 'default_attention', 'memory_in_use',
-           'in_processes', 'sharding_asked']
+           'check_precision', 'in_processes', 'sharding_asked']
 
 # %% ../nbs/30c_hardware.ipynb #3fceea5d
 import os
@@ -101,6 +101,16 @@ def memory_in_use(
     device = torch.device(device or default_device())
     if device.type=='cuda': return torch.cuda.memory_allocated(device)/1e9
     return psutil.Process().memory_info().rss/1e9
+
+def check_precision(
+    h, # `Hyperparameters`
+    device, # Device to train on
+):
+    "Raise a `ValueError` for a precision that `accelerate` would silently ignore on this device."
+    import torch
+    if h.mixed_precision=='fp16' and torch.device(device).type=='cpu':
+        raise ValueError('mixed_precision is fp16, and a CPU does not train in it; set it to bf16, or to no,'
+                         ' or take a GPU')
 
 # %% ../nbs/30c_hardware.ipynb #30c50002
 def in_processes() -> bool:

@@ -8,8 +8,8 @@ __all__ = ['decoding_pool', 'image_opener', 'open_images']
 # %% ../nbs/30r_many_images.ipynb #30f00003
 import atexit, os
 from PIL import Image
-from .image_pool import DecodingPool, open_pixels
-from .pixels import PixelSteps
+from .image_pool import DecodingPool
+from .pixels import PixelSteps, open_pixels
 
 # %% ../nbs/30r_many_images.ipynb #1b00003a
 _FEW = 8 # fewer images than this are opened without the pool

@@ -277,14 +277,14 @@ def _plain(value, kind, m):
 
 def _fits(value, kind, m):
     if value is None and m['optional']: return True
-    if value=='' and m['path']: return False # as of a shell variable that is not set
     if kind is not bool and isinstance(value, bool):
         return False # Python counts True as 1
     if not isinstance(value, (int,float) if kind is float else kind): return False
     if kind in (int, float):
         low = m['lo'] <= value if kind is int or m['closed'] else m['lo'] < value
         return low and value < float('inf') and (m['hi'] is None or value <= m['hi'])
-    return value in m['choices'] if m['choices'] else True
+    # an empty path comes from a shell variable that is not set
+    return value in m['choices'] if m['choices'] else bool(value) or not m['path']
 
 def allowed(kind, m) -> str:
     "Describe in words the allowed values of a setting of a kind (`int`, `float`, `str`, `bool`)."

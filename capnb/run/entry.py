@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
-from ..hardware import default_device
+from ..hardware import check_precision, default_device
 from ..saving import check_trained, shipped_checkpoint
 from ..build import build_captioner, check_models
 from ..own_encoder import own_encoder
@@ -22,7 +22,7 @@ from ..fast.parts import make_fast
 from .checkpoints import best_checkpoint, newest_checkpoint, start_from
 from .sources.load import load_for
 from .trackers import Samples, Tracker, tracker_names
-from .training import check_precision, check_run, run_training
+from .training import check_run, run_training
 from capnb.run.processes import (
     join_processes, main_process_first, main_process_only, shard_decoder, sharding_asked
 )

@@ -42,6 +42,17 @@ def _print_comparison(compared, against):
     for s,c in compared.items():
         say(f'\n{s}, against {against}:\n{compare_table(c)}')
 
+def _write_files(judged, json_file, csv, coco_results):
+    "Write the requested files."
+    from capnb.insight.report.judged import write_csv
+    from capnb.run.scoring import plain_scores
+    if json_file:
+        write_json(json_file, plain_scores(judged, {}))
+    if csv:
+        write_csv(csv, judged)
+    if coco_results:
+        _write_results(coco_results, judged)
+
 def _write_results(path, judged):
     "Write the captions of all splits as COCO results."
     from capnb.run.predictions import write_predictions
@@ -91,19 +102,13 @@ def eval_command(
     about = dict(data=data, image_column=image_column, caption_column=caption_column, encoding=encoding,
                  outside_files=outside_files or None)
     h = _settings(predictions, checkpoint or best, preset, {k: v for k,v in about.items() if v is not None})
-    from capnb.insight.report.judged import write_csv
     from capnb.run.entry import find_checkpoint
     from capnb.run.scoring import judge_captions, plain_scores, write_report
     path = predictions or find_checkpoint(checkpoint, folder or 'saved_models', best)
     _check_rival(path, against, h)
     found = judge_captions(path, h, split, coco, clipscore, int8)
     _print_scores(found.judged)
-    if json_file:
-        write_json(json_file, plain_scores(found.judged, {}))
-    if csv:
-        write_csv(csv, found.judged)
-    if coco_results:
-        _write_results(coco_results, found.judged)
+    _write_files(found.judged, json_file, csv, coco_results)
     compared = found.against(against, split) if against else {} # if it fails, the captions are written
     _print_comparison(compared, against)
     if json_file and compared:

@@ -120,7 +120,8 @@ def data_fingerprint(
 def _is_plain(value):
     "Whether a state file can hold a value."
     if type(value) in (list, tuple, set): return all(map(_is_plain, value))
-    if type(value) in (dict, OrderedDict): return all(map(_is_plain, [*value, *value.values()]))
+    if type(value) in (dict, OrderedDict):
+        return all(map(_is_plain, [*value, *value.values()]))
     return value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor)
 
 def _kept_of(callback, name):
@@ -333,8 +334,12 @@ def _set_schedule(run, steps, rates):
     run.scheduler._last_lr = [g['lr'] for g in groups]
     run.rates = rates or run.scheduler._last_lr
 
-def _check_callbacks(run, state):
-    "Raise a `ValueError` if callbacks that keep something are missing, or are new."
+def _check_same(run, state):
+    "Raise a `ValueError` for other data, frozen models, or callbacks that keep something."
+    for what,name in (('data', 'data'), ('frozen', 'frozen models')):
+        saved, now = state['identity'].get(what), run.identity[what]
+        if saved!=now:
+            raise ValueError(f"{state['path']}: the {name} of this run were others ({saved}, now {now})")
     here = {type(c).__name__ for c in run.callbacks if c.keeps}
     for name in sorted(here ^ state['callbacks'].keys()):
         raise ValueError(
@@ -349,12 +354,7 @@ def load_state(
     "Restore a run from a saved state; raises a `ValueError` if that is not possible."
     state = deepcopy(state) # the run works on its own lists and tensors
     path, position = state['path'], state['position']
-    for what in ('data', 'frozen'):
-        saved, now = state['identity'].get(what), run.identity[what]
-        name = 'data' if what=='data' else 'frozen models'
-        if saved!=now:
-            raise ValueError(f"{path}: the {name} of this run were others ({saved}, now {now})")
-    _check_callbacks(run, state)
+    _check_same(run, state)
     load_trained(run.model, state['weights'], path, learning(run))
     try:
         if state.get('buffers') is not None: # older states have none

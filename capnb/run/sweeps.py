@@ -30,11 +30,13 @@ from .processes import in_processes
 from .signals import Interrupted
 
 # %% ../../nbs/36_sweeps.ipynb #19a0000f
+_OF_DATA = (
+    'data', 'training_size_limit', 'image_column', 'caption_column', 'encoding', 'outside_files',
+    'data_revision', 'bad_rows',
+)
 # trials share frozen models and encoded images if these settings are equal
 _SHARED = (
-    'data', 'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'features_dir',
-    'training_size_limit', 'image_column', 'caption_column', 'encoding', 'outside_files', 'data_revision',
-    'bad_rows',
+    'encoder_name', 'tokenizer_name', 'decoder_name', 'image_size', 'features', 'features_dir', *_OF_DATA
 )
 
 class TrialRunner:
@@ -44,6 +46,7 @@ class TrialRunner:
     ):
         self.own = data
         self.key = None # values of `_SHARED` that `images` and `data` belong to
+        self.reasons = _SHARED # settings that may be the reason if there is no `key` after a call
         self.frozen = None # `Captioner` whose encoder and decoder did not learn
 
     def __call__(self,
@@ -59,8 +62,9 @@ class TrialRunner:
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
-            self.frozen = None # frees its memory
+            self.frozen, self.reasons = None, _SHARED # frees its memory
             model, self.images, self.data = prepare(h, self.own, only=('train', 'validation'))
+            self.reasons = _OF_DATA
             check_run(self.data, h) # before the key: a mistake of all trials ends the sweep
             self.key = key
         if not learns:
@@ -108,7 +112,7 @@ def run_trial(
             run = run_training(model, lab.data, h, callbacks)
         except (ValueError, RuntimeError) as e:
             if not (isinstance(e, ValueError) or memory_ran_out(e, alone=True)): raise
-            if lab.key is None and not trial.params.keys() & set(_SHARED):
+            if lab.key is None and not trial.params.keys() & set(lab.reasons):
                 lab(shared) # raises if the mistake is in what all trials share
             trial.set_user_attr('error', error_line(e))
             study.tell(trial, state=state.FAIL)

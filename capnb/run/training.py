@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_counts', 'precision', 'backward', 'one_ahead', 'read_ahead', 'ReadAhead', 'SharedStep', 'LaidOut',
-           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'check_run', 'check_precision',
-           'optimizer_for', 'run_training']
+           'StaticSteps', 'on_gpu', 'stepper_for', 'Begin', 'SaveState', 'check_run', 'optimizer_for', 'run_training']
 
 # %% ../../nbs/33a_training.ipynb #fde4bd7e
 import math, signal, time
@@ -44,7 +43,7 @@ from capnb.run.resume import (
 from .signals import Interrupted, acquire_run_lock, stoppable
 from .trackers import tracker_names
 from ..settings import Hyperparameters
-from ..hardware import default_mixed_precision
+from ..hardware import check_precision, default_mixed_precision
 from ..training import Callback, training_loop
 from ..optimizer import make_optimizer
 from ..batches import EpochBatches
@@ -359,15 +358,6 @@ def check_run(
     if h.patience and not h.evaluation_enabled:
         raise ValueError('patience needs a validation loss to look at; set evaluation_enabled to True, or'
                          ' leave patience out')
-
-def check_precision(
-    h:Hyperparameters,
-    device, # Device to train on
-):
-    "Raise a `ValueError` for a precision that `accelerate` would silently ignore on this device."
-    if h.mixed_precision=='fp16' and torch.device(device).type=='cpu':
-        raise ValueError('mixed_precision is fp16, and a CPU does not train in it; set it to bf16, or to no,'
-                         ' or take a GPU')
 
 def _accelerator(model, h):
     check_precision(h, model.device)

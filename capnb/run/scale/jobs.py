@@ -31,6 +31,7 @@ from ...encoder import load_encoder
 from ...files import free_lock
 from ...fast.cuda.writing import WIDTHS
 from ...fast.parts import make_fast
+from ...hardware import usable_cores
 from ...image_pool import DecodingPool
 from ...images import ImageFile
 from .sources import Source
@@ -316,7 +317,9 @@ def _alone(fs, root):
 
 def _check_outside(source, fs, root):
     "Raise a `ValueError` if the output is inside the source, where a later run would read it."
-    if type(fs) is type(source.fs) and f'{root}/'.startswith(f"{source.root.rstrip('/')}/"):
+    local = isinstance(fs, LocalFileSystem)
+    place, inside = (os.path.abspath(p) if local else p.rstrip('/') for p in (source.root, root))
+    if type(fs) is type(source.fs) and f'{inside}/'.startswith(f"{place.rstrip('/')}/"):
         raise ValueError(
             f"{root} is inside the source {source.root}, where its files would be read as images;"
             " name a folder outside of it"
@@ -344,7 +347,7 @@ def run_job(
     room for the workers, or if `out` contains something else."""
     fs, root = url_to_fs(str(out))
     _check_outside(source, fs, root)
-    threads = threads or (min(8, max(1, os.cpu_count()//workers)) if gpus else 1)
+    threads = threads or (min(8, max(1, (usable_cores()-4)//workers)) if gpus else 1) # four are for Ray
     with _alone(fs, root), cluster(workers, threads, gpus, address) as ray:
         _same_job(fs, root, job)
         ray.data.DataContext.get_current().enable_progress_bars = progress
