@@ -122,7 +122,8 @@ class ImageEncoder(nn.Module):
         def remember(size):
             self.most = size
         n = len(pixel_values)
-        parts = list(in_slices(lambda here: self._encode(pixel_values[here]), n, self.most or n, remember))
+        def encode(here): return self._encode(pixel_values[here])
+        parts = list(in_slices(encode, n, self.most or n, remember, together=False))
         return parts[0] if len(parts)==1 else torch.cat(parts)
 
     def encode(self,
@@ -132,7 +133,8 @@ class ImageEncoder(nn.Module):
         def opened(image):
             if isinstance(image, np.ndarray): return image
             # without what a file says of it, such as which side is up
-            plain = isinstance(image, Image.Image) and (not image.info or 'original_size' in image.info)
+            made = isinstance(image, Image.Image) and image.format is None and not image.info
+            plain = made or 'original_size' in getattr(image, 'info', ())
             return image if plain and image.mode=='RGB' else open_image(image, min_side=self.min_side)
         return self(self.prepare([opened(image) for image in images]))
 

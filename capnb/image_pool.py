@@ -287,7 +287,7 @@ class DecodingPool:
             before = now
             for child in list(self.children):
                 deadline = child.deadline # read once: another thread sets it
-                if deadline and self.clock() > deadline:
+                if deadline and now-self.stopped > deadline:
                     child.late = True
                     child.process.kill()
 

@@ -111,7 +111,8 @@ def _orientation(exif):
 
 def _turn(image):
     "The transposition that makes an image upright; None if it needs none or its metadata cannot be read."
-    if image.format=='JXL' and not image.jpeg: return None # its decoder has turned it
+    if image.format=='JXL' and not getattr(image, 'jpeg', False):
+        return None # its decoder has turned it
     try:
         return _TURNS.get(_orientation(image.info.get('exif') or b'') or image.getexif().get(0x0112))
     except Exception:

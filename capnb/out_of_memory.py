@@ -67,6 +67,7 @@ def in_slices(
     n:int, # Total number of rows
     size:int, # Rows at a time; halved when memory runs out
     on_less=None, # Called with the new size when memory runs out
+    together:bool=True, # Whether the processes of FSDP compute a slice together
 ): # Yields the result of `do` for each slice, in order
     """Call `do` for many rows in slices; raises a `ValueError` with advice if not even one row fits into
     memory."""
@@ -83,7 +84,7 @@ def in_slices(
             at += size
             freed = False
             continue
-        if sharding_asked():
+        if together and sharding_asked():
             raise ValueError(
                 f'out of memory with {size} images, and with FSDP a process cannot take fewer alone; what'
                 f' helps: {ADVICE}'

@@ -2,7 +2,8 @@
 import ast, builtins, json, pickle, shutil, struct
 from pathlib import Path
 import pytest
-from capnb.hub import model_path
+from huggingface_hub.errors import LocalEntryNotFoundError
+from capnb.hub import hub_errors, model_path
 from capnb.encoder import load_encoder
 from capnb.any_decoder import load_decoder
 
@@ -266,3 +267,14 @@ def test_code_beside_a_model_that_needs_none_is_left_alone(tmp_path, nobody_is_a
     change(clip/'preprocessor_config.json', auto_map={'AutoImageProcessor': 'processing_evil.P'})
     load_encoder(str(clip), 'cpu'), load_decoder(str(qwen), device='cpu')
     assert not marker.exists()
+
+def test_a_model_that_is_tried_next_has_its_own_error(monkeypatch):
+    "The error that led to it is not its cause."
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    with pytest.raises(OSError, match='^model /data/second: it has no file config.json$'):
+        try:
+            with hub_errors('model', 'first/model'):
+                raise LocalEntryNotFoundError('it is not here')
+        except ConnectionError:
+            with hub_errors('model', '/data/second'):
+                raise OSError('it has no file config.json') from None

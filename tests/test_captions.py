@@ -280,6 +280,17 @@ def test_no_batch_size_is_the_default(model, images):
     features = model.encoder.encode(images)
     assert model.caption_features(features, batch_size=None)==model.caption_features(features)
 
+def test_many_images_are_captioned_some_at_a_time(model, monkeypatch):
+    "Prefixes of all might not fit into memory, and on a CPU that ends the process."
+    features, sizes = torch.zeros(2500, model.encoder.width), []
+    features[:,0] = torch.arange(2500)
+    def write(model, features, **options):
+        sizes.append(len(features))
+        return [f'{number:.0f}' for number in features[:,0].tolist()]
+    monkeypatch.setattr(model, 'writer', write)
+    assert model.caption_features(features)==[*map(str, range(2500))]
+    assert max(sizes) <= 1024 and model.caption_features(features[:0])==[]
+
 def test_features_of_many_images_do_not_stay_on_a_gpu(model, images, monkeypatch):
     features = model.encoder.encode(images)
     on_gpu = SimpleNamespace(cpu=lambda: features)

@@ -1,6 +1,7 @@
 """The console commands from outside, as a person in a shell meets them: train, judge, caption, and be told
 what is wrong."""
 import ast, importlib, inspect, json, logging, os, re, shutil, subprocess, sys, time
+from argparse import ArgumentTypeError
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from capnb.run.command_line import _as_flags
 from capnb.run.entry import train
 from capnb.settings import Hyperparameters, PRESETS
 from capnb.images import open_image
+from capnb.log import log
 from capnb.storybook import SPLITS, Storybook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -549,6 +551,37 @@ def test_good_pictures_are_captioned_beside_a_bad_one(call, album):
         and (good['file'], bad['file']) == ('one.png', 'album/notes.txt')
     )
 
+def test_json_is_all_that_is_printed(call, tmp_path, monkeypatch):
+    "What the library says meanwhile goes to the error output."
+    def fused(decoder):
+        log.warning('a warning')
+        return 'RMSNorm'
+    monkeypatch.setattr('capnb.fast.parts.use_fused', fused)
+    Storybook('test')[0]['image'].save(tmp_path/'one.png')
+    done = call('capnb_caption', 'one.png', '--model', 'storybook', '--json', cwd=tmp_path)
+    assert done.returncode == 0 and [row['file'] for row in json.loads(done.stdout)] == ['one.png']
+    assert 'a warning' in done.stderr and 'Computed by fused kernels: RMSNorm' in done.stderr
+
+# --- A checkpoint or a folder of them
+
+@pytest.mark.parametrize(
+    'words', [['some.pth'], ['--predictions', 'some.json', '--data', 'album']], ids=' '.join
+)
+def test_eval_takes_a_file_or_a_folder(call, tmp_path, words):
+    done = call('capnb_eval', *words, '--folder', 'other', cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.startswith('eval: name one: a checkpoint, predictions, or the folder')
+
+@pytest.mark.parametrize(
+    'words', [['capnb_eval'], ['capnb_caption', 'one.png', '--checkpoint']], ids=' '.join
+)
+def test_a_folder_in_place_of_a_checkpoint_is_told(call, tmp_path, words):
+    Storybook('test')[0]['image'].save(tmp_path/'one.png')
+    (tmp_path/'models').mkdir()
+    done = call(*words, 'models', cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert 'models is a folder; name a file model_state_dict_....pth in it' in done.stderr
+
 # --- Help
 
 def first_words(module, function):
@@ -675,7 +708,15 @@ NUMBERS = [
     (['capnb_train'], 'learning_rate', 'nan', 'a number above 0'),
     (['capnb_train'], 'batch_size', '2.5', 'a whole number of 1 or more'),
     (['capnb_train'], 'batch_size', 'many', 'a whole number of 1 or more'),
-    (['capnb_train'], 'seed', '-1', 'a whole number of 0 or more'),
+    (['capnb_train'], 'seed', '-1', 'a whole number of 0 or more and up to 4294967295'),
+    (['capnb_train'], 'seed', '20261127135500', 'a whole number of 0 or more and up to 4294967295'),
+    (['capnb_caption', 'x.png'], 'seed', '4294967296', 'a whole number of 0 or more and up to 4294967295'),
+    (
+        ['capnb_experiment', 'grid', 'photographs'],
+        'seed',
+        '4294967296',
+        'a whole number of 0 or more and up to 4294967295',
+    ),
     (['capnb_train'], 'evaluation_enabled', 'perhaps', 'true or false'),
     (['capnb_sweep'], 'trials', '0', 'a whole number of 1 or more'),
     (['capnb_sweep'], 'num_epochs', '-3', 'a whole number of 1 or more'),
@@ -777,6 +818,41 @@ def test_every_path_flag_knows_the_home_folder(script, monkeypatch):
         is_path = p.annotation.type and p.annotation.type('~/x') == '/home/me/x'
         assert is_path or p.annotation.type is not str or flag in TEXTS, flag
         assert p.annotation.type not in (int, float), f'{flag} is no Number'
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split(), ids=lambda script: script.split('=')[0])
+def test_no_path_flag_takes_an_empty_text(script, monkeypatch):
+    "As of a shell variable that is not set: it would count as a flag that is not given."
+    name, module, function = re.split('[=:]', script)
+    monkeypatch.setenv('HOME', '/home/me')
+    for flag,p in inspect.signature(getattr(importlib.import_module(module), function)).parameters.items():
+        if p.annotation.type and p.annotation.type('~/x')=='/home/me/x':
+            with pytest.raises(ArgumentTypeError, match='the path is empty'):
+                p.annotation.type('')
+                pytest.fail(flag)
+
+EMPTY = [
+    ['capnb_train', '--resume'],
+    ['capnb_train', '--init_from'],
+    ['capnb_train', '--config'],
+    ['capnb_caption', 'x.png', '--checkpoint'],
+    ['capnb_caption', '--model', 'storybook', 'images'],
+    ['capnb_eval', '--json_file'],
+    ['capnb_eval', 'checkpoint'],
+]
+
+@pytest.mark.parametrize('words', EMPTY, ids=' '.join)
+def test_an_empty_path_is_told(call, tmp_path, words):
+    "Of a flag, or of an argument without one."
+    *words, name = words
+    done = call(*words, *[name]*name.startswith('--'), '', cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, '') and not list(tmp_path.iterdir())
+    said = f'argument {name}: the path is empty; see --help\n'
+    assert done.stderr == f"{words[0].removeprefix('capnb_')}: {said}"
+
+def test_an_empty_path_is_no_new_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no run to go on with'):
+        train(resume='')
 
 # --- Where a command writes
 
@@ -900,6 +976,20 @@ def test_command_writes_to_a_narrow_file(environment, album, tmp_path):
         'cp1252',
     )
     assert code == 0 and re.fullmatch(r'(\\u\w{4})+\.png: .+\r?\n', out), (out, err[-3000:])
+
+JSON = """
+from capnb.run.command_line import _lenient_output
+from capnb.run.commands import _json_array
+_lenient_output()
+with _json_array() as add:
+    add(dict(file='caf\\xe9 \\U0001f408'))
+"""
+
+@pytest.mark.parametrize('encoding', ['cp1251', 'ascii', 'utf-8'])
+def test_json_in_a_narrow_file_has_its_own_escapes(environment, tmp_path, encoding):
+    code, out, err = into_file(['-c', JSON], tmp_path, environment, encoding)
+    assert code == 0 and json.loads(out) == [dict(file='caf\xe9 \U0001f408')], (out, err[-3000:])
+    assert ('caf\xe9' in out) == (encoding == 'utf-8')
 
 def test_library_prints_in_one_place():
     "Nothing but `say` prints, or a message might stop a run again."

@@ -49,6 +49,18 @@ def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, caplog):
         '🐢 PyTorch cannot compile double here: Failed to find C compiler.'
     ]
 
+def test_a_python_that_the_compiler_does_not_know_runs_uncompiled(monkeypatch, caplog):
+    def refuse(do, **how):
+        raise RuntimeError('torch.compile is not supported on Python 3.15+')
+    monkeypatch.setattr(torch, 'compile', refuse)
+    def double(x): return 2*x
+    doubled = Compiled(double)
+    with caplog.at_level(logging.WARNING, 'capnb'):
+        assert [doubled(torch.ones(1)).item() for _ in range(2)]==[2, 2] and doubled.refused
+    assert [r.getMessage() for r in caplog.records] == [
+        '🐢 PyTorch cannot compile double here: torch.compile is not supported on Python 3.15+'
+    ]
+
 def test_another_error_of_a_compiled_function_is_raised(monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError('CUDA out of memory')
@@ -163,9 +175,23 @@ def test_what_the_kernel_does_not_know_is_left_to_transformers(cudnn, change):
 def test_heads_are_shared_only_where_pytorch_takes_cudnn(monkeypatch, card, chosen, shared):
     "Another kernel might copy the heads, and store all scores."
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: card)
+    monkeypatch.setattr(torch.backends.cudnn, 'version', lambda: 92000)
     monkeypatch.setattr(torch, '_fused_sdp_choice', lambda *args, **how: chosen.value)
     x = SimpleNamespace(is_cuda=True, device='cuda')
     assert layers._cudnn_can(x, x, x, None, 0.)==shared
+
+@pytest.mark.parametrize('version,hip,named', [
+    (91501, None, True), (91002, None, False), (None, None, False), (91501, '6.4', False),
+], ids=['new', 'old', 'none', 'AMD'])
+def test_an_attention_is_named_only_where_cudnn_is_new_enough(monkeypatch, version, hip, named):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, 'version', lambda: version)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    for name, done in dict(fuse_norms=3, use_liger=False, use_shared_heads=True).items():
+        monkeypatch.setattr(layers, name, lambda decoder, done=done: done)
+    decoder = SimpleNamespace(device=torch.device('cuda'), dtype=torch.bfloat16)
+    fused = layers.use_fused(decoder)
+    assert fused.startswith('3 norms (PyTorch)') and ('cuDNN' in fused)==named
 
 def test_pytorch_tells_which_attention_it_takes():
     "On a processor it is none of cuDNN."

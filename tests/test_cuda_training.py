@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.machinery import ModuleSpec
+from itertools import count
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 import pytest, torch
@@ -19,7 +20,7 @@ from capnb.fast.cuda import training as recording
 from capnb.fast.cuda.layers import FusedGate, _fuse_rotation, use_liger
 from capnb.fast.cuda.training import StaticStep, refusal, static_loss, why_not
 from capnb.fast.packing import Tokens
-from capnb.out_of_memory import release_memory
+from capnb.out_of_memory import may_release, release_memory
 from capnb.run import training
 from capnb.run.resume import find_state, read_state, resumed_hyperparameters
 from capnb.run.training import SharedStep, StaticSteps, run_training
@@ -227,6 +228,37 @@ def test_a_run_is_the_readable_one(monkeypatch, tmp_path, change):
     assert run.validation==pytest.approx(plain.validation, abs=1e-3)
     assert run.metadata['training_loss']==pytest.approx(plain.metadata['training_loss'], abs=1e-3)
 
+class Changed(Callback):
+    "Changes the batches of each epoch by a function."
+    def __init__(self, change):
+        self.change = change
+    def on_epoch_begin(self, run):
+        self.change(run.batches)
+
+def unchanged(batches):
+    pass
+
+def other_captions(batches):
+    batches.captions = [['A large blue cat sleeps.']]*len(batches.captions)
+
+def other_features(batches):
+    read = batches.read
+    def turned(rows):
+        features, captions = read(rows)
+        return features.flip(-1), captions
+    batches.read = turned
+
+@pytest.mark.parametrize('change', [other_captions, other_features])
+def test_a_run_reads_what_a_callback_has_changed(monkeypatch, tmp_path, change):
+    "In parts of four of the six images of a batch."
+    found = []
+    for on_gpu, do in ((True, unchanged), (False, change), (True, change)):
+        h = settings(tmp_path/str(len(found)), num_epochs=1, micro_batch_size=4, evaluation_enabled=False)
+        monkeypatch.setattr(training, 'on_gpu', lambda model, on_gpu=on_gpu: on_gpu)
+        found.append(run_training(build_captioner(h, 'cpu'), encoded(h), h, [Changed(do)]).losses)
+    without, plain, static = found
+    assert static==pytest.approx(plain, abs=1e-3) and static!=pytest.approx(without, abs=1e-2)
+
 class PowerCut(Callback):
     def __init__(self, step):
         self.step = step
@@ -250,6 +282,17 @@ def test_resumed_at_any_step_it_is_the_same_run(static, tmp_path, cut):
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
 
+def when_laid_out(monkeypatch, do):
+    "Have `do(run)` called each time the stepper has laid out an epoch."
+    class Told(StaticSteps):
+        def on_epoch_begin(self, run):
+            super().on_epoch_begin(run)
+            do(run)
+    monkeypatch.setattr(training, 'StaticSteps', Told)
+
+def leave_losses(run):
+    run.fetch_every = 1e9
+
 def test_a_loss_that_is_no_number_names_its_step(static, tmp_path, monkeypatch):
     "Also where it is looked at many steps later."
     h = settings(tmp_path, evaluation_enabled=False, batch_size=2, checkpoint_steps=None)
@@ -259,18 +302,15 @@ def test_a_loss_that_is_no_number_names_its_step(static, tmp_path, monkeypatch):
         made.append(gradient(self, parts))
         return made[-1]*float('nan') if len(made)==3 else made[-1]
     monkeypatch.setattr(StaticStep, 'gradient', broken)
-    class Later(Callback):
-        def on_epoch_begin(self, run):
-            run.fetch_every = 1e9
+    when_laid_out(monkeypatch, leave_losses)
     with pytest.raises(ValueError, match='the loss is nan at step 3: lower the learning rate'):
-        run_training(build_captioner(h, 'cpu'), data, h, [Later()])
+        run_training(build_captioner(h, 'cpu'), data, h)
     assert len(made) > 3
 
-def test_losses_stay_on_the_device_until_somebody_looks(static, tmp_path):
+def test_losses_stay_on_the_device_until_somebody_looks(static, tmp_path, monkeypatch):
     kinds = []
+    when_laid_out(monkeypatch, leave_losses)
     class Watch(Callback):
-        def on_epoch_begin(self, run):
-            run.fetch_every = 1e9
         def on_step_end(self, run):
             kinds.append(type(run.losses[-1]))
     h = settings(tmp_path, num_epochs=1, checkpoint_steps=None, evaluation_enabled=False)
@@ -284,7 +324,8 @@ def test_out_of_memory_goes_on_in_halves(static, tmp_path, monkeypatch, caplog, 
     whole = run_training(build_captioner(h, 'cpu'), data, h)
     backward = StaticStep._backward
     def cramped(self, shape):
-        if shape.images > room_for: raise torch.OutOfMemoryError('CUDA out of memory')
+        if shape.images > room_for:
+            raise torch.OutOfMemoryError('CUDA out of memory')
         return backward(self, shape)
     monkeypatch.setattr(StaticStep, '_backward', cramped)
     h = settings(tmp_path/'parts', evaluation_enabled=False)
@@ -318,7 +359,8 @@ def test_the_gradient_of_parts_before_memory_ran_out_is_cleared(static, tmp_path
     backward = StaticStep._backward
     def cramped(self, shape):
         made.append(shape)
-        if len(made)==2: raise torch.OutOfMemoryError('CUDA out of memory')
+        if len(made)==2:
+            raise torch.OutOfMemoryError('CUDA out of memory')
         return backward(self, shape)
     monkeypatch.setattr(StaticStep, '_backward', cramped)
     h = settings(tmp_path/'again', evaluation_enabled=False, micro_batch_size=3)
@@ -331,7 +373,8 @@ def test_out_of_memory_asks_the_writer_first(static, tmp_path, monkeypatch):
     whole = run_training(build_captioner(h, 'cpu'), data, h)
     backward = StaticStep._backward
     def cramped(self, shape):
-        if kept.held: raise torch.OutOfMemoryError('CUDA out of memory')
+        if kept.held:
+            raise torch.OutOfMemoryError('CUDA out of memory')
         return backward(self, shape)
     monkeypatch.setattr(StaticStep, '_backward', cramped)
     def release():
@@ -356,13 +399,14 @@ class Played:
 class Recorder:
     "Stands for the one of a GPU; `fails` is raised when so many recordings were made."
     def __init__(self, fails=None, after=0):
-        self.fails, self.after, self.made = fails, after, []
+        self.fails, self.after, self.made, self.graphs = fails, after, [], []
     def warm_up(self, work):
         work()
         work()
     def forget(self):
-        pass
+        self.graphs = []
     def record(self, work):
+        self.graphs.append(work)
         if self.fails and len(self.made)>=self.after:
             with (patch('torch._amp_foreach_non_finite_check_and_unscale_'), # a recording does no work,
                   patch('torch.nn.utils.clip_grad_norm_', side_effect=self.fails)): # and here it breaks off
@@ -401,14 +445,27 @@ def test_each_shape_is_recorded_once_and_replayed(batches):
     assert found[0]==expected[0] and torch.equal(found[1], expected[1])
     assert len(recorder.made)==4 and sorted(p.times for p in recorder.made)==[1, 3, 4, 5]
 
+def try_twice(monkeypatch):
+    "Repeat a step after a lack of memory, as the stepper of a run does; the errors are in the list."
+    errors, gradient = [], StaticStep.gradient
+    def twice(self, parts):
+        try:
+            return gradient(self, parts)
+        except torch.OutOfMemoryError as e:
+            errors.append(e)
+        return gradient(self, parts)
+    monkeypatch.setattr(StaticStep, 'gradient', twice)
+    return errors
+
 @pytest.mark.parametrize('after', [0, 1, 2])
 @pytest.mark.parametrize('error', [
     torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
     RuntimeError('called a synchronizing CUDA operation'),
     RuntimeError('CUDA error: operation failed due to a previous error during capture\nSearch for'),
 ], ids=['memory', 'waits', 'capture'])
-def test_what_cannot_be_recorded_runs_and_is_said_once(batches, caplog, error, after):
+def test_what_cannot_be_recorded_runs_and_is_said_once(batches, monkeypatch, caplog, error, after):
     h, steps = batches
+    try_twice(monkeypatch)
     expected = trained(build_captioner(h, 'cpu').train(), h, steps, None)
     with caplog.at_level(logging.WARNING, 'capnb'):
         found = trained(build_captioner(h, 'cpu').train(), h, steps, Recorder(error, after))
@@ -422,9 +479,11 @@ def test_recording_draws_no_random_numbers(batches):
     assert found[0]==expected[0] and torch.equal(found[1], expected[1])
 
 def test_recordings_give_way_to_a_step(batches, monkeypatch, caplog):
-    "A shape that does not fit beside the recordings of others runs in its full size, without them."
+    """A shape that does not fit beside the recordings of others, not even in a second try, runs in its full
+    size, without them."""
     h, steps = batches
-    expected, backward = trained(build_captioner(h, 'cpu').train(), h, steps, None), StaticStep._backward
+    expected = trained(build_captioner(h, 'cpu').train(), h, steps, None)
+    backward, errors = StaticStep._backward, try_twice(monkeypatch)
     def cramped(self, shape):
         if self.recorded and shape not in self.recorded:
             raise torch.OutOfMemoryError('CUDA out of memory')
@@ -433,6 +492,7 @@ def test_recordings_give_way_to_a_step(batches, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, 'capnb'):
         found = trained(build_captioner(h, 'cpu').train(), h, steps, Recorder())
     assert found[0]==expected[0] and torch.equal(found[1], expected[1]) and not found[2].recorded
+    assert len(errors)==1
     assert sum('no memory for the recording' in r.message for r in caplog.records)==1
 
 def test_recordings_are_freed_when_memory_is_needed_elsewhere(batches, caplog):
@@ -478,19 +538,19 @@ def test_an_update_that_cannot_be_recorded_leaves_the_scaler_as_it_was(batches):
 
 def test_a_batch_is_laid_out_by_one_plan(static, tmp_path, monkeypatch):
     "The reading thread is in the middle of a batch when the main thread halves it."
-    class Replan(Callback):
-        def on_epoch_begin(self, run):
-            read, steps = run.stepper.batches.read, run.stepper
-            def read_and_plan(rows):
-                if not run.micro_batch_size:
-                    run.micro_batch_size = 2
-                    steps.plan()
-                return read(rows)
-            monkeypatch.setattr(steps.batches, 'read', read_and_plan)
+    def replan(run):
+        read, steps = run.stepper.batches.read, run.stepper
+        def read_and_plan(rows):
+            if not run.micro_batch_size:
+                run.micro_batch_size = 2
+                steps.plan()
+            return read(rows)
+        monkeypatch.setattr(steps.batches, 'read', read_and_plan)
     found = []
-    for callbacks in ([], [Replan()]):
+    for do in (lambda run: None, replan):
+        when_laid_out(monkeypatch, do)
         h = settings(tmp_path/str(len(found)), num_epochs=1, evaluation_enabled=False)
-        found.append(run_training(build_captioner(h, 'cpu'), encoded(h), h, callbacks))
+        found.append(run_training(build_captioner(h, 'cpu'), encoded(h), h))
     assert found[1].micro_batch_size==2 and found[1].losses==pytest.approx(found[0].losses, abs=1e-3)
 
 def test_the_stream_is_waited_for_after_an_error(monkeypatch):
@@ -530,6 +590,17 @@ def test_recordings_are_deleted_all_at_once(monkeypatch):
     recorder.forget()
     assert len(gone)==2
 
+def test_no_two_recorders_share_a_stream(monkeypatch):
+    "PyTorch gives out 32 in turn; one that deletes its recordings takes the workspace of its stream with it."
+    streams = count()
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: next(streams) % 32)
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: None)
+    kept = recording.Recorder('cuda')
+    assert all(recording.Recorder('cuda').stream!=kept.stream for _ in range(40)) # each is gone at once
+    many = [kept, *(recording.Recorder('cuda') for _ in range(31))]
+    assert len({recorder.stream for recorder in many})==32
+    assert recording.Recorder('cuda').stream in range(32) # there are no more
+
 class Cramped(Recorder):
     "No memory is left to replay more than three images."
     def __init__(self):
@@ -558,6 +629,78 @@ def test_recordings_are_given_up_once_for_a_batch(static, tmp_path, monkeypatch)
     h = settings(tmp_path/'parts', evaluation_enabled=False)
     run = run_training(build_captioner(h, 'cpu'), data, h)
     assert run.micro_batch_size==3 and run.losses==pytest.approx(whole.losses, abs=1e-3)
+
+def record_with(monkeypatch, recorder):
+    "Let runs record with a stand-in."
+    class Recorded(StaticStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.recorder = recorder
+    monkeypatch.setattr(training, 'StaticStep', Recorded)
+
+class Keeper:
+    "Holds memory, like the cache of a writer, until it is asked for it."
+    def __init__(self):
+        self.held = True
+    def release(self):
+        had, self.held = self.held, False
+        return had
+
+def test_memory_of_others_is_asked_for_before_recordings_are_given_up(static, tmp_path, monkeypatch):
+    "After a validation, a new shape does not fit beside the recordings and what the writer holds."
+    h = settings(tmp_path/'all', evaluation_enabled=False)
+    data, keeper, recorder, backward = encoded(h), Keeper(), Recorder(), StaticStep._backward
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    def cramped(self, shape):
+        if keeper.held and self.recorded and shape not in self.recorded:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    record_with(monkeypatch, recorder)
+    may_release(keeper)
+    h = settings(tmp_path/'again', evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert not keeper.held and run.static.refused is None and recorder.made[-1].times
+    assert run.micro_batch_size is None and run.losses==whole.losses
+
+def test_a_failed_recording_is_freed_before_a_batch_is_halved(static, tmp_path, monkeypatch, caplog):
+    "The first of a run: what it has reserved stays until it is deleted, and then the step fits."
+    h = settings(tmp_path/'all', evaluation_enabled=False)
+    data, backward = encoded(h), StaticStep._backward
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    def cramped(self, shape):
+        if self.recorder.graphs:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    record_with(monkeypatch, Recorder(torch.OutOfMemoryError('CUDA out of memory')))
+    release_memory() # what other tests have left could be freed instead
+    h = settings(tmp_path/'again', evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert run.micro_batch_size is None and run.losses==whole.losses
+    assert sum('no memory for the recording' in r.message for r in caplog.records)==1
+
+class Small(Recorder):
+    "There is memory to record three images at a time."
+    def record(self, work):
+        if isinstance(work, partial) and work.args[0].images > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return super().record(work)
+
+def test_smaller_parts_are_recorded_although_whole_batches_were_not(static, tmp_path, monkeypatch):
+    h = settings(tmp_path/'all', evaluation_enabled=False)
+    data, recorder, backward = encoded(h), Small(), StaticStep._backward
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    def cramped(self, shape):
+        if self.refused and shape.images > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return backward(self, shape)
+    monkeypatch.setattr(StaticStep, '_backward', cramped)
+    record_with(monkeypatch, recorder)
+    h = settings(tmp_path/'parts', evaluation_enabled=False)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert run.micro_batch_size==3 and run.losses==pytest.approx(whole.losses, abs=1e-3)
+    assert run.static.refused is None and any(isinstance(played.work, partial) for played in recorder.made)
 
 def test_each_epoch_has_the_same_shapes_to_choose_from(static, tmp_path, monkeypatch):
     "Else a GPU would record all steps again in each epoch, since each draws other captions."
@@ -625,7 +768,9 @@ def test_threads_record_one_after_the_other(monkeypatch, method):
         time.sleep(.02)
         seen.append(len(inside))
         inside.pop()
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    class Stream:
+        def wait_stream(self, other): pass
+    stream = Stream()
     nothing = lambda *args, **how: nullcontext()
     for name, stand_in in dict(
         get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append,

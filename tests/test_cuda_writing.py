@@ -237,6 +237,25 @@ def test_without_memory_it_writes_as_before_and_says_so_once(model, prefixes, mo
         assert found == expected and not writer.held
     assert len([r for r in caplog.records if 'no memory for the recording' in r.message]) == 1
 
+def test_the_next_call_tries_again_after_memory_was_short(model, prefixes, monkeypatch, caplog):
+    "Another program may have left the card."
+    tries, step, writer = [], FixedRows.step, CudaWriter()
+    def short_once(self, longest):
+        tries.append(longest)
+        if len(tries)==1: raise torch.OutOfMemoryError('CUDA out of memory')
+        return step(self, longest)
+    def write(decoder, tokenizer, prefix, most, **options):
+        return plain(writer.generate_rows(model.decoder, model.tokenizer, prefix, most, 32, {}))
+    assert takes_fixed_cache(model.decoder) # this makes steps, too, and is asked once
+    monkeypatch.setattr(FixedRows, 'step', short_once)
+    monkeypatch.setattr(cuda_writing, 'generate_captions', write)
+    on_gpu = SimpleNamespace(device=torch.device('cuda'))
+    captioner = SimpleNamespace(decoder=on_gpu, tokenizer=None, prefix=prefixes, max_caption_length=8)
+    first = writer(captioner, 1)
+    assert len(tries)==1 and not writer.held
+    assert writer(captioner, 1)==first and len(tries) > 1 and writer.held
+    assert sum('no memory for the recording' in r.message for r in caplog.records) == 1
+
 def test_a_recording_that_does_not_fit_is_done_without_and_said_once(model, prefixes, monkeypatch, caplog):
     "Also where CUDA, once memory has run out, says no more than that the recording has failed."
     for error in (torch.OutOfMemoryError('CUDA out of memory'),
@@ -282,6 +301,7 @@ def test_what_recordings_reserve_is_not_free(model, monkeypatch):
         total_size=size, allocated_size=used, device=device, segment_pool_id=pool)
     room = takes_fixed_cache(model.decoder)*32 + 12*model.decoder.config.vocab_size # bytes of a row
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (4*room, 0))
+    monkeypatch.setattr(torch.cuda, 'get_allocator_backend', lambda: 'native')
     gpu = SimpleNamespace(device=torch.device('cuda', 0), config=model.decoder.config)
     monkeypatch.setattr(cuda_writing, 'takes_fixed_cache', lambda decoder: takes_fixed_cache(model.decoder))
     fits = lambda: CudaWriter()._fits(gpu, 1, 32)
@@ -290,6 +310,17 @@ def test_what_recordings_reserve_is_not_free(model, monkeypatch):
     assert not fits()
     held.append(part(room, 0))
     assert fits()
+
+def test_another_allocator_is_not_asked_what_it_holds(model, monkeypatch):
+    def refuse():
+        raise RuntimeError('Calling snapshot with backend:cudaMallocAsync is not meaningful')
+    monkeypatch.setattr(torch.cuda, 'get_allocator_backend', lambda: 'cudaMallocAsync')
+    monkeypatch.setattr(torch.cuda, 'memory_snapshot', refuse)
+    monkeypatch.setattr(cuda_writing, 'takes_fixed_cache', lambda decoder: takes_fixed_cache(model.decoder))
+    gpu = SimpleNamespace(device=torch.device('cuda', 0), config=model.decoder.config)
+    for free in (2**40, 8):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device, free=free: (free, 0))
+        assert CudaWriter()._fits(gpu, 1, 32)==(free > 8)
 
 def test_a_writer_can_be_asked_for_memory_again(monkeypatch):
     "It fills its cache in each epoch."

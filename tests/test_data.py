@@ -295,6 +295,14 @@ def test_a_killed_download_goes_on(hub, environment, load, files, whole, tmp_pat
     (found, sent), = load(dict(data='flickr30k', limit=limit))
     assert found == first(whole, limit, limit and 20) and sent < (.4 if limit else .55)*total, (sent, total)
 
+TWO = '''---
+configs:
+- config_name: de
+  data_files: de.csv
+- config_name: en
+  data_files: en.csv
+---
+'''
 FAULTS = {  # what is done to the hub, name of the data set, the error
     'missing': (
         lambda hub: None,
@@ -318,6 +326,18 @@ FAULTS = {  # what is done to the hub, name of the data set, the error
         lambda hub: hub.add('me/nothing', {'notes.txt~': b''}),
         'me/nothing',
         'FileNotFoundError: data set me/nothing: it lacks the files that are needed',
+    ),
+    'script': (
+        lambda hub: hub.add('me/old', {'old.py': b'', 'README.md': b''}),
+        'me/old',
+        'ValueError: data set me/old is a Python script, and none is run; many have a copy in parquet files:'
+        ' try data_revision refs/convert/parquet',
+    ),
+    'configurations': (
+        lambda hub: hub.add('me/two', {'README.md': TWO.encode(), 'de.csv': b'a\n1\n', 'en.csv': b'a\n1\n'}),
+        'me/two',
+        'ValueError: data set me/two has several configurations; load one in Python and pass it, as in'
+        " train(data=load_dataset('me/two', NAME))",
     ),
     'broken': (
         lambda hub: setattr(hub, 'status', 500),

@@ -1,5 +1,6 @@
 "The pool of child processes that decode images, and what may go wrong in them."
 import atexit, io, os, random, signal, struct, subprocess, sys, threading, time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 import numpy as np, psutil, pytest
@@ -10,7 +11,7 @@ from capnb import image_pool, many_images
 from capnb.image_pool import DecodingPool
 from capnb.many_images import decoding_pool, open_images
 from capnb.pixels import PixelSteps
-from capnb.images import ImageFile, TooManyPixels, measure_image, open_image
+from capnb.images import ImageFile, TooManyPixels, image_formats, measure_image, open_image
 
 GOOD = [saved(scene(random.Random(i)), 'PNG') for i in range(10)]
 
@@ -231,6 +232,23 @@ def test_what_waits_can_be_cancelled():
         assert same(pool.open(GOOD[1]), GOOD[1])
         assert first.exception() and second.cancelled()
 
+def test_a_pool_has_a_child_for_each_usable_core(monkeypatch):
+    "In a container or on a cluster these may be a few of many."
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    with DecodingPool() as pool:
+        assert pool.workers==2
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the system does not limit memory as Linux does')
+def test_jpeg_xl_is_decoded_on_a_machine_with_many_cores(monkeypatch):
+    pytest.importorskip('pillow_jxl')
+    image_formats()
+    file = saved(scene(random.Random(0)), 'JXL', lossless=True)
+    many = 'import pillow_jxl.JpegXLImagePlugin as plugin; plugin.DECODE_THREADS = 400; '
+    monkeypatch.setattr(image_pool, '_CHILD', many+image_pool._CHILD)
+    with DecodingPool(1) as pool:
+        assert same(pool.open(file), file)
+
 def test_a_closed_pool_has_no_children():
     with DecodingPool(3) as pool:
         assert list(pool.map(GOOD)) and until(lambda: len(pool.children)==3 or not list(pool.map(GOOD)))
@@ -302,6 +320,42 @@ def test_a_child_that_is_stopped_is_replaced():
         with pytest.raises(ValueError, match='bomb is not a readable image: decoding it took longer'):
             bomb.result(timeout=20)
         assert same(pool.open(GOOD[0]), GOOD[0])
+
+STOPPED = """
+import random, sys, time
+sys.path[:0] = [{tests!r}]
+from damage import saved, scene
+from capnb import image_pool
+slow = 'import time, capnb.image_pool as p; a = p._answer; p._answer = lambda *x: time.sleep(.5) or a(*x); '
+image_pool._CHILD = image_pool._CHILD.replace('decode_requests(m', slow+'decode_requests(m')
+with image_pool.DecodingPool(1, seconds=1.5) as pool:
+    found = pool.map([saved(scene(random.Random(i)), 'PNG') for i in range(6)])
+    next(found)
+    time.sleep(.1)
+    print('at work', flush=True)
+    print(*(image for image in found if isinstance(image, ValueError)))
+"""
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='the system stops no processes')
+def test_the_time_for_which_all_are_stopped_does_not_count(tmp_path, environment):
+    "As by Ctrl-Z, or by a cluster that suspends a job: pool and children stand still, and go on later."
+    (tmp_path/'work.py').write_text(STOPPED.format(tests=str(Path(__file__).parent)))
+    with subprocess.Popen(
+        [sys.executable, tmp_path/'work.py'],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout.readline()=='at work\n'
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(4) # longer than the pool's limit and a child's own
+            os.killpg(process.pid, signal.SIGCONT)
+            assert process.communicate(timeout=60)[0].strip()==''
+        finally:
+            with suppress(ProcessLookupError): # it has ended
+                os.killpg(process.pid, signal.SIGKILL)
 
 def test_two_threads_get_one_pool(monkeypatch):
     "Both ask before there is one."

@@ -8,6 +8,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from damage import saved
 from forks import fork
+from capnb import images
 from capnb.fast import cache as enc
 from capnb.build import build_captioner
 from capnb.settings import Hyperparameters, as_hyperparameters
@@ -26,9 +27,10 @@ def encode_pages(folder, number):
 
 shards = lambda folder: sorted(Path(folder).glob('*/*.npy'))
 
-def test_a_gpu_encodes_many_at_a_time_in_one_thread():
+@pytest.mark.parametrize('kind', ['cuda', 'mps', 'xpu'])
+def test_a_gpu_encodes_many_at_a_time_in_one_thread(kind):
     "Its libraries take memory for each thread that calls them; and starting its work costs the readers time."
-    encoder, threads = SimpleNamespace(device=torch.device('cuda')), []
+    encoder, threads = SimpleNamespace(device=torch.device(kind)), []
     def encode(seen):
         threads.append(get_ident())
         return seen
@@ -54,6 +56,26 @@ def count(encoder, monkeypatch):
         enc.ImageEncoder, 'forward', lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels)
     )
     return lambda: sum(seen)
+
+def test_there_are_as_many_threads_as_usable_cores(encoder, pages, tmp_path, monkeypatch):
+    "In a container or on a cluster these may be a few of many."
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    numbers, ahead = [], enc._ahead
+    def noted(do, n, threads, *more):
+        numbers.append(threads)
+        return ahead(do, n, threads, *more)
+    monkeypatch.setattr(enc, '_ahead', noted)
+    encode_data(encoder, CaptionData(pages[:4]), folder=tmp_path)
+    assert numbers==[3]
+
+def test_what_was_encoded_before_an_error_is_kept(encoder, pages, count, tmp_path):
+    rows = [*pages[:39], dict(image=b'no image', captions=['A card.'])]
+    with pytest.raises(ValueError, match='row 39'):
+        encode_data(encoder, CaptionData(rows), 8, folder=tmp_path, threads=1)
+    assert count()==32
+    again = encode_data(encoder, CaptionData(pages[:39]), 8, folder=tmp_path)
+    assert count()==39 and len(again.features)==39
 
 def test_killed_pass_goes_on(encoder, count, tmp_path):
     process = fork(encode_pages, tmp_path, 1500)
@@ -291,3 +313,16 @@ def test_an_image_of_no_more_than_twice_what_is_needed_stays_as_it_is(encoder):
     side = 2*encoder.min_side-1
     file = photograph((side+90, side))('JPEG', quality=90)
     assert open_image(file, min_side=encoder.min_side).tobytes() == open_image(file).tobytes()
+
+def test_a_file_that_is_too_large_to_read_whole_is_opened_where_it_lies(encoder, tmp_path, monkeypatch):
+    "Such as a film that is named like an image: reading it would fill the memory."
+    (tmp_path/'film.png').write_bytes(b'film'*300)
+    (tmp_path/'scan.bmp').write_bytes(saved(Image.effect_noise((64, 64), 50).convert('RGB'), 'BMP'))
+    expected = encoder.encode([tmp_path/'scan.bmp'])
+    for module in (enc, images):
+        monkeypatch.setattr(module, 'MOST_FILE', 1000)
+    monkeypatch.setattr(Path, 'read_bytes', lambda self: pytest.fail(f'{self} was read'))
+    rows = [dict(image=str(tmp_path/name), caption='A card.') for name in ('scan.bmp', 'film.png')]
+    assert torch.equal(encode_data(encoder, CaptionData(rows[:1])).features, expected.half().float())
+    with pytest.raises(ValueError, match='row 1: .*its content is of no known format'):
+        encode_data(encoder, CaptionData(rows))

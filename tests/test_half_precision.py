@@ -115,6 +115,17 @@ def test_fp16_on_a_cpu_is_refused(data, tmp_path, monkeypatch):
     plain, half = (trained(data, tmp_path/kind, mixed_precision=kind, max_steps=3) for kind in ('no', 'bf16'))
     assert half.losses != plain.losses and half.losses == pytest.approx(plain.losses, rel=.02)
 
+@pytest.mark.parametrize('asked', ['no', 'bf16', None])
+def test_a_decoder_in_float16_gets_a_scaled_loss(data, scaled, tmp_path, asked):
+    "Whatever is asked: its small gradients would become zero."
+    scaled(init_scale=2.**10, growth_interval=3)
+    steps, settings = Steps(), SMALL | dict(mixed_precision=asked, max_steps=3)
+    h = as_hyperparameters(**settings, output_dir=str(tmp_path))
+    model = build_captioner(h, 'cpu')
+    model.decoder.half()
+    run = run_training(model, data, h, [steps])
+    assert steps.scales==[2.**10, 2.**10, 2.**11] and run.metadata['mixed_precision']=='fp16'
+
 def test_saving_leaves_the_model_as_it_is(tmp_path):
     tokenizer = train_tokenizer(['A red cat.'])
     lm = small_qwen3(tokenizer)

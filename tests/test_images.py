@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
 from capnb.image_pool import DecodingPool
-from capnb.images import find_images, image_formats, open_image
+from capnb.images import find_images, image_formats, open_image, use_one_thread
 from capnb.run.scale.sources import Source
 
 def outcome(file):
@@ -205,6 +205,39 @@ def test_formats_of_the_extra_are_images_as_others(suffix, package, tmp_path):
     with DecodingPool(1) as pool:
         for found in (open_image(path), open_image(path.read_bytes()), pool.open(path)):
             assert found.size == (64, 48) and ImageStat.Stat(ImageChops.difference(found, image)).mean < [8]*3
+
+def test_decoders_of_a_process_that_is_one_of_several_use_one_thread(monkeypatch):
+    "As many in each as there are cores would take its memory, and the cores from the others."
+    image_formats()
+    settings = [ # module, its setting, and the value for one thread
+        ('PIL.AvifImagePlugin', 'DEFAULT_MAX_THREADS', 1),
+        ('pillow_jxl.JpegXLImagePlugin', 'DECODE_THREADS', 0),
+        ('pillow_heif.options', 'DECODE_THREADS', 1),
+    ]
+    here = [row for row in settings if row[0] in sys.modules]
+    for module,setting,_ in here:
+        monkeypatch.setattr(sys.modules[module], setting, 7)
+    use_one_thread()
+    assert here==[(module, setting, getattr(sys.modules[module], setting)) for module,setting,_ in here]
+
+@pytest.mark.parametrize('kind, size', [('pixels', (48, 32)), ('photograph', (32, 48))])
+def test_jpeg_xl_is_turned_once(kind, size, tmp_path):
+    """The decoder turns pixels of its own as their header says, and EXIF data is only a note of that; a
+    photograph that was packed as it was comes as it was, to be turned."""
+    pytest.importorskip('pillow_jxl')
+    image_formats()
+    image, exif, path = scene(random.Random(6)), tiff(ENTRIES), tmp_path/'a.jxl'
+    if kind=='pixels':
+        image.save(path, exif=exif, lossless=True)
+    else:
+        (tmp_path/'a.jpg').write_bytes(jpeg(image, exif, b'', b''))
+        Image.open(tmp_path/'a.jpg').save(path, lossless_jpeg=True)
+    with Image.open(path) as stored:
+        assert stored.size==(48, 32) and b'II*' in stored.info['exif']
+    found = open_image(path)
+    assert found.size==found.info['original_size']==size
+    if kind=='pixels':
+        assert found.tobytes()==image.tobytes()
 
 def test_many_large_images_are_never_held_whole(tmp_path):
     """Sixteen images of 12 megapixels, 48 MB each once they are decoded, in this process and its children

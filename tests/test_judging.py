@@ -16,6 +16,7 @@ from capnb.insight.report.clipscore import ClipScorer, clip_parts
 from capnb.insight.report.judged import judge
 from capnb.insight.report.page import image_uri, report_page, training_charts
 from capnb.insight.report.slices import image_slices, slices, worst_first
+from capnb.run import scoring
 from capnb.run.eval import eval_command
 from capnb.evaluation import score, score_parts
 from capnb.insight.facts import Facts
@@ -308,9 +309,7 @@ def test_what_predictions_are_of_must_be_said(written, made, capsys):
     assert 'give one of them' in refused(
         capsys, 'model_state_dict_x.pth', '--predictions', file, '--data', 'storybook'
     )
-    assert 'give one of them' in refused(
-        capsys, '--best', '--folder', made / 'saved_models', '--predictions', file, '--data', 'storybook'
-    )
+    assert 'give one of them' in refused(capsys, '--best', '--predictions', file, '--data', 'storybook')
     assert 'a checkpoint knows its data' in refused(
         capsys, '--folder', made / 'saved_models', '--data', 'storybook'
     )
@@ -335,6 +334,52 @@ def test_another_checkpoint_is_looked_at_before_captions_are_written(made, tmp_p
     assert 'gone.pth has no metadata' in said
     said = refused(capsys, '--folder', made/'saved_models', '--against', shipped_checkpoint())
     assert 'was trained on storybook, not on' in said
+
+@pytest.fixture
+def trained_on(tmp_path, monkeypatch):
+    "Make a checkpoint of data by name, without its weights."
+    monkeypatch.chdir(tmp_path)
+    def trained_on(data):
+        metadata = json.loads(metadata_path(shipped_checkpoint()).read_text(encoding='utf-8'))
+        metadata['hyperparameters']['data'] = data
+        path = tmp_path/shipped_checkpoint().name
+        metadata_path(path).write_text(json.dumps(metadata), encoding='utf-8')
+        return path
+    return trained_on
+
+@pytest.mark.parametrize('data', ['photos', 'photos/', './photos', '{here}/photos'])
+def test_a_folder_has_several_spellings(data, trained_on, tmp_path):
+    scoring.check_comparable(trained_on('photos'), data.format(here=tmp_path))
+    with pytest.raises(ValueError, match='was trained on flickr30k'):
+        scoring.check_comparable(trained_on('flickr30k'), data.format(here=tmp_path))
+
+def test_a_rival_that_fails_costs_no_captions(made, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise ValueError('other images')
+    monkeypatch.setattr(scoring.Judgement, 'against', fail)
+    files = {f'--{name}': tmp_path/name for name in ('csv', 'json_file', 'coco_results')}
+    checkpoint = next((made/'saved_models').glob('*-2.pth'))
+    said = refused(capsys, checkpoint, '--against', checkpoint, *(w for pair in files.items() for w in pair))
+    assert 'other images' in said
+    assert len(json.loads(files['--coco_results'].read_text())) == N
+    assert len(json.loads(files['--json_file'].read_text())['test']['captions']) == N
+    assert len(files['--csv'].read_text().splitlines()) == N+1
+
+@pytest.mark.parametrize('changed', [None, 'test', 'train'])
+def test_floors_of_other_images_are_not_taken(changed, made, tmp_path):
+    checkpoint = next((made/'saved_models').glob('*-2.pth'))
+    path = tmp_path/checkpoint.name
+    shutil.copy(checkpoint, path)
+    metadata = json.loads(metadata_path(checkpoint).read_text(encoding='utf-8'))
+    known = metadata['test']['floors']
+    metadata['test']['floors'] = 'known'
+    if changed == 'test':
+        metadata['test']['pictures'] -= 1
+    if changed == 'train':
+        metadata['data']['train'] -= 1
+    metadata_path(path).write_text(json.dumps(metadata), encoding='utf-8')
+    found = scoring.score_checkpoint(path, 'test').splits['test'][3]['floors']
+    assert json.loads(json.dumps(found)) == (known if changed else 'known')
 
 def test_both_sides_are_compared_alike(made, monkeypatch):
     from capnb.run import scoring

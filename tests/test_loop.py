@@ -1,9 +1,10 @@
 """The loop of the course stays small and plain: few lines, no files, and nothing of the tracks that build on
 it."""
-import ast, inspect, os, signal
+import ast, inspect, os, re, signal
+from collections import OrderedDict
 from contextlib import nullcontext
 from types import SimpleNamespace
-import pytest, torch
+import numpy as np, pytest, torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from capnb import training
@@ -14,7 +15,8 @@ from capnb.encoder import EncodedData, encode_data
 from capnb.run import training as runs
 from capnb.run.epochs import EarlyStopping
 from capnb.run.live_training import LiveTraining
-from capnb.run.resume import SavedRun, find_state, load_state, read_state, resumed_hyperparameters
+from capnb.checkpoint import read_tensors, save_tensors
+from capnb.run.resume import SavedRun, _kept, find_state, load_state, read_state, resumed_hyperparameters
 from capnb.run.signals import how_to_go_on, stoppable
 from capnb.run.trackers import Samples
 from capnb.run.training import SharedStep, optimizer_for, run_training
@@ -24,7 +26,7 @@ from capnb.optimizer import make_optimizer
 from capnb.scores import Scores
 from capnb.storybook import Storybook
 from capnb.validation import validate
-from capnb.batches import epoch_batches
+from capnb.batches import EpochBatches, epoch_batches
 
 TREE = ast.parse(inspect.getsource(training))
 FUNCTIONS = {n.name: n for n in TREE.body if isinstance(n, ast.FunctionDef)}
@@ -366,6 +368,22 @@ def until_the_cut(encoded, h, *callbacks, state=None):
         run_training(build_captioner(h, 'cpu'), encoded, h, callbacks, state)
     return read_state(find_state(h.output_dir))
 
+class FirstTwo(Callback):
+    "Only two images of each batch, and the batches in another order."
+    def on_epoch_begin(self, run):
+        rows = [rows[:2] for rows in reversed(run.batches.rows)]
+        run.batches = EpochBatches(run.batches.data, run.batches.captions, rows)
+
+@pytest.mark.parametrize('static', [False, True], ids=['shared', 'static'])
+def test_each_stepper_takes_the_batches_of_a_callback(encoded, tmp_path, monkeypatch, static):
+    monkeypatch.setattr(runs, 'on_gpu', lambda model: static) # static steps, here on a CPU
+    h = small(tmp_path)
+    model = build_captioner(h, 'cpu')
+    optimizer, data = optimizer_for(model, h, 4), dict(train=encoded['train'])
+    plain = fit(model, data, 1, 8, optimizer=optimizer, callbacks=[FirstTwo()])
+    run = run_training(build_captioner(h, 'cpu'), encoded, h, [FirstTwo()])
+    assert bool(run.static)==static and run.losses==pytest.approx(plain.losses, rel=1e-4)
+
 def test_a_run_gets_the_device_of_its_own_model(encoded, tmp_path):
     "An earlier run of this process may have been on another device."
     AcceleratorState._reset_state(True)
@@ -424,6 +442,20 @@ def test_a_run_that_a_callback_ended_does_not_train_on(encoded, tmp_path):
     longer = resumed_hyperparameters(state, dict(num_epochs=4))
     assert run_training(build_captioner(h, 'cpu'), encoded, longer, state=state).epoch==4
 
+class Mode(Callback):
+    "Notes whether the model is in training mode at the end."
+    def __init__(self):
+        self.training = []
+    def on_train_end(self, run):
+        self.training.append(run.model.training)
+
+def test_a_run_that_only_has_to_be_scored_is_not_in_training(encoded, tmp_path):
+    "Its last epoch was closed by another process; dropout would change the captions."
+    h, mode = small(tmp_path, feature_dropout=.5), Mode()
+    state = until_the_cut(encoded, h, mode, PowerCut('on_train_end'))
+    run_training(build_captioner(h, 'cpu'), encoded, h, [mode], state)
+    assert mode.training==[False, False]
+
 class Best(Callback):
     keeps = ('best',)
     def on_epoch_end(self, run):
@@ -434,6 +466,49 @@ def test_what_a_callback_had_not_noted_yet(encoded, tmp_path):
     state = until_the_cut(encoded, h, Best(), PowerCut('on_step_end', step=2))
     run = run_training(build_captioner(h, 'cpu'), encoded, h, [last], state)
     assert last.best==min(run.losses)
+
+@pytest.mark.parametrize('first, later, told', [
+    ([Best()], [], 'had a callback Best'),
+    ([], [Best()], 'had no callback Best'),
+], ids=['without', 'with'])
+def test_a_run_goes_on_with_the_callbacks_that_it_began_with(encoded, tmp_path, first, later, told):
+    "Neither without one that keeps something nor with a new one."
+    h = small(tmp_path)
+    run_training(build_captioner(h, 'cpu'), encoded, h, first)
+    state, before = read_state(find_state(tmp_path)), find_state(tmp_path).read_bytes()
+    longer = resumed_hyperparameters(state, dict(num_epochs=2))
+    with pytest.raises(ValueError, match=rf'{told}; go on in Python, .*train\(callbacks='):
+        run_training(build_captioner(h, 'cpu'), encoded, longer, later, state)
+    assert find_state(tmp_path).read_bytes()==before
+    assert run_training(build_captioner(h, 'cpu'), encoded, longer, first, state).epoch==2
+
+class Mean(Callback):
+    keeps = ('mean',)
+    def on_step_end(self, run):
+        self.mean = np.mean(run.losses)
+
+def test_what_no_state_can_hold_is_told_before_one_is_written(encoded, tmp_path):
+    h = small(tmp_path)
+    with pytest.raises(ValueError, match='callback Mean: mean is a float64'):
+        run_training(build_captioner(h, 'cpu'), encoded, h, [Mean()])
+    assert read_state(find_state(tmp_path))['position']['losses']==[]
+
+NUMPY = [np.float64(1), np.ones(2), [np.float64(1)], {'a': {np.int64(1): 1}}]
+
+@pytest.mark.parametrize('value', NUMPY, ids=str)
+def test_numbers_of_numpy_are_no_plain_data(value):
+    last = Best()
+    last.best = value
+    with pytest.raises(ValueError, match='callback Best: best is a .*keep plain data and tensors'):
+        _kept([last])
+
+def test_plain_data_and_tensors_are_kept_as_they_are(tmp_path):
+    last = Best()
+    last.best = {'a': [1, 2.5, None, True], 2: ({'text'}, torch.ones(2)), 'rest': OrderedDict(b=(3,))}
+    save_tensors(tmp_path/'kept.pt', _kept([last]))
+    kept = read_tensors(tmp_path/'kept.pt')['Best']['best']
+    assert {**kept, 2: None}=={**last.best, 2: None}
+    assert kept[2][0]=={'text'} and torch.equal(kept[2][1], torch.ones(2))
 
 def test_a_run_from_a_cpu_gets_a_new_scaler(encoded, tmp_path):
     h = small(tmp_path)
@@ -477,6 +552,13 @@ def test_the_advice_is_for_the_way_it_was_started(change, told, tmp_path):
     "A command cannot have data or an encoder that were passed in Python."
     h = small(tmp_path, **change)
     assert f'go on with: {told}' in how_to_go_on(SavedRun(None, {}, h=h, stamp='20260101_120000'))
+
+def test_the_advice_names_callbacks_that_a_command_does_not_have(tmp_path):
+    run = SavedRun(None, {}, h=small(tmp_path), stamp='20260101_120000')
+    run.callbacks = [runs.Begin(), Samples({})]
+    assert 'go on with: capnb_train --resume' in how_to_go_on(run)
+    run.callbacks.append(OneEpoch())
+    assert re.search(r'go on with: train\(resume=.*, and the same .*callbacks as before', how_to_go_on(run))
 
 def test_a_widget_shows_an_epoch_that_is_closed_again_once(encoded, tmp_path):
     "An error after the widget was told of the epoch; `max_steps` ends the second epoch."

@@ -5,7 +5,9 @@ from accelerate import Accelerator
 from capnb.build import build_captioner
 from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
-from capnb.out_of_memory import SHORT, in_slices, may_release, memory_ran_out
+from capnb.encoder import EncodedData
+from capnb.evaluation import nearest_captions
+from capnb.out_of_memory import ADVICE, SHORT, in_slices, may_release, memory_ran_out
 from capnb.fast.cache import encode_data
 from capnb.fast.cuda.writing import CudaWriter
 from capnb.storybook import Storybook
@@ -201,6 +203,38 @@ def test_training_raises_what_a_single_caption_raised(model, error):
         backward(run, Accelerator(cpu=True), optimizer, torch.zeros(4, model.encoder.width), ['a cat']*4)
     assert raised.value is error and run.micro_batch_size == 1
 
+@pytest.mark.parametrize(
+    'part, name', [('load_encoder', 'storybook-clip'), ('load_decoder', 'storybook-qwen3')]
+)
+def test_a_card_too_full_for_the_models_is_told(monkeypatch, part, name):
+    def full(*args, **kwargs):
+        raise SURE[0]
+    monkeypatch.setattr(f'capnb.build.{part}', full)
+    with pytest.raises(ValueError, match=f"out of memory while '{name}' was loaded; what helps: a smaller"):
+        build_captioner(as_hyperparameters(), 'cpu')
+
+@pytest.mark.parametrize('error', [PERHAPS[0], OTHERS[0]], ids=str)
+def test_another_error_of_loading_is_raised_as_it_is(monkeypatch, error):
+    def fails(*args, **kwargs):
+        raise error
+    monkeypatch.setattr('capnb.build.load_decoder', fails)
+    with pytest.raises(RuntimeError) as raised:
+        build_captioner(as_hyperparameters(), 'cpu')
+    assert raised.value is error
+
+def test_with_fsdp_no_process_takes_fewer_alone(monkeypatch):
+    "The others would wait for its layers, or get those of another one."
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    sizes = []
+    def full(here):
+        sizes.append(here.stop-here.start)
+        raise SURE[0]
+    with pytest.raises(ValueError) as told:
+        list(in_slices(full, 8, 4))
+    assert 'with FSDP a process cannot take fewer alone' in str(told.value) and ADVICE in str(told.value)
+    assert sizes==[4]
+
 def test_training_asks_the_writer_before_it_halves(model, capsys):
     class Cramped:
         tokenizer, decoder, max_caption_length = model.tokenizer, model.decoder, 8
@@ -223,3 +257,14 @@ def test_a_writer_that_fills_its_cache_in_each_attempt_gives_back_once_for_each_
         if sizes[-1] > 1: raise SURE[0]
         return sizes[-1]
     assert list(in_slices(do, 4, 4))==[1]*4 and sizes==[4, 4, 2, 2, 1, 1, 1, 1]
+
+def test_nearest_captions_read_features_in_parts():
+    sizes, kept = [], torch.rand(2500, 3, 8)
+    class Stored: # as features in the cache of a disk
+        def __getitem__(self, here):
+            sizes.append(len(kept[here]))
+            return kept[here]
+    rows = [dict(captions=[str(i)]) for i in range(len(kept))]
+    train, data = EncodedData(kept.flip(0), rows[::-1]), EncodedData(Stored(), rows)
+    assert nearest_captions(train, data) == [str(i) for i in range(len(kept))]
+    assert sum(sizes) == len(kept) and max(sizes) <= 1000

@@ -1,8 +1,9 @@
 "An image encoder that is passed as a Python object: trained with, saved, loaded, cached and served."
-import base64, io, json, signal, socket, time, urllib.request
+import base64, io, json, random, signal, socket, time, urllib.request
 import numpy as np
 import pytest, torch
 from PIL import Image
+from damage import ENTRIES, jpeg, scene, tiff
 from forks import ForkedScript
 from mean_colours import MeanColours
 from torch import nn
@@ -183,6 +184,19 @@ def test_a_file_is_encoded_as_it_is_captioned(own, tmp_path):
     white = encoder.encode([Image.new('RGB', (64, 64), 'white')])
     for same in (clear, tmp_path/'clear.png', str(tmp_path/'clear.png')):
         assert torch.equal(encoder.encode([same]), white)
+
+@pytest.mark.parametrize('own', [False, True], ids=['named', 'own'])
+def test_an_opened_image_is_encoded_as_its_file(own, tmp_path):
+    "What a file says of its pixels holds: which side is up, and which colour is transparent."
+    encoder = OwnEncoder(MeanColours(), 'cpu') if own else load_encoder('storybook-clip', 'cpu')
+    image = scene(random.Random(4), (96, 64))
+    (tmp_path/'turned.jpg').write_bytes(jpeg(image, tiff(ENTRIES), b'', b''))
+    image.paste((255, 0, 0), (0, 0, 48, 64))
+    image.save(tmp_path/'clear.png', transparency=(255, 0, 0))
+    for name in ('turned.jpg', 'clear.png'):
+        plain = Image.open(tmp_path/name)
+        assert plain.mode=='RGB'
+        assert torch.equal(encoder.encode([plain]), encoder.encode([tmp_path/name]))
 
 def test_it_has_no_form_as_a_llava(trained):
     with pytest.raises(ValueError, match='a module that was passed in Python'):

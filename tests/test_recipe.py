@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
+from capnb.adapter import Standardize
 from capnb.saving import load_model_from_checkpoint, save_checkpoint
 from capnb.build import build_captioner, measure_features
 from capnb.checkpoint import read_weights
@@ -60,6 +61,19 @@ def test_features_are_measured_on_the_training_images_and_kept(form, tmp_path):
         assert torch.equal(t, again.adapter.state_dict()[name]), name
     features = data['validation'].features
     assert torch.equal(again.prefix(features), run.model.eval().prefix(features))
+
+def test_large_images_are_measured_a_few_at_a_time():
+    "Each has four million numbers."
+    class Large:
+        def __len__(self): return 6
+        def __getitem__(self, some):
+            n = len(range(6)[some])
+            read.append(n)
+            return torch.full((), 2.).expand(n, 2**12, 2**10)
+    read, standard = [], Standardize(2**10)
+    standard.measure(Large())
+    assert sum(read) >= 6 and max(read) <= 4
+    assert (standard.mean==2).all() and (standard.std==1).all() # the same in all: only shifted
 
 def test_without_the_option_nothing_is_measured_and_files_are_as_before(tmp_path):
     h = settings(tmp_path)

@@ -35,6 +35,21 @@ def test_random_numbers_of_another_gpu_are_kept(monkeypatch):
     set_random_state(random_state(place), place)
     assert kept=={place: 'state of cuda:1'}
 
+@pytest.mark.parametrize('first, then', [('mps', 'cuda'), ('cuda', 'mps'), ('mps', 'cpu')])
+def test_random_numbers_of_another_kind_of_device_are_left(monkeypatch, first, then):
+    put = []
+    for kind in ('cuda', 'mps'):
+        read = lambda *at, kind=kind: f'state of {kind}'
+        write = lambda state, *at, kind=kind: put.append((kind, state))
+        monkeypatch.setattr(f'torch.{kind}.get_rng_state', read)
+        monkeypatch.setattr(f'torch.{kind}.set_rng_state', write)
+    state = random_state(torch.device(first))
+    drawn = torch.rand(3)
+    set_random_state(state, torch.device(then))
+    assert put==[] and torch.equal(torch.rand(3), drawn)
+    set_random_state(state, torch.device(first))
+    assert put==[(first, f'state of {first}')]
+
 def test_a_copy_is_not_the_newest_run(tmp_path):
     (tmp_path/'training_state_20260101_120000.pt').touch()
     (tmp_path/'training_state_backup.pt').touch()

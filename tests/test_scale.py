@@ -1,10 +1,10 @@
 """Captions at scale: a worker is killed, a whole job is killed, and still every image is captioned exactly
 once."""
-import ipaddress, os, signal, subprocess, sys, tarfile, time
+import ipaddress, json, os, signal, subprocess, sys, tarfile, time
 from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch
-import psutil, pytest
+import psutil, pytest, torch
 import pyarrow as pa, pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
@@ -311,6 +311,103 @@ def jobs(monkeypatch):
     note = lambda source, out, worker, arguments, job, **more: found.append(job)
     monkeypatch.setattr(jobs_module, 'run_job', note)
     return found
+
+def test_options_are_the_same_after_json(tmp_path, jobs):
+    "And those that have no effect make no other job."
+    Storybook('test')[0]['image'].save(tmp_path/'a.png')
+    fs, out = LocalFileSystem(), tmp_path/'out'
+    options = dict(bad_words_ids=[(1, 2)]), dict(bad_words_ids=[[1, 2]], num_beams=1, do_sample=False)
+    for each in options:
+        caption_images(str(tmp_path), str(out), shipped_checkpoint(), options=each)
+    out.mkdir()
+    before = dict(jobs[0], options=options[1]) # as an earlier version has written it
+    (out/'_job.json').write_text(json.dumps(before), encoding='utf-8')
+    for folder in (out, tmp_path/'out.progress'):
+        folder.mkdir(exist_ok=True)
+        pq.write_table(pa.table(dict(id=['a.png'])), folder/'1.parquet')
+    for job in jobs:
+        jobs_module._same_job(fs, str(out), job)
+    with pytest.raises(ValueError, match='another job: its options was'):
+        jobs_module._same_job(fs, str(out), dict(jobs[0], options=dict(num_beams=3)))
+
+def test_options_that_are_no_plain_data_are_refused_at_once(tmp_path, jobs):
+    Storybook('test')[0]['image'].save(tmp_path/'a.png')
+    options = dict(logits_processor=[object()])
+    with pytest.raises(ValueError, match='they must be plain data'):
+        caption_images(str(tmp_path), str(tmp_path/'out'), shipped_checkpoint(), options=options)
+    assert not jobs
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    "A folder with an image. The settings with which a cluster would have been started are in `asked`."
+    asked = []
+    def begin(*settings):
+        asked.append(settings)
+        raise ValueError('a cluster would start')
+    monkeypatch.setattr(jobs_module, 'cluster', begin)
+    (tmp_path/'pages').mkdir()
+    Storybook('test')[0]['image'].save(tmp_path/'pages'/'a.png')
+    return SimpleNamespace(folder=tmp_path/'pages', asked=asked)
+
+def test_two_jobs_do_not_share_an_output(pages, tmp_path):
+    job = str(pages.folder), str(tmp_path/'new'/'out'), shipped_checkpoint()
+    with jobs_module._alone(LocalFileSystem(), job[1]), pytest.raises(ValueError, match='another job writes'):
+        caption_images(*job)
+    with pytest.raises(ValueError, match='a cluster would start'):
+        caption_images(*job)
+    assert len(pages.asked) == 1 and not list((tmp_path/'new').iterdir()) # no lock is left
+
+def test_an_output_inside_its_source_is_refused(pages):
+    for out in (pages.folder, pages.folder/'captions', pages.folder/'a'/'b'):
+        with pytest.raises(ValueError, match='is inside the source'):
+            caption_images(str(pages.folder), str(out), shipped_checkpoint())
+    with pytest.raises(ValueError, match='a cluster would start'):
+        caption_images(str(pages.folder), f'{pages.folder}-captions', shipped_checkpoint())
+
+def test_an_output_beside_the_folder_of_a_shell_is_not_inside(pages, monkeypatch):
+    monkeypatch.chdir(pages.folder)
+    for source, out, said in (
+        ('.', '../captions', 'a cluster would start'),
+        (pages.folder, f'{pages.folder.parent}/./pages/captions', 'is inside the source'),
+        ('../pages', 'captions', 'is inside the source'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            caption_images(str(source), out, shipped_checkpoint())
+
+@pytest.mark.parametrize('settings, threads', [
+    (dict(), 1), (dict(gpus=1), 8), (dict(gpus=1, workers=64), 1), (dict(gpus=1, threads=2), 2)
+])
+def test_a_worker_on_a_gpu_decodes_with_several_children(pages, tmp_path, monkeypatch, settings, threads):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64), raising=False)
+    with pytest.raises(ValueError, match='a cluster would start'):
+        caption_images(str(pages.folder), str(tmp_path/'out'), shipped_checkpoint(), **settings)
+    assert [asked[1] for asked in pages.asked] == [threads]
+
+def test_a_read_task_does_not_carry_all_names(pages, monkeypatch):
+    import ray.data
+    monkeypatch.setattr(ray.data, 'read_datasource', lambda images, **more: images)
+    sizes = []
+    for n in (10, 1000):
+        source = Source(str(pages.folder))
+        source.files |= {f'{pages.folder}/{i:040}.png': 1 for i in range(1, n)}
+        task = jobs_module._rows(ray, source).get_read_tasks(n)[0]
+        assert [row['id'][0].as_py() for row in task()] == ['a.png']
+        sizes.append(len(ray.cloudpickle.dumps(task)))
+    assert sizes[1] < 2*sizes[0]
+
+def test_features_that_do_not_fit_are_told(monkeypatch):
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    worker = jobs_module.FeatureWorker('cpu', 1, dict(name='storybook-clip'))
+    encoded = torch.tensor([[1., 2.], [1e5, 1.], [65504., -3.]])
+    monkeypatch.setattr(worker.encoder, 'encode', lambda images: encoded)
+    errors = [None, None, 'it cannot be read', None]
+    image = Storybook('test')[0]['image']
+    monkeypatch.setattr(jobs_module, '_open_rows', lambda *args: ([image]*3, errors))
+    found = worker(pa.table(dict(id=list('abcd')))).to_pydict()
+    worker.pool.close()
+    assert found['features'] == [[1, 2], None, None, [65504, -3]]
+    assert found['error'] == [None, 'its features do not fit half precision', 'it cannot be read', None]
 
 def test_another_column_is_another_job(tmp_path, jobs):
     pq.write_table(pa.table(dict(left=[b'x'], right=[b'y'])), tmp_path/'p.parquet')

@@ -1,6 +1,7 @@
 "Scores that stay right whatever a caption is made of: white space, nothing at all, and every script."
 import csv, json, random, string
 from types import SimpleNamespace
+from unittest.mock import Mock
 import numpy as np, pytest
 from rouge_score.rouge_scorer import RougeScorer
 from capnb.files import write_json
@@ -10,7 +11,7 @@ from capnb.generation import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import rouge_l, score, score_parts, text_statistics
 from capnb.score_tables import BY_CHARACTER, score_table
-from capnb.insight.coco import _coco_words, coco_tools
+from capnb.insight.coco import _coco_words, _meteor_sums, coco_tools
 from capnb.insight.facts import Facts, fact_counts, facts_scores
 from capnb.insight.report.slices import image_slices
 from capnb.run.predictions import read_predictions
@@ -173,6 +174,16 @@ def test_a_java_that_stops_early_is_told(lines):
     tool = SimpleNamespace(PTBTokenizer=lambda: SimpleNamespace(tokenize=lambda plain: lines))
     with pytest.raises(ValueError, match='stopped before the last caption'):
         _coco_words(['A cat.', 'A dog.'], [['A cat.'], ['A dog.']], tool)
+
+@pytest.mark.parametrize(
+    'lines',
+    [[''], ['1 '*22], ['1 '*23, ''], ['1 '*23, BrokenPipeError()]],
+    ids=['nothing', 'half a line', 'one line', 'a closed pipe'],
+)
+def test_a_meteor_that_stops_early_is_told(lines):
+    said = {i: ['a cat'] for i in range(len(lines))}
+    with pytest.raises(ValueError, match='METEOR stopped before the last caption'):
+        _meteor_sums(SimpleNamespace(_stat=Mock(side_effect=lines)), said, said)
 
 def test_a_tokenizer_that_may_not_write_is_told_early(monkeypatch):
     def refuse(path):

@@ -23,7 +23,7 @@ from capnb.run.serving.desk import Place
 from capnb.run.serving.limits import Limits, client_of, connection_class
 from capnb.run.serving.load import load_report, memory, send_load
 from capnb.run.serving.page import PAGE
-from capnb.run.serving.server import _server_class
+from capnb.run.serving.server import _litserve, _lit_server, _server_class
 from capnb.run.serving.uploads import _form_image
 from capnb.run.serving.worker import Worker, answer_batch, gather, why
 from capnb.storybook import Storybook
@@ -1481,6 +1481,19 @@ def test_a_worker_that_is_killed_while_it_loads_is_noticed():
                 waiting.result(timeout=5)
         finally:
             server.workers_setup_status['caption_0'] = 'error' # ends LitServe's own loop, too
+
+@pytest.mark.parametrize('device, drivers, devices', [
+    ('cpu', 1, ['cpu']), ('cuda', 0, [['cuda:0'], ['cuda:1']]), ('mps', 1, [['mps:0']])
+])
+def test_the_server_takes_the_device_of_pytorch(monkeypatch, device, drivers, devices):
+    "Whatever nvidia-smi counts: it knows neither this PyTorch nor the GPUs of other makers."
+    litserve = _litserve()
+    monkeypatch.setattr('litserve.connector.check_cuda_with_nvidia_smi', lambda: drivers)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: device == 'cuda')
+    monkeypatch.setattr('torch.backends.mps.is_available', lambda: device == 'mps')
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    server = _lit_server(litserve, Worker('none.pth', Queue(), None, None), 4, Limits())
+    assert server.devices == devices
 
 def test_a_worker_that_cannot_load_again_says_so(monkeypatch, capfd):
     monkeypatch.setattr('capnb.run.serving.worker.signal.signal', lambda *args: None)

@@ -129,7 +129,17 @@ WRONG = {
     'infinite': ('learning_rate', np.float64('inf')),
     'bytes for a path': ('data', b'holiday'),
     'a number for a bool': ('evaluation_enabled', np.int64(1)),
+    'a seed too large for NumPy': ('seed', 2**32),
+    'a date and a time as a seed': ('seed', 20261127135500),
+    'no text for a path': ('output_dir', ''),
+    'no text for a path that may be left out': ('init_from', ''),
+    'no text for a model': ('decoder_name', ''),
 }
+
+def test_the_largest_seed_is_one_of_numpy():
+    np.random.RandomState(Hyperparameters(seed=2**32-1).seed)
+    with pytest.raises(ValueError, match='seed is 4294967296; allowed: .* and up to 4294967295$'):
+        Hyperparameters(seed=2**32)
 
 @pytest.mark.parametrize('case', WRONG)
 def test_what_is_not_allowed(case):

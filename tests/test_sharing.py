@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.entry import train
@@ -69,6 +70,25 @@ def test_other_files_are_not_replaced(tmp_path, capsys, file, content):
 def test_a_shared_folder_may_be_written_again(tmp_path):
     for _ in range(2):
         share_command([str(tmp_path/'out'), '--checkpoint', str(shipped_checkpoint())])
+
+def test_generation_settings_come_back(tmp_path):
+    model, page = share(shipped_checkpoint(), 'cpu'), Storybook('test')[0]['image']
+    model.generation_config.num_beams, model.generation_config.max_new_tokens = 3, 5
+    model.save_pretrained(tmp_path)
+    pixels = CapnbProcessor.from_pretrained(tmp_path)(images=page)['pixel_values']
+    back = CapnbForImageCaptioning.from_pretrained(tmp_path, device='cpu')
+    assert back.generation_config.num_beams == 3
+    assert back.generate(pixels).tolist() == model.generate(pixels).tolist()
+    (tmp_path/'generation_config.json').unlink()
+    assert CapnbForImageCaptioning.from_pretrained(tmp_path, device='cpu').generation_config.num_beams == 1
+
+def test_ids_are_decoded_as_with_other_models(tmp_path):
+    share(shipped_checkpoint(), 'cpu').save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    ids = processor(text=['A red cat.', 'A dog.'])['input_ids']
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ['A red cat.', 'A dog.']
+    with pytest.raises(ValueError, match='there is only True'):
+        processor.batch_decode(ids, skip_special_tokens=False)
 
 @pytest.fixture(scope='module')
 def hub():

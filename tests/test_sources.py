@@ -583,6 +583,17 @@ def test_bad_samples_of_a_tar_are_left_out(call, tmp_path):
         and f'bad: {tmp_path/"b.tar"}: 1000_a0: there is no caption, only png' in done.stdout
     )
 
+def test_images_of_tars_with_one_name_are_told_apart(tmp_path):
+    "The usual tools number tars and samples from 0 in each folder."
+    ids = lambda: sorted(row['image_id'] for part in load_data(tmp_path).values() for row in part.texts())
+    keys = sorted(name[:-4] for name in NAMES)
+    for part in ('a', 'b'):
+        (tmp_path/part).mkdir()
+        tarred(tmp_path/part/'00000.tar', range(20), ['txt'])
+    assert ids()==[f'{part}/00000/{key}' for part in ('a', 'b') for key in keys]
+    (tmp_path/'b'/'00000.tar').unlink()
+    assert ids()==[f'00000/{key}' for key in keys]
+
 def test_flickr8k_says_what_it_leaves(tmp_path, capsys):
     flickr8k(tmp_path)
     (tmp_path / 'Flickr_8k.testImages.txt').write_text(
@@ -741,6 +752,13 @@ def test_a_spoilt_zip_is_one_line(spoil, call, tmp_path):
         -2000:
     ]
     assert len(done.stderr.strip().splitlines()) == 1
+
+@pytest.mark.parametrize('write', [beside, parquet_file, one_tar])
+def test_what_is_read_only_unpacked_says_so(write, tmp_path):
+    write(tmp_path)
+    zip_up(tmp_path/'album.zip', tmp_path)
+    with pytest.raises(FileNotFoundError, match='from a zip only a table is read; unpack it'):
+        load_data(tmp_path/'album.zip')
 
 def test_a_bomb_in_a_zip_is_not_unpacked(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path/'my.zip', 'w', zipfile.ZIP_DEFLATED) as out:
@@ -954,6 +972,31 @@ def test_two_names_of_one_split_are_joined():
     ids = {split: [row['image_id'] for row in part] for split,part in found.items()}
     assert ids['train'] == [f'{name} {n}' for name in ('train', 'restval') for n in range(3)]
     assert ids['validation'] == [f'{name} {n}' for name in ('val', 'validation') for n in range(3)]
+
+def test_a_split_without_rows_is_named():
+    rows = [dict(image=colour(n), caption='A card.') for n in range(3)]
+    for empty in ({'validation': []}, {'val': [], 'validation': []}):
+        with pytest.raises(ValueError, match="split 'validation' has no rows; pass the data without it"):
+            load_data(dict(train=rows, **empty, test=rows))
+
+class OpensItself:
+    "Rows that are opened when they are asked for, as in most data sets of torch; one has no image."
+    def __init__(self, bad):
+        self.bad = bad
+    def __len__(self): return 12
+    def __getitem__(self, i):
+        image = self.bad if i==3 else io.BytesIO(png(i))
+        return dict(image=Image.open(image), caption='A card.', image_id=str(i))
+
+@pytest.mark.parametrize('bad', [lambda: io.BytesIO(b'no image'), lambda: 'gone.png'], ids=['other', 'gone'])
+def test_a_row_that_opens_its_own_image_may_be_bad(bad):
+    rows = OpensItself(bad())
+    found = load_data(dict(train=rows), bad_rows='skip')['train']
+    assert found.num_skipped==1 and [row['image_id'] for row in found]==[str(n) for n in range(12) if n!=3]
+    with pytest.raises(ValueError, match='^row 3: .*(cannot identify|No such file)'):
+        CaptionData(rows)[3]
+    problem, = check_data(dict(train=OpensItself(bad())))['bad']
+    assert problem.startswith('train: row 3: ')
 
 def test_rows_in_memory_are_not_printed():
     class Rows(list):

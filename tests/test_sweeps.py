@@ -191,6 +191,14 @@ def test_a_mistake_in_the_data_is_no_result(album, settings, tmp_path):
     study = sweep(dict(settings, data=str(data)), vary=vary)
     assert sorted(states(study)) == ['COMPLETE', 'FAIL', 'FAIL'] # 99 was tried twice, and never fits
 
+@pytest.mark.parametrize('vary', ['learning_rate=1e-3', 'features=pooled'])
+def test_data_without_validation_is_no_result(settings, vary):
+    data = dict(train=Storybook(n=16))
+    with pytest.raises(ValueError, match="needs a split 'validation'"):
+        sweep(settings, data=data, vary=[vary])
+    study = sweep(settings, data=dict(data, validation=Storybook('validation', n=4)), vary=[vary])
+    assert sorted(states(study)) == ['COMPLETE', 'FAIL']
+
 def test_a_checkpoint_to_start_from_that_is_gone_is_told_first(settings, tmp_path):
     with pytest.raises(FileNotFoundError, match='init_from gone.pth does not exist'):
         sweep(settings, vary=['init_from=null,gone.pth'])

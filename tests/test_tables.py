@@ -1,5 +1,6 @@
 "Tables of captions as people have them: the right captions, or an error that says what to do."
 import csv, io, json, os, sys, zipfile
+from pathlib import PureWindowsPath
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -7,7 +8,8 @@ from PIL import Image
 from capnb.checkpoint import read_metadata
 from capnb.settings import Hyperparameters, as_hyperparameters
 from capnb.run.sources.folders import read_folder
-from capnb.run.sources import names
+from capnb.run.sources import names, tables
+from capnb.run.sources.archives import _finder
 from capnb.run.predictions import read_predictions
 from capnb.run.sources.load import load_data
 import capnb.files
@@ -290,6 +292,13 @@ def test_coco_ids_as_texts(tmp_path, capsys):
         in capsys.readouterr().out
     )
 
+def test_names_of_karpathy_are_the_same_on_every_system(monkeypatch):
+    monkeypatch.setattr(tables, 'Path', PureWindowsPath)
+    image = dict(filename='COCO_val2014_000000000139.jpg', filepath='val2014', sentences=[dict(raw=SAID[0])])
+    assert [name for _,name,*_ in tables.read_document(dict(images=[image]))]==[
+        'val2014/COCO_val2014_000000000139.jpg'
+    ]
+
 # --- Encodings
 
 LANGUAGES = {  # a caption, and the encodings that spreadsheets and scripts write it in
@@ -559,6 +568,17 @@ def test_rows_do_not_lead_out(tmp_path, written):
         .paths[written]
         .samefile(tmp_path / 'secret' / 'private.png')
     )
+
+def test_a_row_that_leads_to_another_drive_is_named(tmp_path, monkeypatch):
+    def other_drive(paths):
+        raise ValueError("Paths don't have the same drive") # as on Windows
+    folder = album(tmp_path, lines([*NAMES, '/else/1.png'], [*SAID, 'far away'], header=('file', 'caption')))
+    with monkeypatch.context() as windows:
+        windows.setattr(os.path, 'commonpath', other_drive)
+        with pytest.raises(ValueError, match="line 14: .*'/else/1.png'.* leads out of the folder"):
+            read_folder(folder)
+        with pytest.raises(ValueError, match="'/else/1.png' leads out of the folder"):
+            _finder(folder, False)('/else/1.png')
 
 def test_outside_files_is_a_setting(call, tmp_path):
     (tmp_path/'elsewhere').mkdir()

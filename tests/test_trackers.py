@@ -163,7 +163,7 @@ def test_a_failure_of_mlflow_is_loud(album, place, capsys):
     def lose_table():
         with sqlite3.connect(place/'runs.db') as db:
             db.execute('DROP TABLE metrics')
-    with pytest.raises(OSError, match=r'tracker mlflow: .*capnb_train --resume'):
+    with pytest.raises(OSError, match=r'tracker mlflow: .*train\(resume='):
         train(SMALL, data=album, report_to='mlflow', callbacks=[Failing(2, lose_table)])
     assert not mlflow.active_run() # the next run of this process is not mixed up with it
 
@@ -238,7 +238,7 @@ def test_a_failure_of_wandb_is_loud(album, place, environment):
     (place/'lose.py').write_text(LOSE_SERVICE, encoding='utf-8')
     with ForkedScript(place/'lose.py', [album], place, environment()) as process:
         out, err = process.communicate(timeout=120)
-    assert 'told: tracker wandb: ' in out and 'capnb_train --resume' in out, err[-2000:]
+    assert 'told: tracker wandb: ' in out and 'train(resume=' in out, err[-2000:]
 
 # --- Before anything begins
 
@@ -277,6 +277,28 @@ def test_trials_of_a_sweep_are_runs_of_a_tracker(album, place):
     assert {float(run.data.params['learning_rate']) for run in runs}=={1e-3, 1e-2}
     assert all(len(history(client, run, 'loss'))==4 for run in runs)
 
+def test_losses_that_arrive_together_are_sent_together(place, monkeypatch):
+    "MLflow takes a thousand at once; those that it has are not sent again."
+    mlflow.set_tracking_uri(f'file:{place}/runs')
+    mlflow.set_experiment('capnb')
+    sent, send = [], mlflow.MlflowClient.log_batch
+    def noted(client, run_id, metrics=(), *args, **kwargs):
+        sent.append(len(metrics))
+        return send(client, run_id, metrics, *args, **kwargs)
+    monkeypatch.setattr(mlflow.MlflowClient, 'log_batch', noted)
+    tracker = SimpleNamespace(name='mlflow', tracker=mlflow.start_run(), log=mlflow.log_metrics)
+    losses = [1/step for step in range(1, 1511)]
+    run = SimpleNamespace(accelerator=SimpleNamespace(trackers=[tracker]), losses=losses, fetched=1500)
+    teller = trackers.Tracker({})
+    teller.told = 0
+    teller.on_step_end(run)
+    teller.on_step_end(run) # nothing is new
+    assert sent==[1000, 500]
+    again = trackers.Tracker({}) # of a run that goes on from an earlier state
+    again.told, run.fetched = 1490, 1510
+    again.on_step_end(run)
+    assert sent==[1000, 500, 10] and history(*only_run(), 'loss')==list(enumerate(losses, 1))
+
 # --- What is told again, and what is not
 
 class Noted(trackers.Tracker):
@@ -286,9 +308,8 @@ class Noted(trackers.Tracker):
         self.opened = dict(self.ids)
         self.ids = dict(mlflow=run.stamp)
 
-    def _log(self, run, values, step=None):
-        if 'loss' in values:
-            self.steps.append(step)
+    def _each(self, run, tell):
+        tell(SimpleNamespace(name='notes', log=lambda values, step: self.steps.append(step)))
 
     def on_epoch_end(self, run):
         "Nothing more."
@@ -305,11 +326,9 @@ def noted(folder, images, callbacks, state=None):
     run_training(model, data, h, callbacks, state)
 
 class LateStop(Callback):
-    "Ask to stop after the third step; losses stay on the device until then, as on a GPU."
-    def on_epoch_begin(self, run):
-        run.fetch_every = 1e9
-
+    "Ask to stop after the third step; losses after the first stay on the device until then, as on a GPU."
     def on_step_end(self, run):
+        run.fetch_every = 1e9
         if len(run.losses)==3:
             ask_to_stop(run)
 

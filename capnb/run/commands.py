@@ -6,6 +6,7 @@
 __all__ = ['LEFT_OUT', 'train_command', 'data_command', 'caption_command', 'results_command', 'bench_command']
 
 # %% ../../nbs/35_commands.ipynb #53ce255b
+import sys
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from fastcore.script import Param, store_true
 from .command_line import BEST, MODEL, Number, any_path, command, new_file

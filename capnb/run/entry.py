@@ -187,7 +187,7 @@ def find_checkpoint(
         raise ValueError('name a checkpoint or ask for the best one of a run with --best, not both')
     path = checkpoint and Path(checkpoint).expanduser()
     if path and path.is_dir():
-        raise ValueError(f"{path} is a folder; for its newest checkpoint, name it with --folder")
+        raise ValueError(f"{path} is a folder; name a file model_state_dict_....pth in it")
     if path: return path
     return best_checkpoint(folder) if best else newest_checkpoint(folder)
 

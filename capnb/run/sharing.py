@@ -354,8 +354,10 @@ def from_pretrained(cls:CapnbForImageCaptioning,
     file = cached_file(name, 'training_metadata.json', **hub)
     metadata = with_new_names(parse_json(read_text(file, limit=SMALL_TEXT)))
     model = cls(config, captioner, metadata).eval()
-    if cached_file(name, 'generation_config.json', _raise_exceptions_for_missing_entries=False, **hub):
-        model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+    file = cached_file(name, 'generation_config.json', _raise_exceptions_for_missing_entries=False, **hub)
+    if file:
+        settings = parse_json(read_text(file, limit=SMALL_TEXT))
+        model.generation_config = GenerationConfig.from_dict(settings)
     return model
 
 @patch

@@ -217,7 +217,7 @@ class StaticSteps(SharedStep):
         parts, layouts = [], self.layouts # the main thread may replace it meanwhile
         features, captions = self.batches.read(rows) # a callback may have changed them
         total = sum(map(sum, self.table.lengths(captions)))
-        for at in range(0, len(rows), layouts.images):
+        for at in range(0, len(captions), layouts.images):
             here = slice(at, at+layouts.images)
             batch = layouts.lay_out(features[here], *self.table.find(captions[here]), total)
             parts.append(batch.pin_memory() if self.run.model.device.type=='cuda' else batch)

@@ -104,7 +104,7 @@ def caption(images, model=None, **options):
     >>> caption('page.png')
     '...'
     """
-    captioner = model if isinstance(model, Captioner) else load(model or 'newest')
+    captioner = model if isinstance(model, Captioner) else load('newest' if model is None else model)
     return captioner.caption(images, **options)
 
 # %% ../../nbs/33c_in_python.ipynb #edcf30bc

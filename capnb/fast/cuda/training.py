@@ -72,8 +72,10 @@ def _own_stream(device):
 class Recorder:
     "Record work in CUDA graphs that share one memory pool and one stream."
     def __init__(self, device):
-        self.device, self.stream = torch.device(device), _own_stream(device)
-        _RECORDERS.add(self)
+        self.device = torch.device(device)
+        with _ALONE:
+            self.stream = _own_stream(device)
+            _RECORDERS.add(self)
         self.forget()
 
     def forget(self):
@@ -236,6 +238,9 @@ class StaticStep:
                 self.recorder.warm_up(work)
             self.recorded[name] = self.recorder.record(work)
         except RuntimeError as e:
+            if warm_up and not self.crowded and memory_ran_out(e, alone=True):
+                self.crowded = True
+                raise # once, as in `_fits`
             self.refuse(e)
         else:
             may_release(self)
@@ -259,10 +264,11 @@ class StaticStep:
         start = time.perf_counter()
         devices = [self.device] if self.device.type=='cuda' else []
         with torch.random.fork_rng(devices): # so that a resumed run draws the same random numbers
-            if self._fits(batch):
+            fits = self._fits(batch)
+            if fits:
                 self._record(batch.shape, partial(self._backward, batch.shape), warm_up=True)
-            else:
-                self.forget()
+            if not (fits and self.recorded):
+                self.forget() # also what a failed recording has reserved
         self.optimizer.zero_grad(set_to_none=False)
         self.seconds += time.perf_counter()-start
 
