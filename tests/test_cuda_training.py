@@ -769,7 +769,8 @@ def test_threads_record_one_after_the_other(monkeypatch, method):
         seen.append(len(inside))
         inside.pop()
     class Stream:
-        def wait_stream(self, other): pass
+        def wait_stream(self, other):
+            pass
     stream = Stream()
     nothing = lambda *args, **how: nullcontext()
     for name, stand_in in dict(
