@@ -6,10 +6,10 @@
 __all__ = ['check_rows', 'CaptionData', 'split_rows', 'captions_for_epoch']
 
 # %% ../nbs/01_data.ipynb #61dcb856
-import errno
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
+from PIL import UnidentifiedImageError
 from .caption_cells import caption_texts
 from .files import error_line
 from .images import open_image # noqa: F401 scripts import it from here
@@ -63,8 +63,10 @@ class CaptionData:
         at = self.order[i]
         try:
             row = self.rows[at]
-        except OSError as e: # data that opens its images itself; errors of Pillow have no number
-            if e.errno not in (None, errno.ENOENT): raise
+        except OSError as e: # data that opens its images itself
+            # errors of Pillow have no number; those of a network are of other classes
+            of_file = isinstance(e, (FileNotFoundError, UnidentifiedImageError))
+            if not of_file and (type(e) is not OSError or e.errno): raise
             raise ValueError(f"row {at}: {error_line(e)}") from e
         if not isinstance(row, Mapping):
             raise ValueError(

@@ -30,7 +30,9 @@ def progress_bar(
 ):
     "Make a progress bar that is not drawn if the library is quiet."
     from tqdm.auto import tqdm
-    return tqdm(*args, disable=disable or not log.isEnabledFor(logging.INFO), **options)
+    if disable or not log.isEnabledFor(logging.INFO):
+        options['disable'] = True # otherwise TQDM_DISABLE decides
+    return tqdm(*args, **options)
 
 @contextmanager
 def quiet():

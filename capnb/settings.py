@@ -294,7 +294,7 @@ def allowed(kind, m) -> str:
         words += f" of {m['lo']} or more" if kind is int or m['closed'] else f" above {m['lo']}"
     if m['hi'] is not None:
         words += f" and up to {m['hi']}"
-    return words + ' or null'*m['optional']
+    return words + ' that is not empty'*m['path'] + ' or null'*m['optional']
 
 def check_value(
     name:str, # Name of the setting, for the message

@@ -103,7 +103,8 @@ class Callback:
     def on_resume(self, run:Run):
         "Called instead when a run is resumed; the attributes in `keeps` are restored."
     def on_epoch_begin(self, run:Run):
-        "Called before the first step of an epoch, or of the rest of it; may change `run.batches`."
+        """Called before the first step of an epoch, or of the rest of it; may change the `rows`, the
+        `captions` and `read` of `run.batches`."""
     def on_step_end(self, run:Run):
         "Called after each step."
     def on_epoch_trained(self, run:Run):

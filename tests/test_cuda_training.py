@@ -663,6 +663,23 @@ def test_memory_of_others_is_asked_for_before_recordings_are_given_up(static, tm
     assert not keeper.held and run.static.refused is None and recorder.made[-1].times
     assert run.micro_batch_size is None and run.losses==whole.losses
 
+class NoWarmUp(Recorder):
+    "There is memory for a step, but not for a second one on another stream."
+    def warm_up(self, work):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+@pytest.mark.parametrize('size', [None, 1])
+def test_a_step_that_cannot_be_warmed_up_runs_in_its_size(static, tmp_path, monkeypatch, caplog, size):
+    h = settings(tmp_path/'all', evaluation_enabled=False, micro_batch_size=size)
+    data = encoded(h)
+    whole = run_training(build_captioner(h, 'cpu'), data, h)
+    record_with(monkeypatch, NoWarmUp())
+    release_memory() # what other tests have left could be freed instead
+    h = settings(tmp_path/'again', evaluation_enabled=False, micro_batch_size=size)
+    run = run_training(build_captioner(h, 'cpu'), data, h)
+    assert run.micro_batch_size==size and run.losses==whole.losses
+    assert sum('no memory for the recording' in r.message for r in caplog.records)==1
+
 def test_a_failed_recording_is_freed_before_a_batch_is_halved(static, tmp_path, monkeypatch, caplog):
     "The first of a run: what it has reserved stays until it is deleted, and then the step fits."
     h = settings(tmp_path/'all', evaluation_enabled=False)

@@ -1,7 +1,7 @@
 """The loop of the course stays small and plain: few lines, no files, and nothing of the tracks that build on
 it."""
 import ast, inspect, os, re, signal
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -505,6 +505,7 @@ def test_numbers_of_numpy_are_no_plain_data(value):
 def test_plain_data_and_tensors_are_kept_as_they_are(tmp_path):
     last = Best()
     last.best = {'a': [1, 2.5, None, True], 2: ({'text'}, torch.ones(2)), 'rest': OrderedDict(b=(3,))}
+    last.best |= dict(words=Counter('aab'), bytes=b'x', size=torch.Size([1]), kind=torch.float16)
     save_tensors(tmp_path/'kept.pt', _kept([last]))
     kept = read_tensors(tmp_path/'kept.pt')['Best']['best']
     assert {**kept, 2: None}=={**last.best, 2: None}

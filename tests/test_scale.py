@@ -375,7 +375,8 @@ def test_an_output_beside_the_folder_of_a_shell_is_not_inside(pages, monkeypatch
             caption_images(str(source), out, shipped_checkpoint())
 
 @pytest.mark.parametrize('settings, threads', [
-    (dict(), 1), (dict(gpus=1), 8), (dict(gpus=1, workers=64), 1), (dict(gpus=1, threads=2), 2)
+    (dict(), 1), (dict(gpus=1), 8), (dict(gpus=1, workers=64), 1), (dict(gpus=1, threads=2), 2),
+    (dict(gpus=1, address='auto'), 1),
 ])
 def test_a_worker_on_a_gpu_decodes_with_several_children(pages, tmp_path, monkeypatch, settings, threads):
     monkeypatch.setattr(os, 'cpu_count', lambda: 64)

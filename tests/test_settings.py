@@ -1,6 +1,6 @@
 """Settings from Python: a mapping as the dictionary of old scripts was, numbers and paths of whatever
 library, plain data in what is written; and locks, paths and folders of other systems."""
-import errno, json, os, pickle, sys
+import errno, json, os, pickle, subprocess, sys
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
@@ -146,6 +146,12 @@ def test_what_is_not_allowed(case):
     name, given = WRONG[case]
     with pytest.raises(ValueError, match=f'^{name} is .*; allowed: '):
         Hyperparameters(**{name: given})
+
+def test_an_empty_path_is_told_as_a_text_that_is_empty():
+    with pytest.raises(ValueError, match='allowed: a text that is not empty$'):
+        Hyperparameters(output_dir='')
+    with pytest.raises(ValueError, match='allowed: a text or null$'):
+        Hyperparameters(encoding=3)
 
 def test_paths_in_settings_files(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
@@ -316,3 +322,15 @@ def test_quiet_hides_the_bars_of_a_hub_that_is_imported(hub_bars):
     with quiet():
         assert utils.are_progress_bars_disabled()
     assert not utils.are_progress_bars_disabled()
+
+def test_the_environment_decides_on_bars_unless_they_are_turned_off(environment):
+    code = (
+        'from capnb.log import progress_bar, quiet\n'
+        'bar = lambda **how: progress_bar(range(3), **how).disable\n'
+        'with quiet(): off = bar()\n'
+        'print(bar(), bar(disable=True), off)'
+    )
+    for there in ({}, dict(TQDM_DISABLE='1')):
+        command = [sys.executable, '-c', code]
+        done = subprocess.run(command, env=environment(**there), capture_output=True, text=True)
+        assert done.stdout.split()==[str(bool(there)), 'True', 'True'], done.stderr

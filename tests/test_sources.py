@@ -998,6 +998,15 @@ def test_a_row_that_opens_its_own_image_may_be_bad(bad):
     problem, = check_data(dict(train=OpensItself(bad())))['bad']
     assert problem.startswith('train: row 3: ')
 
+def test_a_network_that_fails_is_no_bad_row():
+    def reset():
+        raise ConnectionError('reset')
+    class Fetched(OpensItself):
+        def __getitem__(self, i):
+            return reset() if i==3 else super().__getitem__(i)
+    with pytest.raises(ConnectionError, match='reset'):
+        load_data(dict(train=Fetched(None)), bad_rows='skip')
+
 def test_rows_in_memory_are_not_printed():
     class Rows(list):
         def __repr__(self):

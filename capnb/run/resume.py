@@ -9,7 +9,7 @@ __all__ = ['MAY_CHANGE', 'SavedRun', 'random_state', 'set_random_state', 'state_
 
 # %% ../../nbs/32b_resume.ipynb #0b4cc3d6
 import json, random, re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,9 +120,10 @@ def data_fingerprint(
 def _is_plain(value):
     "Whether a state file can hold a value."
     if type(value) in (list, tuple, set): return all(map(_is_plain, value))
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):
         return all(map(_is_plain, [*value, *value.values()]))
-    return value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor)
+    plain = str, int, float, bool, complex, bytes, bytearray, torch.Size, torch.dtype, torch.device
+    return value is None or type(value) in plain or isinstance(value, torch.Tensor)
 
 def _kept_of(callback, name):
     "The attributes that a callback keeps; raises a `ValueError` for one that no state file can hold."

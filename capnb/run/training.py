@@ -234,13 +234,15 @@ class StaticSteps(SharedStep):
                 return loss
             except RuntimeError as e:
                 if not memory_ran_out(e, self.layouts.images==1): raise
-            had = run.static.release()
+            # a failed warm-up leaves nothing to free; in the second try, the step does without a recording
+            had = run.static.release() or run.static.crowded
             if release_memory() or had and not freed:
                 freed = True
                 continue
             _halve(run, max(len(rows), self.layouts.images)) # a small last batch is laid out like the others
             run.static.try_again() # smaller parts may fit beside their recordings
             self.plan()
+            freed = False
 
     def on_close(self, run):
         if run.static:

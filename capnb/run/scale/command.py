@@ -33,7 +33,7 @@ def scale_command(
     num_beams:Number('Number of beams; 1 is greedy')=1,
     num_return_sequences:Number('Captions of each image, best first, up to num_beams')=1,
     workers:Number('Number of processes, each with its own model')=2,
-    threads:Number('CPUs for each worker; by default 1, or with a GPU up to 8')=None,
+    threads:Number('CPUs for each worker; by default 1, or with a GPU of this machine up to 8')=None,
     gpus:Number('GPUs for each worker: 0, 1, or a fraction', float, closed=True)=0.,
     batch_size:Number('Images per call of a worker; the default depends on its device')=None,
     shard_size:Number('Images per file: the most that a stop can cost, per worker')=1000,

@@ -318,7 +318,8 @@ def _alone(fs, root):
 def _check_outside(source, fs, root):
     "Raise a `ValueError` if the output is inside the source, where a later run would read it."
     local = isinstance(fs, LocalFileSystem)
-    place, inside = (os.path.abspath(p) if local else p.rstrip('/') for p in (source.root, root))
+    def path(p): return Path(os.path.abspath(p)).as_posix() if local else p.rstrip('/')
+    place, inside = path(source.root), path(root)
     if type(fs) is type(source.fs) and f'{inside}/'.startswith(f"{place.rstrip('/')}/"):
         raise ValueError(
             f"{root} is inside the source {source.root}, where its files would be read as images;"
@@ -336,7 +337,7 @@ def run_job(
     arguments:tuple, # Arguments of a worker, after device and threads
     job:dict, # Describes the contents of `out`, as plain data
     workers:int=2, # Number of processes, each with its own model
-    threads:int=None, # CPUs for each worker; None for 1, or with a GPU for up to 8
+    threads:int=None, # CPUs for each worker; None for 1, or with a GPU of this machine up to 8
     gpus:float=0, # GPUs for each worker
     batch_size:int=None, # Images per call of a worker; None for the default of its device
     shard_size:int=1000, # Images per file: the most that a stop can cost, per worker
@@ -347,7 +348,8 @@ def run_job(
     room for the workers, or if `out` contains something else."""
     fs, root = url_to_fs(str(out))
     _check_outside(source, fs, root)
-    threads = threads or (min(8, max(1, (usable_cores()-4)//workers)) if gpus else 1) # four are for Ray
+    here = gpus and not address # the nodes of a cluster may have fewer cores than this machine
+    threads = threads or (min(8, max(1, (usable_cores()-4)//workers)) if here else 1) # four are for Ray
     with _alone(fs, root), cluster(workers, threads, gpus, address) as ray:
         _same_job(fs, root, job)
         ray.data.DataContext.get_current().enable_progress_bars = progress
