@@ -50,8 +50,8 @@ def first(state): return next(iter(state))
 def with_first(make):
     return lambda state: state | {first(state): make(state[first(state)])}
 WEIGHTS = {
-    'integer keys': (lambda state: {**state, 7: state[first(state)]}, '7 is not a plain floating-point tensor'),
-    'only integer keys': (lambda state: dict(enumerate(state.values())), '0 is not a plain floating-point tensor'),
+    'integer keys': (lambda state: {**state, 7: state[first(state)]}, '7 is not a plain'),
+    'only integer keys': (lambda state: dict(enumerate(state.values())), '0 is not a plain'),
     'meta tensors': (with_first(lambda t: t.to('meta')), 'has a shape, but not its numbers'),
     'one number for a terabyte': (
         with_first(lambda t: torch.zeros(1).expand(2**20, 2**20)),
