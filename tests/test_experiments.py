@@ -1,9 +1,10 @@
 """A row of the table of real results: planned within a budget, stopped and taken up, written."""
-import csv, json, os, shutil, time
+import csv, json, shutil, time
 from types import SimpleNamespace
 import numpy, pytest, torch
 from capnb.checkpoint import read_weights
 from capnb.evaluation import score
+from capnb.hardware import usable_cores
 from capnb.insight.efficientnet import EfficientNetLite
 from capnb.run import experiments
 from capnb.run.experiments import (
@@ -118,7 +119,7 @@ def test_beams_are_used_and_named(beams, title, album, tmp_path, monkeypatch):
     model, path = one.train(plan)
     monkeypatch.setattr('capnb.run.experiments.score_captions', lambda *args: {})
     row, captions = experiment_row(one, plan, model, path, None)
-    assert row['device']==f'{os.cpu_count()} CPU cores'
+    assert row['device']==f'{usable_cores()} CPU cores'
     features = one.encode('validation')[1].features
     summed = dict(num_beams=beams, length_penalty=0.) if beams > 1 else {}
     expected = model.eval().caption_features(features, **summed)

@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS', 'GOALS', 'MOST_SECONDS', 'find_ratios', 'about_machine', 'bench_gpu', 'gpu_text']
 
 # %% ../../nbs/25d_gpu_bench.ipynb #f7386373
-import os, platform, time
+import platform, time
 from importlib.metadata import version
 import torch
 import capnb
@@ -18,7 +18,7 @@ from capnb.fast.gpu_sides import (
 )
 from .random_models import count
 from ..files import say, write_json
-from ..hardware import describe_hardware
+from ..hardware import describe_hardware, usable_cores
 
 # %% ../../nbs/25d_gpu_bench.ipynb #84f129be
 def _ceilings(bench):
@@ -178,7 +178,7 @@ def about_machine(
     return dict(
         device=hardware.name,
         memory_gb=hardware.memory,
-        cores=os.cpu_count(),
+        cores=usable_cores(),
         python=platform.python_version(),
         cuda=torch.version.cuda,
         versions=dict(capnb=capnb.__version__, **{name: version(name) for name in _NEEDED}),

@@ -31,7 +31,7 @@ from capnb.fast.synthetic import (
     caption_lengths, padded, random_captioner, random_captions, usual_loss, write_photographs
 )
 from .writing import greedy_ids
-from ..hardware import default_dtype
+from ..hardware import default_dtype, usable_cores
 from ..optimizer import make_optimizer
 
 # %% ../../nbs/25c_gpu_sides.ipynb #1a6d10b1
@@ -310,8 +310,8 @@ def same_captions(
 # %% ../../nbs/25c_gpu_sides.ipynb #0489bbfd
 def _per_second(bench, do, paths):
     "Measure the images per second of a function, with one thread per core."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(do, paths[:2*os.cpu_count()]))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        list(pool.map(do, paths[:2*usable_cores()]))
         return len(paths)/_once(lambda: list(pool.map(do, paths)), bench)
 
 def encoding_speeds(bench:Bench) -> dict: # Images per second of each side
@@ -332,7 +332,7 @@ def encoding_speeds(bench:Bench) -> dict: # Images per second of each side
     with TemporaryDirectory() as folder, torch.no_grad():
         paths = write_photographs(folder, n)
         rows = CaptionData([dict(image=path, captions=['a photograph']) for path in paths])
-        others = write_photographs(Path(folder)/'first', min(n, 32*os.cpu_count()), 1)
+        others = write_photographs(Path(folder)/'first', min(n, 32*usable_cores()), 1)
         # a warm-up that starts every process of the pool
         encode_data(encoder, CaptionData([dict(image=path, captions=['one']) for path in others]))
         key = _once(lambda: features_key(encoder), bench) # no part of the work for each image

@@ -7,7 +7,7 @@ __all__ = ['COMMON', 'STANDARDISED', 'EXPERIMENTS', 'WATCHED', 'MARGIN', 'CURVE'
            'Plan', 'plan_steps', 'Experiment', 'score_captions', 'loss_curve', 'experiment_row', 'run_experiment']
 
 # %% ../../nbs/34f_experiments.ipynb #34f00003
-import json, math, os, time
+import json, math, time
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from ..fast.cache import encode_data
 from ..fast.ceilings import wait_for
 from ..fast.parts import make_fast
 from ..files import read_text, write_json
-from ..hardware import describe_hardware
+from ..hardware import describe_hardware, usable_cores
 from ..insight.coco import coco_parts, coco_tools
 from ..insight.efficientnet import EfficientNetLite
 from ..insight.word_kinds import word_kind_parts
@@ -276,7 +276,7 @@ def experiment_row(
     plain, captions = evaluate(model, data, experiment.split, **experiment.writing)
     if not hardware:
         on_cpu = model.device.type=='cpu'
-        hardware = f'{os.cpu_count()} CPU cores' if on_cpu else describe_hardware(model.device).name
+        hardware = f'{usable_cores()} CPU cores' if on_cpu else describe_hardware(model.device).name
     scores = score_captions(captions, data, train_data)
     row = result_row(path, hardware)
     losses = read_metadata(path)['losses'] # of each step of the run, which may be older than the plan
