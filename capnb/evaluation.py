@@ -143,7 +143,7 @@ def evaluate(
         loss, gain = validate(model, data)
     finally:
         model.train(was_training)
-    return dict(score(captions, data, measures), pictures=len(data), loss=loss, image_gain=gain), captions
+    return dict(score(captions, data, measures), num_images=len(data), loss=loss, image_gain=gain), captions
 
 # %% ../nbs/07_evaluation.ipynb #jd080003
 def most_common_caption(

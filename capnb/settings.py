@@ -313,7 +313,8 @@ OLD_NAMES = {
     'decoder_rate': 'decoder_lr_scale',
     'captions_per_picture': 'captions_per_image',
     'left_out': 'num_skipped', # in the metadata's `data`
-    'training_pictures': 'training_images'} # in the file of results
+    'training_pictures': 'training_images', # in the file of results
+    'pictures': 'num_images'} # in the scores of a checkpoint
 
 def _renamed(values):
     for old in OLD_NAMES.keys() & values.keys():
@@ -326,9 +327,7 @@ def with_new_names(
 ) -> dict: # In the same order
     """Replace old names by their present ones, in a dictionary and in the dictionaries it holds; raises a
     `ValueError` if both names are present."""
-    return _renamed(
-        {name: _renamed(value) if isinstance(value, dict) else value for name, value in values.items()}
-    )
+    return _renamed({name: _renamed(v) if isinstance(v, dict) else v for name,v in values.items()})
 
 # %% ../nbs/30b_settings.ipynb #582c08e7
 OWN_DATA = '(data of your own)' # in place of a name, for data passed as objects

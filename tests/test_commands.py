@@ -140,7 +140,7 @@ def test_held_back_scores_come_at_the_end(saved):
     first, last = metadata_of(saved, 1), metadata_of(saved, 2)
     assert not HELD_BACK & set(first)
     assert HELD_BACK <= set(last) and HELD_BACK == set(last['untrained'])
-    assert all(last[split]['pictures'] == last['data'][split] for split in HELD_BACK)
+    assert all(last[split]['num_images'] == last['data'][split] for split in HELD_BACK)
     assert all(last[split]['loss'] != last['untrained'][split]['loss'] for split in HELD_BACK)
 
 @pytest.mark.parametrize('name', ['loss_curve', 'samples'])
@@ -204,7 +204,7 @@ def test_eval_agrees_with_training(run, trained, newest):
     )
     assert set(scores) == HELD_BACK
     for split in HELD_BACK:
-        assert len(scores[split]['captions']) == scores[split]['pictures']
+        assert len(scores[split]['captions']) == scores[split]['num_images']
         assert flat(scores[split]) == pytest.approx(flat(metadata[split]), abs=1e-6)
         assert f"{metadata[split]['rouge_l']:.3f}" in done.stdout
 

@@ -116,7 +116,7 @@ def test_other_data_is_not_read_with_the_settings_of_the_training_data(tmp_path,
     told = dict(SMALL, caption_column='sentence', evaluation_enabled=False, output_dir=str(tmp_path/'out'))
     done = train(told, data=str(tmp_path/'mine'))
     scores = use.evaluate(done.checkpoint)[0]
-    assert scores==use.evaluate(done.checkpoint, str(tmp_path/'other'))[0] and scores['pictures']==2
+    assert scores==use.evaluate(done.checkpoint, str(tmp_path/'other'))[0] and scores['num_images']==2
 
 # --- Both ways give the same numbers
 

@@ -374,7 +374,7 @@ def test_floors_of_other_images_are_not_taken(changed, made, tmp_path):
     known = metadata['test']['floors']
     metadata['test']['floors'] = 'known'
     if changed == 'test':
-        metadata['test']['pictures'] -= 1
+        metadata['test']['num_images'] -= 1
     if changed == 'train':
         metadata['data']['train'] -= 1
     metadata_path(path).write_text(json.dumps(metadata), encoding='utf-8')
@@ -407,7 +407,7 @@ def test_slices_hold_what_they_say():
     found = {(s['slice'], s['value']): s for s in slices(captions, data.rows, parts, least=5)}
     cats = [i for i,r in enumerate(data.rows) if any(t['kind']=='cat' for t in r['facts']['things'])]
     assert (
-        found['kind', 'cat']['pictures'] == len(cats)
+        found['kind', 'cat']['num_images'] == len(cats)
         and found['kind', 'cat']['worst'] == [i for i in worst_first(parts) if i in cats][:3]
     )
     assert {

@@ -130,7 +130,7 @@ def pointing_scores(
     """Summarise how well words point at their things (pointing game, Zhang et al. 2016).
 
     Each value is averaged over the words of an image, then over images, and has a 95% interval. The counts of
-    words and images are in `words` and `pictures`."""
+    words and images are in `words` and `num_images`."""
     images = [words for words in images if words]
     def each(key):
         known = [[w[key] for w in words if w[key] is not None] for words in images]
@@ -139,4 +139,4 @@ def pointing_scores(
     scores['gain'] = [h-c for h,c in zip(scores['hit'], scores['chance'], strict=True)]
     parts = {key: mean_parts(values) for key,values in scores.items() if values}
     found = {key: (p.value, *interval(p)) for key,p in parts.items()}
-    return found | dict(words=sum(map(len, images)), pictures=len(images))
+    return found | dict(words=sum(map(len, images)), num_images=len(images))

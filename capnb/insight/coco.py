@@ -35,7 +35,9 @@ def _meteor(s):
     there = .75*(length-functions)+.25*functions
     precision, recall = np.moveaxis(found/np.where(there, there, 1), -1, 0) # no words: zero
     pieces = s[...,20]*2/np.maximum(s[...,21]+s[...,22], 1) # fragmentation of the match
-    return precision*recall/np.maximum(.85*precision+.15*recall, 1e-12)*(1-.6*pieces**.2)
+    alpha, beta, gamma = .85, .2, .6 # recall counts more than precision; how fragmentation is penalised
+    matched_share = precision*recall/np.maximum(alpha*precision+(1-alpha)*recall, 1e-12)
+    return matched_share*(1-gamma*pieces**beta)
 
 # %% ../../nbs/10c_coco.ipynb #38cec9d7
 def coco_tools(): # Modules `bleu_scorer`, `cider`, `meteor`, `ptbtokenizer`

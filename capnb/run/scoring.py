@@ -55,7 +55,7 @@ def _asked(splits, split):
 def _known_floors(metadata, splits, name):
     "The floors that a checkpoint knows of a split, if this and the training data are as large as then."
     known, data = metadata.get(name, {}), metadata.get('data', {})
-    same = known.get('pictures')==len(splits[name]) and data.get('train')==len(splits.get('train', ()))
+    same = known.get('num_images')==len(splits[name]) and data.get('train')==len(splits.get('train', ()))
     return known.get('floors') if same else None
 
 def score_checkpoint(
@@ -122,7 +122,7 @@ def score_predictions(
         said = [next(captions) for _ in data.rows]
         scores = score(said, data, [Facts()])
         lower = floors(train, data, [Facts()])
-        out[s] = splits[s], data, said, dict(scores, pictures=len(data), floors=lower)
+        out[s] = splits[s], data, said, dict(scores, num_images=len(data), floors=lower)
     log.info(f"{path}, captions for {h.data}")
     return out
 

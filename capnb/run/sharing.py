@@ -241,7 +241,7 @@ def _score_lines(metadata):
     "A table row for each scored split; without any, the validation scores."
     columns = 'rouge_l', 'rouge_l_floor', 'rouge_l_ceiling', 'image_gain'
     def scored(found):
-        return isinstance(found, dict) and {'rouge_l', 'pictures'} <= found.keys()
+        return isinstance(found, dict) and {'rouge_l', 'num_images'} <= found.keys()
     def line(name, scores):
         values = (scores.get(column) for column in columns)
         return f"| {name} | {' | '.join('-' if v is None else f'{v:.3f}' for v in values)} |"

@@ -43,7 +43,7 @@ def judge(
     "Score captions with all requested metrics."
     references = [r['captions'] for r in data.rows]
     parts = score_parts(captions, data, [Facts()])
-    scores = dict(scores) if scores else dict(score(captions, data, [Facts()]), pictures=len(data))
+    scores = dict(scores) if scores else dict(score(captions, data, [Facts()]), num_images=len(data))
     more = {}
     if coco:
         more['coco'] = coco_parts(captions, references)

@@ -68,8 +68,8 @@ def slices(
 ) -> list: # A dictionary per slice, the worst first
     """Score each slice by itself.
 
-    The keys are `slice`, `value`, `pictures` (number of images), the scores with intervals, `worst` (its
-    three worst images) and `below` (its whole interval is below the score of all images)."""
+    The keys are `slice`, `value`, `num_images`, the scores with intervals, `worst` (its three worst images)
+    and `below` (its whole interval is below the score of all images)."""
     names, groups = [n for n in _SCORES if n in parts], defaultdict(list)
     labels = image_slices(captions, rows, least)
     for i in worst_first(parts):
@@ -80,7 +80,9 @@ def slices(
         if not least <= len(group) < len(rows): continue
         found = with_intervals({n: Parts(parts[n].each[group], parts[n].score) for n in names})
         below = found[names[0]][2] < parts[names[0]].value
-        out.append(dict(slice=kind, value=value, pictures=len(group), **found, worst=group[:3], below=below))
+        out.append(
+            dict(slice=kind, value=value, num_images=len(group), **found, worst=group[:3], below=below)
+        )
     return sorted(out, key=lambda s: s[names[0]][0])
 
 def slice_table(
@@ -93,5 +95,5 @@ def slice_table(
     for s in found:
         scores = ''.join('   {:5.3f} {:5.3f}–{:5.3f}'.format(*s[n]) for n in names)
         name, arrow = f"{s['slice']} {s['value']}", '  ↓' if s['below'] else ''
-        lines.append(f"{name:40}{s['pictures']:9}{scores}{arrow}")
+        lines.append(f"{name:40}{s['num_images']:9}{scores}{arrow}")
     return '\n'.join(lines)

@@ -79,6 +79,14 @@ def _listed(fs, root):
         found = {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
     return {path: size for path,size in found.items() if not _hidden(path[len(root):])}
 
+def _without_tables_of_archives(found):
+    "Drop the parquet files that img2dataset writes next to a tar or a folder of the same name."
+    stems = {path.removesuffix('.tar') for path in found.get('tar archives', ())}
+    stems |= {path.rpartition('/')[0] for path in found.get('images', ())}
+    tables = found.get('parquet files', {})
+    kept = {path: size for path,size in tables.items() if path.removesuffix('.parquet') not in stems}
+    return {kind: files for kind,files in (found | {'parquet files': kept}).items() if files}
+
 class Source:
     """Images in a folder, in archives or in parquet files, on any storage that `fsspec` supports; raises
     `FileNotFoundError` or `ValueError` for anything else."""
@@ -103,6 +111,7 @@ class Source:
             )
         if passed:
             print(f'{place}: passed over {passed}', file=sys.stderr)
+        found = _without_tables_of_archives(found)
         if len(found) > 1:
             raise ValueError(
                 f"{str(place)!r} holds {' and '.join(sorted(found))}; name a folder with only one of them"

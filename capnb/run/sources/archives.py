@@ -7,6 +7,7 @@ __all__ = ['from_datasets', 'TarRows', 'read_tars', 'visible_images', 'TextsBesi
 
 # %% ../../../nbs/31g_archives.ipynb #02a00002
 import glob, json, os, tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 from ...caption_cells import caption_texts
@@ -17,30 +18,40 @@ from .columns import CAPTION_COLUMNS, SPLIT_NAMES, looks_like_image
 from .folders import Source, as_source, read_folder
 from .layouts import folder_tables, split_of_name
 from .names import LEADS_OUT
-from .rows import image_columns, dataset_columns, named_rows, says_split
+from capnb.run.sources.rows import (
+    OneRowPerImage, dataset_columns, image_columns, named_rows, rows_by_image, says_split
+)
 from .tables import unread_table
 
 # %% ../../../nbs/31g_archives.ipynb #02a00006
 def _split_column(rows):
     "The split of each row from a column `split`, '' for none; None if there is no such column of texts."
+    if isinstance(rows, list):
+        told = [row.get('split') if isinstance(row, Mapping) else None for row in rows]
+        told = [split if isinstance(split, str) else '' for split in told] # pandas has NaN for none
+        return told if any(told) else None
     if not says_split(rows.features): return None
     return [split or '' for split in rows['split'][:]]
 
 def from_datasets(
-    found, # A `datasets.Dataset`, or a dictionary of them by name of split
+    found, # A `datasets.Dataset` or a list of rows, or a dictionary of them by name of split
     name:str, # Name for errors
     image_column:str=None, # As for `capnb.run.sources.rows.dataset_columns`
     caption_column:str=None, # As for `capnb.run.sources.rows.dataset_columns`
     find=None, # As for `capnb.run.sources.rows.named_rows`
 ) -> Source:
-    "Read rows of `datasets` with their own splits; raises a `ValueError` if the columns are not clear."
+    """Read rows with their own splits; those that name the same image file become one. Raises a `ValueError`
+    if the columns are not clear."""
     known = found if isinstance(found, dict) else {'train': found}
     parts = {}
     for key,rows in known.items():
         whole = None if len(known)==1 else SPLIT_NAMES.get(str(key).lower(), str(key))
         splits = _split_column(rows) or [whole]*len(rows)
         rows = named_rows(rows, image_column, caption_column, find)
-        for i,split in enumerate(splits):
+        groups = rows_by_image(rows, splits)
+        rows = OneRowPerImage(rows, groups)
+        for i,(first,*_) in enumerate(groups):
+            split = splits[first]
             parts.setdefault(split and SPLIT_NAMES.get(split.lower(), split) or None, []).append((rows, i))
     return as_source(parts, name)
 
@@ -348,8 +359,8 @@ def read_path(
             how = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
             return read_tars(files, folder, bad_rows, **how)
     if path.is_dir():
-        has_table = bool(folder_tables(path))
-        has_texts = not has_table and _has_texts_beside(path)
+        has_texts = not folder_tables(path, other=False) and _has_texts_beside(path)
+        has_table = not has_texts and bool(folder_tables(path))
         packed = sorted(path/n for n in os.listdir(path) if n.lower().endswith(('.tar.gz', '.tgz')))
         if packed and not (has_texts or has_table and visible_images(path)):
             _refuse_packed(path, packed)

@@ -160,6 +160,16 @@ def as_source(
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from None
 
+def _splits_of(rows):
+    "The split of each image of a folder: as its table has it, else by its folders, if each is in one."
+    if set(rows.splits.values())!={None}: return rows.splits
+    def by_folder(path):
+        folders = path.relative_to(rows.folder).parts[:-1] if path.is_relative_to(rows.folder) else ()
+        return next((SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES), None)
+    found = {name: by_folder(path) for name,path in rows.paths.items()}
+    kinds = set(found.values())
+    return found if len(kinds) > 1 and 'train' in kinds and None not in kinds else rows.splits
+
 def read_folder(
     # A folder as for `ImageFolder`, or with one table for each split; or a table
     folder,
@@ -181,7 +191,8 @@ def read_folder(
     for split,rows in sources:
         for note in rows.notes:
             log.warning(f'⚠️ {note}')
+        splits = _splits_of(rows)
         for i,name in enumerate(rows.names):
-            parts.setdefault(split or rows.splits[name], []).append((rows, i))
+            parts.setdefault(split or splits[name], []).append((rows, i))
     tables = [rows for _,rows in sources]
     return as_source(parts, folder, [b for rows in tables for b in rows.bad], tables)

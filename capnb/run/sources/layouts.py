@@ -19,7 +19,8 @@ _TABLE = (
     r'|(captions|dataset)_.*\.json'
 )
 _OTHER_TABLE = r'[^.].*\.(csv|tsv|jsonl|json)' # any name; used if no file has a usual name
-_NO_TABLE = r'.*_stats\.json|.*\.lemma\..*' # counts of img2dataset; lemmatized captions
+# counts of img2dataset; lemmatized captions; notes of `datasets` and settings of trainers
+_NO_TABLE = r'.*_stats\.json|.*\.lemma\..*|dataset_(infos?|dict|config)\.json'
 
 def _entries(folder):
     "The names of the folders and of the files in a folder or in a zip; a zip counts as a folder."
@@ -89,7 +90,9 @@ def folder_tables(
     """
     folder = Path(folder)
     split_folders = [folder/name for name in _entries(folder)[0] if name.lower() in SPLIT_NAMES]
-    below = [(SPLIT_NAMES[f.name.lower()], f, only_table(f)) for f in split_folders if tables_in(f, other)]
+    any_name = other and not tables_in(folder, False) # a usual name above goes before any name below
+    with_table = [f for f in split_folders if tables_in(f, any_name)]
+    below = [(SPLIT_NAMES[f.name.lower()], f, only_table(f)) for f in with_table]
     if below: return below
     tables = tables_in(folder, other) or _tables_below(folder, other)
     both = tables_in(folder, other) + tables_in(folder/'annotations', other)

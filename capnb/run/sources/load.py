@@ -20,7 +20,7 @@ from .folders import Picked, Source
 from capnb.run.sources.hub import (
     HUB_DATA, drawn_split, given_splits, held_back, load_hub, missing_splits, split_name
 )
-from .rows import NamedRows, dataset_columns, named_rows
+from .rows import NamedRows, dataset_columns, named_rows, one_row_per_image
 from ...storybook import SPLITS, Storybook
 
 # %% ../../../nbs/31i_sources.ipynb #02b00021
@@ -144,11 +144,13 @@ def _own_rows(data, limit, columns):
         return read_streams(data, limit, *columns)
     if type(data).__module__.startswith('datasets.'):
         return from_datasets(data, 'the data', *columns)
+    if isinstance(data, list):
+        return from_datasets(data, 'the data', *columns)
     if not isinstance(data, Mapping):
         return Source(split_rows(named_rows(data, *columns)))
     parts = {} # several names may mean one split, as train and restval do
     for split,rows in data.items():
-        parts.setdefault(split_name(split), []).append(named_rows(rows, *columns))
+        parts.setdefault(split_name(split), []).append(one_row_per_image(named_rows(rows, *columns)))
     splits = {split: _joined(rows) for split,rows in parts.items()}
     for split,rows in splits.items():
         check_rows(rows)
