@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 )
 from .hardware import default_device
+from .decoder import begin_ids
 from .hub import load_whole, model_config, read_model
 from .out_of_memory import memory_ran_out
 
@@ -104,6 +105,13 @@ def _check_vocabulary(tokenizer, name, tokenizer_name, config):
                 f" there and {own[token]} here; set tokenizer_name and decoder_name together"
             )
 
+def _unknown_ids(tokenizer, rows):
+    """The tokens beyond a table of `rows` embeddings. A special one counts only if captions begin or end with
+    it: no text becomes another one."""
+    special = {i for i,token in tokenizer.added_tokens_decoder.items() if token.special}
+    needed = {tokenizer.eos_token_id, *begin_ids(tokenizer)}
+    return {i for i in tokenizer.get_vocab().values() if i >= rows} - (special-needed)
+
 def alike(
     a, # A tensor
     b, # Another one
@@ -138,6 +146,9 @@ def _check_reading(name, decoder):
         if memory_ran_out(e, alone=True): raise
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{who} cannot read vectors in place of tokens: {reason}") from e
+    if logits.dtype==torch.float16 and logits.isnan().any():
+        raise ValueError(f"{who} computes numbers beyond 65,504, which float16 does not hold, and this device"
+                         " has no bfloat16; take another decoder, or another GPU")
     if not logits.isfinite().any(-1).all():
         raise ValueError(f"{who} computes no numbers (NaN): are its weights whole?")
     if alike(logits[0,:3], logits[1,:3], half=.1): return
@@ -163,7 +174,7 @@ def load_decoder(
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer_name not in (None, name):
         _check_vocabulary(tokenizer, name, tokenizer_name, config)
-    if len(tokenizer) > rows:
+    if _unknown_ids(tokenizer, rows):
         raise ValueError(
             f"tokenizer {tokenizer_name or name!r} has {len(tokenizer)} tokens, decoder {name!r} knows {rows}"
         )

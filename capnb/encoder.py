@@ -168,8 +168,9 @@ class EncodedData:
         features, # (images, width) or (images, patches, width): a tensor, or an object indexed like one
         rows:list, # One dictionary per image
         num_skipped:int=0, # Rows of the data set that could not be read
+        digests:list=(), # A hash of each image, from the feature cache
     ):
-        self.features, self.rows, self.num_skipped = features, rows, num_skipped
+        self.features, self.rows, self.num_skipped, self.digests = features, rows, num_skipped, digests
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(self.rows[i], features=self.features[i])

@@ -179,13 +179,14 @@ def nearest_captions(
 
 def floors(
     train:EncodedData, # Training images
-    data:EncodedData, # Images to caption; without features (None), there is no 'nearest'
+    # Images to caption; without features (None), or if they are the training images, there is no 'nearest'
+    data:EncodedData,
     measures=(), # As for `score`
 ) -> dict: # 'common' and 'nearest': of each score its value and 95% interval; of 'common' also its 'caption'
     "Score two captioners that learn nothing: the most common caption, and that of the nearest neighbour."
     common = most_common_caption([c for r in train.rows for c in r['captions']])
     said = dict(common=[common]*len(data))
-    if data.features is not None:
+    if data.features is not None and data is not train: # an image is its own nearest neighbour
         said['nearest'] = nearest_captions(train, data)
     references = [r['captions'] for r in data.rows]
     n, scores = min(map(len, references)), {}

@@ -235,7 +235,7 @@ def load_whole(
 ):
     """Load a model whose weights must all be in the file; other weights in the file are ignored.
 
-    Raises a `ValueError` that names the first missing weight.
+    Raises a `ValueError` that names the first missing weight, or the first one with 8 bits or fewer.
     """
     import torch
     from transformers.utils import logging
@@ -258,6 +258,11 @@ def load_whole(
         raise ValueError(
             f"{role} {name!r} has no weights for {missing[0]}"
             + (f' and {len(missing)-1} more' if len(missing) > 1 else '')
+        )
+    if packed := [n for n,p in model.named_parameters() if p.element_size()==1]:
+        raise ValueError(
+            f"{role} {name!r} is stored in numbers of 8 bits or fewer ({packed[0]}), which are not computed"
+            " with here; take the model before it was quantized, such as the name without -FP8"
         )
     model.stored = weights_fingerprint(model)
     for p in model.parameters():

@@ -65,5 +65,6 @@ def compare(
             )
         low, high = np.percentile(resampled(parts[name])-resampled(other[name]), (2.5, 97.5)).tolist()
         a, b = parts[name].value, other[name].value
-        out[name] = dict(value=a, other=b, difference=a-b, interval=[low, high], real=not low <= 0 <= high)
+        real = len(parts[name].each) > 1 and not low <= 0 <= high # a single image shows nothing
+        out[name] = dict(value=a, other=b, difference=a-b, interval=[low, high], real=real)
     return out

@@ -43,11 +43,15 @@ def unfreeze(
     for name,p in parameter_groups(model, h).get('decoder', {}).items():
         p.requires_grad_('.lora_' in name or epoch >= h.unfreeze_epoch)
 
+_MAMBA = ('falcon_h1', 'falcon_mamba', 'mamba', 'mamba2', 'nemotron_h')
+_BYPASSED = ['out_proj', 'conv1d'] # fused kernels of Mamba read these weights themselves; peft refuses them
+
 def add_lora(
     decoder, # Causal language model; it is changed
     h:Hyperparameters,
 ): # The decoder
-    "Add low-rank matrices to every linear layer of the decoder (`peft`); their product starts at zero."
+    """Add low-rank matrices to every linear layer of the decoder (`peft`), in Mamba to all but `out_proj`;
+    their product starts at zero."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -56,7 +60,8 @@ def add_lora(
         ) from None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(h.seed) # of the CPU, where peft makes the matrices
-        lora = LoraConfig(r=h.lora_rank, lora_alpha=2*h.lora_rank, target_modules='all-linear')
+        lora = LoraConfig(r=h.lora_rank, lora_alpha=2*h.lora_rank, target_modules='all-linear',
+                          exclude_modules=_BYPASSED if decoder.config.model_type in _MAMBA else None)
         decoder = inject_adapter_in_model(lora, decoder)
     for name,p in decoder.named_parameters():
         if '.lora_' in name:

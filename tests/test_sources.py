@@ -15,6 +15,7 @@ from capnb.data import CaptionData
 from capnb.run.sources import layouts
 from capnb.run.sources.check import ScannedImage, check_data, find_warnings
 from capnb.run.sources.load import load_data, skip_bad
+from capnb.run.sources.rows import dataset_columns, image_columns
 
 NAMES = [f'{1000+n}_a{n}.png' for n in range(20)]
 
@@ -1084,3 +1085,200 @@ def test_many_zips_stay_open(tmp_path, monkeypatch):
     for name in names*2:
         assert read_text(name/'a.txt')=='a'
     assert len(opened)==20
+
+# --- Several rows of one image
+
+def five_each(folder):
+    "Five rows for each image, with one caption in each."
+    write_images(folder, NAMES)
+    return [dict(image=str(folder/name), caption=f'Card {k} of {name}.') for name in NAMES for k in range(5)]
+
+def told_by_name(rows):
+    "The captions of each image by the name of its file; no image may occur twice."
+    parts = [rows.parts(i) for i in range(len(rows))]
+    found = {os.path.basename(image): row['captions'] for image,row,_ in parts}
+    assert len(found)==len(rows)
+    return found
+
+def five_of(names): return {name: [f'Card {k} of {name}.' for k in range(5)] for name in names}
+
+def in_parquet(rows, folder):
+    Dataset.from_list(rows).to_parquet(folder/'train.parquet')
+    return folder
+
+TOGETHER = {
+    'list': lambda rows, folder: rows,
+    'list of paths': lambda rows, folder: [dict(row, image=folder/row['image']) for row in rows],
+    'other columns': lambda rows, folder: [dict(photo=row['image'], says=row['caption']) for row in rows],
+    'data set': lambda rows, folder: Dataset.from_list(rows),
+    'data set of arrays': lambda rows, folder: Dataset.from_list(rows).with_format('numpy'),
+    'dictionary of one split': lambda rows, folder: DatasetDict(train=Dataset.from_list(rows)),
+    'parquet': in_parquet,
+}
+
+@pytest.mark.parametrize('form', TOGETHER)
+def test_rows_of_one_image_stay_in_one_split(tmp_path, form):
+    columns = dict(image_column='photo', caption_column='says') if form=='other columns' else {}
+    found = load_data(TOGETHER[form](five_each(tmp_path), tmp_path), **columns)
+    told = {split: told_by_name(rows) for split,rows in found.items()}
+    assert {split: len(rows) for split,rows in told.items()}==CUT
+    assert {name: said for rows in told.values() for name,said in rows.items()}==five_of(NAMES)
+
+def test_the_limit_counts_images_not_rows(tmp_path):
+    found = load_data(five_each(tmp_path), limit=3)
+    assert [len(row['captions']) for row in found['train'].texts()]==[5]*3
+    assert len(found['validation'])==len(found['test'])==2
+
+def test_rows_of_one_image_are_joined_in_each_split_of_a_dictionary(tmp_path):
+    rows = five_each(tmp_path)
+    found = load_data(dict(train=rows[:40], restval=rows[40:70], test=Dataset.from_list(rows[70:])))
+    assert told_by_name(found['train'])==five_of(NAMES[:14])
+    assert told_by_name(found['test'])==five_of(NAMES[14:])
+
+def test_a_list_of_rows_is_divided_by_its_split(tmp_path, capsys):
+    "Where pandas had no split there is NaN."
+    splits = ['train']*14 + ['val']*3 + ['test']*2 + [float('nan')]
+    rows = [dict(row, split=splits[n//5]) for n,row in enumerate(five_each(tmp_path))]
+    told = {split: told_by_name(part) for split,part in load_data(rows).items()}
+    assert told==dict(
+        train=five_of(NAMES[:14]), validation=five_of(NAMES[14:17]), test=five_of(NAMES[17:19]))
+    assert 'ℹ️ 1 images have no split and are not used' in capsys.readouterr().out
+
+def test_numbers_in_a_list_of_rows_are_no_splits(tmp_path):
+    rows = [dict(row, split=n%2) for n,row in enumerate(five_each(tmp_path))]
+    assert {split: len(part) for split,part in load_data(rows).items()}==CUT
+
+def test_an_image_whose_rows_have_several_splits_is_joined_in_each(tmp_path):
+    rows = [dict(row, split='test' if n%5==4 else 'train') for n,row in enumerate(five_each(tmp_path))]
+    found = load_data(dict(train=rows), bad_rows='skip')
+    assert len(found['train'])==20 # a dictionary tells the splits itself
+    found = load_data([*rows, dict(rows[0], split='val')])
+    sizes = {split: (len(part), {len(row['captions']) for row in part.texts()}) for split,part in found.items()}
+    assert sizes==dict(train=(20, {4}), validation=(1, {1}), test=(20, {1}))
+
+def test_rows_without_the_name_of_an_image_are_not_joined(tmp_path):
+    "Neither are an image that is no file and rows that are no dictionary."
+    rows = five_each(tmp_path)[:50]
+    for n,missing in enumerate((float('nan'), float('nan'), None, None, '', '')):
+        rows[5*n] = dict(rows[5*n], image=missing)
+    found = load_data(dict(train=rows, test=rows[-5:]), bad_rows='skip')
+    assert len(found['train'])==10 and found['train'].num_skipped==6
+    assert [len(row['captions']) for row in found['train'].texts()]==[4]*6 + [5]*4
+    image, raw = colour(0), png(0)
+    for same in (image, raw):
+        assert len(load_data(dict(train=[dict(image=same, caption='A card.')]*12))['train'])==12
+    with pytest.raises(ValueError, match='^row 1 is a str; a dictionary'):
+        load_data(dict(train=[rows[-1], 'a card', rows[-1]]))['train'][1]
+
+def test_an_image_that_is_gone_is_one_bad_row(tmp_path):
+    rows = five_each(tmp_path)
+    (tmp_path/NAMES[3]).unlink()
+    found = load_data(dict(train=rows), bad_rows='skip')['train']
+    assert found.num_skipped==1 and told_by_name(found)==five_of(NAMES[:3] + NAMES[4:])
+    report = check_data(dict(train=rows))
+    assert (report['images'], report['captions'], len(report['bad']))==(19, 95, 1)
+    assert report['bad'][0].startswith('train: row 3: there is no image')
+
+def test_a_name_in_parquet_that_leads_out_is_named_with_its_row(tmp_path):
+    rows = five_each(tmp_path)
+    rows[40:45] = [dict(row, image='../secret.png') for row in rows[40:45]]
+    problem, = check_data(in_parquet(rows, tmp_path))['bad']
+    assert "row 40: '../secret.png' leads out of the folder" in problem
+
+@pytest.mark.parametrize('missing', ['', ' ', None, float('nan')], ids=repr)
+def test_one_of_several_columns_of_captions_may_be_empty(missing):
+    rows = [dict(image=png(n), a='A red card.', b=missing) for n in range(20)]
+    for way in (rows, Dataset.from_list(rows), dict(train=rows)):
+        if isinstance(missing, float) and isinstance(way, Dataset): continue # `datasets` has None there
+        assert load_data(way, caption_column='a,b')['train'][0]['captions']==['A red card.']
+        with pytest.raises(ValueError, match='texts that are not empty, not .*: it is empty'):
+            load_data(way, caption_column='b')['train'][0]
+
+# --- Which column is the image
+
+def features_of(**columns): return Dataset.from_dict(columns).features
+
+BOXES = [[.1, .2, .3, .4], [.2, .2, .5, .6]]
+
+def test_boxes_are_no_image():
+    named = dict(file_name=['a.png'], caption=['A card.'])
+    assert image_columns(features_of(boxes=[BOXES], **named))==['file_name']
+    assert image_columns(features_of(boxes=[BOXES], image=[[[0., 1.]]], **named))==['image']
+    assert image_columns(features_of(pixels=[[[0., 1.]]], caption=['A card.']))==['pixels']
+    pixels = Features(pixels=Array3D((16, 16, 3), 'uint8'), boxes=List(List(Value('float32'))),
+                      file_name=Value('string'))
+    assert image_columns(pixels)==['pixels']
+
+def test_the_bytes_of_an_image_go_before_its_name():
+    names = dict(filename=['a.png'], path=['b.png'], caption=['A card.'])
+    assert dataset_columns(features_of(image=[b'x'], **names))==('image', ['caption'])
+    assert dataset_columns(features_of(img=[b'x'], **names))==('img', ['caption'])
+    assert dataset_columns(features_of(**names))==('filename', ['caption'])
+
+@pytest.mark.parametrize('column', ['boxes', 'image'])
+def test_parquet_with_names_and_more_is_read(tmp_path, column):
+    write_images(tmp_path, NAMES)
+    more = dict(boxes=[BOXES]*20, image=[png(n) for n in range(20)])[column]
+    rows = dict(filename=NAMES, caption=list(SAID.values()))
+    Dataset.from_dict(rows | {column: more}).to_parquet(tmp_path/'train.parquet')
+    found = [row for part in load_data(tmp_path).values() for row in part]
+    assert {row['image_id']: row['image'].tobytes() for row in found if column=='image'}==(
+        {name: colour(n).tobytes() for n,name in enumerate(NAMES)} if column=='image' else {})
+    assert {row['image'].tobytes() for row in found}=={colour(n).tobytes() for n in range(20)}
+
+# --- Folders and files beside the data
+
+def in_split_folders(folder, more=''):
+    "One table for images in folders of their splits; `more` are further rows."
+    files = [f'train/{name}' for name in NAMES[:14]] + [f'Test/{name}' for name in NAMES[14:]]
+    write_images(folder/'train', NAMES[:14])
+    write_images(folder/'Test', NAMES[14:])
+    lines = ''.join(f'{file},A card.\n' for file in files)
+    (folder/'captions.csv').write_text(f'file_name,caption\n{lines}{more}')
+    return files
+
+def ids_of(found): return {split: sorted(row['image_id'] for row in rows.texts()) for split,rows in found.items()}
+
+def test_folders_of_splits_hold_for_one_table(tmp_path):
+    files = in_split_folders(tmp_path)
+    zip_up(tmp_path/'all.zip', tmp_path)
+    for place in (tmp_path, tmp_path/'all.zip'):
+        ids = ids_of(load_data(place))
+        assert ids['test']==files[14:] and len(ids['validation'])==1
+        assert sorted(ids['train'] + ids['validation'])==files[:14]
+
+def test_a_column_of_splits_goes_before_folders(tmp_path):
+    files = in_split_folders(tmp_path)
+    rows = ''.join(f'{file},A card.,{"test" if n<5 else "train"}\n' for n,file in enumerate(files))
+    (tmp_path/'captions.csv').write_text(f'file_name,caption,split\n{rows}')
+    assert ids_of(load_data(tmp_path))['test']==files[:5]
+
+def test_folders_tell_no_split_if_an_image_is_elsewhere(tmp_path):
+    write_images(tmp_path, ['a.png'])
+    in_split_folders(tmp_path, 'a.png,A card.\n')
+    assert {split: len(rows) for split,rows in load_data(tmp_path).items()}==dict(
+        train=17, validation=2, test=2)
+
+@pytest.mark.parametrize('name', ['dataset_infos.json', 'dataset_info.json', 'dataset_config.json'])
+@pytest.mark.parametrize('write', [parquet_shards, beside])
+def test_notes_on_a_data_set_are_no_table(tmp_path, write, name):
+    write(tmp_path)
+    (tmp_path/name).write_text('{"default": {}}')
+    assert {split: len(rows) for split,rows in load_data(tmp_path).items()}==FORMATS[write]
+
+@pytest.mark.parametrize('name,text', [
+    ('classes.json', '["cat", "dog"]'),
+    ('labels.csv', 'file,label\na.png,cat\n'),
+])
+def test_another_file_does_not_hide_texts_beside_images(tmp_path, name, text):
+    beside(tmp_path)
+    (tmp_path/name).write_text(text)
+    assert {row['image_id']: row['captions'] for part in load_data(tmp_path).values() for row in part}==SAID
+    (tmp_path/'captions.csv').write_text(f'file_name,caption\n{NAMES[0]},A card.\n'*12)
+    with pytest.raises(ValueError, match='captions.csv'):
+        load_data(tmp_path) # a table with a usual name goes first
+
+def test_another_table_in_a_split_does_not_hide_the_usual_one(tmp_path):
+    files = in_split_folders(tmp_path)
+    (tmp_path/'Test'/'labels.csv').write_text('file,label\na.png,cat\n')
+    assert ids_of(load_data(tmp_path))['test']==files[14:]

@@ -366,7 +366,7 @@ def _fill(cache, encoder, data, batch_size, progress, threads):
     return rows, digests
 
 def _encode_in(root, encoder, data, batch_size, progress, threads, kept):
-    """Encode a data set with a cache below `root`; return features, in memory unless `kept`, and rows.
+    """Encode a data set with a cache below `root`; features are in memory unless `kept`.
 
     Unless `kept`, no shard is mapped after that: Windows cannot delete mapped files."""
     cache = _cache_for(encoder, root)
@@ -374,7 +374,7 @@ def _encode_in(root, encoder, data, batch_size, progress, threads, kept):
         _say_size(progress, len(data), cache, f'in {shown_path(cache.folder)}' if kept else 'in memory')
     rows, digests = _fill(cache, encoder, data, batch_size, progress, threads)
     features = Features(cache.shards, cache.find(digests))
-    return features if kept else features[:], rows
+    return EncodedData(features if kept else features[:], rows, data.num_skipped, digests)
 
 def encode_data(
     encoder:ImageEncoder,
@@ -393,5 +393,4 @@ def encode_data(
     """
     kept = folder is not None
     with nullcontext(folder) if kept else TemporaryDirectory(ignore_cleanup_errors=True) as root:
-        features, rows = _encode_in(root, encoder, data, batch_size, progress, threads, kept)
-    return EncodedData(features, rows, data.num_skipped)
+        return _encode_in(root, encoder, data, batch_size, progress, threads, kept)

@@ -10,9 +10,10 @@ import os, re
 from pathlib import Path
 from ..captioner import Captioner
 from ..unfreezing import parameter_groups
-from ..checkpoint import MODEL_NAMES, check_shapes, metadata_path, read_metadata, read_weights
+from ..checkpoint import PLACED, check_shapes, metadata_path, read_metadata, read_weights
 from ..settings import Hyperparameters
 from ..hub import model_path
+from .sources.hub import HUB_DATA
 
 # %% ../../nbs/32_checkpoints.ipynb #924182f9
 def _checkpoints(folder):
@@ -63,11 +64,12 @@ def model_places(
     h:Hyperparameters,
     folder, # Folder of the checkpoints
 ) -> dict: # Name of the hyperparameter: path
-    "Return the paths of models that are local folders or files, relative to the checkpoints."
+    "Return the paths of models and data that are local folders or files, relative to the checkpoints."
     folder, places = Path(folder).resolve(), {}
-    for name in MODEL_NAMES:
+    for name in PLACED:
         if not h[name] or model_path(h[name])!=h[name] or not Path(h[name]).exists():
             continue # it ships with capnb, or is on the hub
+        if name=='data' and h.data in ('storybook', *HUB_DATA): continue
         path = Path(h[name]).absolute()
         try:
             places[name] = Path(os.path.relpath(path, folder)).as_posix()

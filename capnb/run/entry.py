@@ -12,6 +12,7 @@ from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
 from ..hardware import check_precision, default_device
+from ..log import log
 from ..saving import check_trained, shipped_checkpoint
 from ..build import build_captioner, check_models
 from ..own_encoder import own_encoder
@@ -57,6 +58,16 @@ class TrainingResult:
     curve: Path # Image of the loss curve
 
 # %% ../../nbs/33b_train_and_load.ipynb #9939a336
+def _warn_of_shared_images(encoded):
+    "Warn if images of other splits are training images, too."
+    for split,data in encoded.items():
+        shared = len(set(data.digests) & set(encoded['train'].digests))
+        if split!='train' and shared:
+            log.warning(
+                f"⚠️ {shared} images of {split!r} are also in 'train', so its scores are too good. If the data"
+                " has a row for each caption, join the rows of an image"
+            )
+
 def prepare(
     h, # `Hyperparameters`
     data=None, # As for `train`
@@ -82,6 +93,7 @@ def prepare(
     with main_process_first():
         encoded = {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=folder)
                    for split,d in splits.items()}
+    _warn_of_shared_images(encoded)
     return model, splits, encoded
 
 # %% ../../nbs/33b_train_and_load.ipynb #3e515e54
@@ -157,8 +169,8 @@ def train(
         data, changes = None, dict(changes, data=data)
     if data is not None:
         changes = dict(changes, data=OWN_DATA)
-    encoder = own_encoder(encoder, device)
-    if encoder:
+    if encoder is not None:
+        encoder = own_encoder(encoder, join_processes(device)) # each process tries it on its own device
         changes = _with_encoder(changes, encoder)
     # before anything large is imported, so that an error comes at once
     h = as_hyperparameters(settings, preset or 'storybook', **changes)

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 from ..captioner import Captioner
+from ..own_encoder import OwnEncoder
 from ..unfreezing import last_layers
 from ..settings import Hyperparameters
 from ..hardware import default_device, default_dtype, in_processes, sharding_asked
@@ -130,8 +131,10 @@ def shard_decoder(
     from torch.distributed.fsdp import fully_shard
     device = torch.device(device)
     mesh = init_device_mesh(device.type, (PartialState().num_processes,))
-    for p in model.decoder.parameters():
-        p.data = p.data.to(default_dtype(device)) # as a decoder is loaded for the device; buffers stay
+    own = isinstance(model.encoder, OwnEncoder) # keeps its dtype
+    for part in [model.decoder] if own else [model.decoder, model.encoder]:
+        for p in part.parameters():
+            p.data = p.data.to(default_dtype(device)) # as models are loaded for the device; buffers stay
     for layer in _all_layers(model.decoder):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return model.to(device)

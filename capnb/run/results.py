@@ -79,7 +79,7 @@ def result_row(
     epochs = [Path(checkpoint).with_name(f'model_state_dict_{stamp}-{e}.pth') for e in range(1, m['epoch']+1)]
     seconds = [read_metadata(p)['seconds'] for p in epochs if metadata_path(p).exists()]
     return dict.fromkeys(FIELDS) | dict(
-        settings=settings_name(h), encoder=m['encoder'], decoder=m['decoder'],
+        settings=settings_name(h), seed=h.seed, encoder=m['encoder'], decoder=m['decoder'],
         data=m['data']['name'], training_images=m['data']['train'],
         first_loss=sum(losses[:10])/len(losses[:10]), last_loss=m['training_loss'],
         validation_loss=m['validation_loss'], split=split,
@@ -92,16 +92,15 @@ def result_row(
 _RUN = ('settings', 'encoder', 'decoder', 'data')
 def _is_same(a, b):
     same = ('settings', 'encoder', 'decoder', 'data', 'split') if a['experiment'] else _RUN
-    return all(a[k]==b[k] for k in (*same, 'experiment', 'seed')) and (
-        a['device']==b['device'] or None in (a['device'], b['device'])
-    )
+    either = lambda k: a[k]==b[k] or None in (a[k], b[k]) # rows that have not been run yet have None
+    return all(a[k]==b[k] for k in (*same, 'experiment')) and either('device') and either('seed')
 
 def add_row(
     rows:list, # Dictionaries with the keys `FIELDS`
     row:dict, # The new one
 ) -> list:
-    """Add a row to the table. It replaces a row of the same settings, models, data and device, or one that
-    has not been run yet."""
+    """Add a row to the table. It replaces a row of the same settings, models, data, seed and device, or one
+    that has not been run yet."""
     same = [i for i,r in enumerate(rows) if _is_same(r, row)]
     at = same[0] if same else len(rows)
     return rows[:at] + [row] + [r for i,r in enumerate(rows) if i>=at and i not in same]
@@ -117,7 +116,8 @@ def _table_of_runs(rows):
     for r in rows:
         models = ' + '.join(f"`{Path(r[k]).name}`" for k in ('encoder', 'decoder'))
         images = f", {r['training_images']} images" if r['training_images'] else ''
-        cells = [r['settings'], models, r['data']+images]
+        seed = f", seed {r['seed']}" if r['seed'] else ''
+        cells = [r['settings']+seed, models, r['data']+images]
         if r['date'] is None:
             cells += ['not run yet'] + ['']*5
         else:

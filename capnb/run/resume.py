@@ -340,7 +340,8 @@ def _check_same(run, state):
     for what,name in (('data', 'data'), ('frozen', 'frozen models')):
         saved, now = state['identity'].get(what), run.identity[what]
         if saved!=now:
-            raise ValueError(f"{state['path']}: the {name} of this run were others ({saved}, now {now})")
+            told = f"{state['path']}: the {name} of this run were others ({saved}, now {now})"
+            raise ValueError(f'{told}; to train on with these, start a new run with init_from')
     here = {type(c).__name__ for c in run.callbacks if c.keeps}
     for name in sorted(here ^ state['callbacks'].keys()):
         raise ValueError(
@@ -389,7 +390,7 @@ def load_state(
 # %% ../../nbs/32b_resume.ipynb #6c6f071d
 MAY_CHANGE = (
     'num_epochs', 'max_steps', 'patience', 'keep_checkpoints', 'checkpoint_steps', 'micro_batch_size',
-    'features_dir', 'output_dir',
+    'features_dir', 'output_dir', 'data', # the captions must be the same
 )
 
 def _nothing_left(state, saved, h):

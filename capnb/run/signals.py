@@ -69,7 +69,9 @@ class Interrupted(KeyboardInterrupt):
         )
 
 def how_to_go_on(run:SavedRun) -> str:
-    "Return the command that resumes a run, or the call in Python if it needs objects."
+    """Return the command that resumes a run, or the call in Python if it needs objects. A callback whose
+    command makes the run, such as that of a sweep, says it in `go_on`."""
+    if told := next((c.go_on for c in run.callbacks if hasattr(c, 'go_on')), None): return told
     own = any(type(c).__module__.partition('.')[0]!='capnb' for c in run.callbacks)
     if own or run.h.data==OWN_DATA or run.h.encoder_name.startswith(OWN):
         same = 'the same data, encoder and callbacks as before'
@@ -87,18 +89,23 @@ def ask_to_stop(
     else:
         run.signal = number
 
+_STOPPING = ('SIGINT', 'SIGTERM', 'SIGHUP') # Windows has no SIGHUP
+
 @contextmanager
 def stoppable(run:SavedRun):
-    """Turn SIGINT and SIGTERM into `Interrupted`: at the end of a running step, else at once. Several
-    processes stop after the same step. An `OSError` gets the command that resumes the run."""
+    """Turn SIGINT, SIGTERM and SIGHUP (a closed terminal) into `Interrupted`: at the end of a running step,
+    else at once. Several processes stop after the same step. An `OSError` gets the command that resumes the
+    run."""
     def handle(number, _):
         wait = run.accelerator.num_processes > 1 or run.busy and not run.signal
         ask_to_stop(run, number)
         if not wait: raise Interrupted(run)
     # Python allows signal handlers only in the main thread
-    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    # a handler that is not Python's, None here, could not be put back
-    mine = [number for number in mine if signal.getsignal(number) is not None]
+    mine = []
+    if threading.current_thread() is threading.main_thread():
+        mine = [getattr(signal, name) for name in _STOPPING if hasattr(signal, name)]
+    # None: a handler that is not Python's could not be put back; SIG_IGN: nohup and scripts want that
+    mine = [number for number in mine if signal.getsignal(number) not in (None, signal.SIG_IGN)]
     old = {number: signal.signal(number, handle) for number in mine}
     try:
         yield

@@ -8,6 +8,8 @@ __all__ = ['TrialRunner', 'Prune', 'run_trial', 'sweep']
 # %% ../../nbs/36_sweeps.ipynb #19a00002
 import os, time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from accelerate.utils.memory import clear_device_cache
 from ..captioner import Captioner
 from ..build import build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
@@ -57,12 +59,14 @@ class TrialRunner:
         learns = h.unfreeze_layers or h.lora_rank or h.init_from
         key = [h[k] for k in _SHARED]
         if key==self.key and self.frozen and not learns: return self._with_new_adapter(h)
+        if key!=self.key:
+            self.frozen, self.reasons = None, _SHARED
+        clear_device_cache(garbage_collection=True) # a run and its stepper refer to each other
         if key==self.key:
             model = make_fast(build_captioner(h))
             if h.init_from:
                 start_from(model, h.init_from, h)
         else:
-            self.frozen, self.reasons = None, _SHARED # frees its memory
             model, self.images, self.data = prepare(h, self.own, only=('train', 'validation'))
             self.reasons = _OF_DATA
             check_run(self.data, h) # before the key: a mistake of all trials ends the sweep
@@ -85,6 +89,7 @@ class Prune(Callback):
         trial, # Trial of Optuna, or an object with its `report` and `should_prune`
     ):
         self.trial, self.pruned = trial, False
+        self.go_on = 'start the same sweep again' # see `how_to_go_on`
 
     def on_epoch_end(self, run):
         self.trial.report(run.metadata['validation_loss'], run.epoch)
@@ -102,11 +107,11 @@ def run_trial(
     "Train with the values of a trial and report the result to the study."
     state, place = import_optuna().trial.TrialState, trial_folder(h.output_dir, trial.number)
     shared = as_hyperparameters(h, output_dir=str(place))
-    h = as_hyperparameters(shared, **trial.params)
     place.mkdir(exist_ok=True)
     with open(place/'log.txt', 'w', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         prune, began = Prune(trial), time.perf_counter()
         try:
+            h = as_hyperparameters(shared, **trial.params)
             model = lab(h) # loads the images, too
             callbacks = [prune, Tracker(lab.images)] if h.report_to else [prune]
             run = run_training(model, lab.data, h, callbacks)
@@ -125,6 +130,18 @@ def run_trial(
     study.tell(trial, None if prune.pruned else loss, state=state.PRUNED if prune.pruned else state.COMPLETE)
 
 # %% ../../nbs/36_sweeps.ipynb #19a00022
+# settings that change which tokens of which captions the validation loss counts
+_COUNTED = ('tokenizer_name', 'decoder_name', 'max_caption_length', *_OF_DATA)
+
+def _check_names(h, space):
+    "Raise an `OSError` if a model that a trial would load does not exist."
+    for name in ('encoder_name', 'tokenizer_name', 'decoder_name'):
+        for value in getattr(space.get(name), 'choices', ()):
+            try:
+                check_models(replace(h, **{name: value}))
+            except ValueError:
+                pass # a model that does not fit fails alone, in its trial
+
 def _settings(settings, preset, vary, sampler, trials, changes):
     "Check the arguments of a sweep: the shared settings, what varies, and the number of trials."
     if in_processes():
@@ -137,6 +154,12 @@ def _settings(settings, preset, vary, sampler, trials, changes):
         raise ValueError('a sweep goes by the validation loss; set evaluation_enabled to true')
     tracker_names(h)
     space = read_vary(vary or classic_grid(h))
+    if told := [name for name in _COUNTED if name in space]:
+        log.warning(
+            f"⚠️ {', '.join(told)} changes which tokens the validation loss counts, so the losses of these"
+            " trials cannot be compared; compare their scores with capnb_eval"
+        )
+    _check_names(h, space)
     starts = space['init_from'].choices if 'init_from' in space else [h.init_from]
     if gone := [path for path in starts if path and not os.path.exists(path)]:
         raise FileNotFoundError(f'init_from {gone[0]} does not exist')

@@ -24,7 +24,7 @@ from ..unfreezing import parameter_groups, unfreeze
 from ..checkpoint import save_metadata, save_tensors, weights_path
 from ..decoder import begin_ids, text_ids
 from ..caption_lengths import count_cut, cut_text
-from ..out_of_memory import ADVICE, memory_ran_out, release_memory
+from ..out_of_memory import ADVICE, memory_ran_out, release_memory, with_advice
 from ..fast.cuda.batches import Layouts
 from ..fast.cuda.training import StaticStep, why_not
 from ..fast.packing import Tokens
@@ -428,5 +428,6 @@ def run_training(
     lock = acquire_run_lock(h.output_dir, stamp) if accelerator.is_main_process else nullcontext()
     with main_process_only(), lock as stamp:
         run = _new_run(model, data, h, broadcast_from_main(stamp), callbacks, state, accelerator)
-        with stoppable(run):
+        # in the gradient, fewer rows are tried first; AdamW's averages come with the first step
+        with stoppable(run), with_advice('fewer unfreeze_layers, a smaller lora_rank'):
             return training_loop(run)

@@ -6,10 +6,11 @@
 __all__ = ['load', 'caption', 'evaluate']
 
 # %% ../../nbs/33c_in_python.ipynb #674b6743
+from dataclasses import replace
 from pathlib import Path
 from ..captioner import Captioner
 from ..saving import DEMO, load_model_from_checkpoint
-from ..fast.cache import encode_data
+from ..fast.cache import encode_data, features_folder
 from ..fast.parts import make_fast
 from ..evaluation import evaluate as evaluate_encoded
 from ..insight.facts import Facts
@@ -156,15 +157,18 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     if isinstance(model, Captioner):
         if data is None:
             raise ValueError('a captioner does not know what data it was trained for; pass data')
-        splits = load_data(data, image_size=model.encoder.image_size)
+        splits, folder = load_data(data, image_size=model.encoder.image_size), None
     else:
         model, _, h = load_model_from_checkpoint(_weights(model))
         make_fast(model)
         if data is None and h.data==OWN_DATA:
             raise ValueError('the checkpoint was trained on data that was passed in Python; pass data')
         splits = load_for(h) if data is None else load_data(data, image_size=h.image_size)
+        name = h.data if data is None else data if isinstance(data, str) else OWN_DATA
+        folder = features_folder(replace(h, data=name))
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
-    encoded = encode_data(model.encoder, splits[split], progress='Encoding' if progress else '')
+    told = 'Encoding' if progress else ''
+    encoded = encode_data(model.encoder, splits[split], progress=told, folder=folder)
     measures = [Facts()] # adds scores for kinds, colours and places, if the data has such facts
     return evaluate_encoded(model, encoded, 'Writing' if progress else '', measures)
