@@ -97,7 +97,10 @@ def plan_steps(
     return Plan(steps, epoch_steps, step_seconds)
 
 # %% ../../nbs/34f_experiments.ipynb #34f00012
-class _StepTimes(Callback):
+class _SameCommand(Callback):
+    go_on = 'start the same command again' # see `capnb.run.signals.how_to_go_on`
+
+class _StepTimes(_SameCommand):
     def __init__(self):
         self.ends = []
     def on_step_end(self, run):
@@ -159,7 +162,7 @@ class Experiment:
     def _data(self): # For training
         return dict(train=self.rows['train'], validation=self.rows['validation'][:WATCHED])
 
-    def _train(self, output_dir, callbacks=(), resume=None, **changes):
+    def _train(self, output_dir, callbacks=(_SameCommand(),), resume=None, **changes):
         changes = dict(self.settings, **changes, output_dir=str(output_dir))
         return train(changes, data=self._data, encoder=self.encoder, callbacks=callbacks, resume=resume)
 
