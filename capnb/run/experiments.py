@@ -162,15 +162,16 @@ class Experiment:
     def _data(self): # For training
         return dict(train=self.rows['train'], validation=self.rows['validation'][:WATCHED])
 
-    def _train(self, output_dir, callbacks=(_SameCommand(),), resume=None, **changes):
+    def _train(self, output_dir, callback=None, resume=None, **changes):
         changes = dict(self.settings, **changes, output_dir=str(output_dir))
-        return train(changes, data=self._data, encoder=self.encoder, callbacks=callbacks, resume=resume)
+        return train(changes, data=self._data, encoder=self.encoder, resume=resume,
+                     callbacks=[callback or _SameCommand()])
 
     def measure_step(self, steps=6) -> float: # Seconds
         "Train for a few steps and return the median time of a step."
         times = _StepTimes()
         with TemporaryDirectory() as folder:
-            self._train(folder, [times], max_steps=steps, num_epochs=steps, evaluation_enabled=False)
+            self._train(folder, times, max_steps=steps, num_epochs=steps, evaluation_enabled=False)
         return times.seconds
 
     def plan(self,
