@@ -1,8 +1,12 @@
 "Folders of models that strangers made: no code of theirs runs, and whatever is broken is one line."
 import ast, builtins, json, pickle, shutil, struct
 from pathlib import Path
-import pytest
+import pytest, torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from capnb.fast.decoder_families import tiny_config
 from capnb.hub import hub_errors, model_path
 from capnb.encoder import load_encoder
 from capnb.any_decoder import load_decoder
@@ -267,6 +271,34 @@ def test_code_beside_a_model_that_needs_none_is_left_alone(tmp_path, nobody_is_a
     change(clip/'preprocessor_config.json', auto_map={'AutoImageProcessor': 'processing_evil.P'})
     load_encoder(str(clip), 'cpu'), load_decoder(str(qwen), device='cpu')
     assert not marker.exists()
+
+@pytest.fixture
+def fp8_decoder(tmp_path):
+    "A tiny decoder whose matrices lie in a file in 8 bits, with a scale for each."
+    config = tiny_config('qwen3')
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_path('storybook-qwen3')).save_pretrained(tmp_path)
+    stored = {}
+    for name,weight in load_file(tmp_path/'model.safetensors').items():
+        if name.endswith('proj.weight'):
+            scale = weight.abs().max()/448
+            stored[name+'_scale_inv'] = scale.reshape(1, 1)
+            weight = (weight/scale).to(torch.float8_e4m3fn)
+        stored[name] = weight
+    save_file(stored, tmp_path/'model.safetensors', metadata=dict(format='pt'))
+    how = dict(quant_method='fp8', weight_block_size=[128, 128], activation_scheme='dynamic')
+    change(tmp_path/'config.json', quantization_config=how)
+    return tmp_path
+
+def test_weights_of_8_bits_are_computed_in_more(fp8_decoder):
+    decoder, _ = load_decoder(fp8_decoder, device='cpu')
+    assert {p.dtype for p in decoder.parameters()}=={torch.float32}
+
+def test_weights_that_stay_in_8_bits_are_refused(fp8_decoder, monkeypatch):
+    "As they do on a GPU that computes with them: there `transformers` does not unpack them."
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, 'validate_environment', lambda *args, **how: None)
+    with pytest.raises(ValueError, match='stored in numbers of 8 bits.*before it was quantized'):
+        load_decoder(fp8_decoder, device='cpu', dtype=torch.bfloat16)
 
 def test_a_model_that_is_tried_next_has_its_own_error(monkeypatch):
     "The error that led to it is not its cause."

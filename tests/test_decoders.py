@@ -1,8 +1,9 @@
 "Decoders of other families: their loss, gradient and text, against what `transformers` computes."
-import json
+import copy, json
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch, transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from capnb.fast import decoder_families
@@ -11,12 +12,12 @@ from capnb.fast.decoder_families import (
 )
 from capnb.hub import model_config, model_path
 from capnb import decoder as readable
-from capnb.decoder import tokenize_captions
+from capnb.decoder import begin_ids, text_ids, tokenize_captions
 from capnb.any_decoder import _check_reading, _settle_end, decoder_config, load_decoder
 from capnb.build import check_pair
 from capnb.generation import captions_of, generate_ids, write_ids
 from capnb.settings import as_hyperparameters
-from capnb.unfreezing import parameter_groups
+from capnb.unfreezing import add_lora, parameter_groups
 from capnb.fast import loss as fast
 from capnb.fast.loss import head_is_plain
 from capnb.fast.writing import write_ids as fast_write_ids
@@ -265,3 +266,46 @@ def test_memory_that_runs_out_is_no_fault_of_the_decoder(tokenizer, tmp_path):
 def test_a_folder_may_be_a_path(tokenizer, tmp_path):
     saved(tmp_path, tokenizer, 'llama')
     assert load_decoder(tmp_path, device='cpu')[0].config.model_type=='llama'
+
+def test_a_special_token_beyond_the_table_does_no_harm(tokenizer, tmp_path):
+    "Small Gemma 3 models have the tokenizer of the larger ones, with one for images, and no row for it."
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens(dict(additional_special_tokens=['<image_soft_token>']))
+    decoder, larger = saved(tmp_path, larger, 'gemma3_text')
+    rows = decoder.get_input_embeddings().num_embeddings
+    assert len(larger)==rows+1 and max(text_ids(larger, ['A cat <image_soft_token>'])[0]) < rows
+
+@pytest.mark.parametrize('part', ['a word', 'the end', 'the begin'])
+def test_a_token_of_captions_beyond_the_table_is_told(part, tokenizer, tmp_path):
+    larger = copy.deepcopy(tokenizer)
+    if part=='a word':
+        larger.add_tokens(['zebra'])
+    elif part=='the end':
+        larger.add_special_tokens(dict(eos_token='<end>'))
+    else:
+        larger.add_special_tokens(dict(bos_token='<begin>'))
+        larger._tokenizer.post_processor = TemplateProcessing(
+            single='<begin> $A', special_tokens=[('<begin>', larger.bos_token_id)]
+        )
+        assert begin_ids(larger)==[len(tokenizer)]
+    with pytest.raises(ValueError, match='has 597 tokens, decoder .* knows 596'):
+        saved(tmp_path, larger, 'llama')
+
+def test_a_decoder_too_large_for_float16_is_told(tokenizer, tmp_path):
+    decoder, _ = saved(tmp_path, tokenizer, 'qwen3')
+    decoder.model.layers[0].mlp.down_proj.weight.data *= 3e5
+    decoder.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        load_decoder(tmp_path, device='cpu', dtype=dtype)
+    with pytest.raises(ValueError, match='65,504, which float16 does not hold.* take another decoder'):
+        load_decoder(tmp_path, device='cpu', dtype=torch.float16)
+
+@pytest.mark.parametrize('kind', ['mamba', 'mamba2', 'falcon_mamba', 'falcon_h1', 'nemotron_h'])
+def test_mamba_takes_lora(kind):
+    torch.manual_seed(0)
+    decoder, ids = AutoModelForCausalLM.from_config(tiny_config(kind)).eval(), torch.arange(10)[None]
+    before = decoder(ids).logits
+    add_lora(decoder, as_hyperparameters(lora_rank=2))
+    added = {n.split('.lora_')[0].split('.')[-1] for n,_ in decoder.named_parameters() if '.lora_' in n}
+    assert 'in_proj' in added and not added & {'out_proj', 'conv1d'}
+    torch.testing.assert_close(decoder(ids).logits, before)

@@ -5,6 +5,7 @@ import pytest, torch
 from capnb import captioner as course
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.build import build_captioner
+from capnb.encoder import ImageEncoder
 from capnb.fast.parts import is_fast, make_fast
 from capnb.run import entry, use
 from capnb.run.commands import caption_command
@@ -104,19 +105,34 @@ def test_what_captions_and_scores_in_python_has_them_too(trained, pages, monkeyp
     use.caption(pages[0], trained.checkpoint)
     assert [is_fast(model) for model in seen] == [True, True]
 
+def album_in(folder, column='caption'):
+    "Six images, two for each split."
+    folder.mkdir()
+    rows = [f'file_name,{column},split']
+    for i in range(6):
+        Storybook(n=6)[i]['image'].save(folder/f'{i}.png')
+        split = ('train', 'validation', 'test')[i//2]
+        rows += [f'{i}.png,"{text}",{split}' for text in Storybook(n=6).captions(i)[:2]]
+    (folder/'captions.csv').write_text('\n'.join(rows))
+
 def test_other_data_is_not_read_with_the_settings_of_the_training_data(tmp_path, capsys):
-    for name, column in (('mine', 'sentence'), ('other', 'caption')):
-        rows = [f'file_name,{column},split']
-        (tmp_path/name).mkdir()
-        for i in range(6):
-            Storybook(n=6)[i]['image'].save(tmp_path/name/f'{i}.png')
-            split = ('train', 'validation', 'test')[i//2]
-            rows += [f'{i}.png,"{text}",{split}' for text in Storybook(n=6).captions(i)[:2]]
-        (tmp_path/name/'captions.csv').write_text('\n'.join(rows))
+    album_in(tmp_path/'mine', 'sentence')
+    album_in(tmp_path/'other')
     told = dict(SMALL, caption_column='sentence', evaluation_enabled=False, output_dir=str(tmp_path/'out'))
     done = train(told, data=str(tmp_path/'mine'))
     scores = use.evaluate(done.checkpoint)[0]
     assert scores==use.evaluate(done.checkpoint, str(tmp_path/'other'))[0] and scores['num_images']==2
+
+def test_images_of_the_training_data_are_not_encoded_again(tmp_path, capsys, monkeypatch):
+    album_in(tmp_path/'mine')
+    told = dict(SMALL, output_dir=str(tmp_path/'out'), features_dir=str(tmp_path/'features'))
+    done = train(told, data=str(tmp_path/'mine'))
+    def forward(*args):
+        raise LookupError('encoded')
+    monkeypatch.setattr(ImageEncoder, 'forward', forward)
+    assert use.evaluate(done.checkpoint)[0]['num_images']==2
+    with pytest.raises(LookupError, match='encoded'):
+        use.evaluate(done.checkpoint, dict(few_pages(), test=Storybook('test', n=2)))
 
 # --- Both ways give the same numbers
 

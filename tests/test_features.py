@@ -11,9 +11,11 @@ from forks import fork
 from capnb import images
 from capnb.fast import cache as enc
 from capnb.build import build_captioner
-from capnb.settings import Hyperparameters, as_hyperparameters
+from capnb.settings import Hyperparameters, OWN_DATA, as_hyperparameters
 from capnb.data import CaptionData
+from capnb.run.entry import prepare
 from capnb.run.sources.load import load_data
+from capnb.storybook import Storybook
 from capnb.image_pool import DecodingPool
 from capnb.images import open_image
 from capnb.encoder import load_encoder
@@ -169,6 +171,15 @@ def test_large_images_do_not_wait_for_the_end_of_a_batch(encoder, plain, pages, 
 def test_repeated_pictures_are_encoded_once(encoder, pages, plain, count, tmp_path):
     twice = encode_data(encoder, CaptionData(pages[:20]*3), 8, folder=tmp_path).features
     assert count()==20 and torch.equal(twice[40:60], twice[:20])
+
+def test_training_images_in_another_split_are_told(tmp_path, capsys):
+    "Whatever they are called: the first four come as other objects, with other captions."
+    pages = [{k: page[k] for k in ('image', 'captions')} for page in Storybook(n=12)]
+    again = [dict(image=page['image'].copy(), captions=['A page.']) for page in pages[:4]]
+    splits = dict(train=pages[:8], validation=[*pages[8:], *again], test=pages[8:])
+    prepare(as_hyperparameters(data=OWN_DATA, features_dir=str(tmp_path)), splits, 'cpu')
+    told = [line for line in capsys.readouterr().out.splitlines() if "also in 'train'" in line]
+    assert len(told)==1 and told[0].startswith("⚠️ 4 images of 'validation' are also in 'train'")
 
 @pytest.mark.parametrize('damage', ['bit', 'cut', 'empty', 'other'])
 def test_damaged_shard_is_encoded_again(encoder, pages, plain, count, tmp_path, capsys, damage):

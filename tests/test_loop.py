@@ -13,6 +13,7 @@ from capnb.unfreezing import parameter_groups
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
 from capnb.run import training as runs
+from capnb.run.checkpoints import best_checkpoint
 from capnb.run.epochs import EarlyStopping
 from capnb.run.live_training import LiveTraining
 from capnb.checkpoint import read_tensors, save_tensors
@@ -530,6 +531,18 @@ def test_patience_waits_for_the_epoch_that_has_begun(tmp_path):
     EarlyStopping().on_epoch_end(run)
     assert not run.stop
 
+def test_an_epoch_that_is_cut_costs_no_checkpoint(encoded, tmp_path, monkeypatch):
+    "Trained to its end, the epoch is worse than one before it, which is then the best again."
+    losses = iter([1., .9, .8, .95])
+    monkeypatch.setattr(training, 'validate', lambda *args: (next(losses), 1.))
+    h = small(tmp_path, num_epochs=3, max_steps=10, keep_checkpoints=1)
+    assert run_training(build_captioner(h, 'cpu'), encoded, h).validation==[1., .9, .8]
+    state = read_state(find_state(tmp_path))
+    h = resumed_hyperparameters(state, dict(max_steps=12))
+    assert run_training(build_captioner(h, 'cpu'), encoded, h, state=state).validation==[1., .9, .95]
+    assert best_checkpoint(tmp_path).name.endswith('-2.pth')
+    assert sorted(p.stem[-1] for p in tmp_path.glob('model_state_dict_*'))==['2', '3']
+
 def test_no_samples(encoded, tmp_path):
     h, data = small(tmp_path), encoded | dict(test=encoded['validation'])
     assert run_training(build_captioner(h, 'cpu'), data, h, [Samples({}, samples=0)]).done
@@ -543,6 +556,22 @@ def test_a_handler_that_is_not_pythons_is_left(monkeypatch, tmp_path):
     with stoppable(run):
         assert changed==[]
     assert changed==[]
+
+@pytest.fixture
+def interrupt():
+    "The handler of Ctrl-C is put back after the test."
+    old = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+def test_a_signal_that_is_ignored_stays_so(interrupt, tmp_path):
+    "A script starts commands in the background so: Ctrl-C is for what is in the foreground."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGTERM)
+    with stoppable(SavedRun(None, {}, h=small(tmp_path), stamp='20260101_120000')):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 @pytest.mark.parametrize('change, told', [
     ({}, 'capnb_train --resume'),

@@ -7,10 +7,11 @@ from capnb.settings import as_hyperparameters
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData
 from capnb.evaluation import nearest_captions
-from capnb.out_of_memory import ADVICE, SHORT, in_slices, may_release, memory_ran_out
+from capnb.out_of_memory import ADVICE, SHORT, in_slices, may_release, memory_ran_out, with_advice
 from capnb.fast.cache import encode_data
 from capnb.fast.cuda.writing import CudaWriter
 from capnb.storybook import Storybook
+from capnb.run.entry import train
 from capnb.run.resume import SavedRun
 from capnb.run.training import backward
 
@@ -245,6 +246,22 @@ def test_training_asks_the_writer_before_it_halves(model, capsys):
     run, features = SavedRun(Cramped(), {}, h=as_hyperparameters()), torch.zeros(4, model.encoder.width)
     backward(run, Accelerator(cpu=True), optimizer, features, ['a cat']*4)
     assert run.micro_batch_size is None and capsys.readouterr().out.splitlines() == [GIVEN]
+
+def test_a_card_too_full_for_an_update_is_told(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SURE[0]
+    monkeypatch.setattr(torch.optim.AdamW, 'step', full)
+    settings = dict(num_epochs=1, training_size_limit=4, evaluation_enabled=False, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match='^out of memory; what helps: fewer unfreeze_layers.*lora_rank') as e:
+        train(device='cpu', **settings)
+    assert str(e.value).endswith(ADVICE)
+
+@pytest.mark.parametrize('error', [PERHAPS[0], OTHERS[0], OTHERS[2]], ids=str)
+def test_another_error_has_no_advice(error):
+    with pytest.raises(type(error)) as raised:
+        with with_advice('less'):
+            raise error
+    assert raised.value is error
 
 def test_a_writer_that_fills_its_cache_in_each_attempt_gives_back_once_for_each_size(capsys):
     "And not for ever: what is freed may be taken again before memory runs out again."

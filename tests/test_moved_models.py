@@ -1,12 +1,15 @@
-"""A model named by a relative folder is found again: from another working directory, and where it moved with
-the checkpoint."""
+"""A model named by a relative folder, and the data, are found again: from another working directory, and where
+they moved with the checkpoint."""
 import json, shutil
 import pytest
 from PIL import Image
 from capnb.saving import load_model_from_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.hub import model_path
-from capnb.run.resume import read_state
+from capnb.run.checkpoints import model_places
+from capnb.run.resume import find_state, read_state
+from capnb.settings import as_hyperparameters
+from capnb.storybook import Storybook
 
 SETTINGS = [
     '--encoder_name',
@@ -96,3 +99,61 @@ def test_places_that_are_none(places, project, monkeypatch):
     path = next((project/'runs/first').glob('training_metadata_*.json'))
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(places=places)))
     assert read_metadata(weights(project))['hyperparameters']['encoder_name'] == 'models/clip'
+
+# --- Data
+
+SPLITS = ['train']*8 + ['validation']*2 + ['test']*2
+
+@pytest.fixture(scope='module')
+def begun(call, tmp_path_factory):
+    "The folder of a run that has made one step, and of its images."
+    folder, book = tmp_path_factory.mktemp('with_data'), Storybook(n=len(SPLITS))
+    (folder/'photos').mkdir()
+    rows = ['file_name,caption,split']
+    for i,split in enumerate(SPLITS):
+        book[i]['image'].save(folder/'photos'/f'{i}.png')
+        rows.append(f'{i}.png,"{book.captions(i)[0]}",{split}')
+    (folder/'photos/captions.csv').write_text('\n'.join(rows), encoding='utf-8')
+    size = ('--batch_size', 2, '--adapter_width', 32, '--prefix_length', 2, '--max_caption_length', 8)
+    done = call('capnb_train', '--data', 'photos', '--output_dir', 'run', '--max_steps', 1, *size, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+@pytest.fixture
+def with_data(begun, tmp_path): return shutil.copytree(begun, tmp_path/'with_data')
+
+def test_data_is_found_from_another_working_directory(with_data, begun, call, tmp_path):
+    "Other images have the same name there."
+    (tmp_path/'photos').mkdir()
+    hidden = begun.rename(begun.with_name('elsewhere')) # nothing is left where it was trained
+    try:
+        done = call('capnb_train', '--resume', with_data/'run', '--max_steps', 2, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert read_state(find_state(with_data/'run'))['hyperparameters']['data'] == str(with_data/'photos')
+        done = call('capnb_eval', '--folder', with_data/'run', '--json_file', 'scores.json', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path/'scores.json').exists()
+    finally:
+        hidden.rename(begun)
+
+def test_data_may_be_in_another_place(with_data, call):
+    go_on = ('capnb_train', '--output_dir', 'run', '--resume', '--max_steps')
+    done = call(*go_on, 2, '--data', 'photos/', cwd=with_data)
+    assert done.returncode == 0, done.stderr
+    (with_data/'photos').rename(with_data/'renamed')
+    done = call(*go_on, 3, '--data', 'renamed', cwd=with_data)
+    assert done.returncode == 0, done.stderr
+    table = with_data/'renamed/captions.csv'
+    table.write_text(table.read_text(encoding='utf-8').replace('0.png,"', '0.png,"Again: '), encoding='utf-8')
+    done = call(*go_on, 4, '--data', 'renamed', cwd=with_data)
+    assert done.returncode == 1 and 'the data of this run were others' in done.stderr
+    assert 'start a new run with init_from' in done.stderr
+
+def test_data_that_comes_with_a_name_has_no_place(trained, monkeypatch):
+    "A folder of that name is not what was trained on."
+    monkeypatch.chdir(trained)
+    (trained/'storybook').mkdir()
+    try:
+        assert 'data' not in model_places(as_hyperparameters(), trained/'runs/first')
+    finally:
+        (trained/'storybook').rmdir()

@@ -13,6 +13,7 @@ from capnb.fast.cache import encode_data, features_key
 from capnb.data import CaptionData
 from capnb.encoder import load_encoder
 from capnb.own_encoder import OwnEncoder, own_encoder
+from capnb.run import entry
 from capnb.run.commands import caption_command
 from capnb.run.llava import as_llava
 from capnb.settings import as_hyperparameters
@@ -68,6 +69,15 @@ def test_a_run_goes_on_with_the_encoder_only(tmp_path):
 def test_settings_that_follow_from_the_encoder_are_not_given(name, tmp_path):
     with pytest.raises(ValueError, match=f'{name} follows from the encoder'):
         train(encoder=MeanColours(), output_dir=str(tmp_path), **{name: as_hyperparameters()[name]})
+
+def test_each_process_tries_it_on_its_own_device(tmp_path, monkeypatch):
+    class Stopped(Exception): pass
+    def tried(encoder, device):
+        raise Stopped(device)
+    monkeypatch.setattr(entry, 'join_processes', lambda device: f'{device}:3')
+    monkeypatch.setattr(entry, 'own_encoder', tried)
+    with pytest.raises(Stopped, match='^cuda:3$'):
+        train(encoder=MeanColours(), device='cuda', output_dir=str(tmp_path), **SMALL)
 
 def test_it_is_evaluated(trained):
     patches, result = trained

@@ -16,7 +16,7 @@ from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
     default_mixed_precision, describe_hardware
 )
-from capnb.run.results import FIELDS, result_row, results_table, write_row
+from capnb.run.results import FIELDS, add_row, result_row, results_table, write_row
 from capnb.fast.random_models import KNOWN_MODELS, random_init_captioner, count, planned_config
 from capnb.run import estimate
 from capnb.run.estimate import Plan, download_of, plan_text, run_seconds
@@ -226,6 +226,34 @@ def test_a_step_in_parts_needs_less_memory():
 def test_as_many_images_are_planned_as_a_gpu_encodes():
     batch = inspect.signature(feature_cache.encode_data).parameters['batch_size'].default
     assert ENCODED == feature_cache.TOGETHER*batch
+
+@pytest.mark.parametrize('cores, images', [(2, 64), (16, 512), (64, 800)])
+def test_as_many_images_are_planned_as_the_cores_encode(cores, images, monkeypatch):
+    "A batch of 32 in each, but no more than there are."
+    monkeypatch.setattr(estimate, 'usable_cores', lambda: cores)
+    plan = Plan(as_hyperparameters(training_size_limit=100), Hardware('cpu', 'a server', 64))
+    assert sum(plan.images.values())==800
+    assert plan.memory['encode']==pytest.approx(plan.counts['encode']['bytes']/1e9*images/ENCODED)
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [({}, "evaluation needs a split 'validation'"), (dict(patience=2), 'patience needs a validation loss')],
+)
+def test_no_plan_is_made_of_a_run_that_cannot_be_made(changes, message, monkeypatch):
+    monkeypatch.setattr(estimate, 'planned_data', lambda h: dict(train=range(5), test=range(5)))
+    h = as_hyperparameters(evaluation_enabled=not changes, **changes)
+    with pytest.raises(ValueError, match=message):
+        Plan(h, T4)
+    assert Plan(replace(h, evaluation_enabled=False, patience=None), T4).images==dict(train=5)
+
+@pytest.mark.parametrize('limit, free', [('3000000000', 2.), ('max', 7.), ('90000000000', 7.), (None, 7.)])
+def test_a_container_has_less_memory_than_its_host(limit, free, tmp_path, monkeypatch):
+    monkeypatch.setattr('psutil.virtual_memory', lambda: SimpleNamespace(available=7_000_000_000))
+    monkeypatch.setattr(estimate, 'CGROUP', tmp_path)
+    if limit:
+        (tmp_path/'memory.max').write_text(limit+'\n')
+        (tmp_path/'memory.current').write_text('1000000000\n')
+    assert estimate.free_memory('cpu')==free
 
 def test_what_a_run_writes_is_planned(tmp_path):
     h = as_hyperparameters(
@@ -494,6 +522,16 @@ def test_a_run_of_which_some_checkpoints_were_kept_has_a_row(tmp_path, checkpoin
     row, whole = result_row(tmp_path/checkpoint.name), result_row(checkpoint)
     assert row['seconds'] == pytest.approx(2*read_metadata(checkpoint)['seconds'])
     assert {k: v for k,v in row.items() if k != 'seconds'} == {k: whole[k] for k in FIELDS if k != 'seconds'}
+
+def test_each_seed_has_a_row(checkpoint):
+    "A row replaces that of its seed, and one that was planned without a seed."
+    row = result_row(checkpoint)
+    other = dict(row, seed=row['seed']+1)
+    rows = add_row(add_row([], row), other)
+    assert [r['seed'] for r in rows]==[0, 1] and add_row(rows, row)==rows
+    assert add_row([dict(row, seed=None, date=None)], other)==[other]
+    first, second = results_table(rows).splitlines()[2:]
+    assert ', seed 1 |' in second and 'seed' not in first
 
 @pytest.mark.parametrize('end', ['best', '9'])
 def test_a_renamed_checkpoint_is_told(end, tmp_path, checkpoint):

@@ -3,7 +3,9 @@ step."""
 import os, shutil, signal, socket, subprocess, sys, time
 from types import SimpleNamespace
 import pytest, torch
+from mean_colours import MeanColours
 from capnb.build import build_captioner
+from capnb.own_encoder import own_encoder
 from capnb.run import processes
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
@@ -292,14 +294,33 @@ def test_a_parameter_without_a_gradient():
     loss, asked = processes.add_up(two, torch.optim.SGD([used, unused], lr=1.), 1.5, 0)
     assert loss==3 and not asked and unused.grad is None and used.grad.tolist()==[6, 6]
 
-def test_a_sharded_decoder_has_one_dtype(monkeypatch):
-    "On a GPU, embeddings, norms and head are as precise as the layers: scores are computed without autocast."
+@pytest.fixture
+def sharded(monkeypatch):
+    "Call `shard_decoder` for a GPU, but in a single process that keeps all layers on its CPU."
     from torch.distributed import device_mesh, fsdp
     monkeypatch.setattr(fsdp, 'fully_shard', lambda layer, **options: layer)
     monkeypatch.setattr(device_mesh, 'init_device_mesh', lambda *args: None)
     monkeypatch.setattr(processes, 'PartialState', lambda: SimpleNamespace(num_processes=1))
     monkeypatch.setattr(processes, 'default_dtype', lambda device: torch.bfloat16)
+    return lambda model, h: processes.shard_decoder(model, h, 'cpu').eval()
+
+def test_a_sharded_decoder_has_one_dtype(sharded):
+    "On a GPU, embeddings, norms and head are as precise as the layers: scores are computed without autocast."
     h = as_hyperparameters()
-    model = processes.shard_decoder(build_captioner(h, 'cpu'), h, 'cpu').eval()
+    model = sharded(build_captioner(h, 'cpu'), h)
     assert {p.dtype for p in model.decoder.parameters()}=={torch.bfloat16}
     assert model(torch.zeros(2, model.encoder.width), ['A cat.', 'A fox.']).isfinite()
+
+def test_sharding_leaves_the_encoder_as_it_is_in_other_runs(sharded):
+    "Of the dtype of the GPU, so that features are found again; the user's own keeps its numbers."
+    h = as_hyperparameters()
+    model = sharded(build_captioner(h, 'cpu'), h)
+    assert {p.dtype for p in model.encoder.parameters()}=={torch.bfloat16}
+    images = [Storybook(n=1)[0]['image']]
+    assert model.encoder.encode(images).isfinite().all()
+    mine = own_encoder(MeanColours(), 'cpu')
+    h = as_hyperparameters(**mine.settings)
+    before = mine.encode(images)
+    model = sharded(build_captioner(h, 'cpu', mine), h)
+    assert {p.dtype for p in model.encoder.parameters()}=={torch.float32}
+    assert torch.equal(model.encoder.encode(images), before)

@@ -62,6 +62,8 @@ def flags(settings):
 
 def command(cwd, args, die_at, limit):
     "What a process does: `capnb_train` in the folder `cwd`, with its output in a file `log` there."
+    signal.signal(signal.SIGINT, signal.default_int_handler) # a runner in the background has both ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(cwd)
     write_to(os.open('log', os.O_WRONLY|os.O_CREAT|os.O_APPEND))
     if die_at:
@@ -258,7 +260,7 @@ def position(cwd):
     except FileNotFoundError:
         return -1
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal(args, through, tmp_path, number):
     endless = [*args, '--num_epochs', '1000']
     process = begin(tmp_path, *endless)

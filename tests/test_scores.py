@@ -2,14 +2,15 @@
 import csv, json, random, string
 from types import SimpleNamespace
 from unittest.mock import Mock
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from rouge_score.rouge_scorer import RougeScorer
 from capnb.files import write_json
 from capnb.data import CaptionData
 from capnb.words import one_line, words
 from capnb.generation import captions_of
 from capnb.encoder import EncodedData
-from capnb.evaluation import rouge_l, score, score_parts, text_statistics
+from capnb.evaluation import floors, rouge_l, score, score_parts, text_statistics
+from capnb.intervals import compare, mean_parts
 from capnb.score_tables import BY_CHARACTER, score_table
 from capnb.insight.coco import _coco_words, _meteor_sums, coco_tools
 from capnb.insight.facts import Facts, fact_counts, facts_scores
@@ -209,6 +210,17 @@ def test_an_interval_keeps_its_digits():
         dict(test=found | dict(coco=dict(cider=[10.0, 10.0, 10.25]), intervals=dict(rouge_l=[-0.5, 0.5])))
     )
     assert '10.000–10.250' in table and '-.500–.500' in table
+
+def test_one_image_proves_nothing():
+    real = lambda *each: compare(dict(x=mean_parts(each)), dict(x=mean_parts([.1]*len(each))))['x']['real']
+    assert not real(.5) and real(.5, .6) and not real(.1, .1)
+
+def test_training_images_have_no_nearest_neighbour():
+    "Each would be its own, and be captioned with one of its references."
+    data, other = (
+        EncodedData(torch.eye(4), [dict(captions=[f'a {i}', f'the {i}']) for i in range(4)]) for _ in range(2)
+    )
+    assert floors(data, data).keys()=={'common'} and floors(data, other).keys()=={'common', 'nearest'}
 
 # --- Facts
 

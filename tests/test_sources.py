@@ -564,9 +564,8 @@ def test_nothing_leads_out_of_an_archive(tmp_path):
         and sorted(tmp_path.rglob('*')) == before
     )
     (tmp_path/'set'/'a.tar').unlink()
-    Dataset.from_dict(
-        dict(image=['../secret.png', str(tmp_path / 'secret.png')] * 6, caption=['A card.'] * 12)
-    ).to_parquet(tmp_path / 'set' / 'a.parquet')
+    names = [f'{lead}/{"./"*n}secret.png' for n in range(6) for lead in ('..', tmp_path)]
+    Dataset.from_dict(dict(image=names, caption=['A card.']*12)).to_parquet(tmp_path/'set'/'a.parquet')
     with pytest.raises(
         ValueError, match='leads out of the folder; `--outside_files`, in Python outside=True'
     ):
@@ -1285,3 +1284,82 @@ def test_another_table_in_a_split_does_not_hide_the_usual_one(tmp_path):
     files = in_split_folders(tmp_path)
     (tmp_path/'Test'/'labels.csv').write_text('file,label\na.png,cat\n')
     assert ids_of(load_data(tmp_path))['test']==files[14:]
+
+@pytest.mark.parametrize('kind', ['array', 'tensor'])
+def test_a_list_of_rows_may_hold_arrays(kind):
+    make = dict(array=np.asarray, tensor=lambda image: torch.tensor(np.asarray(image)))[kind]
+    rows = [dict(image=make(colour(n)), caption='A card.') for n in range(20)]
+    for data in (rows, dict(train=rows, validation=rows, test=rows)):
+        found = [row for part in load_data(data).values() for row in part]
+        assert {row['image'].tobytes() for row in found}=={colour(n).tobytes() for n in range(20)}
+
+def test_rows_with_features_of_their_own_are_no_data_set_of_datasets():
+    class Rows(list):
+        features = np.zeros((20, 4))
+    rows = Rows(dict(image=png(n), caption='A card.') for n in range(20))
+    assert len(load_data(dict(train=rows))['train'])==20
+
+def test_a_transform_opens_no_image_before_it_is_asked_for(tmp_path):
+    opened = []
+    def transform(batch):
+        opened.extend(batch['image'])
+        return dict(image=[Image.open(name) for name in batch['image']], caption=batch['caption'])
+    found = load_data(Dataset.from_list(five_each(tmp_path)).with_transform(transform))
+    assert {split: len(rows) for split,rows in found.items()}==CUT and not opened
+    assert len(found['train'][0]['captions'])==5 and len(opened)==5
+
+@pytest.mark.parametrize('missing', ['', None, float('nan')], ids=repr)
+@pytest.mark.parametrize('column', [None, 'caption'])
+def test_an_image_keeps_its_captions_if_a_row_has_none(tmp_path, missing, column):
+    rows = five_each(tmp_path)
+    rows[2]['caption'] = missing
+    found = load_data(dict(train=rows), bad_rows='skip', caption_column=column)['train']
+    assert [len(row['captions']) for row in found.texts()]==[4] + [5]*19
+
+def test_rows_of_one_image_without_captions_are_named_like_others(tmp_path):
+    rows = [dict(image=row['image'], words=row['caption']) for row in five_each(tmp_path)]
+    with pytest.raises(ValueError, match="row 0 has neither 'captions' nor 'caption', only image, words"):
+        load_data(rows)['train'][0]
+    both = [dict(row, captions=None) for row in five_each(tmp_path)]
+    assert len(load_data(both)['train'][0]['captions'])==5
+
+def test_no_rows_are_too_few():
+    for data in ([], Dataset.from_dict(dict(image=[], caption=[]))):
+        with pytest.raises(ValueError, match='0 rows are too few'):
+            load_data(data, image_column='image', caption_column='caption')
+
+def test_a_tuple_of_rows_is_a_list_of_rows(tmp_path):
+    assert {split: len(rows) for split,rows in load_data(tuple(five_each(tmp_path))).items()}==CUT
+
+def test_two_names_of_one_split_are_one_split_in_a_column(tmp_path):
+    rows = [dict(row, split=('val', 'validation')[n%2] if n<50 else 'train')
+            for n,row in enumerate(five_each(tmp_path))]
+    assert told_by_name(load_data(rows)['validation'])=={
+        name: [f'Card {k} of {name}.' for k in range(5)] for name in NAMES[:10]}
+
+def test_masks_and_names_go_after_images():
+    mask = Features(image=Value('binary'), mask=List(List(Value('uint8'))), caption=Value('string'))
+    assert image_columns(mask)==['image']
+    assert image_columns(features_of(pixel_values=[[[0., 1.]]], file_name=['a.png']))==['pixel_values']
+
+def test_a_bad_row_elsewhere_does_not_change_the_splits_of_folders(tmp_path):
+    write_images(tmp_path, ['a.png'])
+    files = in_split_folders(tmp_path, 'a.png,\n')
+    assert ids_of(load_data(tmp_path, bad_rows='skip'))['test']==files[14:]
+
+def test_a_table_of_any_name_may_be_meant(tmp_path, capsys):
+    "A text beside one image does not hide it; nor do all texts if a column is named."
+    title_table(tmp_path)
+    (tmp_path/'cc3m.tsv').rename(tmp_path/'images'/'cc3m.tsv')
+    folder = tmp_path/'images'
+    text = (folder/'cc3m.tsv').read_text(encoding='utf-8').replace('images/', '')
+    (folder/'cc3m.tsv').write_text(text, encoding='utf-8')
+    def told(**columns):
+        return [row['captions'] for part in load_data(folder, **columns).values() for row in part]
+    (folder/NAMES[0]).with_suffix('.txt').write_text('0 .5 .5 .2 .2')
+    assert sorted(told())==sorted(SAID.values())
+    for name in NAMES:
+        (folder/name).with_suffix('.txt').write_text('0 .5 .5 .2 .2')
+    assert sorted(told(caption_column='title'))==sorted(SAID.values())
+    assert told()==[['0 .5 .5 .2 .2']]*20
+    assert 'the texts beside the images; to read cc3m.tsv instead' in capsys.readouterr().out

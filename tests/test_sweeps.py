@@ -1,9 +1,9 @@
 """Sweeps: what may vary, trials that share models, a study that survives, and a winner whose command line is
 true."""
-import contextlib, io, json, re, shlex, shutil, signal, sys, time
+import contextlib, io, json, re, shlex, shutil, signal, sys, time, weakref
 import pytest, torch
 from PIL import Image
-from capnb.run import studies, sweeps
+from capnb.run import studies, sweeps, training
 from capnb.checkpoint import read_metadata
 from capnb.run.checkpoints import newest_checkpoint
 from capnb.run.commands import train_command
@@ -204,6 +204,21 @@ def test_a_checkpoint_to_start_from_that_is_gone_is_told_first(settings, tmp_pat
         sweep(settings, vary=['init_from=null,gone.pth'])
     assert not (tmp_path/'sweep').exists()
 
+def test_a_model_that_does_not_exist_is_told_first(settings, tmp_path):
+    with pytest.raises(OSError, match='model /no/clip'):
+        sweep(settings, vary=['encoder_name=storybook-clip,/no/clip'])
+    assert not (tmp_path/'sweep').exists()
+
+@pytest.mark.parametrize('vary, told', [
+    (['max_caption_length=8,12'], 'max_caption_length changes which tokens'),
+    (['tokenizer_name=storybook-qwen3', 'learning_rate=1e-3'], 'tokenizer_name changes which tokens'),
+    (['learning_rate=1e-3,1e-2', 'prompt=A page shows'], None),
+])
+def test_losses_that_cannot_be_compared_are_told(settings, capsys, vary, told):
+    sweeps._settings(settings, None, vary, 'grid', None, {})
+    out = capsys.readouterr().out
+    assert told in out and 'the losses of these trials cannot be compared' in out if told else out==''
+
 def test_a_run_at_its_last_step_is_not_pruned(settings):
     study = sweep(dict(settings, num_epochs=9, max_steps=4), vary=['learning_rate=2e-2,1e-2,5e-3,1e-9'])
     assert states(study) == ['COMPLETE']*4
@@ -212,6 +227,26 @@ def test_values_that_do_not_fit_fail_alone(settings):
     study = sweep(settings, vary=['unfreeze_layers=0,99'])
     assert states(study) == ['COMPLETE', 'FAIL']
     assert 'unfreeze_layers is 99' in study.trials[1].user_attrs['error']
+
+def test_a_combination_that_no_run_can_have_fails_alone(settings):
+    "A warm-up needs the cosine; the first trial has none."
+    vary = ['lr_scheduler_type=step,cosine', 'warmup_ratio=0.1,0']
+    study = sweep(settings, max_steps=1, vary=vary)
+    assert sorted(states(study)) == ['COMPLETE']*3 + ['FAIL']
+    failed = next(t for t in study.trials if t.state.name=='FAIL')
+    assert failed.params == dict(lr_scheduler_type='step', warmup_ratio=.1)
+    assert "warmup_ratio is 0.1; it needs lr_scheduler_type 'cosine'" in studies.sweep_table(study)
+    assert states(sweep(settings, max_steps=1, vary=vary)) == states(study)
+
+def test_a_full_disk_names_the_sweep(settings, tmp_path, monkeypatch):
+    "The run of a trial would go on outside of the study."
+    def full(*args):
+        raise OSError(28, 'No space left on device', 'x')
+    monkeypatch.setattr(training, 'save_checkpoint', full)
+    with pytest.raises(OSError, match='No space left') as e:
+        sweep(settings, max_steps=1, vary=['learning_rate=1e-3'])
+    assert list((tmp_path/'sweep').glob('trial_0000/training_state_*.pt'))
+    assert str(e.value).endswith('start the same sweep again') and '--resume' not in str(e.value)
 
 def test_the_classic_grid_has_the_own_learning_rate():
     rates, _ = studies.classic_grid(as_hyperparameters(learning_rate=.00125))
@@ -234,6 +269,19 @@ def test_other_models_are_loaded_only_for_what_needs_them(settings):
     assert lab(as_hyperparameters(settings)).decoder is first.decoder
     lab(as_hyperparameters(settings, features='patch'))
     assert lab.data is not data and lab.data['train'].features[:1].ndim == 3
+
+def test_a_decoder_that_learned_is_gone_before_the_next_is_loaded(settings, monkeypatch):
+    decoders, alive, train, build = [], [], sweeps.run_training, sweeps.build_captioner
+    def training_seen(model, *args):
+        decoders.append(weakref.ref(model.decoder))
+        return train(model, *args)
+    def building_seen(h):
+        alive.append(sum(decoder() is not None for decoder in decoders))
+        return build(h)
+    monkeypatch.setattr(sweeps, 'run_training', training_seen)
+    monkeypatch.setattr(sweeps, 'build_captioner', building_seen)
+    sweep(settings, max_steps=1, unfreeze_layers=1, unfreeze_epoch=1, vary=['seed=0,1,2'])
+    assert len(decoders)==3 and alive==[0, 0]
 
 @pytest.mark.parametrize('sampler', ['tpe', 'random'])
 def test_no_two_processes_draw_the_same(settings, tmp_path, sampler):

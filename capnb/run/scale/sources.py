@@ -111,7 +111,10 @@ class Source:
             )
         if passed:
             print(f'{place}: passed over {passed}', file=sys.stderr)
-        found = _without_tables_of_archives(found)
+        kept = _without_tables_of_archives(found)
+        if tables := len(found.get('parquet files', ())) - len(kept.get('parquet files', ())):
+            print(f'{place}: passed over {tables} parquet files named like archives', file=sys.stderr)
+        found = kept
         if len(found) > 1:
             raise ValueError(
                 f"{str(place)!r} holds {' and '.join(sorted(found))}; name a folder with only one of them"

@@ -16,7 +16,7 @@ from ...images import image_format, images_below
 from ...log import log
 from .columns import CAPTION_COLUMNS, SPLIT_NAMES, looks_like_image
 from .folders import Source, as_source, read_folder
-from .layouts import folder_tables, split_of_name
+from .layouts import folder_tables, split_of_name, tables_in
 from .names import LEADS_OUT
 from capnb.run.sources.rows import (
     OneRowPerImage, dataset_columns, image_columns, named_rows, rows_by_image, says_split
@@ -26,7 +26,7 @@ from .tables import unread_table
 # %% ../../../nbs/31g_archives.ipynb #02a00006
 def _split_column(rows):
     "The split of each row from a column `split`, '' for none; None if there is no such column of texts."
-    if isinstance(rows, list):
+    if isinstance(rows, (list, tuple)):
         told = [row.get('split') if isinstance(row, Mapping) else None for row in rows]
         told = [split if isinstance(split, str) else '' for split in told] # pandas has NaN for none
         return told if any(told) else None
@@ -46,13 +46,13 @@ def from_datasets(
     parts = {}
     for key,rows in known.items():
         whole = None if len(known)==1 else SPLIT_NAMES.get(str(key).lower(), str(key))
-        splits = _split_column(rows) or [whole]*len(rows)
+        splits = [split and SPLIT_NAMES.get(split.lower(), split) or None
+                  for split in _split_column(rows) or [whole]*len(rows)]
         rows = named_rows(rows, image_column, caption_column, find)
         groups = rows_by_image(rows, splits)
         rows = OneRowPerImage(rows, groups)
         for i,(first,*_) in enumerate(groups):
-            split = splits[first]
-            parts.setdefault(split and SPLIT_NAMES.get(split.lower(), split) or None, []).append((rows, i))
+            parts.setdefault(splits[first], []).append((rows, i))
     return as_source(parts, name)
 
 # %% ../../../nbs/31g_archives.ipynb #02a00009
@@ -259,10 +259,11 @@ class TextsBeside:
         file, captions = self.rows[i]
         return dict(image=file, captions=captions, image_id=file.relative_to(self.folder).as_posix())
 
-def _has_texts_beside(folder):
-    "Whether one of the first images of a folder has a text next to it."
+def _has_texts_beside(folder, share=0):
+    "Whether more than a share of the first images of a folder have a text next to them."
     images = visible_images(folder)[:100]
-    return any(file.with_suffix(suffix).is_file() for file in images for suffix in ('.txt', '.caption'))
+    has_text = lambda file: any(file.with_suffix(suffix).is_file() for suffix in ('.txt', '.caption'))
+    return sum(map(has_text, images)) > share*len(images)
 
 def read_texts_beside(
     folder, # Folder with images; splits are sub-folders train, validation and test
@@ -330,6 +331,16 @@ def _read_rows(found, path, folder, columns, outside):
         raise ValueError(f"{files[0] if files else path}: {str(e).removeprefix(f'{path}: ')}") from None
     return _told(path, source, next(iter(found.values())) if isinstance(found, dict) else found, columns)
 
+def _is_of_texts(folder, columns):
+    "Whether the captions of a folder are texts beside its images, and not in a table."
+    if folder_tables(folder, other=False): return False
+    others = tables_in(folder) # with any name
+    if others and columns or not _has_texts_beside(folder, .5 if others else 0): return False
+    if others:
+        log.warning(f"⚠️ {folder}: captions come from the texts beside the images; to read"
+                    f" {others[0].name} instead, give it as the data set")
+    return True
+
 def read_path(
     # Folder with a table, parquet, tars, or texts next to images, or from `save_to_disk`; or one such file,
     # or a zip
@@ -359,7 +370,7 @@ def read_path(
             how = dict(image_column=image_column, caption_column=caption_column, encoding=encoding)
             return read_tars(files, folder, bad_rows, **how)
     if path.is_dir():
-        has_texts = not folder_tables(path, other=False) and _has_texts_beside(path)
+        has_texts = _is_of_texts(path, any(columns))
         has_table = not has_texts and bool(folder_tables(path))
         packed = sorted(path/n for n in os.listdir(path) if n.lower().endswith(('.tar.gz', '.tgz')))
         if packed and not (has_texts or has_table and visible_images(path)):

@@ -127,7 +127,7 @@ class Picked:
 
 def _with_validation(parts):
     "Make missing splits: all three from rows without a split (`None`), or validation from 'train'."
-    if set(parts)=={None}: return split_rows(parts[None])
+    if set(parts) <= {None}: return split_rows(parts.get(None, []))
     if 'validation' in parts or 'train' not in parts: return parts
     return {**parts, **split_rows(parts['train'], held=('validation',))}
 
@@ -166,7 +166,7 @@ def _splits_of(rows):
     def by_folder(path):
         folders = path.relative_to(rows.folder).parts[:-1] if path.is_relative_to(rows.folder) else ()
         return next((SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES), None)
-    found = {name: by_folder(path) for name,path in rows.paths.items()}
+    found = {name: by_folder(rows.paths[name]) for name in rows.names} # not those of bad rows
     kinds = set(found.values())
     return found if len(kinds) > 1 and 'train' in kinds and None not in kinds else rows.splits
 

@@ -144,7 +144,7 @@ def _own_rows(data, limit, columns):
         return read_streams(data, limit, *columns)
     if type(data).__module__.startswith('datasets.'):
         return from_datasets(data, 'the data', *columns)
-    if isinstance(data, list):
+    if isinstance(data, (list, tuple)):
         return from_datasets(data, 'the data', *columns)
     if not isinstance(data, Mapping):
         return Source(split_rows(named_rows(data, *columns)))

@@ -9,6 +9,7 @@ __all__ = ['dataset_columns', 'image_columns', 'says_split', 'NamedRows', 'named
 # %% ../../../nbs/31d_rows.ipynb #8830c45f
 import math, re
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from ...data import check_rows
 from ...caption_cells import several_texts
@@ -50,20 +51,23 @@ def dataset_columns(
 def image_columns(
     features:Mapping, # As for `dataset_columns`
 ) -> list: # Names
-    """The columns of type image, else of pixels, else of bytes or strings with a usual name, else of arrays.
+    """The columns that hold images, the surest kind only.
 
-    Pixels are arrays of bytes, or arrays with a usual name; other arrays may be boxes."""
+    In this order: the type `Image`, arrays with a usual name, bytes with a usual name, arrays of bytes (which
+    may be masks), strings with a usual name, other arrays (which may be boxes)."""
     from datasets import Image, Value
     stored = lambda f: isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)
     bytes_or_text = lambda f: isinstance(f, Value) and re.search('binary|string', f.dtype)
     usual = [n for n in features if n.lower() in IMAGE_COLUMNS]
     found = [n for n,f in features.items() if stored(f)]
     arrays = [n for n,f in features.items() if _array_type(f)]
-    pixels = [n for n in arrays if n in usual or _array_type(features[n])=='uint8']
+    named = [n for n in arrays if n in usual or n.lower() in ('pixels', 'pixel_values')]
+    pixels = [n for n in arrays if _array_type(features[n])=='uint8'] # or masks
     by_name = [n for n in usual if bytes_or_text(features[n])]
     # bytes first: next to them there may be the old names of the files
     by_name.sort(key=lambda n: ('string' in features[n].dtype, IMAGE_COLUMNS.index(n.lower())))
-    return found or pixels or by_name[:1] or arrays
+    stored_bytes = [n for n in by_name if 'string' not in features[n].dtype]
+    return found or named or stored_bytes[:1] or pixels or by_name[:1] or arrays
 
 def says_split(
     features:Mapping, # As for `dataset_columns`
@@ -89,8 +93,8 @@ def _named_captions(names):
 # %% ../../../nbs/31d_rows.ipynb #0da7b205
 def _is_missing(cell):
     "Whether a cell is empty; pandas has NaN there."
-    if isinstance(cell, float): return math.isnan(cell)
-    return cell is None or isinstance(cell, str) and not cell.strip()
+    if isinstance(cell, str): return not cell.strip()
+    return cell is None or isinstance(cell, Real) and math.isnan(cell)
 
 class NamedRows:
     "Rows with `image`, `captions` and `image_id`, whatever their columns are called."
@@ -151,10 +155,10 @@ def named_rows(
 def _image_names(rows):
     "The file names of the images, row by row; None where reading them would mean to read the images."
     inner, column = (rows.rows, rows.image) if isinstance(rows, NamedRows) else (rows, 'image')
-    if hasattr(inner, 'features'):
+    if hasattr(inner, 'cast_column'):
         texts = getattr(inner.features[column], 'dtype', '') in ('string', 'large_string')
-        return inner[column][:] if texts else None
-    if not isinstance(inner, list): return None
+        return inner.with_format(None)[column][:] if texts else None # a transform would open the images
+    if not isinstance(inner, (list, tuple)): return None
     return [row.get(column) if isinstance(row, Mapping) else None for row in inner]
 
 def rows_by_image(
@@ -167,9 +171,13 @@ def rows_by_image(
     if names is None: return [[n] for n in range(len(rows))]
     groups = {}
     for n,name in enumerate(names):
-        key = (str(name), splits and splits[n]) if name and isinstance(name, (str, Path)) else n
+        key = (str(name), splits and splits[n]) if isinstance(name, (str, Path)) and name else n
         groups.setdefault(key, []).append(n)
     return list(groups.values())
+
+def _said_in(row):
+    "The column of a row that has its captions, in a list; empty if there is none."
+    return [k for k in ('captions', 'caption') if row.get(k) is not None][:1]
 
 class OneRowPerImage:
     "Rows in which each image occurs once, with the captions of all rows that name its file."
@@ -179,8 +187,9 @@ class OneRowPerImage:
     def __getitem__(self, i):
         first, *others = (self.rows[n] for n in self.groups[i])
         if not others: return first
-        cells = [row.get('captions', row.get('caption')) for row in (first, *others)]
-        return dict(first, captions=[text for cell in cells for text in several_texts(cell)])
+        said = [row[k] for row in (first, *others) for k in _said_in(row)]
+        texts = [text for cell in said for text in several_texts(cell) if not _is_missing(text)]
+        return dict(first, captions=texts) if texts else first
 
 def one_row_per_image(
     rows, # As for `rows_by_image`
