@@ -535,7 +535,7 @@ def test_an_epoch_that_is_cut_costs_no_checkpoint(encoded, tmp_path, monkeypatch
     "Trained to its end, the epoch is worse than one before it, which is then the best again."
     losses = iter([1., .9, .8, .95])
     monkeypatch.setattr(training, 'validate', lambda *args: (next(losses), 1.))
-    h = small(tmp_path, num_epochs=3, max_steps=10, keep_checkpoints=1)
+    h = small(tmp_path, num_epochs=3, max_steps=10, keep_checkpoints=1, evaluation_enabled=True)
     assert run_training(build_captioner(h, 'cpu'), encoded, h).validation==[1., .9, .8]
     state = read_state(find_state(tmp_path))
     h = resumed_hyperparameters(state, dict(max_steps=12))

@@ -1,5 +1,5 @@
-"""A model named by a relative folder, and the data, are found again: from another working directory, and where
-they moved with the checkpoint."""
+"""A model named by a relative folder, and data in one, are found again: from another working directory, and
+where they moved with the checkpoint."""
 import json, shutil
 import pytest
 from PIL import Image

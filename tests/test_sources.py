@@ -1099,7 +1099,8 @@ def told_by_name(rows):
     assert len(found)==len(rows)
     return found
 
-def five_of(names): return {name: [f'Card {k} of {name}.' for k in range(5)] for name in names}
+def five_of(names):
+    return {name: [f'Card {k} of {name}.' for k in range(5)] for name in names}
 
 def in_parquet(rows, folder):
     Dataset.from_list(rows).to_parquet(folder/'train.parquet')

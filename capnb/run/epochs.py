@@ -131,7 +131,8 @@ class KeepCheckpoints(Callback):
     "Keep the last `keep_checkpoints` checkpoints of the run and the best one."
     def on_epoch_end(self, run):
         if not (n := run.h.keep_checkpoints) or not run.main: return
-        if run.cut: return # the epoch may be trained to its end, and get another validation loss
+        if run.cut:
+            return # the epoch may be trained to its end, and get another validation loss
         for epoch in set(range(1, run.epoch-n+1)) - {best_epoch(run)}:
             delete_checkpoint(weights_path(run.h.output_dir, run.stamp, epoch))
 

@@ -71,7 +71,8 @@ class Interrupted(KeyboardInterrupt):
 def how_to_go_on(run:SavedRun) -> str:
     """Return the command that resumes a run, or the call in Python if it needs objects. A callback whose
     command makes the run, such as that of a sweep, says it in `go_on`."""
-    if told := next((c.go_on for c in run.callbacks if hasattr(c, 'go_on')), None): return told
+    if told := next((c.go_on for c in run.callbacks if hasattr(c, 'go_on')), None):
+        return told
     own = any(type(c).__module__.partition('.')[0]!='capnb' for c in run.callbacks)
     if own or run.h.data==OWN_DATA or run.h.encoder_name.startswith(OWN):
         same = 'the same data, encoder and callbacks as before'

@@ -335,7 +335,8 @@ def _is_of_texts(folder, columns):
     "Whether the captions of a folder are texts beside its images, and not in a table."
     if folder_tables(folder, other=False): return False
     others = tables_in(folder) # with any name
-    if others and columns or not _has_texts_beside(folder, .5 if others else 0): return False
+    if others and columns: return False
+    if not _has_texts_beside(folder, .5 if others else 0): return False
     if others:
         log.warning(f"⚠️ {folder}: captions come from the texts beside the images; to read"
                     f" {others[0].name} instead, give it as the data set")
