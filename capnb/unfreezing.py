@@ -43,15 +43,16 @@ def unfreeze(
     for name,p in parameter_groups(model, h).get('decoder', {}).items():
         p.requires_grad_('.lora_' in name or epoch >= h.unfreeze_epoch)
 
-_MAMBA = ('falcon_h1', 'falcon_mamba', 'mamba', 'mamba2', 'nemotron_h')
-_BYPASSED = ['out_proj', 'conv1d'] # fused kernels of Mamba read these weights themselves; peft refuses them
+_MAMBA = ('falcon_mamba', 'mamba', 'mamba2')
+# Mamba's kernels read these weights themselves, so a matrix beside them would not learn
+_BYPASSED = ['conv1d', 'x_proj', 'dt_proj', 'out_proj']
 
 def add_lora(
     decoder, # Causal language model; it is changed
     h:Hyperparameters,
 ): # The decoder
-    """Add low-rank matrices to every linear layer of the decoder (`peft`), in Mamba to all but `out_proj`;
-    their product starts at zero."""
+    """Add low-rank matrices to every linear layer of the decoder (`peft`), in Mamba only to `in_proj`; their
+    product starts at zero."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

@@ -83,7 +83,7 @@ def test_what_was_stopped_goes_on_with_the_same_steps(album, tmp_path, monkeypat
     whole, _ = experiment(album, tmp_path/'whole').train(plan)
     cut = experiment(album, tmp_path/'cut')
     plain = cut._train
-    monkeypatch.setattr(cut, '_train', lambda folder, **how: plain(folder, [Stop()], **how))
+    monkeypatch.setattr(cut, '_train', lambda folder, **how: plain(folder, Stop(), **how))
     with pytest.raises(KeyError, match='stopped'):
         cut.train(plan)
     again, path = experiment(album, tmp_path/'cut').train(plan)

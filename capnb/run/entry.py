@@ -93,7 +93,8 @@ def prepare(
     with main_process_first():
         encoded = {split: encode_data(model.encoder, d, progress=f'Encoding {split}', folder=folder)
                    for split,d in splits.items()}
-    _warn_of_shared_images(encoded)
+    with main_process_only():
+        _warn_of_shared_images(encoded)
     return model, splits, encoded
 
 # %% ../../nbs/33b_train_and_load.ipynb #3e515e54

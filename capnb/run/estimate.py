@@ -8,7 +8,7 @@ __all__ = ['KNOWN_DATA', 'PROCESS_GB', 'CGROUP', 'GPU_ROWS', 'planned_data', 'im
            'captions_text', 'dry_run']
 
 # %% ../../nbs/34_planning.ipynb #13a00003
-import shutil, time
+import re, shutil, time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -170,7 +170,9 @@ def free_memory(
     limit, used = CGROUP/'memory.max', CGROUP/'memory.current'
     free = psutil.virtual_memory().available # of the host
     if limit.exists() and (most := limit.read_text().strip())!='max':
-        free = min(free, int(most)-int(used.read_text()))
+        # cached files count as used, but are dropped when memory is needed
+        cached = re.search(r'^inactive_file (\d+)', (CGROUP/'memory.stat').read_text(), re.M)
+        free = min(free, int(most)-int(used.read_text())+int(cached[1]))
     return free/1e9
 
 def _existing(path):

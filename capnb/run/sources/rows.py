@@ -53,8 +53,8 @@ def image_columns(
 ) -> list: # Names
     """The columns that hold images, the surest kind only.
 
-    First comes the type `Image`, then arrays with a usual name, then bytes with a usual name. Then come arrays
-    of bytes, which may be masks, strings with a usual name, and other arrays, which may be boxes."""
+    First comes the type `Image`, then arrays with a usual name, then bytes with a usual name. Then come
+    arrays of bytes, which may be masks, strings with a usual name, and other arrays, which may be boxes."""
     from datasets import Image, Value
     stored = lambda f: isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)
     bytes_or_text = lambda f: isinstance(f, Value) and re.search('binary|string', f.dtype)
