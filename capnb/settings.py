@@ -316,18 +316,16 @@ OLD_NAMES = {
     'training_pictures': 'training_images', # in the file of results
     'pictures': 'num_images'} # in the scores of a checkpoint
 
-def _renamed(values):
-    for old in OLD_NAMES.keys() & values.keys():
-        if OLD_NAMES[old] in values:
-            raise ValueError(f"{old} is the old name of {OLD_NAMES[old]}; give one of them")
-    return {OLD_NAMES.get(name, name): value for name,value in values.items()}
-
 def with_new_names(
     values:dict, # Settings, or metadata that may hold settings
 ) -> dict: # In the same order
-    """Replace old names by their present ones, in a dictionary and in the dictionaries it holds; raises a
-    `ValueError` if both names are present."""
-    return _renamed({name: _renamed(v) if isinstance(v, dict) else v for name,v in values.items()})
+    """Replace old names by their present ones, also in dictionaries within; raises a `ValueError` if both
+    names are present."""
+    for old in OLD_NAMES.keys() & values.keys():
+        if OLD_NAMES[old] in values:
+            raise ValueError(f"{old} is the old name of {OLD_NAMES[old]}; give one of them")
+    inner = {name: with_new_names(v) if isinstance(v, dict) else v for name,v in values.items()}
+    return {OLD_NAMES.get(name, name): value for name,value in inner.items()}
 
 # %% ../nbs/30b_settings.ipynb #582c08e7
 OWN_DATA = '(data of your own)' # in place of a name, for data passed as objects

@@ -38,7 +38,8 @@ def test_new_names_are_settings_or_metadata():
     settings = asdict(Hyperparameters())
     assert not OLD_NAMES.keys() & settings.keys()
     elsewhere = {new for new in OLD_NAMES.values() if new not in settings}
-    assert elsewhere == {'num_skipped', 'training_images'} # in metadata and in the file of results
+    # in metadata, in scores, and in the file of results
+    assert elsewhere == {'num_skipped', 'num_images', 'training_images'}
     assert not OLD_NAMES.keys() & set(OLD_NAMES.values())
 
 def test_settings_of_a_script():

@@ -8,7 +8,7 @@ __all__ = ['BEST', 'MODEL', 'Number', 'any_path', 'new_file', 'new_folder', 'com
 # %% ../../nbs/30h_command_line.ipynb #54af5b0b
 import capnb, inspect, os, re, sys
 from argparse import ArgumentTypeError
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from functools import cache, wraps
 from fastcore.script import Param, anno_parser
@@ -147,7 +147,8 @@ def command(f):
         except (ValueError, OSError) as e:
             print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr)
         except KeyboardInterrupt as e:
-            print(f'{name}: {e}' if str(e) else 'stopped', file=sys.stderr)
+            with suppress(OSError): # the terminal may be closed
+                print(f'{name}: {e}' if str(e) else 'stopped', file=sys.stderr)
             sys.exit(getattr(e, 'exit_code', 130))
         sys.exit(1)
     run.__signature__ = _with_flags(f)

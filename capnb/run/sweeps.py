@@ -7,7 +7,7 @@ __all__ = ['TrialRunner', 'Prune', 'run_trial', 'sweep']
 
 # %% ../../nbs/36_sweeps.ipynb #19a00002
 import os, time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from accelerate.utils.memory import clear_device_cache
 from ..captioner import Captioner
@@ -135,12 +135,14 @@ _COUNTED = ('tokenizer_name', 'decoder_name', 'max_caption_length', *_OF_DATA)
 
 def _check_names(h, space):
     "Raise an `OSError` if a model that a trial would load does not exist."
+    asked = [h]
     for name in ('encoder_name', 'tokenizer_name', 'decoder_name'):
         for value in getattr(space.get(name), 'choices', ()):
-            try:
-                check_models(replace(h, **{name: value}))
-            except ValueError:
-                pass # a model that does not fit fails alone, in its trial
+            alone = dict(decoder_name=None) if name=='tokenizer_name' else {}
+            asked.append(replace(h, **{name: value}, **alone))
+    for one in asked:
+        with suppress(ValueError): # a model that does not fit fails alone, in its trial
+            check_models(one)
 
 def _settings(settings, preset, vary, sampler, trials, changes):
     "Check the arguments of a sweep: the shared settings, what varies, and the number of trials."
