@@ -62,6 +62,8 @@ def find_models(
     for name in PLACED:
         place, now = places.get(name), found.get(name)
         if not isinstance(place, str) or not isinstance(now, str): continue
+        if name=='data' and os.path.isabs(now) and os.path.exists(now):
+            continue # a model has a fingerprint; data in another place could be others
         path = Path(os.path.normpath(Path(folder).resolve()/place))
         if path.exists() and not (Path(now).exists() and path.samefile(now)):
             found[name] = str(path)

@@ -55,14 +55,15 @@ def may_release(
 
 @contextmanager
 def with_advice(
-    advice:str, # What else helps
+    advice:str='', # What else helps
 ):
     "Turn a lack of memory in the block into a `ValueError` with advice."
     try:
         yield
     except RuntimeError as e:
         if not memory_ran_out(e, alone=True): raise
-        raise ValueError(f'out of memory; what helps: {advice}, {ADVICE}') from None
+        helps = ', '.join(filter(None, [advice, ADVICE]))
+        raise ValueError(f'out of memory; what helps: {helps}') from None
 
 def release_memory() -> bool: # Whether any memory was released
     "Release the registered memory; each keeper releases once."

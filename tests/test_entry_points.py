@@ -134,6 +134,11 @@ def test_images_of_the_training_data_are_not_encoded_again(tmp_path, capsys, mon
     with pytest.raises(LookupError, match='encoded'):
         use.evaluate(done.checkpoint, dict(few_pages(), test=Storybook('test', n=2)))
 
+def test_images_in_memory_leave_nothing_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    use.evaluate('storybook', dict(few_pages(), test=Storybook('test', n=2)))
+    assert not (tmp_path/'cache').exists()
+
 # --- Both ways give the same numbers
 
 def test_the_course_alone_is_the_readable_way(trained):

@@ -18,7 +18,7 @@ from capnb.run.epochs import EarlyStopping
 from capnb.run.live_training import LiveTraining
 from capnb.checkpoint import read_tensors, save_tensors
 from capnb.run.resume import SavedRun, _kept, find_state, load_state, read_state, resumed_hyperparameters
-from capnb.run.signals import how_to_go_on, stoppable
+from capnb.run.signals import Interrupted, how_to_go_on, stoppable
 from capnb.run.trackers import Samples
 from capnb.run.training import SharedStep, optimizer_for, run_training
 from capnb.settings import OWN_DATA, as_hyperparameters
@@ -572,6 +572,18 @@ def test_a_signal_that_is_ignored_stays_so(interrupt, tmp_path):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no SIGHUP')
+def test_a_terminal_that_is_closed_sends_two_signals(tmp_path):
+    "The second one is no second Ctrl-C: the step is finished and saved."
+    run = SavedRun(None, {}, h=small(tmp_path), stamp='20260101_120000', busy=True)
+    run.accelerator = SimpleNamespace(num_processes=1)
+    with stoppable(run):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert run.signal==signal.SIGHUP
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
 
 @pytest.mark.parametrize('change, told', [
     ({}, 'capnb_train --resume'),

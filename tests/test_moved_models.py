@@ -4,7 +4,7 @@ import json, shutil
 import pytest
 from PIL import Image
 from capnb.saving import load_model_from_checkpoint
-from capnb.checkpoint import read_metadata
+from capnb.checkpoint import find_models, read_metadata
 from capnb.hub import model_path
 from capnb.run.checkpoints import model_places
 from capnb.run.resume import find_state, read_state
@@ -157,3 +157,18 @@ def test_data_that_comes_with_a_name_has_no_place(trained, monkeypatch):
         assert 'data' not in model_places(as_hyperparameters(), trained/'runs/first')
     finally:
         (trained/'storybook').rmdir()
+
+def test_a_copied_checkpoint_keeps_the_data_that_is_there(tmp_path):
+    "Data has no fingerprint, so a folder that happens to be at the same relative place does not count."
+    for name in ('one', 'other'):
+        (tmp_path/name/'data').mkdir(parents=True)
+        (tmp_path/name/'runs').mkdir()
+    h = as_hyperparameters(data=str(tmp_path/'one/data'), output_dir=str(tmp_path/'one/runs'))
+    places = model_places(h, h.output_dir)
+    assert find_models({**h}, places, tmp_path/'other/runs')['data']==h.data
+    (tmp_path/'one').rename(tmp_path/'moved')
+    assert find_models({**h}, places, tmp_path/'moved/runs')['data']==str(tmp_path/'moved/data')
+
+def test_checkpoints_within_the_data_have_no_place_for_it(tmp_path):
+    h = as_hyperparameters(data=str(tmp_path), output_dir=str(tmp_path/'saved_models'))
+    assert model_places(h, h.output_dir)=={}

@@ -535,6 +535,11 @@ def test_each_seed_has_a_row(checkpoint):
     first, second = results_table(rows).splitlines()[2:]
     assert ', seed 1 |' in second and 'seed' not in first
 
+def test_a_row_of_an_earlier_version_has_the_seed_of_then(checkpoint):
+    old = dict(result_row(checkpoint), seed=None)
+    assert add_row([old], dict(old, seed=0))==[dict(old, seed=0)]
+    assert len(add_row([old], dict(old, seed=1)))==2
+
 @pytest.mark.parametrize('end', ['best', '9'])
 def test_a_renamed_checkpoint_is_told(end, tmp_path, checkpoint):
     for file in checkpoint.parent.glob('*-2.*'):

@@ -6,7 +6,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import (
-    Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List,
+    Array2D, Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List,
     Value
 )
 from PIL import Image
@@ -1111,6 +1111,9 @@ TOGETHER = {
     'list of paths': lambda rows, folder: [dict(row, image=folder/row['image']) for row in rows],
     'other columns': lambda rows, folder: [dict(photo=row['image'], says=row['caption']) for row in rows],
     'data set': lambda rows, folder: Dataset.from_list(rows),
+    'data set of images': lambda rows, folder: Dataset.from_list(
+        [dict(row, image=str(folder/row['image'])) for row in rows]
+    ).cast_column('image', ImageColumn()),
     'data set of arrays': lambda rows, folder: Dataset.from_list(rows).with_format('numpy'),
     'dictionary of one split': lambda rows, folder: DatasetDict(train=Dataset.from_list(rows)),
     'parquet': in_parquet,
@@ -1364,3 +1367,23 @@ def test_a_table_of_any_name_may_be_meant(tmp_path, capsys):
     assert sorted(told(caption_column='title'))==sorted(SAID.values())
     assert told()==[['0 .5 .5 .2 .2']]*20
     assert 'the texts beside the images; to read cc3m.tsv instead' in capsys.readouterr().out
+
+def test_a_mask_is_no_image():
+    features = Features(image=Value('string'), mask=Array2D((8, 8), 'uint8'), caption=Value('string'))
+    assert image_columns(features)==['image']
+
+@pytest.mark.parametrize('place', ['{split}/texts.csv', 'annotations/texts.csv'])
+@pytest.mark.parametrize('column', [None, 'caption'])
+def test_labels_beside_images_do_not_hide_a_table_below(place, column, tmp_path):
+    for split,n in (('train', 20), ('test', 3)):
+        (tmp_path/split).mkdir()
+        for i in range(n):
+            (tmp_path/split/f'{split}{i}.png').write_bytes(png(i))
+            (tmp_path/split/f'{split}{i}.txt').write_text('0 0.5 0.5 0.2 0.2')
+    for split,n in (('train', 20), ('test', 3)):
+        file = tmp_path/place.format(split=split)
+        file.parent.mkdir(exist_ok=True)
+        before = file.read_text() if file.exists() else 'file_name,caption\n'
+        inside = '' if '{split}' in place else f'{split}/'
+        file.write_text(before + ''.join(f'{inside}{split}{i}.png,A card.\n' for i in range(n)))
+    assert load_data(tmp_path, caption_column=column)['train'][0]['captions']==['A card.']

@@ -219,6 +219,20 @@ def test_losses_that_cannot_be_compared_are_told(settings, capsys, vary, told):
     out = capsys.readouterr().out
     assert told in out and 'the losses of these trials cannot be compared' in out if told else out==''
 
+def test_sizes_of_data_on_this_machine_can_be_compared(settings, capsys):
+    "Only the hub reads fewer images for validation, too."
+    sweeps._settings(settings, None, ['training_size_limit=8,16'], 'grid', None, {})
+    assert capsys.readouterr().out==''
+
+def test_a_model_that_no_trial_loads_need_not_exist(settings):
+    shared = dict(settings, encoder_name='./gone')
+    sweeps._settings(shared, None, ['encoder_name=storybook-clip'], 'grid', None, {})
+    with pytest.raises(OSError, match='gone'):
+        sweeps._settings(shared, None, ['learning_rate=1e-3,1e-2'], 'grid', None, {})
+    with pytest.raises(OSError, match='no-qwen'):
+        both = ['tokenizer_name=storybook-qwen3,./no-qwen', 'decoder_name=storybook-qwen3']
+        sweeps._settings(settings, None, both, 'grid', None, {})
+
 def test_a_run_at_its_last_step_is_not_pruned(settings):
     study = sweep(dict(settings, num_epochs=9, max_steps=4), vary=['learning_rate=2e-2,1e-2,5e-3,1e-9'])
     assert states(study) == ['COMPLETE']*4

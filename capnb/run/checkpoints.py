@@ -71,6 +71,7 @@ def model_places(
             continue # it ships with capnb, or is on the hub
         if name=='data' and h.data in ('storybook', *HUB_DATA): continue
         path = Path(h[name]).absolute()
+        if folder.is_relative_to(path.resolve()): continue # checkpoints within the data
         try:
             places[name] = Path(os.path.relpath(path, folder)).as_posix()
         except ValueError:

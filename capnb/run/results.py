@@ -92,8 +92,10 @@ def result_row(
 _RUN = ('settings', 'encoder', 'decoder', 'data')
 def _is_same(a, b):
     same = ('settings', 'encoder', 'decoder', 'data', 'split') if a['experiment'] else _RUN
-    either = lambda k: a[k]==b[k] or None in (a[k], b[k]) # rows that have not been run yet have None
-    return all(a[k]==b[k] for k in (*same, 'experiment')) and either('device') and either('seed')
+    planned = None in (a['date'], b['date']) # not run yet, on no device and with no seed
+    device = a['device']==b['device'] or None in (a['device'], b['device'])
+    seed = (a['seed'] or 0)==(b['seed'] or 0) # rows of earlier versions have none
+    return all(a[k]==b[k] for k in (*same, 'experiment')) and device and (planned or seed)
 
 def add_row(
     rows:list, # Dictionaries with the keys `FIELDS`

@@ -98,7 +98,8 @@ def stoppable(run:SavedRun):
     else at once. Several processes stop after the same step. An `OSError` gets the command that resumes the
     run."""
     def handle(number, _):
-        wait = run.accelerator.num_processes > 1 or run.busy and not run.signal
+        again = run.signal and number!=getattr(signal, 'SIGHUP', None) # a closed terminal sends it twice
+        wait = run.accelerator.num_processes > 1 or run.busy and not again
         ask_to_stop(run, number)
         if not wait: raise Interrupted(run)
     # Python allows signal handlers only in the main thread

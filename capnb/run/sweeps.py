@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from accelerate.utils.memory import clear_device_cache
 from ..captioner import Captioner
+from ..checkpoint import MODEL_NAMES
 from ..build import build_captioner, check_models, new_adapter
 from ..decoder import embedding_size
 from ..fast.parts import make_fast
@@ -131,15 +132,17 @@ def run_trial(
 
 # %% ../../nbs/36_sweeps.ipynb #19a00022
 # settings that change which tokens of which captions the validation loss counts
-_COUNTED = ('tokenizer_name', 'decoder_name', 'max_caption_length', *_OF_DATA)
+_COUNTED = ('tokenizer_name', 'decoder_name', 'max_caption_length', 'data', 'data_revision', 'caption_column',
+            'encoding', 'bad_rows')
 
 def _check_names(h, space):
     "Raise an `OSError` if a model that a trial would load does not exist."
-    asked = [h]
-    for name in ('encoder_name', 'tokenizer_name', 'decoder_name'):
-        for value in getattr(space.get(name), 'choices', ()):
-            alone = dict(decoder_name=None) if name=='tokenizer_name' else {}
-            asked.append(replace(h, **{name: value}, **alone))
+    choices = {name: space[name].choices for name in MODEL_NAMES if name in space}
+    first = {name: values[0] for name,values in choices.items()}
+    asked = [replace(h, **first)]
+    for name,values in choices.items():
+        alone = dict(decoder_name=None) if name=='tokenizer_name' else {}
+        asked += [replace(h, **first | {name: value} | alone) for value in values]
     for one in asked:
         with suppress(ValueError): # a model that does not fit fails alone, in its trial
             check_models(one)
@@ -156,7 +159,8 @@ def _settings(settings, preset, vary, sampler, trials, changes):
         raise ValueError('a sweep goes by the validation loss; set evaluation_enabled to true')
     tracker_names(h)
     space = read_vary(vary or classic_grid(h))
-    if told := [name for name in _COUNTED if name in space]:
+    here = h.data=='storybook' or os.path.exists(h.data) # the hub reads fewer for validation, too
+    if told := [name for name in (*_COUNTED, *['training_size_limit']*(not here)) if name in space]:
         log.warning(
             f"⚠️ {', '.join(told)} changes which tokens the validation loss counts, so the losses of these"
             " trials cannot be compared; compare their scores with capnb_eval"

@@ -429,5 +429,6 @@ def run_training(
     with main_process_only(), lock as stamp:
         run = _new_run(model, data, h, broadcast_from_main(stamp), callbacks, state, accelerator)
         # in the gradient, fewer rows are tried first; AdamW's averages come with the first step
-        with stoppable(run), with_advice('fewer unfreeze_layers, a smaller lora_rank'):
+        advice = 'fewer unfreeze_layers, a smaller lora_rank' if h.unfreeze_layers or h.lora_rank else ''
+        with stoppable(run), with_advice(advice):
             return training_loop(run)

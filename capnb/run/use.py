@@ -121,7 +121,8 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
     data : str, dict or dataset, optional
         Data as for `load_data`: a name, a folder, a data set or a dictionary of splits. Default: the data
         that the checkpoint was trained for, read with the settings of its training, such as `image_column`.
-        There is no default if `model` is a `Captioner`.
+        There is no default if `model` is a `Captioner`. For a checkpoint, features of data with a name are
+        kept as in `train`.
     split : str, default 'test'
         Name of the split to score.
     progress : bool, default False
@@ -164,8 +165,8 @@ def evaluate(model=None, data=None, split: str = 'test', progress: bool = False)
         if data is None and h.data==OWN_DATA:
             raise ValueError('the checkpoint was trained on data that was passed in Python; pass data')
         splits = load_for(h) if data is None else load_data(data, image_size=h.image_size)
-        name = h.data if data is None else data if isinstance(data, str) else OWN_DATA
-        folder = features_folder(replace(h, data=name))
+        named = data is None or isinstance(data, str)
+        folder = features_folder(replace(h, data=data or h.data)) if named else None
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}, only {', '.join(splits)}")
     told = 'Encoding' if progress else ''

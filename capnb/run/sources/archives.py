@@ -334,6 +334,8 @@ def _read_rows(found, path, folder, columns, outside):
 def _is_of_texts(folder, columns):
     "Whether the captions of a folder are texts beside its images, and not in a table."
     if folder_tables(folder, other=False): return False
+    inner = [folder/name for name in os.listdir(folder) if name.lower() in (*SPLIT_NAMES, 'annotations')]
+    if any(map(tables_in, inner)): return False
     others = tables_in(folder) # with any name
     if others and columns: return False
     if not _has_texts_beside(folder, .5 if others else 0): return False

@@ -53,8 +53,8 @@ def image_columns(
 ) -> list: # Names
     """The columns that hold images, the surest kind only.
 
-    First comes the type `Image`, then arrays with a usual name, then bytes with a usual name. Then come
-    arrays of bytes, which may be masks, strings with a usual name, and other arrays, which may be boxes."""
+    First comes the type `Image`. Then come arrays, bytes and strings with a usual name, in this order, and
+    last other arrays, which may be masks or boxes."""
     from datasets import Image, Value
     stored = lambda f: isinstance(f, Image) or isinstance(f, dict) and {'bytes','path'} <= set(f)
     bytes_or_text = lambda f: isinstance(f, Value) and re.search('binary|string', f.dtype)
@@ -62,12 +62,11 @@ def image_columns(
     found = [n for n,f in features.items() if stored(f)]
     arrays = [n for n,f in features.items() if _array_type(f)]
     named = [n for n in arrays if n in usual or n.lower() in ('pixels', 'pixel_values')]
-    pixels = [n for n in arrays if _array_type(features[n])=='uint8'] # or masks
+    pixels = [n for n in arrays if _array_type(features[n])=='uint8']
     by_name = [n for n in usual if bytes_or_text(features[n])]
     # bytes first: next to them there may be the old names of the files
     by_name.sort(key=lambda n: ('string' in features[n].dtype, IMAGE_COLUMNS.index(n.lower())))
-    stored_bytes = [n for n in by_name if 'string' not in features[n].dtype]
-    return found or named or stored_bytes[:1] or pixels or by_name[:1] or arrays
+    return found or named or by_name[:1] or pixels or arrays
 
 def says_split(
     features:Mapping, # As for `dataset_columns`
@@ -152,10 +151,20 @@ def named_rows(
     return NamedRows(rows, image_column or 'image', captions)
 
 # %% ../../../nbs/31d_rows.ipynb #0da7b208
+def _paths(rows, column):
+    "The paths in a column of type `Image`, row by row; None if the first image is stored in it."
+    import pyarrow.compute as pc
+    rows = rows.select_columns([column]).with_format('arrow') # opens no image
+    if not len(rows) or pc.is_valid(pc.struct_field(rows[:1][column], 'bytes'))[0].as_py(): return None
+    cells = rows[:][column]
+    stored = pc.is_valid(pc.struct_field(cells, 'bytes'))
+    return pc.if_else(stored, None, pc.struct_field(cells, 'path')).to_pylist()
+
 def _image_names(rows):
     "The file names of the images, row by row; None where reading them would mean to read the images."
     inner, column = (rows.rows, rows.image) if isinstance(rows, NamedRows) else (rows, 'image')
     if hasattr(inner, 'cast_column'):
+        if type(inner.features[column]).__name__=='Image': return _paths(inner, column)
         texts = getattr(inner.features[column], 'dtype', '') in ('string', 'large_string')
         return inner.with_format(None)[column][:] if texts else None # a transform would open the images
     if not isinstance(inner, (list, tuple)): return None
