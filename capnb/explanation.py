@@ -66,7 +66,9 @@ def _next_tokens(model, image, caption):
 def _others(model, scores, said, n):
     "Give the best `n` tokens besides the one in the caption, as (text, probability)."
     def text(i):
-        return '(end)' if i==model.tokenizer.eos_token_id else model.tokenizer.decode([i]).strip()
+        if i==model.tokenizer.eos_token_id: return '(end)'
+        said = model.tokenizer.decode([i])
+        return said.strip() or repr(said)[1:-1].replace(' ', '␣') # a line end is \\n
     best = [i for i in scores.topk(min(n+1, len(scores))).indices.tolist() if i!=said][:n]
     return [(text(i), scores[i].exp().item()) for i in best]
 

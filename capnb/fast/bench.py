@@ -238,7 +238,7 @@ def take_turns(
     sides, # Names, such as 'train guide'
     rounds:int, # Counted rounds, after one warm-up round
 ) -> dict: # Name: list of the results of each round
-    """Run each side in its own process, and alternate between them round by round. Raise `RuntimeError` if a
+    """Run each side in its own process, and alternate between them round by round. Raise `ValueError` if a
     process ends."""
     started = {
         side: subprocess.Popen(
@@ -249,7 +249,9 @@ def take_turns(
     }
     def hear(side):
         if not (line := started[side].stdout.readline()):
-            raise RuntimeError(f'the side {side!r} ended with exit code {started[side].wait()}')
+            code = started[side].wait()
+            why = '; the system stopped it, most likely for lack of memory' if code in (-9, 137) else ''
+            raise ValueError(f'the side {side!r} ended with exit code {code}{why}')
         return line
     try:
         for side in sides:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from ..images import open_image
 from ..intervals import interval, mean_parts
+from ..score_tables import fonts_for
 
 # %% ../../nbs/17_attribution.ipynb #22ee0008
 def veil(
@@ -34,8 +35,8 @@ def draw_strip(
         if at+len(word.text)-begin > width and caption[at-1:at].isspace():
             begin, line = at, line+1
         x, wide = (at-begin)/width, len(word.text)/width
-        ax.text(x+wide/2, -line, word.text, ha='center', va='bottom', family='monospace', fontsize=14,
-                parse_math=False)
+        ax.text(x+wide/2, -line, word.text, ha='center', va='bottom', fontsize=14, parse_math=False,
+                family=fonts_for('DejaVu Sans Mono'))
         if word.text[:1].isalnum(): # a punctuation mark has no line
             for share,colour in ((1, '#ccc'), (word.probability, '#06c')):
                 ax.plot((x, x+wide*share), (-line-.08,)*2, color=colour, lw=3, solid_capstyle='butt')
@@ -48,9 +49,10 @@ def _draw_word(ax, word, box):
     "Draw the veiled image of a word with the model's alternatives."
     others = ', '.join(f'{text} {p:.0%}' for text,p in word.alternatives[:3] if p >= .005)
     ax.imshow(veil(word.patches), extent=box, interpolation='bilinear')
-    ax.set_title(f'{word.text}  {word.probability:.0%}', fontsize=11, weight='bold', parse_math=False)
+    ax.set_title(f'{word.text}  {word.probability:.0%}', fontsize=11, weight='bold', parse_math=False,
+                 family=fonts_for())
     ax.text(.5, -.04, textwrap.fill('or ' + (others or 'nothing else'), 32), transform=ax.transAxes,
-            ha='center', va='top', fontsize=8, color='#444', parse_math=False)
+            ha='center', va='top', fontsize=8, color='#444', parse_math=False, family=fonts_for())
 
 def draw_explanation(
     caption:str,

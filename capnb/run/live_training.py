@@ -95,12 +95,14 @@ class LiveTraining(VBox):
 
     def begin(self):
         "Start, or resume after a stop."
+        if self.start.disabled: return # a second click, from before the button was grey
         self.start.disabled = True
         self.thread = Thread(target=self._train, name='capnb training')
         self.thread.start()
 
     def halt(self):
         "Ask the run to save and stop after the current step."
+        if self.stop.disabled: return
         self.stop.disabled = True
         ask_to_stop(self.run)
 

@@ -45,6 +45,12 @@ def _check_sight(encoder):
             f" {encoder.image_size}"
         )
 
+def _check_logits(config):
+    "Raise a `ValueError` if a decoder changes the logits after its output layer, as Granite and Cohere do."
+    for name in ('logits_scaling', 'logit_scale', 'final_logit_softcapping', 'lm_head_multiplier'):
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(f"a LLaVA does not change its logits; the decoder does, by {name}")
+
 def as_llava(
     model:Captioner, # With patch features of a CLIP; without LoRA and without a prompt
 ): # A `LlavaForConditionalGeneration`, its `LlavaProcessor`
@@ -52,6 +58,7 @@ def as_llava(
     cannot be expressed as one."""
     vision, decoder = model.encoder.model, model.decoder
     _check_sight(model.encoder)
+    _check_logits(decoder.config)
     if any('.lora_' in n for n,_ in decoder.named_parameters()):
         raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
     if model.prompt:

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from PIL import ImageOps
 from ..log import log
 from ..files import write_json
 from ..checkpoint import metadata_path, save_metadata
@@ -128,8 +129,9 @@ def _captioned(tracker, rows, images, captions, step):
             _files(tracker, 'samples', *sorted(Path(folder).iterdir()))
     elif tracker.name=='wandb':
         import wandb
+        small = [ImageOps.contain(image, (512,512)) if max(image.size) > 512 else image for image in images]
         cells = [[r['image_id'], wandb.Image(image), r['caption'], ' / '.join(r['references'])]
-                 for r,image in zip(table, images, strict=True)]
+                 for r,image in zip(table, small, strict=True)] # `wandb` writes each as a PNG
         tracker.log_table('samples', ['image_id', 'image', 'caption', 'references'], cells, step=step)
 
 # %% ../../nbs/32c_trackers.ipynb #08c0a004

@@ -40,7 +40,7 @@ from capnb.run.resume import (
     SavedRun, before_closing, check_unchanged, data_fingerprint, load_state, reopened, save_state,
     set_random_state, state_path
 )
-from .signals import Interrupted, acquire_run_lock, stoppable
+from .signals import Interrupted, acquire_run_lock, stoppable, only_run
 from .trackers import tracker_names
 from ..settings import Hyperparameters
 from ..hardware import check_precision, default_mixed_precision
@@ -413,6 +413,7 @@ def _new_run(model, data, h, stamp, callbacks, state, accelerator):
     return run
 
 # %% ../../nbs/33a_training.ipynb #0246accd
+@only_run()
 def run_training(
     model:Captioner,
     data:dict, # 'train' and, if evaluation is enabled, 'validation': `EncodedData`

@@ -8,6 +8,7 @@ __all__ = ['Decoding', 'stream', 'CaptionWidget']
 # %% ../../../nbs/17c_caption_widget.ipynb #3fc45ef7
 import math
 from html import escape
+from threading import get_ident
 import torch
 from ipywidgets import (
     Button, FileUpload, FloatSlider, HBox, HTML, IntRangeSlider, IntSlider, Layout, ToggleButtons, VBox
@@ -78,12 +79,15 @@ def stream(
     """Caption an image and pass on each piece as soon as it is generated.
 
     Beam search cannot be streamed, since it ranks whole sentences."""
-    logits, told = [], ['']
+    logits, told, me = [], [''], get_ident()
     def more(row, text):
         tell(text[len(told[-1]):], logits[-1].float().softmax(-1)[words.tokens[-1][0]].item())
         told.append(text)
     words = CaptionStreamer(model.tokenizer, [0], more)
-    hook = model.decoder.register_forward_hook(lambda decoder, args, out: logits.append(out.logits[0,-1]))
+    def keep(decoder, args, out):
+        if get_ident()==me: # a cell that runs at the same time may use the decoder, too
+            logits.append(out.logits[0,-1])
+    hook = model.decoder.register_forward_hook(keep)
     try:
         return model.caption(image, streamer=words, **options)
     finally:
@@ -101,7 +105,7 @@ def _asked(word):
     if factor > 1.05:
         rests = f'Covering the clear region makes <b>{text}</b> up to {factor:,.1f} times less probable.'
     rows = ''.join(
-        f'<tr><td>{escape(text.strip()) or "(end)"}</td><td class="number">{p:.1%}</td>'
+        f'<tr><td>{escape(text)}</td><td class="number">{p:.1%}</td>'
         f'<td><div class="bar" style="width:{12*p:.2f}rem"></div></td></tr>'
         for text,p in word.alternatives
     )

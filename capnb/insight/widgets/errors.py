@@ -35,7 +35,7 @@ def mistakes(
 # %% ../../../nbs/17d_error_browser.ipynb #0da23025
 def listed(lines):
     "Return texts as an HTML list."
-    return '<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in lines) + '</ul>'
+    return '<ul>' + ''.join(f'<li dir="auto">{escape(line)}</li>' for line in lines) + '</ul>'
 
 def _says(text, asked):
     "Whether a text contains a list of words, one after the other."
@@ -113,6 +113,7 @@ class ErrorBrowser(VBox):
         "Show a page of images."
         with errors_in(self.errors):
             found, n = self.found(), self.per_page
+            at = max(0, min(at, (len(found)-1)//n*n)) # several clicks may come before a button is grey
             self.at, here = at, found[at:at+n]
             self.back.disabled, self.forth.disabled = at==0, at+n >= len(found)
             self.where.value = f'{at+1} to {at+len(here)} of {len(found)}' if here else 'no image fits'

@@ -84,7 +84,7 @@ def card(
     width:int=170, # Width of the image in pixels
 ) -> str:
     "Return an image with its caption and more lines as HTML."
-    said = f'<div class="said">{escape(caption)}</div>'
+    said = f'<div class="said" dir="auto">{escape(caption)}</div>'
     below = f'<figcaption>{said}{"".join(lines)}</figcaption>'
     return f'<figure>{image_html(image, caption, width)}{below}</figure>'
 

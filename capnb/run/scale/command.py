@@ -8,6 +8,7 @@ __all__ = ['scale_command']
 # %% ../../../nbs/38c_scale_command.ipynb #c605a9aa
 import logging
 import sys
+from pathlib import Path
 from fastcore.script import Param, store_true
 from ...files import say
 from ...log import log
@@ -36,7 +37,7 @@ def scale_command(
     threads:Number('CPUs for each worker; by default 1, or with a GPU of this machine up to 8')=None,
     gpus:Number('GPUs for each worker: 0, 1, or a fraction', float, closed=True)=0.,
     batch_size:Number('Images per call of a worker; the default depends on its device')=None,
-    shard_size:Number('Images per file: the most that a stop can cost, per worker')=1000,
+    shard_size:Number('Most images per file, and the most that a stop can cost, per worker')=1000,
     address:Param(_ADDRESS, str)=None,
 ):
     "Caption or encode millions of images with many workers; run again, it continues where it was stopped."
@@ -51,8 +52,14 @@ def scale_command(
     settings |= dict(batch_size=batch_size, shard_size=shard_size, address=address)
     settings |= dict(progress=sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
     if encode:
-        h = read_metadata(checkpoint)['hyperparameters']
-        encoder = h['encoder_name'], h.get('image_size'), h.get('features', 'pooled')
+        metadata = read_metadata(checkpoint)
+        h, revision = metadata['hyperparameters'], metadata.get('revisions', {}).get('encoder')
+        name = h['encoder_name']
+        if Path(name).exists():
+            name = str(Path(name).absolute()) # the same job from any working directory
+        elif revision and '@' not in name:
+            name = f'{name}@{revision}'
+        encoder = name, h.get('image_size'), h.get('features', 'pooled')
         found = encode_images(source, out, *encoder, **settings)
     else:
         options = dict(num_beams=num_beams, num_return_sequences=num_return_sequences)

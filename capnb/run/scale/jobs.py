@@ -340,7 +340,7 @@ def run_job(
     threads:int=None, # CPUs for each worker; None for 1, or with a GPU of this machine up to 8
     gpus:float=0, # GPUs for each worker
     batch_size:int=None, # Images per call of a worker; None for the default of its device
-    shard_size:int=1000, # Images per file: the most that a stop can cost, per worker
+    shard_size:int=1000, # Most images per file, and the most that a stop can cost, per worker
     address:str=None, # Address of a running Ray cluster; None starts one on this machine
     progress:bool=False, # Show Ray's progress bars
 ) -> dict: # As for `count_rows`

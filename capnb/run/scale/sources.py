@@ -9,11 +9,13 @@ __all__ = ['ROW', 'Source']
 import sys
 import tarfile
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from ...hub import hub_errors
 from ...images import image_format, image_formats, passed_over, walk_files
 
 # %% ../../../nbs/38_scale.ipynb #0da18008
@@ -76,7 +78,7 @@ def _listed(fs, root):
         files = walk_files(root, told)
         found = {path.as_posix(): path.stat().st_size if path.is_file() else None for path in files}
     else:
-        found = {path: info['size'] or 0 for path,info in fs.find(root, detail=True).items()}
+        found = {path: info.get('size') or 0 for path,info in fs.find(root, detail=True).items()}
     return {path: size for path,size in found.items() if not _hidden(path[len(root):])}
 
 def _without_tables_of_archives(found):
@@ -101,7 +103,9 @@ class Source:
         if isinstance(self.fs, LocalFileSystem):
             self.root = Path(self.root).as_posix() # without '/./', as the paths of its files
         found = {}
-        for path,size in _listed(self.fs, self.root).items():
+        with hub_errors('data set', str(place)) if str(place).startswith('hf://') else nullcontext():
+            listed = _listed(self.fs, self.root)
+        for path,size in listed.items():
             found.setdefault(None if size is None else _kind(path), {})[path] = size
         passed = passed_over(found.pop(None, {}))
         if not found:

@@ -125,8 +125,9 @@ class Desk:
         try:
             await asyncio.wait([place.opening])
             if not place.uid: return
-            self.tell_worker(place.uid, None, None)
             while not place.over and self.started.value==worker:
+                # several workers read one queue, so another one may take the note
+                self.tell_worker(place.uid, None, None)
                 try:
                     await asyncio.wait_for(place.event.wait(), 1)
                 except TimeoutError:

@@ -19,7 +19,7 @@ from functools import partial
 from ...checkpoint import read_metadata
 from ...hardware import default_device
 from ...options import check_options
-from .access import Guard, check_key, host_check
+from .access import Guard, check_key, host_check, host_name
 from .app import SERVING, STARTING, STOPPING, make_app
 from .desk import Desk
 from .limits import Limits, connection_class
@@ -134,6 +134,14 @@ def _run(server, host, port, limits, failure, on_signal):
             signal.signal(number, handler)
     return came
 
+def _host_of(name):
+    "The host in a name, which may have a scheme and a port."
+    text = name.partition('://')[2] or name
+    found = host_name(text.rstrip('/')) or host_name(f'[{text}]') # an IPv6 address may have no brackets
+    if not found:
+        raise ValueError(f"--allowed_hosts: {name!r} is no host name, such as captions.example.com")
+    return found
+
 def serve(
     checkpoint, # Weights, a file `model_state_dict_....pth`
     host:str='127.0.0.1', # This machine only; '0.0.0.0' for all machines that can reach it
@@ -153,7 +161,7 @@ def serve(
     check_key(key, host, without_key)
     options = check_options(options or {})
     litserve, limits = _litserve(), limits or Limits()
-    allowed_hosts = tuple(name.lower() for name in allowed_hosts)
+    allowed_hosts = tuple(map(_host_of, allowed_hosts))
     read_metadata(checkpoint)
     _check_port(host, port)
 

@@ -14,10 +14,12 @@ import sys
 import time
 from dataclasses import asdict
 from queue import Empty
+import torch
 from ...saving import load_model_from_checkpoint
 from ...inference import CaptionStreamer
 from ...explanation import explain
 from ...fast.parts import make_fast
+from ...out_of_memory import memory_ran_out
 from ...pixels import PixelSteps
 
 # %% ../../../nbs/37_serving.ipynb #0da1200c
@@ -66,6 +68,10 @@ def _write(model, asked, send, options):
         send(uid, answer)
     return {uid: answer['caption'] for uid,answer in answers.items()}
 
+def _device_failed(error):
+    "Whether a GPU does no more work for this process, as after an illegal access; only a new process helps."
+    return isinstance(error, torch.AcceleratorError) and not memory_ran_out(error)
+
 def answer_batch(
     model, # `Captioner`
     asked:list, # Of (id, image from `DecodingPool.open`, whether to stream words)
@@ -79,6 +85,7 @@ def answer_batch(
     try:
         return _write(model, asked, send, options or {})
     except (RuntimeError, ValueError) as e: # from PyTorch and transformers, also when out of memory
+        if _device_failed(e): raise
         if len(asked) > 1:
             return {k: v for one in asked for k,v in answer_batch(model, [one], send, options).items()}
         send(asked[0][0], dict(status=500, detail=f'the model failed at this image: {_first_line(e)}'))
@@ -101,6 +108,7 @@ def why(
     except ValueError as e:
         return dict(status=422, detail=str(e))
     except RuntimeError as e:
+        if _device_failed(e): raise
         return dict(status=500, detail=f'the model failed at this explanation: {_first_line(e)}')
     def plain(word):
         others = [[text, round(p, 4)] for text,p in word.alternatives]
@@ -181,10 +189,15 @@ class Worker:
             )
         self.requests, self.send, self.most = requests, send, api.max_batch_size
         self.captioning, self.explaining = {}, {} # by request id, oldest first
-        while True:
-            self.write(0 if self.captioning or self.explaining else 1)
-            if self.explaining:
-                self.explain()
+        try:
+            while True:
+                self.write(0 if self.captioning or self.explaining else 1)
+                if self.explaining:
+                    self.explain()
+        except torch.AcceleratorError as e:
+            told = f'the device failed, so the worker starts again: {_first_line(e)}'
+            print(told, file=sys.stderr, flush=True)
+            sys.exit(1)
 
     def take_in(self, seconds):
         "Take in new requests, and drop those that are late or whose client has left."
