@@ -1,6 +1,6 @@
 """The benchmark of a GPU, run in small on the processor, so that what runs on a card is known to work; and a
 whole run, clocked."""
-import json, os, time
+import io, json, os, time
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -292,6 +292,18 @@ def test_a_whole_run_ends_with_its_total_where_files_stay(capsys, monkeypatch, t
         bench_command(['--device', 'cuda', '--full-run', '--json', str(tmp_path/'run.json')])
     assert made[0].exists() and capsys.readouterr().out.split()==['all', '1.0', 's']
     assert json.loads((tmp_path/'run.json').read_text())==dict(total=1., about=dict(gpu='a card'))
+
+@pytest.mark.parametrize('code, short', [(-9, True), (137, True), (1, False)])
+def test_a_side_that_ends_is_told_in_one_line(code, short, capsys, monkeypatch):
+    def ended(command, **how):
+        return SimpleNamespace(stdout=io.StringIO(), wait=lambda: code, kill=lambda: None)
+    monkeypatch.setattr(cpu_bench.subprocess, 'Popen', ended)
+    with pytest.raises(SystemExit) as end:
+        bench_command(['--quick'])
+    out, err = capsys.readouterr()
+    assert end.value.code==1 and not out and len(err.splitlines())==1
+    assert err.startswith(f"bench: the side 'train guide' ended with exit code {code}")
+    assert ('lack of memory' in err)==short
 
 def test_on_a_processor_it_says_what_is_left_out(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr('capnb.fast.bench.bench', lambda rounds: dict(rounds=rounds))

@@ -3,6 +3,7 @@ it."""
 import ast, inspect, os, re, signal
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
+from threading import Event
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from accelerate import Accelerator
@@ -619,3 +620,50 @@ def test_a_widget_shows_an_epoch_that_is_closed_again_once(encoded, tmp_path):
         view.wait()
         assert view.start.description==text
     assert [epoch for epoch,_ in view.told]==[1, 2] and view.bar.value==view.bar.max==5
+
+class Waiting(Callback):
+    "Waits in the first step until it may go on."
+    def __init__(self):
+        self.reached, self.free = Event(), Event()
+    def on_step_end(self, run):
+        self.reached.set()
+        self.free.wait(60)
+
+@pytest.fixture
+def waiting(encoded, tmp_path):
+    "A training in a widget, and the callback for which it waits in its first step."
+    h = small(tmp_path, mixed_precision='bf16')
+    view, step = LiveTraining(build_captioner(h, 'cpu'), encoded, h, Storybook(n=2)), Waiting()
+    view.callbacks.append(step)
+    view.start.click()
+    try:
+        assert step.reached.wait(60), view.errors.value
+        yield view, step
+    finally:
+        step.free.set()
+        view.wait()
+
+def test_a_second_click_does_nothing(waiting, monkeypatch):
+    "Clicks that come before a button is grey are handled, too."
+    (view, step), asked = waiting, []
+    monkeypatch.setattr('capnb.run.live_training.ask_to_stop', asked.append)
+    first = view.thread
+    for _ in range(2):
+        view.start.click()
+        view.stop.click()
+    assert view.thread is first and asked==[view.run]
+    step.free.set()
+    view.wait()
+    view.start.click()
+    assert view.thread is first and view.start.description=='done', view.errors.value
+
+def test_one_run_at_a_time(waiting, encoded, tmp_path):
+    "The precision is that of the whole process."
+    view, step = waiting
+    h = small(tmp_path/'other', mixed_precision='no')
+    with pytest.raises(ValueError, match='another training is going on in this process'):
+        run_training(build_captioner(h, 'cpu'), encoded, h)
+    step.free.set()
+    view.wait()
+    assert view.run.done and view.run.metadata['mixed_precision']=='bf16'
+    assert run_training(build_captioner(h, 'cpu'), encoded, h).metadata['mixed_precision']=='no'

@@ -4,12 +4,14 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
+from transformers import AutoModelForCausalLM
 from capnb.adapter import Standardize
 from capnb.saving import load_model_from_checkpoint, save_checkpoint
 from capnb.build import build_captioner, measure_features
 from capnb.checkpoint import read_weights
 from capnb.encoder import EncodedData
 from capnb.fast.cuda.training import why_not
+from capnb.fast.decoder_families import tiny_config
 from capnb.fast.parts import make_fast
 from capnb import evaluate, load
 from capnb.run import entry, recipe
@@ -118,6 +120,22 @@ def test_a_llava_has_the_standardisation_in_its_projector(tmp_path):
     llava, _ = as_llava(model)
     expected = model.adapter(features)
     assert torch.allclose(llava.model.multi_modal_projector(features), expected, atol=1e-4)
+
+SCALED = {
+    'granite': dict(logits_scaling=8.),
+    'cohere': dict(logit_scale=.0625),
+    'gemma2': dict(final_logit_softcapping=5.),
+    'falcon_h1': dict(lm_head_multiplier=.5),
+}
+
+@pytest.mark.parametrize('kind', SCALED)
+def test_a_decoder_that_changes_its_logits_has_no_form_as_a_llava(kind, tmp_path):
+    model, config = build_captioner(settings(tmp_path, features='patch'), 'cpu'), tiny_config(kind)
+    config.update(SCALED[kind])
+    model.decoder = AutoModelForCausalLM.from_config(config)
+    name, = SCALED[kind]
+    with pytest.raises(ValueError, match=f'does not change its logits.*{name}'):
+        as_llava(model)
 
 # --- Features left out at random
 

@@ -1,12 +1,14 @@
 """Captions at scale: a worker is killed, a whole job is killed, and still every image is captioned exactly
 once."""
-import ipaddress, json, os, signal, subprocess, sys, tarfile, time
+import ipaddress, json, os, shutil, signal, subprocess, sys, tarfile, time
 from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch
 import psutil, pytest, torch
 import pyarrow as pa, pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from capnb.checkpoint import metadata_path
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.entry import train
 from capnb.images import find_images
@@ -247,6 +249,19 @@ def test_a_roundabout_path_does_not_change_names(tmp_path, way):
         Storybook('test')[0]['image'].save(tmp_path/'pages'/name)
     assert list(names_of(f'{tmp_path}/{way}')) == ['017.png', '117.png']
 
+def test_one_file_of_a_storage_that_tells_no_size(monkeypatch):
+    "Such as http, which lists a folder with sizes and a file without."
+    monkeypatch.setattr(MemoryFileSystem, 'find', lambda fs, path, **how: {path: {}})
+    assert Source('memory://pages/0.tar').files=={'/pages/0.tar': 0}
+
+def test_a_hub_that_cannot_be_reached_is_one_line(run, tmp_path):
+    nowhere = dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path/'home'))
+    place, weights = 'hf://datasets/owner/photos', shipped_checkpoint()
+    done = run('capnb_scale', place, 'out', '--checkpoint', weights, cwd=tmp_path,
+               env=dict(nowhere, HF_TOKEN='', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1'))
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr[-3000:]
+    assert done.stderr.startswith(f'scale: data set {place}: ') and 'cannot be reached' in done.stderr
+
 def test_links_in_an_archive_have_a_row_and_hidden_files_have_none(tmp_path):
     for folder in ('pages', 'pages/.ipynb_checkpoints', 'pages/__MACOSX', 'packed'):
         (tmp_path/folder).mkdir()
@@ -446,6 +461,39 @@ def test_the_same_name_elsewhere_is_another_job(tmp_path, monkeypatch, jobs):
         encode_images('pages', str(tmp_path/'out'), 'storybook-clip')
         caption_images(str(pages), str(tmp_path/'out'), shipped_checkpoint())
     assert jobs[0] != jobs[3] and jobs[1] != jobs[4] and jobs[0] == jobs[2] and jobs[3] == jobs[5]
+
+@pytest.fixture
+def encoder_of(tmp_path, monkeypatch):
+    "The encoder that `--encode` takes from a checkpoint with these metadata."
+    weights = shutil.copytree(shipped_checkpoint().parent, tmp_path/'saved_models')/shipped_checkpoint().name
+    before = json.loads(metadata_path(weights).read_text(encoding='utf-8'))
+    monkeypatch.chdir(tmp_path)
+    def encoder_of(name, **more):
+        settings = before['hyperparameters'] | dict(encoder_name=name)
+        metadata = before | dict(hyperparameters=settings) | more
+        metadata_path(weights).write_text(json.dumps(metadata), encoding='utf-8')
+        with patch('capnb.run.scale.jobs.encode_images', return_value=dict(images=1, errors=0)) as encode:
+            scale_command(['pages', 'out', '--checkpoint', str(weights), '--encode'])
+        return encode.call_args.args[2]
+    return encoder_of
+
+@pytest.mark.parametrize('name, revisions, encoder', [
+    ('owner/clip', dict(encoder='abc'), 'owner/clip@abc'),
+    ('owner/clip@main', dict(encoder='abc'), 'owner/clip@main'),
+    ('owner/clip', {}, 'owner/clip'),
+    ('storybook-clip', dict(encoder=None), 'storybook-clip'),
+])
+def test_features_are_those_of_the_revision_that_was_trained_with(encoder_of, name, revisions, encoder):
+    assert encoder_of(name, revisions=revisions)==encoder
+
+def test_an_encoder_in_a_folder_is_the_same_from_anywhere(encoder_of, tmp_path, monkeypatch):
+    (tmp_path/'models'/'clip').mkdir(parents=True)
+    found = []
+    for here in (tmp_path, tmp_path/'models', tmp_path/'saved_models'):
+        monkeypatch.chdir(here)
+        found.append(encoder_of('models/clip', places=dict(encoder_name='../models/clip')))
+    assert {os.path.realpath(name) for name in found}=={os.path.realpath(tmp_path/'models'/'clip')}
+    assert len(set(found))==1
 
 def one_line(capsys, *args):
     with pytest.raises(SystemExit) as stopped:

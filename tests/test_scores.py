@@ -11,7 +11,7 @@ from capnb.generation import captions_of
 from capnb.encoder import EncodedData
 from capnb.evaluation import floors, rouge_l, score, score_parts, text_statistics
 from capnb.intervals import compare, mean_parts
-from capnb.score_tables import BY_CHARACTER, score_table
+from capnb.score_tables import BY_CHARACTER, draw_samples, fonts_for, score_table
 from capnb.insight.coco import _coco_words, _meteor_sums, coco_tools
 from capnb.insight.facts import Facts, fact_counts, facts_scores
 from capnb.insight.report.slices import image_slices
@@ -221,6 +221,27 @@ def test_training_images_have_no_nearest_neighbour():
         EncodedData(torch.eye(4), [dict(captions=[f'a {i}', f'the {i}']) for i in range(4)]) for _ in range(2)
     )
     assert floors(data, data).keys()=={'common'} and floors(data, other).keys()=={'common', 'nearest'}
+
+# --- Drawings
+
+def test_fonts_of_other_scripts_are_taken_where_they_are(monkeypatch):
+    here = [SimpleNamespace(name=name) for name in ('Comic Neue', 'Noto Sans Thai', 'Noto Sans CJK SC')]
+    monkeypatch.setattr('matplotlib.font_manager.fontManager.ttflist', here)
+    assert fonts_for()==['DejaVu Sans', 'Noto Sans CJK SC', 'Noto Sans Thai']
+    assert fonts_for('DejaVu Sans Mono')[0]=='DejaVu Sans Mono'
+
+def test_a_drawn_caption_that_is_cut_ends_in_dots(monkeypatch, tmp_path):
+    titles, image = [], Storybook('test')[0]['image']
+    def note(fig, file, **how):
+        titles.extend(ax.title for ax in fig.axes)
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', note)
+    captions = [SENTENCES['German'], 'a red dog and '*15, SENTENCES['Chinese']*20]
+    draw_samples([image]*3, captions, tmp_path/'samples.png')
+    whole, *cut = [title.get_text() for title in titles[:3]]
+    assert whole==captions[0] and all(text.endswith('…') for text in cut)
+    for text in cut:
+        assert len(text.splitlines())==3 and max(map(len, text.splitlines())) <= 30
+    assert titles[0].get_fontfamily()==fonts_for()
 
 # --- Facts
 

@@ -1,5 +1,6 @@
 """Explanations for every kind of encoder, at any size of image, and for captions that are hard to take
 apart."""
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from transformers import (
@@ -10,7 +11,7 @@ from capnb.captioner import Captioner
 from capnb.build import build_captioner, new_adapter
 from capnb.settings import as_hyperparameters
 from capnb.encoder import ImageEncoder
-from capnb.explanation import Word, _covered, _words
+from capnb.explanation import Word, _covered, _others, _words
 from capnb.explanation import explain
 from capnb.insight.attribution import draw_explanation
 from capnb.storybook import Storybook
@@ -84,6 +85,22 @@ def test_the_drawing_shows_what_was_explained(picture):
     assert drawn(page.convert('L')).shape == (40, 60, 3)
     page.getexif()[0x0112] = 6 # the camera was held upright
     assert drawn(page).shape == (60, 40, 3)
+
+def test_the_drawing_has_fonts_of_other_scripts(picture, monkeypatch):
+    fonts = lambda first='DejaVu Sans': [first, 'Noto Sans CJK SC']
+    monkeypatch.setattr('capnb.insight.attribution.fonts_for', fonts)
+    figure = draw_explanation('猫', [Word('猫', .9, [('犬', .1)], np.ones((8, 8)))], picture)
+    strip, word = figure.subfigs[0].axes[0], figure.subfigs[1].axes[1]
+    assert [text.get_fontfamily() for text in strip.texts]==[fonts('DejaVu Sans Mono')]
+    assert [text.get_fontfamily() for text in (word.title, *word.texts)]==[fonts()]*2
+
+def test_white_space_that_might_have_been_is_shown():
+    "Only the end of the text is called so."
+    texts = ['<end>', '\n', ' ', ' cat', '\t ']
+    tokenizer = SimpleNamespace(eos_token_id=0, decode=lambda ids: texts[ids[0]])
+    scores = torch.tensor([.1, .4, .3, .15, .05]).log()
+    found = _others(SimpleNamespace(tokenizer=tokenizer), scores, 3, 4)
+    assert [text for text,_ in found]==['\\n', '␣', '(end)', '\\t␣']
 
 def test_windows_lie_around_their_cells(picture):
     "Each copy differs from the image in its window and nowhere else; at the edges the window ends there."

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from queue import Queue
 from types import SimpleNamespace
-import psutil, pytest, uvicorn
+import psutil, pytest, torch, uvicorn
 from bombs import one_colour, scan_bomb, two_in_one
 from damage import damaged
 from fastapi.testclient import TestClient
@@ -18,12 +18,13 @@ from starlette.datastructures import Headers
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.images import open_image
 from capnb.run.serving import app as app_module
+from capnb.run.serving.access import foreign, host_check
 from capnb.run.serving.command import serve_command
-from capnb.run.serving.desk import Place
+from capnb.run.serving.desk import Desk, Place
 from capnb.run.serving.limits import Limits, client_of, connection_class
 from capnb.run.serving.load import load_report, memory, send_load
 from capnb.run.serving.page import PAGE
-from capnb.run.serving.server import _litserve, _lit_server, _server_class
+from capnb.run.serving.server import _host_of, _litserve, _lit_server, _server_class
 from capnb.run.serving.uploads import _form_image
 from capnb.run.serving.worker import Worker, answer_batch, gather, why
 from capnb.storybook import Storybook
@@ -313,6 +314,31 @@ def test_a_model_that_fails_at_one_image_writes_for_the_others(model, pages):
     assert said[2] == dict(status=500, detail='the model failed at this image: no memory left')
     assert [said[i]['caption'] for i in (0, 1, 3)] == model.caption([images[0], images[1], images[3]])
 
+def with_error(model, error):
+    "A captioner whose encoder raises this error."
+    def encode(images):
+        raise error
+    failing = copy(model)
+    object.__setattr__(failing, 'encoder', SimpleNamespace(encode=encode))
+    return failing
+
+def test_a_device_that_failed_is_no_fault_of_an_image(model, pages, monkeypatch):
+    "It does no more work for this process, whatever comes; a lack of memory may pass."
+    error, said = torch.AcceleratorError('CUDA error: unspecified launch failure'), {}
+    image = open_image(pages[0])
+    asked = [(i, image, False) for i in range(2)]
+    def explain(*args, **options):
+        raise error
+    monkeypatch.setattr('capnb.run.serving.worker.explain', explain)
+    with pytest.raises(torch.AcceleratorError):
+        answer_batch(with_error(model, error), asked, said.__setitem__)
+    with pytest.raises(torch.AcceleratorError):
+        why(model, image, 'A red cat.')
+    assert not said
+    full = torch.AcceleratorError('CUDA error: out of memory')
+    answer_batch(with_error(model, full), asked, said.__setitem__)
+    assert [said[i]['status'] for i in range(2)]==[500, 500]
+
 def test_a_batch_size_among_the_options_is_no_error(model, pages):
     images, said = [open_image(p) for p in pages[:3]], {}
     asked = [(i, image, False) for i,image in enumerate(images)]
@@ -413,6 +439,39 @@ def test_what_nobody_waits_for_is_left_undone(model, pages):
         (0, 'left', None, None),
     )
     assert sorted(told.said) == [('in time', 'caption'), ('late', 'dropped'), ('left', 'dropped')]
+
+def test_a_worker_whose_device_failed_ends(model, pages, capsys):
+    failing = with_error(model, torch.AcceleratorError('CUDA error: unknown error\nCompile with ...'))
+    with pytest.raises(SystemExit) as end:
+        Told(failing, (0, 'asked', time.monotonic()+60, (open_image(pages[0]), False, False)))
+    said = capsys.readouterr().err
+    assert end.value.code==1 and len(said.splitlines())==1 and 'CUDA error: unknown error' in said
+
+def test_a_worker_gets_the_note_that_another_one_has_read(monkeypatch):
+    "All workers read one queue; a note is for the one that has the request of a client who has left."
+    queue, place, end = Queue(), Place('a client', True, 0), time.monotonic()+60
+    place.uid = 'left'
+    def send(uid, answer):
+        place.response_queue.append((answer, None))
+        place.event.set()
+    workers = [Worker(None, None, None, None, wait=0) for _ in range(2)]
+    for worker in workers:
+        worker.requests, worker.send, worker.most = queue, send, 1
+        worker.captioning, worker.explaining = {}, {}
+    workers[1].explaining['left'] = end, None, 'A red cat.'
+    turns = [*workers]*2
+    async def read(waiting, seconds):
+        waiting.close()
+        turns.pop(0).take_in(0)
+        if not place.event.is_set(): raise TimeoutError
+    monkeypatch.setattr('capnb.run.serving.desk.asyncio.wait_for', read)
+    server = SimpleNamespace(litapi_request_queues={'/caption': queue}, response_buffer={})
+    desk = Desk(server, Limits(), None, SimpleNamespace(value=2), None)
+    async def hold():
+        place.opening = asyncio.ensure_future(asyncio.sleep(0))
+        await desk.hold(place, 2)
+    asyncio.run(hold())
+    assert place.over and not workers[1].explaining and queue.empty()
 
 def test_an_explanation_ends_when_its_client_leaves(model, pages):
     image, end = open_image(pages[0]), time.monotonic()+60
@@ -1206,6 +1265,19 @@ def test_requests_from_elsewhere_are_refused(server, pages, case):
         assert status == 403 and len(json.loads(answer)['detail'].splitlines()) == 1
         assert not [h for h in headers if h.lower().startswith('access-control')]
 
+@pytest.mark.parametrize('name, host', [
+    ('captions.example.com', 'captions.example.com'),
+    ('Captions.example.com:8443', 'captions.example.com'),
+    ('https://captions.example.com/', 'captions.example.com'),
+    ('https://captions.example.com:8443', 'captions.example.com'),
+    ('2001:db8::1', '[2001:db8::1]'),
+    ('http://[2001:db8::1]:8000/', '[2001:db8::1]'),
+])
+def test_a_name_of_the_server_may_have_scheme_and_port(name, host):
+    names = (_host_of(name),)
+    asked = Headers({'host': f'{host}:8443', 'origin': f'https://{host}:8443'})
+    assert foreign(asked, host_check('127.0.0.1', None, names), names) is None
+
 def test_requests_from_here_are_taken(server, pages):
     here = f'localhost:{server.port}'
     for sent in (
@@ -1585,6 +1657,7 @@ WRONG = {
     'a key of two lines': (['--api_key', 'a\nb'], 'ASCII'),
     'a key and none': (['--api_key', 'a', '--without_key'], 'one of the two'),
     'a port below 1024': (['--port', '80'], 'port'),
+    'a host with a blank': (['--allowed_hosts', 'a.org, my server'], "'my server' is no host name"),
 }
 
 def one_line(capsys, *args):

@@ -6,8 +6,8 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import (
-    Array2D, Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset, IterableDatasetDict, List,
-    Value
+    Array2D, Array3D, Dataset, DatasetDict, Features, Image as ImageColumn, IterableDataset,
+    IterableDatasetDict, List, Value
 )
 from PIL import Image
 from capnb.files import read_text

@@ -4,6 +4,7 @@ import json, sqlite3, struct
 from pathlib import Path
 from types import SimpleNamespace
 import mlflow, pytest, torch, wandb
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 from forks import ForkedScript
 from capnb.build import build_captioner
@@ -203,6 +204,15 @@ def test_wandb_has_it_all(album, place):
     }
     assert kept[result.checkpoint.name] == result.checkpoint.read_bytes() and len(kept) == 4
     assert [r.exit.exit_code for r in found if r.HasField('exit')] == [0]
+
+def test_large_images_are_reduced_for_wandb(monkeypatch):
+    "It writes each as a PNG, after every epoch."
+    sent, tracker = [], SimpleNamespace(name='wandb', log_table=lambda *args, **how: None)
+    monkeypatch.setattr(wandb, 'Image', sent.append)
+    images = [Image.new('RGB', size) for size in ((4000, 3000), (300, 4000), (64, 64))]
+    shown = [dict(image_id=str(i), captions=['A cat.']) for i in range(3)]
+    trackers._captioned(tracker, shown, images, ['A cat.']*3, 4)
+    assert [image.size for image in sent]==[(512, 384), (38, 512), (64, 64)]
 
 def test_wandb_goes_on_under_its_id(album, place):
     with pytest.raises(RuntimeError, match='power cut'):

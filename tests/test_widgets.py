@@ -1,11 +1,13 @@
 "The widgets without a browser: uploads, random numbers, and the pages of the error browser."
 import io
 from datetime import datetime, timezone
+from threading import Thread
 import pytest, torch
 from capnb.data import CaptionData
 from capnb.insight.widgets import captions, errors
 from capnb.insight.widgets.captions import CaptionWidget
 from capnb.insight.widgets.errors import ErrorBrowser
+from capnb.insight.widgets.parts import card
 from capnb.saving import load_model_from_checkpoint
 from capnb.storybook import Storybook
 
@@ -42,6 +44,29 @@ def test_a_greedy_caption_leaves_random_numbers_alone(model, monkeypatch):
     CaptionWidget(model, [Storybook('test')[3]['image']])
     assert [*seen, torch.rand(1).item()] == wanted
 
+def test_words_keep_their_probabilities_while_others_use_the_decoder(model, monkeypatch):
+    "Before each word is told, another thread has the same decoder read another image."
+    book = Storybook('test')
+    prefix = model.prefix(model.encoder.encode([book[5]['image']])).detach()
+    def told():
+        pieces = []
+        captions.stream(model, book[3]['image'], lambda *piece: pieces.append(piece))
+        return pieces
+    class Meanwhile(captions.CaptionStreamer):
+        def put(self, ids):
+            other = Thread(target=model.decoder, kwargs=dict(inputs_embeds=prefix))
+            other.start()
+            other.join()
+            super().put(ids)
+    alone = told()
+    monkeypatch.setattr(captions, 'CaptionStreamer', Meanwhile)
+    assert told()==alone and len(alone) > 4
+
+def test_captions_have_the_direction_of_their_script():
+    said = 'كلب أحمر يجري في الثلج.'
+    assert f' dir="auto">{said}<' in card(Storybook('test')[0]['image'], said, [])
+    assert errors.listed([said, 'A dog.']).count('<li dir="auto">')==2
+
 @pytest.mark.parametrize('facts', ['taken in Rome', ['a', 'b'], None, dict(year=1999)])
 def test_a_column_that_is_called_facts_is_not_ours(facts):
     image = Storybook('test')[0]['image']
@@ -62,6 +87,13 @@ def test_paging_reads_no_captions(browser, monkeypatch):
     monkeypatch.setattr(errors, '_says', lambda *args: pytest.fail('no word is asked for'))
     browser.forth.click()
     assert browser.where.value == '4 to 6 of 6' and not browser.errors.value
+
+def test_a_second_click_stays_on_the_last_page(browser):
+    browser.forth.click()
+    browser.forth.click() # from before the button was grey
+    assert browser.where.value=='4 to 6 of 6' and browser.forth.disabled
+    browser.word.value = 'zebra'
+    assert browser.where.value=='no image fits' and not browser.errors.value
 
 def test_back_ends_at_the_first_image(browser):
     browser.show(1)
