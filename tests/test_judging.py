@@ -433,6 +433,7 @@ def test_slices_hold_what_they_say():
 
 def test_report_is_one_file(written):
     page = (written[0]/'report.html').read_text(encoding='utf-8')
+    assert '<strong dir="auto">' in page and '<li dir="auto">' in page
     assert len(page) < 4e6 and not re.search(r'(src|href)="(?!data:|#)|<script|<link|@import|url\(', page)
     scores = json.loads((written[0]/'scores.json').read_text())['test']
     for value in (

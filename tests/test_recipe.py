@@ -133,8 +133,7 @@ def test_a_decoder_that_changes_its_logits_has_no_form_as_a_llava(kind, tmp_path
     model, config = build_captioner(settings(tmp_path, features='patch'), 'cpu'), tiny_config(kind)
     config.update(SCALED[kind])
     model.decoder = AutoModelForCausalLM.from_config(config)
-    name, = SCALED[kind]
-    with pytest.raises(ValueError, match=f'does not change its logits.*{name}'):
+    with pytest.raises(ValueError, match='does not change its logits'):
         as_llava(model)
 
 # --- Features left out at random

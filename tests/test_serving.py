@@ -440,10 +440,16 @@ def test_what_nobody_waits_for_is_left_undone(model, pages):
     )
     assert sorted(told.said) == [('in time', 'caption'), ('late', 'dropped'), ('left', 'dropped')]
 
-def test_a_worker_whose_device_failed_ends(model, pages, capsys):
+def test_a_worker_whose_device_failed_ends(model, pages, capsys, monkeypatch):
     failing = with_error(model, torch.AcceleratorError('CUDA error: unknown error\nCompile with ...'))
+    told, said_to = [], Told.send
+    def send(self, message, consumer_id):
+        told.append(message[1][0][0])
+        said_to(self, message, consumer_id)
+    monkeypatch.setattr(Told, 'send', send)
     with pytest.raises(SystemExit) as end:
         Told(failing, (0, 'asked', time.monotonic()+60, (open_image(pages[0]), False, False)))
+    assert told==[dict(status=503, detail='the device failed; try again in a minute')]
     said = capsys.readouterr().err
     assert end.value.code==1 and len(said.splitlines())==1 and 'CUDA error: unknown error' in said
 

@@ -9,6 +9,7 @@ __all__ = ['IMAGE_TOKEN', 'as_llava', 'save_llava']
 import copy
 from transformers import AddedToken, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 from ..captioner import Captioner
+from ..fast.loss import logits_are_plain
 from ..fast.random_models import llava_config
 
 # %% ../../nbs/39b_llava.ipynb #0da7c025
@@ -45,12 +46,6 @@ def _check_sight(encoder):
             f" {encoder.image_size}"
         )
 
-def _check_logits(config):
-    "Raise a `ValueError` if a decoder changes the logits after its output layer, as Granite and Cohere do."
-    for name in ('logits_scaling', 'logit_scale', 'final_logit_softcapping', 'lm_head_multiplier'):
-        if getattr(config, name, None) not in (None, 1):
-            raise ValueError(f"a LLaVA does not change its logits; the decoder does, by {name}")
-
 def as_llava(
     model:Captioner, # With patch features of a CLIP; without LoRA and without a prompt
 ): # A `LlavaForConditionalGeneration`, its `LlavaProcessor`
@@ -58,7 +53,8 @@ def as_llava(
     cannot be expressed as one."""
     vision, decoder = model.encoder.model, model.decoder
     _check_sight(model.encoder)
-    _check_logits(decoder.config)
+    if not logits_are_plain(decoder):
+        raise ValueError("a LLaVA does not change its logits after the output layer; the decoder does")
     if any('.lora_' in n for n,_ in decoder.named_parameters()):
         raise ValueError("a captioner trained with lora_rank has no form as a LLaVA")
     if model.prompt:

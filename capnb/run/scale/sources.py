@@ -103,7 +103,8 @@ class Source:
         if isinstance(self.fs, LocalFileSystem):
             self.root = Path(self.root).as_posix() # without '/./', as the paths of its files
         found = {}
-        with hub_errors('data set', str(place)) if str(place).startswith('hf://') else nullcontext():
+        of_hub = str(place).startswith('hf://')
+        with hub_errors('data set', str(place)) if of_hub else nullcontext():
             listed = _listed(self.fs, self.root)
         for path,size in listed.items():
             found.setdefault(None if size is None else _kind(path), {})[path] = size
@@ -125,7 +126,8 @@ class Source:
             )
         self.image_column = image_column
         self.kind, self.files = found.popitem() # the only kind
-        self._check_column()
+        with hub_errors('data set', str(place)) if of_hub else nullcontext():
+            self._check_column()
 
     def _check_column(self):
         if self.kind!='parquet files': return

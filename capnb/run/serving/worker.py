@@ -197,6 +197,8 @@ class Worker:
         except torch.AcceleratorError as e:
             told = f'the device failed, so the worker starts again: {_first_line(e)}'
             print(told, file=sys.stderr, flush=True)
+            for uid in (*self.captioning, *self.explaining):
+                self.send(uid, dict(status=503, detail='the device failed; try again in a minute'))
             sys.exit(1)
 
     def take_in(self, seconds):
