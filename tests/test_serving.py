@@ -444,7 +444,7 @@ def test_a_worker_whose_device_failed_ends(model, pages, capsys, monkeypatch):
     failing = with_error(model, torch.AcceleratorError('CUDA error: unknown error\nCompile with ...'))
     told, said_to = [], Told.send
     def send(self, message, consumer_id):
-        told.append(message[1][0][0])
+        told.append(message[1][0])
         said_to(self, message, consumer_id)
     monkeypatch.setattr(Told, 'send', send)
     with pytest.raises(SystemExit) as end:
