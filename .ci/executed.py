@@ -49,7 +49,9 @@ def execute_cells(notebook, folder, cuda):
     There are no progress bars: as widgets, they would be stored as a text that stays at 0 %.
     """
     here = dict(metadata=dict(path=folder))
-    os.environ['TQDM_DISABLE'] = '1' # for the kernel
+    # for the kernel: bars of capnb, of Hugging Face and of MLflow
+    os.environ |= dict.fromkeys(('TQDM_DISABLE', 'HF_HUB_DISABLE_PROGRESS_BARS'), '1')
+    os.environ['MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR'] = 'false'
     client = NotebookClient(notebook, timeout=3600, kernel_name='python3', resources=here)
     client.reset_execution_trackers()
     with client.setup_kernel():

@@ -30,8 +30,9 @@ def progress_bar(
 ):
     "Make a progress bar that is not drawn if the library is quiet."
     from tqdm.auto import tqdm
-    if disable or not log.isEnabledFor(logging.INFO):
-        options['disable'] = True # otherwise TQDM_DISABLE decides
+    # `tqdm` reads this variable itself, but not in a notebook
+    if disable or os.environ.get('TQDM_DISABLE') or not log.isEnabledFor(logging.INFO):
+        options['disable'] = True
     return tqdm(*args, **options)
 
 @contextmanager
