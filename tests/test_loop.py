@@ -577,6 +577,7 @@ def test_a_signal_that_is_ignored_stays_so(interrupt, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no SIGHUP')
 def test_a_terminal_that_is_closed_sends_two_signals(tmp_path):
     "The second one is no second Ctrl-C: the step is finished and saved."
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) # `nohup` ignores it
     run = SavedRun(None, {}, h=small(tmp_path), stamp='20260101_120000', busy=True)
     run.accelerator = SimpleNamespace(num_processes=1)
     with stoppable(run):
@@ -585,6 +586,7 @@ def test_a_terminal_that_is_closed_sends_two_signals(tmp_path):
         assert run.signal==signal.SIGHUP
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGHUP, before)
 
 @pytest.mark.parametrize('change, told', [
     ({}, 'capnb_train --resume'),

@@ -71,7 +71,8 @@ def test_settings_that_follow_from_the_encoder_are_not_given(name, tmp_path):
         train(encoder=MeanColours(), output_dir=str(tmp_path), **{name: as_hyperparameters()[name]})
 
 def test_each_process_tries_it_on_its_own_device(tmp_path, monkeypatch):
-    class Stopped(Exception): pass
+    class Stopped(Exception):
+        pass
     def tried(encoder, device):
         raise Stopped(device)
     monkeypatch.setattr(entry, 'join_processes', lambda device: f'{device}:3')

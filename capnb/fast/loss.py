@@ -51,7 +51,8 @@ def logits_are_plain(
 ) -> bool:
     "Whether the logits are exactly the last hidden state times the head's matrix; tested once per decoder."
     if decoder.device.type=='meta': return True # meta tensors have no values to compare
-    if not isinstance(decoder.get_output_embeddings(), nn.Linear): return False # it may have 8-bit integers
+    head = decoder.get_output_embeddings()
+    if not isinstance(head, nn.Linear): return False # its weights may be 8-bit integers
     if not hasattr(decoder, '_logits_are_plain'):
         decoder._logits_are_plain = _compare_head(decoder)
     return decoder._logits_are_plain

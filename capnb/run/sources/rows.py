@@ -155,7 +155,9 @@ def _paths(rows, column):
     "The paths in a column of type `Image`, row by row; None if the first image is stored in it."
     import pyarrow.compute as pc
     rows = rows.select_columns([column]).with_format('arrow') # opens no image
-    if not len(rows) or pc.is_valid(pc.struct_field(rows[:1][column], 'bytes'))[0].as_py(): return None
+    if not len(rows): return None
+    first = pc.struct_field(rows[:1][column], 'bytes')[0]
+    if first.is_valid: return None
     cells = rows[:][column]
     stored = pc.is_valid(pc.struct_field(cells, 'bytes'))
     return pc.if_else(stored, None, pc.struct_field(cells, 'path')).to_pylist()
