@@ -64,8 +64,8 @@ def _warn_of_shared_images(encoded):
         shared = len(set(data.digests) & set(encoded['train'].digests))
         if split!='train' and shared:
             log.warning(
-                f"⚠️ {shared} images of {split!r} are also in 'train', so its scores are too good. If the data"
-                " has a row for each caption, join the rows of an image"
+                f"⚠️ {shared} images of {split!r} are also in 'train', so its scores are too good. If the"
+                " data has a row for each caption, join the rows of an image"
             )
 
 def prepare(
