@@ -8,7 +8,8 @@ from capnb.hardware import usable_cores
 from capnb.insight.efficientnet import EfficientNetLite
 from capnb.run import experiments
 from capnb.run.experiments import (
-    EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, experiment_row, plan_steps, score_captions
+    EPOCHS, EXPERIMENTS, MARGIN, Experiment, Plan, experiment_features, experiment_row, plan_steps,
+    score_captions
 )
 from capnb.run.experiment_command import NAMES
 from capnb.run.results import FIELDS, read_results, results_table, write_row
@@ -48,7 +49,7 @@ def experiment(album, folder, **changes):
 # --- The plan
 
 @pytest.mark.parametrize('seconds, step, images, scored', [
-    (7200, 2.5, 6000, 1000), (7200, 4.4, 6000, 1000), (600, .2, 500, 200), (40, .5, 100, 30),
+    (7200, 2.5, 6000, 1000), (7200, 4.4, 6000, 1000), (600, 1., 500, 200), (40, .5, 100, 30),
 ])
 def test_a_plan_fills_its_budget_and_no_more(seconds, step, images, scored):
     plan = plan_steps(seconds, step, images, scored)
@@ -56,6 +57,9 @@ def test_a_plan_fills_its_budget_and_no_more(seconds, step, images, scored):
         return MARGIN*step*(steps + steps*min(200, scored)/images + scored/8)
     assert takes(plan.steps) <= seconds < takes(plan.steps+1)
     assert plan.epochs==plan.steps/-(-images//8)
+
+def test_a_fast_machine_trains_for_ten_epochs_and_no_more():
+    assert plan_steps(7200, .01, 6000, 1000).epochs==EPOCHS==10
 
 def test_a_budget_that_is_too_small_is_told():
     with pytest.raises(ValueError, match='5 minutes are left, too few: a step takes 4.0 s, scoring about 8'):
