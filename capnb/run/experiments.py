@@ -170,9 +170,10 @@ class Experiment:
         return train(changes, data=self._data, encoder=self.encoder, resume=resume,
                      callbacks=[callback or _SameCommand()])
 
-    def measure_step(self, steps=6) -> float: # Seconds
+    def measure_step(self) -> float: # Seconds
         "Train for a few steps and return the median time of a step."
-        times = _StepTimes()
+        # a GPU records the first step of each shape, which takes much longer than the others
+        steps, times = 6 if self.encoder.device.type=='cpu' else 40, _StepTimes()
         with TemporaryDirectory() as folder:
             self._train(folder, times, max_steps=steps, num_epochs=steps, evaluation_enabled=False)
         return times.seconds
