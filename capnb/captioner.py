@@ -140,6 +140,11 @@ class Captioner(nn.Module):
         mask : torch.Tensor
             1 where there is a token, else 0; shape (captions, tokens).
 
+        Raises
+        ------
+        ValueError
+            If there is not one entry of `captions` for each image.
+
         Examples
         --------
         >>> from capnb import load
@@ -149,6 +154,10 @@ class Captioner(nn.Module):
         >>> nll.shape == mask.shape
         True
         """
+        if isinstance(captions, str) or len(captions)!=len(features):
+            n = 1 if isinstance(captions, str) else len(captions)
+            raise ValueError(f"captions are {n} for {len(features)} images; give a list with a text, or a"
+                             " list of texts, for each image")
         return self.reader(self, features, captions)
 
     def forward(self, features, captions) -> torch.Tensor:
@@ -218,7 +227,8 @@ class Captioner(nn.Module):
         kwargs = check_options(kwargs) # before images are opened
         features, opening = [], open_images(images, self.encoder.min_side, steps=self.encoder.steps)
         with closing(opening):
-            while opened := list(islice(opening, 128)): # at a time
+            # at a time: without `steps`, images are as large as they were opened
+            while opened := list(islice(opening, 128 if self.encoder.steps else 16)):
                 if bad := [error for error in opened if isinstance(error, ValueError)]:
                     raise bad[0]
                 features.append(self.encoder.encode(opened).cpu()) # they may be many

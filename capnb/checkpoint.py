@@ -112,6 +112,8 @@ def read_tensors(
 ) -> dict: # Tensors (on the CPU) and plain data, by name
     """Read tensors and plain data without running code from the file; raises a `ValueError` or
     `FileNotFoundError` that names the file."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; name a file model_state_dict_....pth in it")
     try:
         with warnings.catch_warnings(action='ignore'):
             state = torch.load(path, map_location='cpu', weights_only=True)

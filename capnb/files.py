@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'split_zip', 'is_zip', 'zip_files', 'is_regular',
-           'read_zipped', 'read_text', 'parse_json', 'scratch_folder', 'atomic_write', 'check_writable', 'write_json',
-           'free_lock', 'shell_line', 'shown_path', 'say', 'error_line']
+           'read_zipped', 'read_text', 'parse_json', 'scratch_folder', 'atomic_write', 'check_writable', 'plain_number',
+           'write_json', 'free_lock', 'shell_line', 'shown_path', 'say', 'error_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
 import errno, json, os, posixpath, re, secrets, shlex, shutil, subprocess, sys, tempfile, unicodedata
@@ -322,19 +322,29 @@ def check_writable(
         raise OSError(e.errno, e.strerror, str(path)) from None
 
 # %% ../nbs/30_files.ipynb #aa5720e2
+def plain_number(
+    value, # NumPy number, or array or tensor of one number
+):
+    "Turn it into a number of Python, for `json.dumps`; raises `TypeError` for anything else."
+    if getattr(value, 'shape', None)==():
+        return value.item()
+    raise TypeError(f"{value!r:.60} is a {type(value).__name__}, which JSON does not have")
+
 def write_json(
     path, # File to write or to replace
     value, # Plain data
 ):
-    "Write plain data as JSON, atomically; raises a `ValueError` with the file's name for NaN or infinity."
+    """Write plain data and numbers as JSON, atomically; raises a `ValueError` with the file's name for NaN,
+    infinity and anything else."""
+    how = dict(indent=2, allow_nan=False, default=plain_number)
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as e:
+        text = json.dumps(value, ensure_ascii=False, **how)
+    except (TypeError, ValueError) as e:
         raise ValueError(f"{path} is not written: {e}") from None
     try:
         text.encode()
     except UnicodeEncodeError: # the name of a file that is not UTF-8; its escape can be written
-        text = json.dumps(value, indent=2, allow_nan=False)
+        text = json.dumps(value, **how)
     with atomic_write(path) as f:
         f.write(text + '\n')
 

@@ -66,6 +66,8 @@ class OwnEncoder(ImageEncoder):
         self.features = 'pooled' if model.patches is None else 'patch'
         self.min_side = OVERSIZE*self.image_size
         self.processor = self.steps = self.most = None
+        # hooks note what they see in the module, where another thread would overwrite it
+        self.one_thread = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         self.register_buffer('place', torch.empty(0), persistent=False) # a module may have no weights
         self.to(device or default_device())
         model.stored = weights_fingerprint(model)
@@ -91,13 +93,19 @@ class OwnEncoder(ImageEncoder):
         features = features.float()
         if not features.isfinite().all():
             raise ValueError(f"encoder {self.model.name!r}: forward gives NaN or infinity, no number")
+        alone = torch.cat([self._encode(self.prepare([image])) for image in images])
+        if (alone-features).norm() > .05*features.norm(): # more than rounding
+            raise ValueError(
+                f"encoder {self.model.name!r}: an image alone has other features than among others;"
+                " prepare and forward must treat each image by itself, and without random numbers"
+            )
         return dict(self.settings, width=self.width, patches=self.patches, seen=_sums(features.flatten(1)))
 
     def prepare(self,
         images, # List of PIL images
     ) -> torch.Tensor: # Input of `forward`
         "Scale and normalise images as the encoder does."
-        return self.model.prepare([image.convert('RGB') for image in images])
+        return self.model.prepare([i if i.mode=='RGB' else i.convert('RGB') for i in images])
 
     def _encode(self, pixels):
         "Encode prepared images together."

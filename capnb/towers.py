@@ -140,7 +140,8 @@ _MOST_BEFORE = 16 # vectors before the patches: a class token and registers
 def _fits(side, size):
     "Whether an image of `size` pixels can have `side` patches per row, by even cuts or repeated halving."
     halved = {rounded(size/2**i) for i in range(8) for rounded in (int, ceil)}
-    return side in halved or side > 0 and size%side==0
+    # SigLIP cuts 384 pixels into 27 patches of 14, with a rest
+    return side in halved or 0 < side <= size and size//(size//side)==side
 
 def _lay_out(shape, size, patch):
     """Rows and columns of patches, the number of vectors before them, and the channel dimension of a map;

@@ -49,7 +49,8 @@ class Run:
 
     @property
     def mean_loss(self):
-        "Mean loss of the current epoch."
+        "Mean loss of the current epoch; between epochs that of the last one, None before the first."
+        if not self.step: return self.metadata.get('training_loss')
         return sum(self.losses[-self.step:])/self.step
 
     def update(self):

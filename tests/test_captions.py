@@ -437,3 +437,13 @@ def test_a_missing_caption_weighs_nothing(model, images):
     assert mask.sum(1).tolist()[-1] == 0 and nll[-1].abs().sum() == 0
     total, tokens = sum(n.sum() for n,_ in each), sum(m.sum() for _,m in each)
     torch.testing.assert_close(nll.sum()/mask.sum(), total/tokens)
+
+@pytest.mark.parametrize('captions', ['A red cat.', ['a'], ['a', 'b', 'c', 'd'], []])
+def test_there_is_an_entry_for_each_image(model, images, captions):
+    features = model.encoder.encode(images[:2])
+    n = 1 if isinstance(captions, str) else len(captions)
+    with pytest.raises(ValueError, match=f'captions are {n} for 2 images; give a list'):
+        model.nll(features, captions)
+    with pytest.raises(ValueError, match='for 2 images'):
+        model(features, captions)
+    assert model.nll(features, [['a', 'b'], ['c']])[0].shape[0]==4

@@ -11,7 +11,7 @@ from capnb.fast.encoder_families import (
     image_families, save_random_encoder, tiny_encoder, try_families, try_family, works
 )
 from capnb.storybook import Storybook
-from capnb.towers import look
+from capnb.towers import _lay_out, look
 
 ROOT = Path(__file__).resolve().parent.parent
 transformers.logging.set_verbosity_error()
@@ -172,3 +172,9 @@ def test_every_family_is_in_the_table_and_as_it_says():
     what = lambda row: {k: row.get(k) for k in ('pooled', 'patch', 'patches', 'image_size', 'other_size')}
     here = {kind: row for kind,row in try_families().items() if 'package' not in row.get('refused', '')}
     assert {kind: what(row) for kind,row in here.items()} == {kind: what(said[kind]) for kind in here}
+
+def test_patches_with_a_rest_at_the_edge_are_found():
+    "As of SigLIP so400m at 384 in timm, whose configurations name no patch size: 27 patches of 14."
+    assert _lay_out((2, 729, 1152), 384, None)==((27, 27), 0, None)
+    assert _lay_out((2, 197, 768), 224, None)==((14, 14), 1, None)
+    assert _lay_out((2, 137, 32), 96, None) is None

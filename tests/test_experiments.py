@@ -115,6 +115,12 @@ def test_each_experiment_trains_what_it_says(name, album, tmp_path):
     tokens = model.prefix(one.encode('validation')[1].features[:2]).shape[1]
     assert tokens==(10 if name.startswith('pooled') else 4)
 
+def test_an_encoder_with_other_features_is_refused(album, tmp_path):
+    with pytest.raises(ValueError, match="'grid' needs patch features; .* gives pooled ones"):
+        Experiment('grid', album, folder=tmp_path, encoder=Tiny(), decoder='storybook-qwen3')
+    with pytest.raises(ValueError, match="'pooled-lora' needs pooled features; .* gives patch ones"):
+        Experiment('pooled-lora', album, folder=tmp_path, encoder=Grid(), decoder='storybook-qwen3')
+
 @pytest.mark.parametrize('beams, title', [(1, 'pooled-16'), (3, 'pooled-beam3-16')])
 def test_beams_are_used_and_named(beams, title, album, tmp_path, monkeypatch):
     "The same model may have a greedy row and one of a beam search."
@@ -247,10 +253,12 @@ def row(**changes):
 def test_a_row_replaces_its_like_and_no_other(tmp_path):
     file = tmp_path/'results.json'
     write_row(row(), file)
-    for other in (dict(seed=1), dict(split='test'), dict(experiment='grid'), dict(device='8 CPU cores')):
+    others = [dict(seed=1), dict(split='test'), dict(experiment='grid'), dict(device='8 CPU cores')]
+    # other photographs in a folder of the same name
+    for other in [*others, dict(training_images=29_000)]:
         write_row(row(**other), file)
     rows = write_row(row(epochs=2.), file)
-    assert len(rows)==5 and rows[0]['epochs']==2. and rows==read_results(file)
+    assert len(rows)==6 and rows[0]['epochs']==2. and rows==read_results(file)
     table = file.with_suffix('.md').read_text()
     assert table.strip()==results_table(rows) and '50.0 ± 10.0' in table and '2.00' in table
 

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from capnb import training
+from capnb import train, training
 from capnb.build import build_captioner
 from capnb.unfreezing import parameter_groups
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
-from capnb.run import training as runs
+from capnb.run import entry, training as runs
 from capnb.run.checkpoints import best_checkpoint
 from capnb.run.epochs import EarlyStopping
 from capnb.run.live_training import LiveTraining
-from capnb.checkpoint import read_tensors, save_tensors
+from capnb.checkpoint import read_metadata, read_tensors, save_tensors
 from capnb.run.resume import SavedRun, _kept, find_state, load_state, read_state, resumed_hyperparameters
 from capnb.run.signals import Interrupted, how_to_go_on, stoppable
 from capnb.run.trackers import Samples
@@ -669,3 +669,71 @@ def test_one_run_at_a_time(waiting, encoded, tmp_path):
     view.wait()
     assert view.run.done and view.run.metadata['mixed_precision']=='bf16'
     assert run_training(build_captioner(h, 'cpu'), encoded, h).metadata['mixed_precision']=='no'
+
+class Adds(Callback):
+    "Adds a value to the metadata, and notes the mean loss at each moment."
+    def __init__(self, value):
+        self.value, self.means = value, []
+
+    def on_train_begin(self, run):
+        self.means.append(run.mean_loss)
+
+    def on_epoch_trained(self, run):
+        self.means.append(run.mean_loss)
+
+    def on_epoch_end(self, run):
+        self.means.append(run.mean_loss)
+        run.metadata['mine'] = self.value
+
+@pytest.mark.parametrize('value', [np.float32(.5), torch.tensor(.5), .5])
+def test_a_callback_adds_any_number(value, encoded, tmp_path):
+    h = as_hyperparameters(**SMALL, num_epochs=1, max_steps=2, output_dir=str(tmp_path))
+    run = run_training(build_captioner(h, 'cpu'), encoded, h, [Adds(value)])
+    assert read_metadata(run.checkpoint)['mine']==.5
+    assert read_state(find_state(tmp_path))['metadata']['mine']==.5
+
+def test_what_is_no_plain_data_is_told_with_the_file(encoded, tmp_path):
+    h = as_hyperparameters(**SMALL, num_epochs=1, max_steps=2, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r'training_metadata_.*is not written: .* is a object'):
+        run_training(build_captioner(h, 'cpu'), encoded, h, [Adds(object())])
+
+def test_the_mean_loss_is_there_between_epochs(encoded, tmp_path):
+    h, mine = as_hyperparameters(**SMALL, num_epochs=2, output_dir=str(tmp_path)), Adds(1)
+    run_training(build_captioner(h, 'cpu'), encoded, h, [mine])
+    plain = Adds(1)
+    fit(build_captioner(h, 'cpu'), encoded, 2, 8, callbacks=[plain])
+    for means in (mine.means, plain.means):
+        first, *rest = means
+        assert first is None and len(rest)==4
+        assert rest[0]==rest[1]!=rest[2]==rest[3]
+
+@pytest.mark.parametrize('callbacks', [Adds, [Adds], [print], 3])
+def test_what_is_no_callback_is_told_before_images_are_encoded(callbacks, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError('too late')
+    monkeypatch.setattr(entry, 'prepare', fail)
+    with pytest.raises(ValueError, match='^callbacks: '):
+        train(callbacks=callbacks)
+
+def test_weights_to_begin_with_are_read_before_the_data(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError('too late')
+    monkeypatch.setattr(entry, 'load_for', fail)
+    with pytest.raises(ValueError, match='is a folder; name a file'):
+        train(init_from=str(tmp_path), output_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='gone.pth'):
+        train(init_from=str(tmp_path/'gone.pth'), output_dir=str(tmp_path))
+
+def test_the_tracker_comes_after_the_callbacks(monkeypatch, tmp_path):
+    logged = []
+    class Noting(Callback):
+        def __init__(self, splits):
+            pass
+
+        def on_epoch_end(self, run):
+            logged.append(run.metadata['mine'])
+    monkeypatch.setattr(entry, 'Tracker', Noting)
+    monkeypatch.setattr(entry, 'tracker_names', lambda h: ['noting'])
+    few = dict(num_epochs=1, training_size_limit=8, max_steps=1, evaluation_enabled=False)
+    train(callbacks=Adds(.5), output_dir=str(tmp_path), **few) # a single one needs no list
+    assert logged==[.5]

@@ -221,3 +221,53 @@ class Noted(MeanColours):
 def test_an_encoder_may_keep_more_than_tensors():
     key, again = (features_key(OwnEncoder(Noted(), 'cpu'))[0] for _ in range(2))
     assert key==again!=features_key(OwnEncoder(MeanColours(), 'cpu'))[0]
+
+class Hooked(MeanColours):
+    "Gives what a hook of an inner layer has seen, as is usual for a layer of somebody else's network."
+    def __init__(self):
+        super().__init__(None)
+        self.mix.register_forward_hook(self.note)
+
+    def note(self, layer, given, features):
+        self.seen = features
+
+    def forward(self, pixels):
+        super().forward(pixels)
+        time.sleep(.02) # in which another thread overwrites it
+        return self.seen[:,0]
+
+def test_an_encoder_with_hooks_stays_in_one_thread():
+    encoder, pages = OwnEncoder(Hooked(), 'cpu'), CaptionData(Storybook(n=16))
+    found = encode_data(encoder, pages, batch_size=2, threads=4).features[:]
+    alone = torch.cat([encoder.encode([pages[i]['image']]) for i in range(16)])
+    torch.testing.assert_close(torch.as_tensor(found).float(), alone, atol=1e-3, rtol=1e-3)
+    assert not OwnEncoder(MeanColours(), 'cpu').one_thread
+
+@pytest.mark.parametrize('change', ['dropout', 'mean of the batch', 'mean of the images'])
+def test_an_image_has_the_same_features_alone_and_among_others(change):
+    class Changed(MeanColours):
+        def prepare(self, images):
+            pixels = super().prepare(images)
+            return pixels/pixels.mean() if change=='mean of the images' else pixels
+
+        def forward(self, pixels):
+            features = super().forward(pixels)
+            if change=='dropout':
+                return nn.functional.dropout(features, .3)
+            return features-features.mean(0) if change=='mean of the batch' else features
+    with pytest.raises(ValueError, match="'mean-colours': an image alone has other features"):
+        OwnEncoder(Changed(), 'cpu')
+
+def test_few_whole_images_are_open_at_a_time_and_none_is_copied(trained, monkeypatch):
+    model, sizes, seen, page = trained[1].model, [], [], image()
+    prepare = model.encoder.model.prepare
+    def noted(images):
+        sizes.append(len(images))
+        seen.extend(images)
+        return prepare(images)
+    monkeypatch.setattr(model.encoder.model, 'prepare', noted)
+    captions = model.caption([page]*20)
+    assert sizes==[16, 4] and captions==[captions[0]]*20
+    seen.clear()
+    model.encoder.prepare([page])
+    assert seen[0] is page

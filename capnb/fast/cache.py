@@ -310,13 +310,15 @@ TOGETHER = 8 # batches that a GPU encodes at a time
 
 def _passes(encoder, read, encode, n, threads):
     """Yield the result of `encode` for what `read` returns for each of `n` batches. On a CPU, the threads
-    also encode; for a GPU, they only read, and it encodes `TOGETHER` batches at a time."""
-    if encoder.device.type=='cpu':
+    also encode, unless the encoder must stay in one; for a GPU, they only read, and it encodes `TOGETHER`
+    batches at a time."""
+    on_cpu = encoder.device.type=='cpu'
+    if on_cpu and not encoder.one_thread:
         with closing(_ahead(lambda i: encode(read(i)), n, threads)) as done:
             yield from done
         return
-    with closing(_ahead(read, n, threads, 2*threads)) as done: # threads also read while the GPU encodes
-        while several := list(islice(done, TOGETHER)):
+    with closing(_ahead(read, n, threads, 2*threads)) as done: # threads also read meanwhile
+        while several := list(islice(done, 1 if on_cpu else TOGETHER)):
             yield encode([one for batch in several for one in batch])
 
 def _say_size(name, n, cache, where):

@@ -7,12 +7,14 @@ __all__ = ['NO_CHECKPOINT', 'TrainingResult', 'prepare', 'train', 'find_checkpoi
 
 # %% ../../nbs/33b_train_and_load.ipynb #87867a25
 import os, sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..settings import Hyperparameters, OWN_DATA, as_hyperparameters, chosen_settings
 from ..files import check_writable
 from ..hardware import check_precision, default_device
 from ..log import log
+from ..checkpoint import read_weights
 from ..saving import check_trained, shipped_checkpoint
 from ..build import build_captioner, check_models
 from ..own_encoder import own_encoder
@@ -27,6 +29,7 @@ from .training import check_run, run_training
 from capnb.run.processes import (
     join_processes, main_process_first, main_process_only, shard_decoder, sharding_asked
 )
+from ..training import Callback
 from .resume import find_state, read_state, resumed_hyperparameters
 
 # %% ../../nbs/33b_train_and_load.ipynb #6c112aa4
@@ -78,6 +81,8 @@ def prepare(
     "Load what a run needs: the frozen models, the data, and each image encoded once."
     check_models(h, encoder) # before images are downloaded for a model that does not exist
     check_precision(h, device or default_device())
+    if h.init_from:
+        read_weights(h.init_from) # before data are read for a run that cannot begin
     wanted = lambda split: (only is None or split in only) and (h.evaluation_enabled or split=='train')
     device = join_processes(device)
     with main_process_only():
@@ -116,6 +121,15 @@ def _with_encoder(changes, encoder):
     if said := [name for name in encoder.settings if name in changes]:
         raise ValueError(f"{said[0]} follows from the encoder that was passed; leave it out")
     return dict(changes, **encoder.settings)
+
+def _checked_callbacks(callbacks):
+    "The callbacks as a list; raises a `ValueError` for what is none."
+    found = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for callback in found:
+        if not isinstance(callback, Callback):
+            raise ValueError(f"callbacks: {callback!r:.60} is no object of a class made from capnb.Callback;"
+                             " give objects of such classes")
+    return found
 
 def train(
     settings=None, data=None, preset: str | None = None, callbacks=(), device=None, resume=None,
@@ -166,6 +180,7 @@ def train(
     >>> result.metadata['training_loss'] > 0
     True
     """
+    callbacks = _checked_callbacks(callbacks)
     if isinstance(data, (str, os.PathLike)):
         data, changes = None, dict(changes, data=data)
     if data is not None:
@@ -184,9 +199,8 @@ def train(
     begin = replace(h, init_from=None) if whole else h
     model, splits, encoded = prepare(begin, data, device, encoder=encoder)
     usual = [Scores([Facts()]), Samples(splits)] if h.evaluation_enabled else []
-    if trackers:
-        usual.append(Tracker(splits))
-    run = run_training(model, encoded, h, [*usual, *callbacks], state)
+    last = [Tracker(splits)] if trackers else [] # it logs what all others have measured
+    run = run_training(model, encoded, h, [*usual, *callbacks, *last], state)
     return TrainingResult(model.eval(), run.metadata, run.checkpoint, run.curve)
 
 # %% ../../nbs/33b_train_and_load.ipynb #7d78dd50

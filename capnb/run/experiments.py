@@ -130,6 +130,9 @@ class Experiment:
             raise FileNotFoundError(f"{photographs} does not exist")
         self.name, self.split, self.seed = name, split, seed
         self.encoder = own_encoder(encoder or EfficientNetLite(features=experiment_features(name)))
+        if self.encoder.features!=(form := experiment_features(name)):
+            raise ValueError(f"experiment {name!r} needs {form} features; the encoder that was passed gives"
+                             f" {self.encoder.features} ones")
         self.photographs, self.root, self.limit = Path(photographs), Path(folder), limit
         few = f'-{limit}' if limit else ''
         beams = f'-beam{num_beams}' if num_beams > 1 else ''

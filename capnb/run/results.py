@@ -91,7 +91,8 @@ def result_row(
 # %% ../../nbs/34b_results.ipynb #13a0003a
 _RUN = ('settings', 'encoder', 'decoder', 'data')
 def _is_same(a, b):
-    same = ('settings', 'encoder', 'decoder', 'data', 'split') if a['experiment'] else _RUN
+    # an experiment names its data by the last folder alone
+    same = (*_RUN, 'split', 'training_images') if a['experiment'] else _RUN
     planned = None in (a['date'], b['date']) # not run yet, on no device and with no seed
     device = a['device']==b['device'] or None in (a['device'], b['device'])
     seed = (a['seed'] or 0)==(b['seed'] or 0) # rows of earlier versions have none

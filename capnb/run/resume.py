@@ -18,6 +18,7 @@ import numpy, torch
 from torch.optim.lr_scheduler import LambdaLR
 from ..saving import load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
+from ..files import plain_number
 from ..log import log
 from .checkpoints import model_places
 from ..settings import Hyperparameters, as_hyperparameters, with_new_names
@@ -53,8 +54,8 @@ class SavedRun(Run):
 
     @property
     def mean_loss(self):
-        "Mean loss over the tokens of the current epoch."
-        return self.total/self.tokens
+        "Mean loss over the tokens of the current epoch; between epochs that of the last one."
+        return self.total/self.tokens if self.tokens else self.metadata.get('training_loss')
 
     def update(self):
         if self.static:
@@ -161,7 +162,7 @@ def training_state(
         hyperparameters=asdict(run.h),
         places=model_places(run.h, run.h.output_dir),
         identity=run.identity,
-        metadata=json.dumps(run.metadata, allow_nan=False),
+        metadata=json.dumps(run.metadata, allow_nan=False, default=plain_number),
         weights={n: p.detach().cpu() for n,p in learning(run).items()},
         buffers={n: b.detach().cpu() for n,b in _buffers(run).items()},
         optimizer=run.optimizer.state_dict(),
