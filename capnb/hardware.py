@@ -8,7 +8,7 @@ __all__ = ['Hardware', 'choose_dtype', 'choose_mixed_precision', 'choose_attenti
            'check_precision', 'in_processes', 'sharding_asked']
 
 # %% ../nbs/30c_hardware.ipynb #3fceea5d
-import os
+import os, re
 from dataclasses import dataclass
 
 # %% ../nbs/30c_hardware.ipynb #5a1e0003
@@ -56,10 +56,26 @@ def default_device() -> str: # 'cuda', 'mps' or 'cpu'
     import torch
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
+def _check_kernels(gpu):
+    "Raise a `ValueError` for an NVIDIA GPU that the installed PyTorch has no kernels for."
+    import torch
+    built = [m for a in torch.cuda.get_arch_list() if (m := re.match(r'(sm|compute)_(\d+)(\d)', a))]
+    # a kernel runs on its own generation, the intermediate code of `compute` on later ones, too
+    def runs(kind, major, minor):
+        found = int(major), int(minor)
+        mine = gpu.major, gpu.minor
+        return found <= mine and (kind=='compute' or found[0]==mine[0])
+    if built and not any(runs(*m.groups()) for m in built):
+        raise ValueError(
+            f"this PyTorch ({torch.__version__}) has no kernels for {gpu.name}, of compute capability"
+            f" {gpu.major}.{gpu.minor}; install one for an older CUDA (pytorch.org), or set"
+            " CUDA_VISIBLE_DEVICES to nothing, to compute on the processor"
+        )
+
 def describe_hardware(
     device=None, # 'cuda', 'cuda:1', 'mps', 'cpu' or a `torch.device`; None for the best device
 ) -> Hardware:
-    "Describe a device of this machine."
+    "Describe a device of this machine; raises `ValueError` for a GPU on which PyTorch cannot compute."
     import platform, psutil, torch
     from transformers.utils import is_flash_attn_2_available
     device = torch.device(device or default_device())
@@ -70,6 +86,7 @@ def describe_hardware(
         name = platform.processor() or platform.machine()
         return Hardware(device.type, name, psutil.virtual_memory().total/1e9, attention=attention)
     gpu = torch.cuda.get_device_properties(device)
+    _check_kernels(gpu)
     with torch.cuda.device(device):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Hardware('cuda', gpu.name, gpu.total_memory/1e9, (gpu.major, gpu.minor), bf16, attention)

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.machinery import ModuleSpec
 from itertools import count
+from subprocess import CalledProcessError
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 import pytest, torch
@@ -16,7 +17,7 @@ from capnb.unfreezing import parameter_groups, unfreeze
 from capnb.data import CaptionData
 from capnb.encoder import EncodedData, encode_data
 from capnb.fast.cuda.batches import Layouts, room, views, waste
-from capnb.fast.cuda import training as recording
+from capnb.fast.cuda import layers, training as recording
 from capnb.fast.cuda.layers import FusedGate, _fuse_rotation, use_liger
 from capnb.fast.cuda.training import StaticStep, refusal, static_loss, why_not
 from capnb.fast.packing import Tokens
@@ -776,19 +777,12 @@ def test_watching_for_waits_is_no_warning(monkeypatch):
             raise KeyError
     assert modes==['default', 'error', 'default']
 
-@pytest.mark.parametrize('method', ['warm_up', 'record'])
-def test_threads_record_one_after_the_other(monkeypatch, method):
-    "Else each could restore the mode of the other: then every later wait for the GPU is an error."
-    modes, inside, seen = ['default'], [], []
-    def work():
-        inside.append(1)
-        time.sleep(.02)
-        seen.append(len(inside))
-        inside.pop()
+def stand_in_cuda(monkeypatch):
+    "Replace what `Recorder` uses of PyTorch's CUDA; gives the modes that it sets."
     class Stream:
         def wait_stream(self, other):
             pass
-    stream = Stream()
+    modes, stream = ['default'], Stream()
     nothing = lambda *args, **how: nullcontext()
     for name, stand_in in dict(
         get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append,
@@ -796,6 +790,27 @@ def test_threads_record_one_after_the_other(monkeypatch, method):
         CUDAGraph=nothing, graph=nothing, graph_pool_handle=lambda: None,
     ).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    return modes
+
+def test_a_recorder_looks_for_waits_once(monkeypatch):
+    "What it sets holds for all threads, and would end a training beside it."
+    modes = stand_in_cuda(monkeypatch)
+    runs = []
+    for n in (1, 2):
+        recorder = recording.Recorder('cuda')
+        for _ in range(3):
+            recorder.warm_up(lambda: runs.append(1))
+        assert len(runs)==6*n and modes.count('error')==n and modes[-1]=='default'
+
+@pytest.mark.parametrize('method', ['warm_up', 'record'])
+def test_threads_record_one_after_the_other(monkeypatch, method):
+    "Else each could restore the mode of the other: then every later wait for the GPU is an error."
+    modes, inside, seen = stand_in_cuda(monkeypatch), [], []
+    def work():
+        inside.append(1)
+        time.sleep(.02)
+        seen.append(len(inside))
+        inside.pop()
     recorders = [recording.Recorder('cuda') for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda recorder: getattr(recorder, method)(work), recorders))
@@ -808,6 +823,24 @@ def liger(kernel):
     return {'': package, '.transformers': ModuleType('transformers'),
             '.transformers.rope': SimpleNamespace(liger_rotary_pos_emb=kernel),
             '.transformers.swiglu': SimpleNamespace(LigerSwiGLUMLP=SimpleNamespace(forward=kernel))}
+
+@pytest.mark.parametrize('error', [
+    RuntimeError('Failed to find C compiler'), CalledProcessError(1, ['gcc', '-o', 'cuda_utils.so']),
+])
+def test_without_a_compiler_liger_is_not_used(error, monkeypatch, caplog):
+    def fail():
+        raise error
+    runtime = ModuleType('triton.runtime')
+    runtime.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=fail))
+    found = {'triton': ModuleType('triton'), 'triton.runtime': runtime}
+    found |= {f'liger_kernel{name}': module for name, module in liger(fail).items()}
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(layers, '_triton_lacks', layers._triton_lacks.__wrapped__)
+    decoder = SimpleNamespace(config=SimpleNamespace(model_type='qwen3'), device=torch.device('cuda'))
+    with caplog.at_level(logging.WARNING, 'capnb'):
+        assert not use_liger(decoder)
+    assert 'Liger Kernel is not used' in caplog.text and 'gcc' in caplog.text and 'python3-dev' in caplog.text
 
 def test_a_decoder_that_left_the_gpu_needs_no_liger(monkeypatch):
     "On a CPU it computes as before, and its pickle can be read where Liger Kernel is not installed."

@@ -737,3 +737,15 @@ def test_the_tracker_comes_after_the_callbacks(monkeypatch, tmp_path):
     few = dict(num_epochs=1, training_size_limit=8, max_steps=1, evaluation_enabled=False)
     train(callbacks=Adds(.5), output_dir=str(tmp_path), **few) # a single one needs no list
     assert logged==[.5]
+
+class Fails(Callback):
+    "Fails in the second step as a GPU does that was suspended."
+    def on_step_end(self, run):
+        if run.step==2:
+            raise torch.AcceleratorError('CUDA error: unspecified launch failure\nCompile with TORCH_USE')
+
+def test_a_gpu_that_fails_says_how_to_go_on(encoded, tmp_path):
+    h = small(tmp_path, checkpoint_steps=1)
+    with pytest.raises(OSError, match=r'launch failure; .*restart the kernel\), go on with: ') as e:
+        run_training(build_captioner(h, 'cpu'), encoded, h, [Fails()])
+    assert 'Compile with' not in str(e.value)

@@ -371,6 +371,32 @@ def test_dry_run_on_a_gpu_measures_ceilings_and_no_step(monkeypatch, capsys):
     assert '694 TFLOP/s, 3.01 TB/s, 17.7 µs per launch, 3.0 µs per replayed operation' in said
     assert re.search(r'time .* expected: encoding \d+ s, .*; 0\.0\d\d s per step', said)
 
+@pytest.mark.parametrize('capability, runs', [
+    ((6, 0), False), ((7, 0), False), ((7, 5), True), ((8, 6), True), ((9, 0), True), ((12, 1), True),
+])
+def test_a_gpu_without_kernels_is_refused(capability, runs, monkeypatch):
+    major, minor = capability
+    gpu = SimpleNamespace(name='Tesla', total_memory=16e9, major=major, minor=minor)
+    for name, stand_in in dict(
+        get_device_properties=lambda device: gpu, device=lambda device: nullcontext(),
+        get_arch_list=lambda: ['sm_75', 'sm_80', 'sm_90a', 'compute_120'],
+        is_bf16_supported=lambda **how: True,
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    if runs:
+        assert describe_hardware('cuda').name=='Tesla'
+        return
+    with pytest.raises(ValueError, match='no kernels for Tesla, of .* 6.0;|no kernels for Tesla, of .* 7.0;'):
+        describe_hardware('cuda')
+
+def test_a_dry_run_that_runs_out_of_memory_says_so(monkeypatch):
+    def full(device):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(estimate, 'describe_hardware', lambda: GPU)
+    monkeypatch.setattr(estimate, 'measure_ceilings', full)
+    with pytest.raises(ValueError, match='^out of memory; what helps: no other program on the device'):
+        estimate.dry_run(as_hyperparameters(preset='flickr30k-full'), free=80)
+
 # --- Downloads
 
 def files(cached, *names):

@@ -320,3 +320,9 @@ def test_no_output_names_a_machine(path):
     "Not the home folder, an environment or a checkout of whoever executed it."
     found = json.dumps([c.get('outputs', []) for c in cells(path, 'code')])
     assert re.findall(r'/(?:root|home/\w+|Users/\w+)/|/site-packages/', found) == []
+
+def test_what_only_linux_has_is_asked_for_there_only():
+    "Triton, which Liger Kernel needs, has wheels for Linux alone."
+    [liger] = [Requirement(words) for words in CFG['gpu_requirements'].split()]
+    assert liger.marker.evaluate(dict(sys_platform='linux'))
+    assert not liger.marker.evaluate(dict(sys_platform='win32'))

@@ -131,22 +131,28 @@ def _replay_seconds(device, dtype):
         chain()
     return seconds_of(graph.replay, device)/len(count_work(_small_chain('meta', dtype)))
 
+def _measure_product(device, dtype, side):
+    "Measure the operations per second of a product of two matrices."
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2*side**3/seconds_of(lambda: a @ b, device)
+
 def measure_ceilings(
     device, # 'cuda', 'mps' or 'cpu'
     side:int=None, # Rows and columns of the matrices; None for 8192 on a GPU and 1024 elsewhere
-    gb:float=None, # Size of the copy in GB; None for 1 on a GPU and .1 elsewhere
+    gb:float=None, # Size of the copy in GB; None for at most 1 on a GPU and .1 elsewhere
 ) -> Ceilings:
     "Measure the ceilings of a device, in the dtype that frozen models have on it."
     device, dtype = torch.device(device), default_dtype(device)
     gpu = device.type=='cuda'
-    side, gb = side or (8192 if gpu else 1024), gb or (1 if gpu else .1)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    # one after the other: a small card has no room for all at once
+    product = _measure_product(device, dtype, side or (8192 if gpu else 1024))
+    gb = gb or (min(1, torch.cuda.mem_get_info(device)[0]/8e9) if gpu else .1)
     source = torch.ones(int(gb*1e9/4), device=device)
     target = torch.empty_like(source)
     step = len(count_work(_small_step('meta', dtype)))
     return Ceilings(
         describe_hardware(device).name,
-        2*side**3/seconds_of(lambda: a @ b, device),
+        product,
         2*source.nbytes/seconds_of(lambda: target.copy_(source), device),
         seconds_of(_small_step(device, dtype), device)/step,
         _replay_seconds(device, dtype) if gpu else None,

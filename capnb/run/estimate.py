@@ -34,6 +34,7 @@ from ..fast.memory import ENCODED, READ, TOKENS, WRITTEN, count_phases, phases
 from ..fast.random_models import count, planned_config, random_init_captioner
 from .sources.hub import held_back
 from .sources.load import load_for
+from ..out_of_memory import with_advice
 from ..settings import Hyperparameters
 from capnb.hardware import (
     choose_attention, choose_dtype, choose_mixed_precision, describe_hardware, usable_cores,
@@ -371,7 +372,8 @@ def dry_run(
             f" {free:.2f} GB are free. A smaller batch_size, model or max_caption_length needs less"
         )
         return
-    seconds = _phase_seconds(h, plan.hardware, wanted)
+    with with_advice('no other program on the device'):
+        seconds = _phase_seconds(h, plan.hardware, wanted)
     parts = run_seconds(plan, seconds)
     say(
         f"time         {_clock(sum(parts.values()))} expected:"

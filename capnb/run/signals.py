@@ -6,7 +6,7 @@
 __all__ = ['acquire_run_lock', 'Interrupted', 'how_to_go_on', 'ask_to_stop', 'only_run', 'stoppable']
 
 # %% ../../nbs/32e_signals.ipynb #2341a1e0
-import signal, threading
+import signal, threading, torch
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -109,8 +109,8 @@ _STOPPING = ('SIGINT', 'SIGTERM', 'SIGHUP') # Windows has no SIGHUP
 @contextmanager
 def stoppable(run:SavedRun):
     """Turn SIGINT, SIGTERM and SIGHUP (a closed terminal) into `Interrupted`: at the end of a running step,
-    else at once. Several processes stop after the same step. An `OSError` gets the command that resumes the
-    run."""
+    else at once. Several processes stop after the same step. An `OSError`, and the failure of a GPU, get the
+    command that resumes the run."""
     def handle(number, _):
         again = run.signal and number!=getattr(signal, 'SIGHUP', None) # a closed terminal sends it twice
         wait = run.accelerator.num_processes > 1 or run.busy and not again
@@ -125,9 +125,12 @@ def stoppable(run:SavedRun):
     old = {number: signal.signal(number, handle) for number in mine}
     try:
         yield
-    except OSError as e:
+    except (OSError, torch.AcceleratorError) as e:
         if not state_path(run).exists(): raise
-        raise OSError(f'{e}; when that is put right, {how_to_go_on(run)}') from e
+        first, mended = str(e).splitlines()[0], 'when that is put right'
+        if isinstance(e, torch.AcceleratorError): # no longer usable in this process
+            mended += ', in a new process (in a notebook, restart the kernel)'
+        raise OSError(f'{first}; {mended}, {how_to_go_on(run)}') from e
     finally:
         for number,handler in old.items():
             signal.signal(number, handler)

@@ -8,7 +8,9 @@ __all__ = ['large_norm', 'FusedNorm', 'fuse_norms', 'shared_heads_attention', 'u
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00003
 import copy, inspect, logging, torch
+from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
@@ -19,6 +21,7 @@ from ...any_decoder import alike
 from ..cpu import replace_layers
 from ..loss import Compiled
 from ..packing import SHARED_HEADS
+from ...log import log
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00107
 def _norm(x, weight, epsilon):
@@ -148,11 +151,26 @@ def _fuse_rotation(module):
     rotate_where_it_is.fused = True
     module.apply_rotary_pos_emb = rotate_where_it_is
 
+@cache
+def _triton_lacks():
+    """Why Triton, in which Liger Kernel is written, cannot run here; empty if it can. It needs a C compiler
+    and the headers of Python."""
+    try:
+        from triton.runtime import driver
+        driver.active.get_current_device()
+    except (ImportError, RuntimeError, OSError, CalledProcessError) as e:
+        return str(e).splitlines()[0]
+    return ''
+
 def use_liger(
     decoder, # Causal language model on a GPU; it is changed
 ) -> bool: # Whether it was changed
     "Use Liger Kernel for the rotary embeddings and gates of a Qwen3, if it is installed."
     if decoder.config.model_type!='qwen3' or not find_spec('liger_kernel'): return False
+    if decoder.device.type=='cuda' and (why := _triton_lacks()):
+        log.warning(f'🐢 Liger Kernel is not used: {why:.200}; it needs gcc and the headers of Python,'
+                    ' python3-dev')
+        return False
     # it warns about each of its kernels for other hardware
     logging.getLogger('liger_kernel.backends.registry').setLevel(logging.ERROR)
     from transformers.models.qwen3 import modeling_qwen3

@@ -72,7 +72,7 @@ def _own_stream(device):
 class Recorder:
     "Record work in CUDA graphs that share one memory pool and one stream."
     def __init__(self, device):
-        self.device = torch.device(device)
+        self.device, self.checked = torch.device(device), False
         with _ALONE:
             self.stream = _own_stream(device)
             _RECORDERS.add(self)
@@ -84,14 +84,18 @@ class Recorder:
         self.graphs, self.pool = [], torch.cuda.graph_pool_handle()
 
     def warm_up(self, work):
-        "Run the work twice, the second time with `no_waiting`; its side effects remain."
+        """Run the work twice, and for the first shape with `no_waiting`; its side effects remain.
+
+        Whether the host waits depends on the decoder, not on the shape. And `no_waiting` holds for all
+        threads: another one, such as a caption in a notebook during a training, must not meet it often."""
         now = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(now)
         try:
             with _ALONE, torch.cuda.stream(self.stream):
                 work()
-                with no_waiting():
+                with nullcontext() if self.checked else no_waiting():
                     work()
+                self.checked = True
         finally:
             now.wait_stream(self.stream)
 
