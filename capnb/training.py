@@ -41,11 +41,16 @@ class Run:
     fetched_at: float = -math.inf # Time of the last `fetch`
     epoch: int = 0 # Epochs done
     step: int = 0 # Steps done in the current epoch
-    steps: int = 0 # Steps of the current epoch; fewer if `max_steps` ends it
     validation: list = field(default_factory=list) # Validation loss of each epoch, or None
     metadata: dict = field(default_factory=dict) # Of the last epoch, plain data
     stop: bool = False # Set by a callback to end the run after this epoch
     done: bool = False # Whether it has ended normally, `on_train_end` included
+
+    @property
+    def steps(self):
+        "Steps of the current epoch; fewer than its batches if `max_steps` ends it."
+        if not self.max_steps: return len(self.batches)
+        return min(len(self.batches), self.step+self.max_steps-len(self.losses))
 
     @property
     def mean_loss(self):
@@ -84,12 +89,14 @@ class Callback:
     """A task of a run besides training.
 
     A subclass overrides the moments that it needs: `on_train_begin`, `on_resume`, `on_epoch_begin`,
-    `on_step_end`, `on_epoch_trained`, `on_epoch_end`, `on_train_end` and `on_close`. Each gets the `Run`.
+    `on_step_end`, `on_epoch_trained`, `on_epoch_end`, `on_train_end` and `on_close`. Each gets the `Run`. It
+    changes weights in place (`p.copy_(...)`), as a step that a GPU has recorded goes on with their memory.
 
     Attributes
     ----------
     keeps : tuple of str
-        Names of the attributes to restore in a resumed run: plain data and tensors. Default: none.
+        Names of the attributes to restore in a resumed run: plain data and tensors, which come back on the
+        CPU. Default: none.
 
     Examples
     --------
@@ -146,9 +153,6 @@ def train_epoch(run:Run):
     "Train on every image once, or on the rest of the epoch in a resumed run."
     data = run.data['train']
     run.batches = epoch_batches(data, run.batch_size, run.epoch, run.seed, run.captions_per_image)
-    run.steps = len(run.batches)
-    if run.max_steps:
-        run.steps = min(run.steps, run.step+run.max_steps-len(run.losses))
     run.call('on_epoch_begin')
     run.model.train()
     name, batches = f'Training Epoch {run.epoch+1}/{run.num_epochs}', run.batches.between(run.step, run.steps)

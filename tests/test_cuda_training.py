@@ -260,6 +260,19 @@ def test_a_run_reads_what_a_callback_has_changed(monkeypatch, tmp_path, change):
     without, plain, static = found
     assert static==pytest.approx(plain, abs=1e-3) and static!=pytest.approx(without, abs=1e-2)
 
+def test_weights_in_other_memory_are_recorded_anew(static, tmp_path):
+    "Else the step would go on with memory that PyTorch has freed, and the captioner would not change."
+    seen = []
+    class Moves(Callback):
+        def on_epoch_end(self, run):
+            seen.append((run.static, [p.detach().clone() for p in run.model.adapter.parameters()]))
+            for p in run.model.adapter.parameters():
+                p.data = p.data.clone()
+    h = settings(tmp_path, num_epochs=2, evaluation_enabled=False)
+    run_training(build_captioner(h, 'cpu'), encoded(h), h, [Moves()])
+    (first, before), (second, after) = seen
+    assert first is not second and not all(map(torch.equal, before, after))
+
 class PowerCut(Callback):
     def __init__(self, step):
         self.step = step

@@ -264,6 +264,22 @@ def test_a_callback_may_change_the_batches_and_stop():
     run = fit(Toy(), dict(train=toy_data()), 5, 8, callbacks=[Fewer()], stepper=counted)
     assert sizes==[2]*5 and run.epoch==1 and run.done
 
+@pytest.mark.parametrize('change, steps', [(lambda rows: rows*2, 10), (lambda rows: rows[::2], 3)])
+def test_a_callback_may_change_the_number_of_batches(change, steps, encoded, tmp_path):
+    saved = []
+    class Changes(Callback):
+        def on_epoch_begin(self, run):
+            run.batches.rows = change(run.batches.rows)
+
+        def on_epoch_trained(self, run):
+            if isinstance(run, SavedRun):
+                saved.append((run.saved, run.cut))
+    assert len(fit(Toy(), dict(train=toy_data()), 1, 8, callbacks=[Changes()]).losses)==steps
+    h = small(tmp_path, num_epochs=1)
+    n = len(change([*range(-(-len(encoded['train'])//h.batch_size))]))
+    run = run_training(build_captioner(h, 'cpu'), encoded, h, [Changes()])
+    assert len(run.losses)==n and saved==[(n, None)]
+
 def test_groups_learn_at_their_rates(encoded):
     h = as_hyperparameters(**SMALL, lora_rank=2)
     model = build_captioner(h, 'cpu')

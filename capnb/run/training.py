@@ -196,8 +196,8 @@ class StaticSteps(SharedStep):
     def on_epoch_begin(self, run):
         super().on_epoch_begin(run)
         learns = [p for group in run.optimizer.param_groups for p in group['params'] if p.requires_grad]
-        # layers may have been unfrozen since
-        if not run.static or [*map(id, learns)] != [*map(id, run.static.parameters)]:
+        # layers may have been unfrozen since, or a callback may have given weights other memory
+        if not run.static or not run.static.is_for(learns):
             forward = lambda: precision(run.model, run.accelerator)
             run.static = StaticStep(run.model, run.optimizer.optimizer, run.scaler, forward)
         self.batches, run.fetch_every = run.batches, .25

@@ -198,6 +198,12 @@ class StaticStep:
         self.parameters = [p for g in optimizer.param_groups for p in g['params'] if p.requires_grad]
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
+        self.addresses = [p.data_ptr() for p in self.parameters]
+
+    def is_for(self, parameters):
+        "Whether these are its parameters, and still where a recording finds them."
+        same = [*map(id, parameters)]==[*map(id, self.parameters)]
+        return same and [p.data_ptr() for p in parameters]==self.addresses
 
     def _place(self, batch):
         "Copy a batch to the addresses that the step reads."
