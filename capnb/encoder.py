@@ -56,6 +56,7 @@ class ImageEncoder(nn.Module):
     """A frozen image tower with its image processor; an image becomes one vector of `width` numbers, or
     `patches` of them."""
     one_thread = False # whether `forward` may run in one thread only
+    seen = None # numbers that show whether an encoder of your own gives other features than before
     def __init__(self,
         model, # Image half of any encoder, as from `load_tower`
         processor, # Its image processor

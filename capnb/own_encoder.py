@@ -47,11 +47,10 @@ def _check_shape(model, what, found, shape):
 # %% ../nbs/02b_own_encoder.ipynb #dbd46e8e
 def _sums(features):
     "Norms of features, and sums weighted by fixed random numbers, which change if the numbers change places."
-    lengths = features.norm(dim=1)
+    lengths = features.norm(dim=1).cpu()
     weights = torch.randn(features.shape[1], 3, generator=torch.Generator().manual_seed(0))
-    sums = features.cpu()@weights/lengths.cpu()[:,None].clamp(min=1e-12)
-    # few digits, as devices round differently
-    return [f'{x:.1e}' for x in lengths.tolist()] + [f'{x:.2f}' for x in sums.flatten().tolist()]
+    sums = features.cpu()@weights/lengths[:,None].clamp(min=1e-12)
+    return lengths.tolist(), sums.flatten().tolist()
 
 class OwnEncoder(ImageEncoder):
     "A frozen encoder that was passed as a Python object, with the interface of `ImageEncoder`."
@@ -99,7 +98,11 @@ class OwnEncoder(ImageEncoder):
                 f"encoder {self.model.name!r}: an image alone has other features than among others;"
                 " prepare and forward must treat each image by itself, and without random numbers"
             )
-        return dict(self.settings, width=self.width, patches=self.patches, seen=_sums(features.flatten(1)))
+        lengths, sums = _sums(features.flatten(1))
+        self.seen = [float(f'{x:.4g}') for x in lengths+sums]
+        # few digits, as devices round differently
+        seen = [f'{x:.1e}' for x in lengths] + [f'{x:.2f}' for x in sums]
+        return dict(self.settings, width=self.width, patches=self.patches, seen=seen)
 
     def prepare(self,
         images, # List of PIL images

@@ -57,6 +57,18 @@ def test_another_encoder_is_refused(trained):
     with pytest.raises(ValueError, match='storybook-clip'):
         load('storybook', encoder=MeanColours(patches))
 
+class Darker(MeanColours):
+    "The same weights behind another `prepare`."
+    def prepare(self, images):
+        return super().prepare(images)/2
+
+def test_an_encoder_with_other_features_is_refused(trained):
+    patches, result = trained
+    with pytest.raises(ValueError, match="own:mean-colours' that gave other features: its prepare"):
+        load(result.checkpoint, encoder=Darker(patches))
+    with pytest.raises(ValueError, match='gave other features'):
+        train(resume=str(result.checkpoint.parent), encoder=Darker(patches), num_epochs=2, max_steps=4)
+
 def test_a_run_goes_on_with_the_encoder_only(tmp_path):
     settings = dict(SMALL, output_dir=str(tmp_path))
     train(encoder=MeanColours(), **settings)

@@ -78,6 +78,7 @@ def new_metadata(run:SavedRun) -> dict:
         device=str(run.model.device),
         seconds=round(run.seconds, 1),
         frozen=frozen_fingerprint(run.model),
+        seen=run.model.encoder.seen,
         revisions=_revisions(run.h),
         optimizer_groups=_groups(run),
         mixed_precision=run.accelerator.mixed_precision,

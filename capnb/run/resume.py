@@ -16,7 +16,7 @@ from pathlib import Path
 from zlib import crc32
 import numpy, torch
 from torch.optim.lr_scheduler import LambdaLR
-from ..saving import load_trained
+from ..saving import check_seen, load_trained
 from ..checkpoint import check_weights, find_models, read_tensors, save_tensors, weights_path
 from ..files import plain_number
 from ..log import log
@@ -343,6 +343,7 @@ def _check_same(run, state):
         if saved!=now:
             told = f"{state['path']}: the {name} of this run were others ({saved}, now {now})"
             raise ValueError(f'{told}; to train on with these, start a new run with init_from')
+    check_seen(run.model.encoder, state['identity'].get('seen'), state['path'])
     here = {type(c).__name__ for c in run.callbacks if c.keeps}
     for name in sorted(here ^ state['callbacks'].keys()):
         raise ValueError(

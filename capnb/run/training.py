@@ -404,7 +404,7 @@ def _new_run(model, data, h, stamp, callbacks, state, accelerator):
         h.captions_per_image, h.max_steps, validates=h.evaluation_enabled, resumed=bool(state), h=h,
         stamp=stamp, micro_batch_size=h.micro_batch_size, main=accelerator.is_main_process,
         accelerator=accelerator, scaler=accelerator.scaler,
-        identity=dict(data=data_fingerprint(data), frozen=frozen_fingerprint(model)),
+        identity=dict(data=data_fingerprint(data), frozen=frozen_fingerprint(model), seen=model.encoder.seen),
         captions=count_cut(model.tokenizer, data['train'].rows, model.max_caption_length),
     )
     run.stepper = stepper_for(run)
