@@ -112,8 +112,8 @@ def check_seen(
     near = [abs(a-b) <= .02*max(1, abs(a)) for a,b in zip(seen, encoder.seen, strict=False)] # devices differ
     if len(seen)!=len(encoder.seen) or not all(near):
         raise ValueError(
-            f"{source} was trained with an encoder {encoder.name!r} that gave other features: its prepare, its"
-            " forward or a buffer has changed"
+            f"{source} was trained with an encoder {encoder.name!r} that gave other features: its prepare,"
+            " its forward or a buffer has changed"
         )
 
 def check_frozen(
