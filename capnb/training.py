@@ -49,8 +49,7 @@ class Run:
     @property
     def steps(self):
         "Steps of the current epoch; fewer than its batches if `max_steps` ends it."
-        if not self.max_steps: return len(self.batches)
-        return min(len(self.batches), self.step+self.max_steps-len(self.losses))
+        return min(len(self.batches), (self.max_steps or math.inf)-len(self.losses)+self.step)
 
     @property
     def mean_loss(self):

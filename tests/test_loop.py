@@ -1,6 +1,6 @@
 """The loop of the course stays small and plain: few lines, no files, and nothing of the tracks that build on
 it."""
-import ast, inspect, os, re, signal
+import ast, inspect, json, os, re, signal
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from threading import Event
@@ -706,7 +706,7 @@ def test_a_callback_adds_any_number(value, encoded, tmp_path):
     h = as_hyperparameters(**SMALL, num_epochs=1, max_steps=2, output_dir=str(tmp_path))
     run = run_training(build_captioner(h, 'cpu'), encoded, h, [Adds(value)])
     assert read_metadata(run.checkpoint)['mine']==.5
-    assert read_state(find_state(tmp_path))['metadata']['mine']==.5
+    assert json.loads(read_state(find_state(tmp_path))['metadata'])['mine']==.5
 
 def test_what_is_no_plain_data_is_told_with_the_file(encoded, tmp_path):
     h = as_hyperparameters(**SMALL, num_epochs=1, max_steps=2, output_dir=str(tmp_path))
