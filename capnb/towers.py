@@ -140,7 +140,8 @@ _MOST_BEFORE = 16 # vectors before the patches: a class token and registers
 def _fits(side, size):
     "Whether an image of `size` pixels can have `side` patches per row, by even cuts or repeated halving."
     halved = {rounded(size/2**i) for i in range(8) for rounded in (int, ceil)}
-    return side in halved or side > 0 and size%side==0
+    # 384 pixels are 27 patches of 14, and a rest
+    return side in halved or side > 0 and size%side==0 or side==size//14
 
 def _lay_out(shape, size, patch):
     """Rows and columns of patches, the number of vectors before them, and the channel dimension of a map;
@@ -152,10 +153,7 @@ def _lay_out(shape, size, patch):
     cut = size//patch if patch else 0
     for side in (cut, isqrt(shape[1])):
         before = shape[1]-side*side
-        fits = side==cut or _fits(side, size)
-        if not before and 0 < side <= size: # SigLIP cuts 384 pixels into 27 patches of 14, with a rest
-            fits = fits or size//(size//side)==side
-        if side and fits and 0 <= before <= _MOST_BEFORE:
+        if side and (side==cut or _fits(side, size)) and 0 <= before <= _MOST_BEFORE:
             return (side, side), before, None
 
 def _states(out):

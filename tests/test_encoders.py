@@ -177,4 +177,4 @@ def test_patches_with_a_rest_at_the_edge_are_found():
     "As of SigLIP so400m at 384 in timm, whose configurations name no patch size: 27 patches of 14."
     assert _lay_out((2, 729, 1152), 384, None)==((27, 27), 0, None)
     assert _lay_out((2, 197, 768), 224, None)==((14, 14), 1, None)
-    assert _lay_out((2, 137, 32), 96, None) is None
+    assert _lay_out((2, 137, 32), 96, None) is None and _lay_out((2, 100, 256), 224, None) is None
