@@ -152,7 +152,7 @@ def _log_losses(tracker, losses):
         MlflowClient().log_batch(tracker.tracker.info.run_id, metrics[at:at+1000])
 
 class Tracker(Callback):
-    """Log a run to the trackers in `report_to`; place it after `Scores`.
+    """Log a run to the trackers in `report_to`; place it after all callbacks that add scores.
 
     Raises an `OSError` if a tracker raises an error."""
     keeps = ('ids', 'told') # a resumed run is the same run in a tracker, too
