@@ -49,7 +49,7 @@ def experiment(album, folder, **changes):
 # --- The plan
 
 @pytest.mark.parametrize('seconds, step, images, scored', [
-    (7200, 2.5, 6000, 1000), (7200, 4.4, 6000, 1000), (600, 1., 500, 200), (40, .5, 100, 30),
+    (7200, 3., 6000, 1000), (7200, 4.4, 6000, 1000), (600, 3., 500, 200), (40, .9, 100, 30),
 ])
 def test_a_plan_fills_its_budget_and_no_more(seconds, step, images, scored):
     plan = plan_steps(seconds, step, images, scored)
@@ -58,8 +58,8 @@ def test_a_plan_fills_its_budget_and_no_more(seconds, step, images, scored):
     assert takes(plan.steps) <= seconds < takes(plan.steps+1)
     assert plan.epochs==plan.steps/-(-images//8)
 
-def test_a_fast_machine_trains_for_ten_epochs_and_no_more():
-    assert plan_steps(7200, .01, 6000, 1000).epochs==EPOCHS==10
+def test_a_fast_machine_trains_for_three_epochs_and_no_more():
+    assert plan_steps(7200, .01, 6000, 1000).epochs==EPOCHS==3
 
 def test_a_budget_that_is_too_small_is_told():
     with pytest.raises(ValueError, match='5 minutes are left, too few: a step takes 4.0 s, scoring about 8'):

@@ -77,7 +77,7 @@ class Plan:
     @property
     def epochs(self): return self.steps/self.epoch_steps # may be a fraction
 
-EPOCHS = 10 # the most in a plan
+EPOCHS = 3 # the most in a plan
 WATCHED = 200 # number of validation images that are scored after each epoch
 MARGIN = 1.1 # safety factor: a shared machine may become slower
 
