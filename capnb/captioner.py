@@ -221,8 +221,10 @@ class Captioner(nn.Module):
         if isinstance(images, (Image.Image, str, Path)):
             return self.caption([images], scores, **kwargs)[0]
         several = hasattr(images, '__iter__') or hasattr(images, '__getitem__')
-        if not several or isinstance(images, (bytes, Mapping)) or hasattr(images, 'shape'):
-            needed = "a PIL image, an image file, or a list of these is needed"
+        # an array, or an open file
+        single = isinstance(images, (bytes, Mapping)) or hasattr(images, 'shape') or hasattr(images, 'read')
+        if single or not several:
+            needed = "a PIL image, the path of an image file, or a list of these is needed"
             raise ValueError(f"images is a {type(images).__name__}; {needed}")
         kwargs = check_options(kwargs) # before images are opened
         features, opening = [], open_images(images, self.encoder.min_side, steps=self.encoder.steps)

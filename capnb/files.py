@@ -370,8 +370,8 @@ def shown_path(path) -> str:
     path = Path(path)
     package = Path(__file__).resolve().parent
     if path.is_relative_to(package): return str(path.relative_to(package.parent))
-    if path.is_relative_to(Path.home()):
-        return str(Path('~')/path.relative_to(Path.home()))
+    home = Path(os.path.expanduser('~')) # '~' itself where there is no home folder
+    if path.is_relative_to(home): return str(Path('~')/path.relative_to(home))
     return str(path)
 
 # %% ../nbs/30_files.ipynb #9c7a1d81

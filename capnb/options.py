@@ -15,7 +15,7 @@ _BEAMS = ('length_penalty', 'early_stopping')
 _OPTIONS = (
     'batch_size', 'do_sample', 'num_beams', 'num_return_sequences', 'max_new_tokens', 'min_new_tokens',
     'max_time', 'stop_strings', 'eos_token_id', 'repetition_penalty', 'no_repeat_ngram_size', 'bad_words_ids',
-    'sequence_bias', 'suppress_tokens', 'begin_suppress_tokens', 'forced_bos_token_id', 'forced_eos_token_id',
+    'sequence_bias', 'suppress_tokens', 'begin_suppress_tokens', 'forced_eos_token_id',
     'exponential_decay_length_penalty', 'renormalize_logits', 'remove_invalid_values', 'watermarking_config',
     'logits_processor', 'stopping_criteria', 'streamer', 'use_cache', 'cache_implementation', 'cache_config',
     'compile_config', 'disable_compile', 'synced_gpus', *_SAMPLING, *_BEAMS)
@@ -23,7 +23,8 @@ _FORM = 'it would change the form of the answer; with scores=True each caption c
 _INSTEAD = dict(
     return_dict_in_generate=_FORM, output_scores=_FORM, output_logits=_FORM, output_attentions=_FORM,
     output_hidden_states=_FORM, generation_config='pass what it holds as single options',
-    max_length='use max_new_tokens', min_length='use min_new_tokens')
+    max_length='use max_new_tokens', min_length='use min_new_tokens',
+    forced_bos_token_id='after an image it would set the second token')
 _NUMBERS = {
     name: (int, limits(lo=1))
     for name in ('batch_size', 'num_beams', 'num_return_sequences', 'max_new_tokens')

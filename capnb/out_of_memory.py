@@ -79,12 +79,12 @@ def in_slices(
     do, # Function of a slice of rows; its result must not be None
     n:int, # Total number of rows
     size:int, # Rows at a time; halved when memory runs out
-    on_less=None, # Called with the new size when memory runs out
+    on_less=None, # Called with the new size after memory ran out, once a slice fits
     together:bool=True, # Whether the processes of FSDP compute a slice together
 ): # Yields the result of `do` for each slice, in order
     """Call `do` for many rows in slices; raises a `ValueError` with advice if not even one row fits into
     memory."""
-    at, freed = 0, False
+    at, freed, less = 0, False, False
     while at < n:
         size = min(size, n-at)
         try:
@@ -93,9 +93,11 @@ def in_slices(
             if not memory_ran_out(e, alone=size==1): raise
             out = None
         if out is not None:
+            if less and on_less:
+                on_less(size)
             yield out
             at += size
-            freed = False
+            freed, less = False, False
             continue
         if together and sharding_asked():
             raise ValueError(
@@ -113,6 +115,4 @@ def in_slices(
             )
         log.warning(f'⚠️ Out of memory with {size} images at a time: going on with {size//2}')
         size //= 2
-        freed = False
-        if on_less:
-            on_less(size)
+        freed, less = False, True

@@ -1,11 +1,12 @@
 """Several captions of an image belong to that image, best first, everywhere; options are checked by name;
 captions are printed as they come."""
-import json, os, shutil, signal
+import io, json, os, shutil, signal
 from types import SimpleNamespace
 import numpy as np, pyarrow as pa, pytest, torch
 from capnb.captioner import Captioner, read_captions
 from capnb.saving import load_model_from_checkpoint, shipped_checkpoint
 from capnb.run.commands import caption_command
+from capnb.fast.parts import make_fast
 from capnb.generation import generate_ids
 from capnb.options import check_options
 from capnb.encoder import EncodedData
@@ -193,6 +194,12 @@ def test_requests_have_their_captions(model, images):
     answer_batch(model, asked, lambda uid, answer: said.append(answer), dict(num_beams=3))
     assert said == [dict(caption=caption) for caption in model.caption(images, num_beams=3)]
 
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16], ids=str)
+def test_a_fast_captioner_writes_under_autocast(checkpoint, images, half):
+    fast = make_fast(load_model_from_checkpoint(checkpoint, 'cpu')[0])
+    with torch.autocast('cpu', half):
+        assert all(fast.caption(images))
+
 # --- Options
 
 FORM = [
@@ -210,6 +217,7 @@ REFUSED = {
     'pad_token_id': dict(pad_token_id=7),
     'input_ids': dict(input_ids=torch.zeros(1, 1)),
     'max_length': dict(max_length=9),
+    'forced_bos_token_id': dict(forced_bos_token_id=7),
     'tokenizer': dict(tokenizer=object()),
     'prefix_allowed_tokens_fn': dict(prefix_allowed_tokens_fn=max),
     'custom_generate': dict(custom_generate='who/ever'),
@@ -235,7 +243,7 @@ def test_options_are_checked_before_images_are_encoded(model, images, monkeypatc
         with pytest.raises(ValueError, match='is not an option for captions'):
             model.caption(images, **wrong)
 
-@pytest.mark.parametrize('wrong', [None, 7, object()], ids=['None', 'number', 'object'])
+@pytest.mark.parametrize('wrong', [None, 7, object(), io.BytesIO(b'a\nb')], ids=type)
 def test_what_is_no_image_is_named(model, wrong):
     with pytest.raises(ValueError, match=f'images is a {type(wrong).__name__}; a PIL image'):
         model.caption(wrong)

@@ -1,5 +1,6 @@
 "The fast parts of a captioner against the readable ones: the same numbers, and nothing else changes."
 import copy, random
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,11 +11,12 @@ from capnb.unfreezing import parameter_groups, unfreeze
 from capnb.data import CaptionData
 from capnb.encoder import encode_data
 from capnb.fast import cache
+from capnb.fast.bench import products_seconds
 from capnb.fast.cpu import FrozenLinear, LeanQuickGELU, use_onednn
 from capnb.fast.loss import caption_loss, head_is_plain
 from capnb.fast.packing import reads_rows, share_out, takes_positions
 from capnb.fast.parts import is_fast, make_fast
-from capnb.fast.quantized import use_int8
+from capnb.fast.quantized import _choose_engine, use_int8
 from capnb.settings import as_hyperparameters
 from capnb.storybook import Storybook
 
@@ -148,6 +150,23 @@ def test_small_integers_after_onednn(wide):
     assert reads_rows(wide) and not head_is_plain(wide)
     inputs = torch.randn(2, 3, 512)*.02, torch.randint(600, (2, 5)), torch.ones(2, 5, dtype=int)
     assert 0 < abs(caption_loss(wide, *inputs)/caption_loss(exact, *inputs)-1) < .05
+
+@pytest.mark.parametrize('known', [['qnnpack', 'none'], ['none']])
+def test_small_integers_choose_an_engine_where_there_is_none(wide, monkeypatch, known):
+    quantized = SimpleNamespace(engine='none', supported_engines=known)
+    monkeypatch.setattr('torch.backends.quantized', quantized)
+    if known==['none']:
+        with pytest.raises(ValueError, match='no engine for 8-bit integers'):
+            use_int8(wide)
+    else:
+        _choose_engine()
+        assert quantized.engine=='qnnpack'
+
+def test_the_bound_of_the_speed_where_there_is_no_onednn(wide, monkeypatch):
+    monkeypatch.setattr('capnb.fast.cpu._product', None)
+    use_onednn(wide)
+    seconds, operations = products_seconds(wide, 8)
+    assert seconds > 0 and operations > 0
 
 def test_a_bias_that_learns_alone_gets_its_gradient():
     layer = nn.Linear(512, 512)

@@ -11,6 +11,7 @@ from forks import fork
 from capnb import images
 from capnb.fast import cache as enc
 from capnb.build import build_captioner
+from capnb.files import shown_path
 from capnb.settings import Hyperparameters, OWN_DATA, as_hyperparameters
 from capnb.data import CaptionData
 from capnb.run.entry import prepare
@@ -291,6 +292,16 @@ def test_folder(monkeypatch, tmp_path):
     assert features_folder(as_hyperparameters()) is None
     assert features_folder(Hyperparameters())==tmp_path/'capnb'/'features'
     assert features_folder(as_hyperparameters(features_dir='here'))==Path('here')
+
+@pytest.mark.skipif(os.name!='posix', reason='Windows finds a home folder otherwise')
+def test_without_a_home_folder(monkeypatch):
+    "As in a container with the number of a user that it does not know."
+    monkeypatch.delenv('HOME')
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr('pwd.getpwuid', lambda number: {}[number])
+    assert shown_path('a/b')==str(Path('a/b')) and shown_path('/a/b')==str(Path('/a/b'))
+    with pytest.raises(ValueError, match='name a folder with features_dir'):
+        features_folder(Hyperparameters())
 
 def photograph(size):
     "The bytes of a JPEG with structure at all scales."

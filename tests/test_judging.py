@@ -303,6 +303,29 @@ def test_predictions_that_do_not_fit(change, said, written, made, tmp_path, caps
     told = refused(capsys, '--predictions', tmp_path/'p.json', '--data', made/'data')
     assert told.startswith(f"eval: {tmp_path/'p.json'}") and said in told and '\n' not in told
 
+def test_predictions_of_data_with_a_bad_row(written, made, tmp_path, capsys):
+    "In its training split, which gives the floor."
+    data = tmp_path/'data'
+    shutil.copytree(made/'data', data)
+    with open(data/'captions.csv', 'a') as f:
+        f.write('\ngone.jpg,"A cat.",train')
+    how = '--predictions', written[0]/'captions.json', '--data', data, '--split', 'test'
+    assert 'gone.jpg' in refused(capsys, *how)
+    assert 'ROUGE-L' in evaluated(*how, '--bad_rows', 'skip')
+    told = refused(capsys, '--folder', made/'saved_models', '--bad_rows', 'skip')
+    assert '--bad_rows say what --predictions are of' in told
+
+def test_a_checkpoint_of_a_machine_with_another_folder_for_features(made, tmp_path, capsys):
+    checkpoint = next((made/'saved_models').glob('*-2.pth'))
+    path = tmp_path/checkpoint.name
+    shutil.copy(checkpoint, path)
+    metadata = json.loads(metadata_path(checkpoint).read_text(encoding='utf-8'))
+    metadata['hyperparameters']['features_dir'] = str(path/'features') # in a file, where none can be
+    metadata_path(path).write_text(json.dumps(metadata), encoding='utf-8')
+    assert 'name another folder with features_dir' in refused(capsys, path, '--split', 'test')
+    folder = tmp_path/'features'
+    assert 'ROUGE-L' in evaluated(path, '--split', 'test', '--features_dir', folder) and any(folder.iterdir())
+
 def test_what_predictions_are_of_must_be_said(written, made, capsys):
     file = written[0]/'captions.json'
     assert 'with --data or --preset' in refused(capsys, '--predictions', file)
@@ -381,16 +404,17 @@ def test_floors_of_other_images_are_not_taken(changed, made, tmp_path):
     found = scoring.score_checkpoint(path, 'test').splits['test'][3]['floors']
     assert json.loads(json.dumps(found)) == (known if changed else 'known')
 
-def test_both_sides_are_compared_alike(made, monkeypatch):
+def test_both_sides_are_compared_alike(made, monkeypatch, tmp_path):
     from capnb.run import scoring
     first, second = sorted((made/'saved_models').glob('*.pth'))
     asked, plain = [], scoring.score_checkpoint
-    def noted(path, split=None, int8=False, with_floors=True):
-        asked.append((split, int8))
-        return plain(path, split, False, with_floors)
+    def noted(path, split=None, int8=False, with_floors=True, features_dir=None):
+        asked.append((split, int8, features_dir))
+        return plain(path, split, False, with_floors, features_dir)
     monkeypatch.setattr(scoring, 'score_checkpoint', noted)
-    found = scoring.judge_captions(first, split='validation', int8=True)
-    assert set(found.against(second))=={'validation'} and asked==[('validation', True)]*2
+    folder = str(tmp_path/'features')
+    found = scoring.judge_captions(first, split='validation', int8=True, features_dir=folder)
+    assert set(found.against(second))=={'validation'} and asked==[('validation', True, folder)]*2
     for row in found.judged['validation'].data.rows:
         row['captions'] = row['captions'][::-1]
     with pytest.raises(ValueError, match="other images or captions: its split 'validation' differs"):

@@ -149,6 +149,14 @@ def test_a_writer_on_a_gpu_gives_back_what_it_keeps(model, narrow, capsys):
     assert capsys.readouterr().out.splitlines() == [GIVEN] and model.encoder.most is None
     hook.remove()
 
+@pytest.mark.parametrize('part', ['encoder', 'decoder'])
+def test_a_call_that_failed_leaves_no_small_slices(model, narrow, part):
+    images = [Storybook()[i]['image'] for i in range(4)]
+    narrow(part, 0, SURE[0])
+    with pytest.raises(ValueError, match='out of memory with a single image'):
+        model.caption(images)
+    assert model.most is None and model.encoder.most is None
+
 @pytest.mark.parametrize('error', PERHAPS, ids=str)
 def test_a_single_image_raises_what_was_raised(model, narrow, error):
     narrow('encoder', 0, error)

@@ -11,7 +11,7 @@ from capnb.saving import shipped_checkpoint
 from capnb.checkpoint import read_metadata
 from capnb.run.entry import train
 from capnb.run.commands import train_command
-from capnb.settings import PRESETS, as_hyperparameters
+from capnb.settings import OWN_DATA, PRESETS, as_hyperparameters
 from capnb.hardware import (
     Hardware, choose_attention, choose_dtype, choose_mixed_precision, default_attention, default_dtype,
     default_mixed_precision, describe_hardware
@@ -560,6 +560,11 @@ def test_each_seed_has_a_row(checkpoint):
     assert add_row([dict(row, seed=None, date=None)], other)==[other]
     first, second = results_table(rows).splitlines()[2:]
     assert ', seed 1 |' in second and 'seed' not in first
+
+def test_rows_of_other_data_with_the_same_name_are_kept(checkpoint):
+    row = dict(result_row(checkpoint), data=OWN_DATA)
+    larger = dict(row, training_images=row['training_images']+1)
+    assert add_row([row], larger)==[row, larger] and add_row([row, larger], row)==[row, larger]
 
 def test_a_row_of_an_earlier_version_has_the_seed_of_then(checkpoint):
     old = dict(result_row(checkpoint), seed=None)

@@ -52,6 +52,13 @@ def planted(tmp_path_factory):
 
 def warned(found): return {w['kind']: w['count'] for w in found['warnings']}
 
+def test_check_refuses_what_training_refuses(planted, tmp_path):
+    shutil.copytree(planted, tmp_path, dirs_exist_ok=True)
+    table = tmp_path/'captions.csv'
+    table.write_text(re.sub(',(train|val)$', ',test', table.read_text('utf-8'), flags=re.M), 'utf-8')
+    with pytest.raises(ValueError, match="no split 'train', only test"):
+        check_data(tmp_path)
+
 def test_check_counts_what_is_planted(planted):
     found = check_data(planted)
     assert (found['images'], found['captions'], found['bad']) == (30, 60, [])

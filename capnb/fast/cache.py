@@ -332,10 +332,13 @@ def features_folder(
     h:Hyperparameters,
 ): # A path; None for a temporary folder
     """Return the folder for a run's features: `features_dir` if set, no folder for the storybook, else the
-    user's cache folder."""
+    user's cache folder; raises `ValueError` if there is no home folder."""
     if h.features_dir or h.data=='storybook':
         return h.features_dir and Path(h.features_dir)
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'capnb'/'features'
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if cache.startswith('~'):
+        raise ValueError('there is no home folder for the encoded images; name a folder with features_dir')
+    return Path(cache)/'capnb'/'features'
 
 def _cache_for(encoder, root):
     "Open the cache of an encoder's features in a subfolder of `root`."

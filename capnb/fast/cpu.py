@@ -17,7 +17,8 @@ _product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_availa
 
 def _fits(x, weight):
     return (
-        weight.device.type == 'cpu'
+        _product is not None
+        and weight.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()

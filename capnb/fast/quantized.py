@@ -6,7 +6,7 @@
 __all__ = ['use_int8']
 
 # %% ../../nbs/22b_small_integers.ipynb #22b00003
-import warnings
+import torch, warnings
 from functools import partial
 from torch import nn
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
@@ -14,11 +14,19 @@ from .packing import reads_rows
 from .cpu import FrozenLinear, replace_layers, same_layer
 
 # %% ../../nbs/22b_small_integers.ipynb #5a000031
+def _choose_engine():
+    "Choose an engine for 8-bit integers where PyTorch has chosen none, as on a Mac."
+    if torch.backends.quantized.engine!='none': return
+    engines = [name for name in torch.backends.quantized.supported_engines if name!='none']
+    if not engines:
+        raise ValueError('this PyTorch has no engine for 8-bit integers; leave int8 out')
+    torch.backends.quantized.engine = engines[0]
+
 def use_int8(
     decoder, # Causal language model on a CPU, for writing only; it is changed
 ):
     """Quantize all linear layers to 8-bit integers with PyTorch's dynamic quantization. Raise `ValueError`
-    for a decoder that is not on a CPU or has LoRA."""
+    for a decoder that is not on a CPU or has LoRA, and where PyTorch has no engine for it."""
     if decoder.device.type!='cpu':
         raise ValueError(
             f"8-bit integers are for a CPU, and the decoder is on {decoder.device}; set the device to 'cpu',"
@@ -26,6 +34,7 @@ def use_int8(
         )
     if any('.lora_' in name for name,_ in decoder.named_parameters()):
         raise ValueError('a decoder with LoRA cannot be put into 8-bit integers; leave int8 out')
+    _choose_engine()
     reads_rows(decoder) # test packing before rounding
     def is_frozen(layer): return type(layer) is FrozenLinear
     replace_layers(decoder, is_frozen, partial(same_layer, nn.Linear))

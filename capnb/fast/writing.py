@@ -30,7 +30,9 @@ class _RowsLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         self.make_room(keys, values, len(keys), self.upto)
         rows = torch.arange(len(keys), device=keys.device)
-        self.keys[rows,:,self.position], self.values[rows,:,self.position] = keys[:,:,0], values[:,:,0]
+        # under autocast, new keys and values may have another dtype than those of the prefix
+        self.keys[rows,:,self.position] = keys[:,:,0].to(self.keys.dtype)
+        self.values[rows,:,self.position] = values[:,:,0].to(self.values.dtype)
         return self.keys[:,:,:self.upto], self.values[:,:,:self.upto]
 
 class _Rows(Cache):

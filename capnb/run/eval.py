@@ -25,6 +25,13 @@ def _settings(predictions, checkpoint, preset, about):
     own = 'storybook' if about.get('data')=='storybook' else None
     return as_hyperparameters(preset=preset or own, **about)
 
+def _path(predictions, checkpoint, folder, best):
+    "The file to score."
+    if folder and (checkpoint or predictions):
+        raise ValueError('name one: a checkpoint, predictions, or the folder of the newest checkpoint')
+    from capnb.run.entry import find_checkpoint
+    return predictions or find_checkpoint(checkpoint, folder or 'saved_models', best)
+
 def _check_rival(path, against, h):
     "Before captions are written, check that a checkpoint to compare with exists and has the same data."
     from capnb.checkpoint import read_metadata
@@ -70,6 +77,9 @@ _FLAGS = dict(
     caption_column='For --predictions: column of captions, as for capnb_train',
     encoding='For --predictions: encoding of the tables, as for capnb_train',
     outside_files='For --predictions: also read images that a table names outside its folder',
+    data_revision='For --predictions: revision of a hub data set, as for capnb_train',
+    bad_rows='For --predictions: what to do with rows that cannot be read, as for capnb_train',
+    features_dir='Folder for encoded images; default: that of the training',
     clipscore='Also CLIPScore and RefCLIPScore by this CLIP or SigLIP, a hub id or a folder; '
               "not the captioner's own encoder, whose scores are biased")
 
@@ -85,6 +95,9 @@ def eval_command(
     caption_column:Param(_FLAGS['caption_column'], str)=None,
     encoding:Param(_FLAGS['encoding'], str)=None,
     outside_files:Param(_FLAGS['outside_files'], store_true)=False,
+    data_revision:Param(_FLAGS['data_revision'], str)=None,
+    bad_rows:Param(_FLAGS['bad_rows'], str, choices=['stop', 'skip'])=None,
+    features_dir:Param(_FLAGS['features_dir'], any_path)=None,
     split:Param('Split to score; default: every split that training did not see', str)=None,
     coco:Param('Also BLEU, METEOR and CIDEr-D; needs capnb[judge] and Java', store_true)=False,
     clipscore:Param(_FLAGS['clipscore'], any_path)=None,
@@ -97,16 +110,13 @@ def eval_command(
 ):
     """Score a checkpoint on its own data, or captions from any tool: ROUGE-L with floors and ceiling, facts,
     and the image gain, with 95% intervals."""
-    if folder and (checkpoint or predictions):
-        raise ValueError('name one: a checkpoint, predictions, or the folder of the newest checkpoint')
     about = dict(data=data, image_column=image_column, caption_column=caption_column, encoding=encoding,
-                 outside_files=outside_files or None)
+                 outside_files=outside_files or None, data_revision=data_revision, bad_rows=bad_rows)
     h = _settings(predictions, checkpoint or best, preset, {k: v for k,v in about.items() if v is not None})
-    from capnb.run.entry import find_checkpoint
+    path = _path(predictions, checkpoint, folder, best)
     from capnb.run.scoring import judge_captions, plain_scores, write_report
-    path = predictions or find_checkpoint(checkpoint, folder or 'saved_models', best)
     _check_rival(path, against, h)
-    found = judge_captions(path, h, split, coco, clipscore, int8)
+    found = judge_captions(path, h, split, coco, clipscore, int8, features_dir)
     _print_scores(found.judged)
     _write_files(found.judged, json_file, csv, coco_results)
     compared = found.against(against, split) if against else {} # if it fails, the captions are written

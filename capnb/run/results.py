@@ -91,9 +91,11 @@ def result_row(
 # %% ../../nbs/34b_results.ipynb #13a0003a
 _RUN = ('settings', 'encoder', 'decoder', 'data')
 def _is_same(a, b):
-    # an experiment names its data by the last folder alone
-    same = (*_RUN, 'split', 'training_images') if a['experiment'] else _RUN
     planned = None in (a['date'], b['date']) # not run yet, on no device and with no seed
+    # the name of the data is the last folder, what was typed, or the same for all rows passed in Python
+    same = _RUN if planned else (*_RUN, 'training_images')
+    if a['experiment']: # a run without a name is one row, also when a later epoch has scored another split
+        same = (*same, 'split')
     device = a['device']==b['device'] or None in (a['device'], b['device'])
     seed = (a['seed'] or 0)==(b['seed'] or 0) # rows of earlier versions have none
     return all(a[k]==b[k] for k in (*same, 'experiment')) and device and (planned or seed)
@@ -102,8 +104,8 @@ def add_row(
     rows:list, # Dictionaries with the keys `FIELDS`
     row:dict, # The new one
 ) -> list:
-    """Add a row to the table. It replaces a row of the same settings, models, data, seed and device, or one
-    that has not been run yet."""
+    """Add a row to the table. It replaces a row of the same settings, models, data, number of training
+    images, seed and device, or one that has not been run yet."""
     same = [i for i,r in enumerate(rows) if _is_same(r, row)]
     at = same[0] if same else len(rows)
     return rows[:at] + [row] + [r for i,r in enumerate(rows) if i>=at and i not in same]

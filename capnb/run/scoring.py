@@ -63,6 +63,7 @@ def score_checkpoint(
     split:str=None, # Split to score; None for every split that training did not see
     int8:bool=False, # Write captions with 8-bit integers, on the CPU
     with_floors:bool=True, # Also compute the floors from the training data
+    features_dir:str=None, # Folder for encoded images; None for that of the training
 ) -> Scored:
     """Caption the data that a checkpoint was trained for, and score the captions.
 
@@ -77,7 +78,7 @@ def score_checkpoint(
                          "capnb.evaluation.evaluate")
     log.info(f"{shown_path(path)}, epoch {metadata.get('epoch', '?')}, trained on {h.data}")
     splits = load_for(h)
-    folder = features_folder(h)
+    folder = features_dir or features_folder(h)
     out = {}
 
     @cache
@@ -146,7 +147,8 @@ class Judgement:
     metadata: dict # Metadata of the checkpoint; empty for captions in a file
     judged: dict # Name of split: `Judged`
     how: dict # Arguments of `capnb.insight.report.judged.judge` that request further scores: `coco`, `scorer`
-    int8: bool = False # As for `score_checkpoint`
+    int8: bool = False # As for `score_checkpoint`, like the next
+    features_dir: str | None = None
 
     def against(self,
         path, # Weights of another checkpoint
@@ -160,7 +162,7 @@ class Judgement:
         check_comparable(path, self.h.data)
         names = [split] if split else list(self.judged)
         one = names[0] if len(names)==1 else None
-        other = score_checkpoint(Path(path), one, self.int8, with_floors=False)
+        other = score_checkpoint(Path(path), one, self.int8, False, self.features_dir)
         for s in names:
             if _references(other.splits[s][1])!=_references(self.judged[s].data):
                 raise ValueError(f"{path} was trained on other images or captions: its split {s!r} differs")
@@ -183,6 +185,7 @@ def judge_captions(
     coco:bool=False, # Also compute the scores of the COCO challenge
     clipscore:str=None, # Name of a CLIP with which to compute CLIPScore, too; None for no CLIPScore
     int8:bool=False, # As for `score_checkpoint`
+    features_dir:str=None, # As for `score_checkpoint`
 ) -> Judgement:
     """Score a checkpoint, or captions in a file, with all requested scores.
 
@@ -195,14 +198,14 @@ def judge_captions(
     if h:
         found = Scored(h, {}, None, score_predictions(path, h, split))
     else:
-        found = score_checkpoint(path, split, int8)
+        found = score_checkpoint(path, split, int8, features_dir=features_dir)
     if scorer:
-        scorer.encode = partial(encode_data, folder=features_folder(found.h))
+        scorer.encode = partial(encode_data, folder=features_dir or features_folder(found.h))
     how = dict(coco=coco, scorer=scorer)
     judged = {s: judge(*v, **how) for s,v in found.splits.items()}
     if scorer and found.model:
         _warn_if_own(judged, scorer, found.model, found.h)
-    return Judgement(found.h, found.metadata, judged, how, int8)
+    return Judgement(found.h, found.metadata, judged, how, int8, features_dir)
 
 # %% ../../nbs/34d_scoring.ipynb #84df0c3a
 def plain_scores(

@@ -16,7 +16,7 @@ from ...data import CaptionData
 from ...words import counts_characters
 from ...files import is_zip, say, split_zip
 from .archives import visible_images
-from .load import find_source, scan
+from .load import check_splits, find_source, scan
 
 # %% ../../../nbs/31j_checks.ipynb #0da7b602
 class ScannedImage(NamedTuple):
@@ -142,6 +142,7 @@ def check_data(
     """Open every image of a data set once, and report its content and its problems; raises the same errors
     as `load_data`."""
     source = find_source(data, limit, 64, 'skip', revision, image_column, caption_column, encoding, outside)
+    check_splits(source)
     bad, scanned = list(source.bad), []
     splits = {
         split: _scan(CaptionData(rows, limit if split == 'train' else None), split, samples, bad, scanned)
