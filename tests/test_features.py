@@ -1,6 +1,6 @@
 """The feature cache from outside: killed passes, two at once, changed images, damaged shards, folders that
 cannot be written, and what half precision does to the loss."""
-import os, time
+import os, subprocess, sys, time
 from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
@@ -302,6 +302,13 @@ def test_without_a_home_folder(monkeypatch):
     assert shown_path('a/b')==str(Path('a/b')) and shown_path('/a/b')==str(Path('/a/b'))
     with pytest.raises(ValueError, match='name a folder with features_dir'):
         features_folder(Hyperparameters())
+
+@pytest.mark.skipif(os.name!='posix', reason='Windows finds a home folder otherwise')
+def test_scores_without_a_home_folder():
+    "The toolkit behind ROUGE-L looks for a folder for its data when it is imported."
+    code = 'import pwd; pwd.getpwuid = lambda number: {}[number]; import capnb.evaluation'
+    env = {k: v for k,v in os.environ.items() if k not in ('HOME', 'NLTK_DATA')}
+    subprocess.run([sys.executable, '-c', code], env=env, check=True, timeout=120)
 
 def photograph(size):
     "The bytes of a JPEG with structure at all scales."
