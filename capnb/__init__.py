@@ -7,8 +7,13 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/00_front_door.ipynb #7dd636ae
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+if os.path.expanduser('~')=='~': # without a home folder, nltk, which rouge_score needs, cannot be imported
+    from tempfile import gettempdir
+    os.environ.setdefault('NLTK_DATA', gettempdir())
 
 # %% ../nbs/00_front_door.ipynb #7e2de1c9
 __doc__ = """Image captioning with a frozen CLIP, a small trained adapter and a frozen Qwen3.

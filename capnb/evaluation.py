@@ -7,13 +7,9 @@ __all__ = ['ROUGE', 'rouge_l', 'rouge_each', 'rouge_scores', 'write_captions_for
            'evaluate', 'most_common_caption', 'nearest_captions', 'floors']
 
 # %% ../nbs/07_evaluation.ipynb #687b1382
-import os
 from collections import Counter
 from functools import lru_cache
-from tempfile import gettempdir
 import torch
-if os.path.expanduser('~')=='~': # without a home folder, nltk, which rouge_score needs, cannot be imported
-    os.environ.setdefault('NLTK_DATA', gettempdir())
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from .log import progress_bar

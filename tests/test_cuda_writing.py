@@ -179,7 +179,7 @@ def test_others_write_as_before_and_say_so_once(model, config, caplog):
 
 def test_a_decoder_whose_cache_gives_other_logits_is_refused(monkeypatch):
     lm, update = tiny(CAN['llama']), cuda_rows._FixedLayer.update
-    def forget(self, keys, values, *args):
+    def forget(self, keys, values, *args, **how):
         keys, values = update(self, keys, values)
         return keys, values/2
     monkeypatch.setattr(cuda_rows._FixedLayer, 'update', forget)

@@ -14,7 +14,7 @@ from capnb.fast import cache
 from capnb.fast.bench import products_seconds
 from capnb.fast.cpu import FrozenLinear, LeanQuickGELU, use_onednn
 from capnb.fast.loss import caption_loss, head_is_plain
-from capnb.fast.packing import reads_rows, share_out, takes_positions
+from capnb.fast.packing import cache_name, reads_rows, share_out, takes_positions
 from capnb.fast.parts import is_fast, make_fast
 from capnb.fast.quantized import _choose_engine, use_int8
 from capnb.settings import as_hyperparameters
@@ -167,6 +167,11 @@ def test_the_bound_of_the_speed_where_there_is_no_onednn(wide, monkeypatch):
     use_onednn(wide)
     seconds, operations = products_seconds(wide, 8)
     assert seconds > 0 and operations > 0
+
+def test_the_cache_has_the_name_that_the_decoder_gives_it():
+    "Since transformers 5.24 it is `cache`."
+    new, old = (SimpleNamespace(forward=do) for do in (lambda cache=None: 0, lambda past_key_values=None: 0))
+    assert (cache_name(new), cache_name(old))==('cache', 'past_key_values')
 
 def test_a_bias_that_learns_alone_gets_its_gradient():
     layer = nn.Linear(512, 512)

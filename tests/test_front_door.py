@@ -43,7 +43,7 @@ def test_each_name_is_what_its_module_defines():
 
 def test_the_three_lists_agree():
     tree = ast.parse((ROOT/'capnb/__init__.py').read_text(encoding='utf-8'))
-    checked = next(n for n in tree.body if isinstance(n, ast.If) and n.test.id == 'TYPE_CHECKING')
+    checked = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == 'TYPE_CHECKING')
     typed = {a.name: node.module.removeprefix('capnb.') for node in checked.body for a in node.names}
     assert typed == capnb._HOMES
     assert sorted(capnb.__all__) == capnb.__all__ == sorted(capnb._HOMES)

@@ -104,7 +104,7 @@ def end_kernels(lab):
 def opened(browser, lab, name):
     "A notebook in a tab of its own; JavaScript may report no error."
     with browser.new_context(
-        viewport=dict(width=1250, height=950),
+        viewport=dict(width=1250, height=1400),
         device_scale_factor=1.5 if os.environ.get('CAPNB_SCREENSHOTS') else 1,
     ) as context:
         tab, said = context.new_page(), []

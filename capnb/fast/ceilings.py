@@ -20,6 +20,7 @@ from .cuda.layers import fuse_norms
 from .cuda.training import static_loss
 from .loss import caption_loss, large_nll
 from .memory import FusedOperations, step_parts
+from .packing import cache_name
 from .random_models import random_init_captioner
 from .synthetic import caption_lengths
 from ..hardware import default_dtype, describe_hardware
@@ -237,7 +238,7 @@ def writing_work(
     width = decoder.get_input_embeddings().embedding_dim
     def read(n): # n positions per row
         x = torch.zeros(rows, n, width, device='meta', dtype=dtype)
-        return decoder(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        return decoder(inputs_embeds=x, use_cache=True, **{cache_name(decoder): cache})
     with FusedOperations():
         read(past)
     return count_work(lambda: read(1))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED_HEADS', 'share_out', 'rows_for', 'Vectors', 'Targets', 'lay_out', 'attention', 'packed_inputs', 'reads_rows',
-           'takes_positions', 'Tokens']
+           'takes_positions', 'cache_name', 'Tokens']
 
 # %% ../../nbs/20_packing.ipynb #20000003
 import inspect, numpy, torch
@@ -175,6 +175,12 @@ def takes_positions(
     if config._attn_implementation not in ('eager','sdpa',SHARED_HEADS): return False
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and reads_rows(decoder)
+
+def cache_name(
+    decoder, # Causal language model
+) -> str: # 'cache', or 'past_key_values' before transformers 5.24
+    "Find the name of the argument for the keys and values of earlier positions."
+    return 'cache' if 'cache' in inspect.signature(decoder.forward).parameters else 'past_key_values'
 
 # %% ../../nbs/20_packing.ipynb #2000a002
 class Tokens:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from ..generation import generate_captions, generate_rows as readable_rows, write_ids as readable_write
-from .packing import takes_positions
+from .packing import cache_name, takes_positions
 from .loss import token_nll
 
 # %% ../../nbs/21_writing.ipynb #5a000006
@@ -68,16 +68,17 @@ class _Greedy:
         self.inputs = prefix.new_zeros(len(self.image), 1, width)
         self.position = torch.zeros(len(self.image), dtype=torch.long, device=prefix.device)
         self.cache = _Rows(decoder.config.get_text_config().num_hidden_layers, len(self.image))
+        self.cache_name = cache_name(decoder)
 
     def take_in(self, free):
         "Move waiting prefixes into free rows."
         free, k = free[:len(self.waiting)], self.prefix.shape[1]
         new = [self.waiting.popleft() for _ in free]
         if k > 1: # process all vectors except the last in one forward pass
-            read = self.decoder.base_model(
-                inputs_embeds=self.prefix[new,:-1], past_key_values=DynamicCache(), use_cache=True
-            )
-            self.cache.fill(free, read.past_key_values)
+            read = DynamicCache()
+            how = {self.cache_name: read, 'use_cache': True}
+            self.decoder.base_model(inputs_embeds=self.prefix[new,:-1], **how)
+            self.cache.fill(free, read)
         self.inputs[free], self.position[free] = self.prefix[new,-1:], k-1
         for row, image in zip(free, new, strict=True):
             self.image[row] = image
@@ -99,8 +100,8 @@ class _Greedy:
             inputs_embeds=self.inputs,
             attention_mask=sees[:,None,None],                                  # (rows, 1, 1, positions)
             position_ids=self.position[:,None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         )
         tokens = outputs.logits[:,-1].argmax(-1)                               # (rows,)
         self.inputs = self.decoder.get_input_embeddings()(tokens)[:,None]

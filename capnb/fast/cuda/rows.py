@@ -12,7 +12,7 @@ from functools import partial
 from transformers.cache_utils import Cache, DynamicLayer
 from ...any_decoder import alike, random_ids
 from .training import Recorder, waits_for_gpu
-from ..packing import takes_positions
+from ..packing import cache_name, takes_positions
 
 # %% ../../../nbs/23d_rows_on_a_gpu.ipynb #23d00008
 @dataclass
@@ -78,6 +78,7 @@ class FixedRows:
         self.place = _Place(self.position, self.room)
         layers = decoder.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[_FixedLayer(self.place) for _ in range(layers)])
+        self.cache_name = cache_name(decoder)
 
     def _record(self, shape, do):
         "Record `do`, or stop recording if the host has to wait for the device."
@@ -109,8 +110,8 @@ class FixedRows:
                 inputs_embeds=self.begins,
                 attention_mask=sees.expand(new, 1, n, n),
                 position_ids=torch.arange(n, device=self.device).expand(new, n),
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self.cache_name: self.cache},
             )
         finally:
             self.place.order = None
@@ -141,8 +142,8 @@ class FixedRows:
             inputs_embeds=self.inputs,
             attention_mask=sees[:,None,None],                                  # (rows, 1, 1, upto)
             position_ids=self.position[:,None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         )
         if self.logits is None:
             self.logits = torch.empty_like(outputs.logits[:,-1])
