@@ -77,7 +77,8 @@ def build(serve=False):
     for source in (ROOT/'CHANGELOG.md', ROOT/'nbs/results.md'):
         (PAGES/source.name).write_text(as_page(source.read_text(encoding='utf-8')), encoding='utf-8')
     shutil.copytree(ROOT/'nbs/images', PAGES/'images', dirs_exist_ok=True)
-    shutil.copy(ROOT/'nbs/results.json', PAGES)
+    for figures in (ROOT/'nbs').glob('*.json'):
+        shutil.copy(figures, PAGES)
     modules = [p for p in sorted((ROOT/'capnb').rglob('*.py')) if not p.name.startswith('_')]
     config = ROOT/'_docs/mkdocs.yml'
     config.write_text(yaml.safe_dump(settings(chapters, list(map(write_module, modules)))), encoding='utf-8')
