@@ -176,6 +176,7 @@ def takes_positions(
     fits = length <= (getattr(config, 'sliding_window', None) or length)
     return fits and 'position_ids' in inspect.signature(decoder.forward).parameters and reads_rows(decoder)
 
+# %% ../../nbs/20_packing.ipynb #2000ca02
 def cache_name(
     decoder, # Causal language model
 ) -> str: # 'cache', or 'past_key_values' before transformers 5.24
