@@ -156,14 +156,18 @@ def caption_of(widget):
 
 def next_caption(widget, do):
     "Do something, wait until the caption is another one, and give it."
-    before, found = caption_of(widget), []
+    def whole(*others):
+        "Wait for a caption that is all there and none of the others."
+        found = []
+        wait_for(
+            lambda: found.append(caption_of(widget)) or found[-1] not in (None, *others),
+            30,
+            lambda: f'it stayed {others}, {found[-1]!r}',
+        )
+        return found[-1]
+    before = whole() # words still on their way are no other caption
     do()
-    wait_for(
-        lambda: found.append(caption_of(widget)) or found[-1] not in (None, before),
-        30,
-        lambda: f'it stayed {before!r}, {found[-1]!r}',
-    )
-    return found[-1]
+    return whole(before)
 
 def use_captions(tab, widget):
     widget.locator('button.word').last.wait_for()
