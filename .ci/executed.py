@@ -52,6 +52,7 @@ def execute_cells(notebook, folder, cuda):
     # for the kernel: bars of capnb, of Hugging Face and of MLflow
     os.environ |= dict.fromkeys(('TQDM_DISABLE', 'HF_HUB_DISABLE_PROGRESS_BARS'), '1')
     os.environ['MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR'] = 'false'
+    os.environ['KINETO_LOG_LEVEL'] = '99' # PyTorch's profiler says when it starts and stops
     client = NotebookClient(notebook, timeout=3600, kernel_name='python3', resources=here)
     client.reset_execution_trackers()
     with client.setup_kernel():
