@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 )
+from .files import first_line
 from .hardware import default_device
 from .decoder import begin_ids
 from .hub import load_whole, model_config, read_model
@@ -50,7 +51,7 @@ def decoder_config(
     return config
 
 # these would write wrong captions without an error
-_PER_LAYER = 'adds what it knows of a token to each layer, and a vector is no token'
+_PER_LAYER = 'looks up each token again in every layer, which vectors in place of tokens do not allow'
 _REFUSED = dict(gemma3n=_PER_LAYER, gemma3n_text=_PER_LAYER,
                 git='has an image encoder of its own', # its loss leaves out as many tokens as an image has
                 rwkv='mixes up the captions of a batch when it writes') # in transformers 5.23
@@ -144,7 +145,7 @@ def _check_reading(name, decoder):
         logits = decoder(inputs_embeds=vectors, use_cache=False).logits
     except _CANNOT_READ as e:
         if memory_ran_out(e, alone=True): raise
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = first_line(e)
         raise ValueError(f"{who} cannot read vectors in place of tokens: {reason}") from e
     if logits.dtype==torch.float16 and logits.isnan().any():
         raise ValueError(f"{who} computes numbers beyond 65,504, which float16 does not hold, and this device"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_LIMIT', 'SMALL_TEXT', 'check_encoding', 'guess_encodings', 'split_zip', 'is_zip', 'zip_files', 'is_regular',
            'read_zipped', 'read_text', 'parse_json', 'scratch_folder', 'atomic_write', 'check_writable', 'plain_number',
-           'write_json', 'free_lock', 'shell_line', 'shown_path', 'say', 'error_line']
+           'write_json', 'free_lock', 'shell_line', 'shown_path', 'say', 'error_line', 'first_line']
 
 # %% ../nbs/30_files.ipynb #06dc8409
 import errno, json, os, posixpath, re, secrets, shlex, shutil, subprocess, sys, tempfile, unicodedata
@@ -390,3 +390,9 @@ def error_line(
 ) -> str:
     "Shorten the message of an exception to one line of at most 300 characters."
     return ' '.join(str(error).split())[:300] or type(error).__name__
+
+def first_line(
+    error, # An exception
+) -> str:
+    "The first line of the message of an exception, or the name of its type if it has no message."
+    return str(error).strip().partition('\n')[0] or type(error).__name__

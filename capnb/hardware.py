@@ -48,8 +48,10 @@ def choose_attention(
 
 # %% ../nbs/30c_hardware.ipynb #706d9aa8
 def usable_cores() -> int:
-    "Count the cores that this process may use; in a container or a cluster these may be a few of many."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    """Count the cores that this process may use. A container or a cluster may give it a few of many, by an
+    affinity mask or by a quota of time."""
+    from joblib import cpu_count
+    return cpu_count()
 
 def default_device() -> str: # 'cuda', 'mps' or 'cpu'
     "Name the best device of this machine."

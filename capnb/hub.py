@@ -11,7 +11,7 @@ import errno, os, re, sys
 from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
-from .files import error_line
+from .files import error_line, first_line
 from .hardware import default_attention, default_dtype
 
 # %% ../nbs/30d_hub.ipynb #5812a2a6
@@ -133,7 +133,7 @@ def hub_errors(
     except known() as e: # imported only after an error
         error, advice = _advice(list(_causes(e, handled)), kind, name) or (
             OSError,
-            (str(e) or type(e).__name__).splitlines()[0],
+            first_line(e),
         )
         raise error(f"{kind} {name}: {advice}") from e
 

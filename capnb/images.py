@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from .files import read_zipped, split_zip
+from .files import is_regular, is_zip, read_zipped, split_zip, zip_files
 
 # %% ../nbs/30e_images.ipynb #1b000021
 _SUFFIXES = dict(
@@ -414,12 +414,13 @@ def passed_over(
     return ', '.join(f'{n} {suffix}' for suffix,n in counts.most_common()) + install
 
 def images_below(
-    folder, # Folder to search
+    folder, # Folder to search; a zip and a folder in a zip count as folders
 ) -> tuple: # Paths of images, and of other files
-    "Find the images in a folder and its subfolders; print a line for each folder that cannot be read."
+    "Find the images in a folder or a zip, at any depth; print a line for each folder that cannot be read."
     told = lambda error: print(f'{error.filename} cannot be read: {error.strerror}', file=sys.stderr)
     hidden = lambda path: any(p.startswith('.') or p=='__MACOSX' for p in path.relative_to(folder).parts)
-    files = [path for path in walk_files(folder, told) if not hidden(path)] # also what a Mac adds
+    files = zip_files(folder) if split_zip(folder) else walk_files(folder, told)
+    files = [path for path in files if not hidden(path)] # also what a Mac adds
     found = [path for path in files if image_format(path) in image_formats() and not _no_file(path)]
     return found, sorted(set(files).difference(found))
 
@@ -435,16 +436,16 @@ def _found_below(folder):
     return found
 
 def find_images(
-    paths, # Names of files, folders or patterns
+    paths, # Names of files, folders, zips or patterns; a file or a folder may be inside a zip
 ) -> list: # `Path`s
     """List the image files that `paths` name, and print which files in folders were ignored; raises
     `FileNotFoundError` for a name that matches no file."""
     files = []
     for path in map(str, paths):
-        if Path(path).is_dir():
-            found = _found_below(path)
-        elif Path(path).is_file():
+        if is_regular(path) and not is_zip(path):
             found = [Path(path)]
+        elif Path(path).is_dir() or split_zip(path):
+            found = _found_below(path)
         else:
             found = sorted(p for p in _matches(path) if p.is_file())
         if not found: raise FileNotFoundError(f"no image at {path!r}")

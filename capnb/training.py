@@ -88,8 +88,9 @@ class Callback:
     """A task of a run besides training.
 
     A subclass overrides the moments that it needs: `on_train_begin`, `on_resume`, `on_epoch_begin`,
-    `on_step_end`, `on_epoch_trained`, `on_epoch_end`, `on_train_end` and `on_close`. Each gets the `Run`. It
-    changes weights in place (`p.copy_(...)`), as a step that a GPU has recorded goes on with their memory.
+    `on_step_end`, `on_epoch_trained`, `on_epoch_end`, `on_train_end` and `on_close`. Each gets the `Run`. A
+    callback that changes weights must do so in place (`p.copy_(...)`): a step recorded on a GPU (a CUDA
+    graph) keeps reading the same memory.
 
     Attributes
     ----------

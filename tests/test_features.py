@@ -1,6 +1,6 @@
 """The feature cache from outside: killed passes, two at once, changed images, damaged shards, folders that
 cannot be written, and what half precision does to the loss."""
-import os, subprocess, sys, time
+import io, os, subprocess, sys, time
 from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from capnb import images
 from capnb.fast import cache as enc
 from capnb.build import build_captioner
 from capnb.files import shown_path
+from capnb.hardware import usable_cores
 from capnb.settings import Hyperparameters, OWN_DATA, as_hyperparameters
 from capnb.data import CaptionData
 from capnb.run.entry import prepare
@@ -71,6 +72,19 @@ def test_there_are_as_many_threads_as_usable_cores(encoder, pages, tmp_path, mon
     monkeypatch.setattr(enc, '_ahead', noted)
     encode_data(encoder, CaptionData(pages[:4]), folder=tmp_path)
     assert numbers==[3]
+
+@pytest.mark.skipif(sys.platform!='linux', reason='containers are a matter of Linux')
+def test_a_quota_of_a_container_limits_the_cores(monkeypatch):
+    "As of `docker run --cpus 2.5`: all cores may be used, but not all of the time."
+    quota, opened, exists = '/sys/fs/cgroup/cpu.max', open, os.path.exists
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(64), raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    monkeypatch.setattr(os.path, 'exists', lambda path: path==quota or exists(path))
+    for said, cores in (('250000 100000\n', 3), ('max 100000\n', 64)):
+        def read(file, *args, said=said, **how):
+            return io.StringIO(said) if file==quota else opened(file, *args, **how)
+        monkeypatch.setattr('builtins.open', read)
+        assert usable_cores()==cores
 
 def test_what_was_encoded_before_an_error_is_kept(encoder, pages, count, tmp_path):
     rows = [*pages[:39], dict(image=b'no image', captions=['A card.'])]

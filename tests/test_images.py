@@ -1,13 +1,17 @@
 "Image files as they come: with damage, of odd kinds, many and large."
-import os, random, subprocess, sys, warnings
+import io, os, random, subprocess, sys, warnings
 from collections import Counter
 from pathlib import Path
+from zipfile import ZipFile
 import pytest
 from PIL import Image, ImageChops, ImageStat
 from damage import ENTRIES, ODD, TURNED, damaged, jpeg, saved, scene, tiff
 from capnb.image_pool import DecodingPool
 from capnb.images import find_images, image_formats, open_image, use_one_thread
+from capnb.inference import caption_files
 from capnb.run.scale.sources import Source
+from capnb.saving import load_model_from_checkpoint
+from capnb.storybook import Storybook
 
 def outcome(file):
     """What becomes of a damaged file: 'the same' as without damage, 'turned' or 'other' pixels, or 'refused'
@@ -194,6 +198,30 @@ def test_packages_are_named_where_they_are_missing(phone):
         FileNotFoundError, match='no image at .* or below it; passed over: 3 .heic, .*pillow-heif'
     ):
         find_images([phone])
+
+def test_a_zip_of_images_is_a_folder(tmp_path, capsys):
+    "As the finder of a Mac zips a folder: with shadows of the files, which are no images."
+    pages = {f'holiday/{i}.png': Storybook('test')[i]['image'] for i in range(2)}
+    with ZipFile(tmp_path/'album.zip', 'w') as album:
+        for name, image in pages.items():
+            f = io.BytesIO()
+            image.save(f, 'png')
+            album.writestr(name, f.getvalue())
+            album.writestr(f"__MACOSX/{name.replace('/', '/._')}", b'shadow')
+        album.writestr('holiday/notes.txt', 'no image')
+    wanted = [tmp_path/'album.zip'/name for name in pages]
+    assert find_images([tmp_path/'album.zip']) == find_images([tmp_path/'album.zip'/'holiday']) == wanted
+    assert capsys.readouterr().err.splitlines() == [
+        f'{tmp_path}/album.zip: passed over 1 .txt', f'{tmp_path}/album.zip/holiday: passed over 1 .txt'
+    ]
+    assert find_images([wanted[1]]) == [wanted[1]]
+    model = load_model_from_checkpoint('storybook', 'cpu')[0]
+    assert [row['caption'] for row in caption_files(model, find_images([tmp_path/'album.zip']))] == [
+        model.caption(image) for image in pages.values()
+    ]
+    for missing in ('album.zip/other', 'album.zip/holiday/2.png'):
+        with pytest.raises(FileNotFoundError, match=f'no image at .*{missing}'):
+            find_images([tmp_path/missing])
 
 @pytest.mark.parametrize('suffix, package', [('heic', 'pillow_heif'), ('jxl', 'pillow_jxl')])
 def test_formats_of_the_extra_are_images_as_others(suffix, package, tmp_path):

@@ -453,6 +453,13 @@ def test_slices_hold_what_they_say():
         len(p) for p in image_slices(captions, [dict(captions=r['captions']) for r in data.rows], least=99)
     } == {1}
 
+def test_lengths_of_one_number_of_words_are_told_as_one():
+    captions = ['a b c']*4 + ['a b c d']*4 + ['a b c d e f']*4
+    found = image_slices(captions, [dict(captions=['a'])]*12, least=99)
+    assert [value for labels in found[::4] for _, value in labels] == [
+        'up to 3 words', '4 words', '5 words or more'
+    ]
+
 # --- The report
 
 def test_report_is_one_file(written):

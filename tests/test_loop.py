@@ -765,3 +765,14 @@ def test_a_gpu_that_fails_says_how_to_go_on(encoded, tmp_path):
     with pytest.raises(OSError, match=r'launch failure; .*restart the kernel\), go on with: ') as e:
         run_training(build_captioner(h, 'cpu'), encoded, h, [Fails()])
     assert 'Compile with' not in str(e.value)
+
+class TooLate(Callback):
+    "Waits in vain, for an error without a word."
+    def on_step_end(self, run):
+        if run.step==2:
+            raise TimeoutError
+
+def test_an_error_without_a_message_says_how_to_go_on(encoded, tmp_path):
+    h = small(tmp_path, checkpoint_steps=1)
+    with pytest.raises(OSError, match='^TimeoutError; when that is put right, go on with: '):
+        run_training(build_captioner(h, 'cpu'), encoded, h, [TooLate()])

@@ -1,5 +1,5 @@
 "A captioner given away: over a hub to people with capnb, and as a LLaVA to programs without it."
-import json, os, shutil, socket, subprocess, sys, tempfile
+import json, os, re, shutil, socket, subprocess, sys, tempfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,7 +290,8 @@ def test_nothing_of_the_machine_is_shared(own, call, tmp_path, monkeypatch):
     assert config['init_from'].startswith('model_state_dict_')
     metadata = json.loads((tmp_path/'shared'/'training_metadata.json').read_text(encoding='utf-8'))
     assert metadata['data']['name'] == 'holiday' and metadata['losses'] == result.metadata['losses']
-    assert 'images of holiday' in (tmp_path/'shared'/'README.md').read_text(encoding='utf-8')
+    card = (tmp_path/'shared'/'README.md').read_text(encoding='utf-8')
+    assert 'images of holiday' in card and re.search(rf'steps of {config["batch_size"]} images', card)
 
 def add_models(home, folder):
     "Put the frozen models of the captioner into its shared folder."

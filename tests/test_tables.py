@@ -1,5 +1,5 @@
 "Tables of captions as people have them: the right captions, or an error that says what to do."
-import csv, io, json, os, sys, zipfile
+import csv, io, json, os, re, sys, zipfile
 from pathlib import PureWindowsPath
 import numpy as np
 import pytest
@@ -193,6 +193,20 @@ def test_a_comma_in_captions_without_quotes_is_never_cut_off(tmp_path):
         captions(album(tmp_path, ''.join(f'{n},{c}, and more\n' for n,c in zip(NAMES, SAID, strict=True))))
     with pytest.raises(ValueError, match='line 1 has 3 fields, most lines 2'):
         captions(album(tmp_path, f'{NAMES[0]},first, and second\n' + lines(NAMES[1:], SAID[1:])))
+
+@pytest.mark.parametrize('separator, remedy', [
+    (',', 'put the caption into quotes'), (';', 'put the caption into quotes'),
+    ('|', 'replace it in the caption'),
+])
+def test_the_remedy_for_a_separator_in_a_caption_works(tmp_path, separator, remedy):
+    spoilt, caption = f'{SAID[0]}{separator}and more', f'{SAID[0]} and more'
+    table = lines(NAMES, [spoilt, *SAID[1:]], header=('file', 'caption'), separator=separator)
+    table = table.replace('"', '')
+    with pytest.raises(ValueError, match=f'line 2 .*if {re.escape(repr(separator))} .*, {remedy}$'):
+        captions(album(tmp_path, table))
+    mended = f'"{spoilt}"' if 'quotes' in remedy else caption
+    found = captions(album(tmp_path, table.replace(spoilt, mended)))
+    assert found[NAMES[0]] == [spoilt if 'quotes' in remedy else caption]
 
 @pytest.mark.parametrize('start', ['sep=;\n', '\n \n', '\ufeff'])
 def test_what_spreadsheets_write_first(tmp_path, start):

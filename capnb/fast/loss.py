@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from contextlib import contextmanager
 from functools import partial
 from ..any_decoder import alike, random_ids
+from ..files import first_line
 from ..log import log
 from .packing import packed_inputs, takes_positions
 
@@ -104,7 +105,7 @@ class Compiled:
             known = not self.compiled or type(e).__module__.startswith(('torch._dynamo', 'torch._inductor'))
             if not known: raise
             self.refused = True
-            log.warning(f'🐢 PyTorch cannot compile {self.do.__name__} here: {str(e).splitlines()[0]:.200}')
+            log.warning(f'🐢 PyTorch cannot compile {self.do.__name__} here: {first_line(e):.200}')
         return self.do(*args)
 
 def _whole_nll(logits, labels):

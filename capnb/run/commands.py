@@ -159,7 +159,7 @@ _INT8 = Param(
 @command
 def caption_command(
     images: Param(
-        'Images: files, folders or patterns such as "holiday/*.jpg"', any_path, opt=False, nargs='+'
+        'Images: files, folders, zips or patterns such as "holiday/*.jpg"', any_path, opt=False, nargs='+'
     ),
     checkpoint: Param('Weights, a file model_state_dict_....pth; default: the newest one', any_path) = None,
     folder: Param('Folder with the newest checkpoint, saved_models by default', any_path) = None,

@@ -238,8 +238,8 @@ def _all_parts(captions, data):
     )
 
 def _person_parts(data):
-    """The same for a caption that a person wrote, the first of each image, against the others. ROUGE-L leaves
-    out a reference itself."""
+    """The same for a caption that a person wrote, the first of each image, against the others. For ROUGE-L,
+    `score_parts` gets all references, and its ceiling compares each with the others."""
     others = EncodedData(None, [dict(r, captions=r['captions'][1:]) for r in data.rows])
     said = [r['captions'][0] for r in data.rows]
     return _all_parts(said, others) | dict(rouge_l=score_parts(said, data)['rouge_l_ceiling'])

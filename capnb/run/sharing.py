@@ -255,7 +255,7 @@ def _trained_line(h, metadata):
     versions = ', '.join(f'{k} {v}' for k,v in metadata.get('versions', {}).items())
     return (
         f"{', '.join(counts)} images of {data.get('name', h.data)}; {metadata.get('steps', '?')} steps of"
-        f" {h.batch_size} captions, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g},"
+        f" {h.batch_size} images, {metadata.get('epoch', '?')} epochs, learning rate {h.learning_rate:g},"
         f" on {metadata.get('device', '?')}, {versions}."
     )
 

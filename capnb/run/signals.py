@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from filelock import FileLock, Timeout
 from .resume import SavedRun, state_path
-from ..files import free_lock, shell_line
+from ..files import first_line, free_lock, shell_line
 from ..hub import OWN
 from ..settings import OWN_DATA
 
@@ -127,7 +127,7 @@ def stoppable(run:SavedRun):
         yield
     except (OSError, torch.AcceleratorError) as e:
         if not state_path(run).exists(): raise
-        first, mended = str(e).splitlines()[0], 'when that is put right'
+        first, mended = first_line(e), 'when that is put right'
         if isinstance(e, torch.AcceleratorError): # no longer usable in this process
             mended += ', in a new process (in a notebook, restart the kernel)'
         raise OSError(f'{first}; {mended}, {how_to_go_on(run)}') from e

@@ -21,6 +21,7 @@ from ...any_decoder import alike
 from ..cpu import replace_layers
 from ..loss import Compiled
 from ..packing import SHARED_HEADS
+from ...files import first_line
 from ...log import log
 
 # %% ../../../nbs/23a_gpu_layers.ipynb #23a00107
@@ -159,7 +160,7 @@ def _triton_lacks():
         from triton.runtime import driver
         driver.active.get_current_device()
     except (ImportError, RuntimeError, OSError, CalledProcessError) as e:
-        return str(e).splitlines()[0]
+        return first_line(e)
     return ''
 
 def use_liger(

@@ -152,8 +152,8 @@ class CudaWriter:
     Threads may share it. Before a step is recorded, it is checked: for this moment, no other thread may wait
     for the GPU (see `capnb.fast.cuda.training.no_waiting`).
 
-    The number of rows is the next of `WIDTHS` that holds the images, or `batch_size` if that is smaller. It
-    is reduced if the cache would take more than an eighth of the free memory.
+    The number of rows is the number of images, or `batch_size` if that is smaller, rounded up to one of
+    `WIDTHS`; at most 512. It is reduced if the cache would take more than an eighth of the free memory.
     """
     def __init__(self):
         self.lock, self.told, self.held = Lock(), set(), {}

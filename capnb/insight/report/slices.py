@@ -19,7 +19,8 @@ def _lengths(captions):
     low, high = np.percentile(counts, (33, 67)).astype(int).tolist()
     def third(n):
         if n <= low: return f'up to {low} words'
-        return f'{low+1} to {high} words' if n <= high else f'{high+1} words or more'
+        if n > high: return f'{high+1} words or more'
+        return f'{high} words' if high==low+1 else f'{low+1} to {high} words'
     return [third(n) for n in counts]
 
 def _used_words(references, least):

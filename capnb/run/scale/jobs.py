@@ -28,7 +28,7 @@ from ...checkpoint import read_metadata
 from ...generation import split_scores
 from ...options import check_options
 from ...encoder import load_encoder
-from ...files import free_lock
+from ...files import first_line, free_lock
 from ...fast.cuda.writing import WIDTHS
 from ...fast.parts import make_fast
 from ...hardware import usable_cores
@@ -170,7 +170,7 @@ def _begin(ray, address, cpus):
             with _on_loopback():
                 ray.init('local', **here, **quiet)
     except ConnectionError as e:
-        raise ValueError(f"there is no Ray cluster at {address!r}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"there is no Ray cluster at {address!r}: {first_line(e)}") from None
 
 @contextmanager
 def cluster(

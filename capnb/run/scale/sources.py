@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from ...files import first_line
 from ...hub import hub_errors
 from ...images import image_format, image_formats, passed_over, walk_files
 
@@ -149,4 +150,4 @@ class Source:
                     yield row(id, image, empty if image is None else None)
         except (*_UNREADABLE, OSError) as e:
             if not _is_bad_file(e): raise
-            yield row(name, None, f"{name} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}")
+            yield row(name, None, f"{name} cannot be read: {first_line(e)}")

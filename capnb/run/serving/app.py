@@ -150,7 +150,7 @@ def _add_health(app, desk, state):
         return JSONResponse(dict(status=found) | notice, 200 if found=='ready' else 503)
 
 _EXPLAIN = (
-    'Explain each word. This is dozens of times the work of the caption, and yields to the captions of others'
+    'Explain each word. This takes several times as long as the caption, and yields to the captions of others'
 )
 
 def _sent_key(key):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 from ...caption_cells import caption_texts
-from ...files import is_zip, read_text, zip_files
+from ...files import first_line, is_zip, read_text, zip_files
 from ...images import image_format, images_below
 from ...log import log
 from .columns import CAPTION_COLUMNS, SPLIT_NAMES, looks_like_image
@@ -68,7 +68,7 @@ def _load_saved(folder):
     try:
         return load_from_disk(str(folder))
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
+        why = first_line(e)
         raise ValueError(f"{folder} is no complete folder of `save_to_disk`: {why}") from None
 
 def _by_split(files, folder):
@@ -92,12 +92,12 @@ def _load_parquet(files, folder):
         try:
             pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as e:
-            raise ValueError(f"{file} is no readable parquet file: {str(e).splitlines()[0]}") from None
+            raise ValueError(f"{file} is no readable parquet file: {first_line(e)}") from None
     names = {split: [glob.escape(str(f)) for f in part] for split,part in _by_split(files, folder).items()}
     try:
         return dict(load_dataset('parquet', data_files=names))
     except DatasetGenerationError as e:
-        why = str(e.__cause__ or e).splitlines()[0]
+        why = first_line(e.__cause__ or e)
         raise ValueError(f"{folder}: its parquet files do not go together: {why}") from None
 
 def _finder(folder, outside):

@@ -231,9 +231,11 @@ def load_data(
         Either 'stop' at an unreadable row or image, or 'skip' it. With 'skip', each image is opened
         once during loading.
     image_column : str, optional
-        Column of images. Default: inferred by `dataset_columns`.
+        Column of images. Default: inferred by `infer_columns` for a table, else by `dataset_columns`; 'image'
+        for other rows.
     caption_column : str, optional
-        Column of captions. Default: inferred by `dataset_columns`.
+        Column of captions, or several separated by commas. Default: inferred in the same way; 'captions' or
+        'caption' for other rows.
     revision : str, optional
         Branch, tag or commit of a hub data set. Default: the one in `HUB_DATA` for its names, otherwise
         the main branch.

@@ -136,7 +136,8 @@ def _text_rows(text, layout, skipped):
 def _uneven(fields, layout):
     "The error for a row with too many fields, or with too few in a table without a header."
     most = f"the first line {layout.width}" if layout.header else f"most lines {layout.width}"
-    return f"has {fields} fields, {most}: put a caption with {layout.separator!r} in it into quotes"
+    remedy = 'replace it in the caption' if layout.separator=='|' else 'put the caption into quotes'
+    return f"has {fields} fields, {most}: if {layout.separator!r} is part of a caption, {remedy}"
 
 def read_columns(
     text:str, # Lines with fields separated by commas, tabs, semicolons or bars
