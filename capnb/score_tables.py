@@ -104,7 +104,7 @@ def draw_samples(
     from matplotlib.figure import Figure
     cols = min(3, len(images))
     rows = -(-len(images)//cols)
-    fig = Figure(figsize=(2.6*cols, 3*rows), layout='tight')
+    fig = Figure(figsize=(2.6*cols, 3.2*rows), layout='constrained')
     axs = fig.subplots(rows, cols, squeeze=False)
     for ax in axs.flat:
         ax.axis('off')

@@ -3,6 +3,7 @@ import csv, json, random, string
 from types import SimpleNamespace
 from unittest.mock import Mock
 import numpy as np, pytest, torch
+from PIL import Image
 from rouge_score.rouge_scorer import RougeScorer
 from capnb.files import write_json
 from capnb.data import CaptionData
@@ -242,6 +243,14 @@ def test_a_drawn_caption_that_is_cut_ends_in_dots(monkeypatch, tmp_path):
     for text in cut:
         assert len(text.splitlines())==3 and max(map(len, text.splitlines())) <= 30
     assert titles[0].get_fontfamily()==fonts_for()
+
+def test_drawn_captions_lie_over_no_image(tmp_path):
+    blue = Image.new('RGB', (64, 64), (0, 0, 255))
+    draw_samples([blue]*6, ['a red dog and '*4, 'A cat.', 'a red dog and '*15]*2, tmp_path/'samples.png')
+    drawn = np.asarray(Image.open(tmp_path/'samples.png').convert('RGB'))
+    images = (drawn == (0, 0, 255)).all(-1)
+    assert np.array_equal(images, np.outer(images.any(1), images.any(0))) # whole rectangles
+    assert (drawn[0] == 255).all() # the first line of a caption is not cut
 
 # --- Facts
 
